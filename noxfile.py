@@ -1,0 +1,126 @@
+# /// script
+# dependencies = ["nox>=2025.5"]
+# ///
+"""How to work on xprnn: `nox -l` lists the sessions, `nox` runs all that this machine can.
+
+Anything after `--` goes to the tool: `nox -s torch -- -k lstm -x`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import sys
+
+import nox
+
+nox.needs_version = ">=2025.5"
+nox.options.default_venv_backend = "virtualenv"  # pip: it honours the machine's own pip settings
+nox.options.reuse_venv = "yes"
+
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+
+
+def install(session: nox.Session, group: str, *, extra: str = "") -> None:
+    """The working tree, editable, and one dependency group of pyproject.toml."""
+    needed = nox.project.dependency_groups(PYPROJECT, group)
+    session.install("--quiet", "--editable", f".[{extra}]" if extra else ".", *needed)
+
+
+def run_tests(session: nox.Session, backend: str, *, python: str = "python") -> None:
+    """The test suite on one array library."""
+    args = ["-m", "pytest", "--backend", backend, *session.posargs]
+    session.run(python, *args, external=python != "python")
+
+
+@nox.session
+def numpy(session: nox.Session) -> None:
+    """Test on NumPy, also with read-only inputs."""
+    install(session, "test")
+    run_tests(session, "numpy")
+
+
+@nox.session
+def strict(session: nox.Session) -> None:
+    """Test on array-api-strict: three devices, nothing beyond the standard, no hidden syncs."""
+    install(session, "test")
+    run_tests(session, "strict")
+
+
+@nox.session
+def torch(session: nox.Session) -> None:
+    """Test on torch tensors, and against torch's own layers and gradients."""
+    install(session, "torch")
+    run_tests(session, "torch")
+
+
+@nox.session
+def jax(session: nox.Session) -> None:
+    """Test on JAX arrays, which cannot be written to."""
+    install(session, "jax")
+    run_tests(session, "jax")
+
+
+@nox.session(venv_backend="none")
+def cupy(session: nox.Session) -> None:
+    """Test on CuPy where there is a CUDA device, with the CuPy that nox's own Python has."""
+    if not cuda_version():
+        session.skip("no CUDA device: skipped")
+    if importlib.util.find_spec("cupy") is None:
+        session.notify("cupy_install", session.posargs)
+        return
+    run_tests(session, "cupy", python=sys.executable)
+
+
+@nox.session(default=False)
+def cupy_install(session: nox.Session) -> None:
+    """The same with the CuPy that fits the driver, installed into its own environment."""
+    version = cuda_version()
+    if not version:
+        session.skip("no CUDA device: skipped")
+    install(session, "test", extra="cuda13" if version >= 13000 else "cuda12")
+    run_tests(session, "cupy")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check format, style, types (strict) and the house rules (budgets, import directions)."""
+    install(session, "lint")
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+    session.run("mypy")
+    session.run("python", "-m", "pytest", "-q", "tests/test_house.py", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Execute the examples of the docstrings and the README."""
+    install(session, "docs", extra="plot")
+    examples = ["--doctest-modules", "xprnn", "tests/test_readme.py"]
+    session.run("python", "-m", "pytest", "-q", *examples, *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure against the article's loop, torch and JAX: ratios, with machine and spread."""
+    install(session, "bench")
+    session.run("python", "benchmarks/rnn.py", *session.posargs)
+
+
+def cuda_version() -> int:
+    """The driver's CUDA version (13000 is 13.0), or 0 where there is no driver or no device."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return 0
+    devices, version = ctypes.c_int(), ctypes.c_int()
+    failed = (
+        driver.cuInit(0)
+        or driver.cuDeviceGetCount(ctypes.byref(devices))
+        or driver.cuDriverGetVersion(ctypes.byref(version))
+    )
+    return 0 if failed or not devices.value else version.value
+
+
+if __name__ == "__main__":
+    nox.main()

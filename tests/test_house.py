@@ -1,0 +1,212 @@
+"""The house rules, read off the syntax tree: budgets, import directions, the front door.
+
+A rule that has to bend is bent here, in sight, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "xprnn"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+FILES = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted(ROOT.glob("benchmarks/*.py"))]
+
+FILE_LINES = 300
+FUNCTION_LINES = 40
+
+# Each room and the rooms it may import from: only those written above it, so no cycle can form.
+ROOMS = {
+    "arrays": "",
+    "activations": "arrays",
+    "cells": "arrays activations",
+    "affine": "arrays",
+    "kernels": "arrays activations cells affine",
+    "scan": "arrays cells affine kernels",
+    "layers": "arrays activations cells affine kernels scan",
+    "losses": "arrays affine",
+    "gradcheck": "arrays",
+    "optim": "arrays",
+    "article": "arrays activations cells affine scan layers losses",
+    "text": "arrays",
+    "sample": "arrays text",
+    "store": "arrays layers text",
+    "train": "arrays layers losses optim text sample store",
+    "plots": "arrays store",
+    "run": "arrays layers text sample store train plots",
+    "cli": "arrays layers text sample store train plots run",
+    "__main__": "cli",
+}
+OPTIONAL = {"cupy", "h5py", "jax", "matplotlib", "numba", "onnx", "onnxruntime", "torch"}
+TOP_LEVEL = {
+    "LICENSE",
+    "README.md",
+    "benchmarks",
+    "noxfile.py",
+    "pyproject.toml",
+    "tests",
+    "xprnn",
+}
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), named(path))
+
+
+def room_of(path: Path) -> str:
+    """The first name below xprnn; "xprnn" for the front door itself."""
+    first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "xprnn" if first == "__init__" else first
+
+
+def rooms_imported(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, room) of every import from this package, wherever in the file it stands."""
+    inside = ["xprnn", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = inside[: len(inside) + 1 - node.level] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            modules = [f"{base}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for parts in (module.split(".") for module in modules):
+            if parts[0] == "xprnn":
+                known = len(parts) > 1 and is_room(parts[1])
+                yield node.lineno, parts[1] if known else "xprnn"
+
+
+def is_room(name: str) -> bool:
+    return (PACKAGE / f"{name}.py").exists() or (PACKAGE / name / "__init__.py").exists()
+
+
+def functions(path: Path) -> list[Function]:
+    return [node for node in ast.walk(tree(path)) if isinstance(node, Function)]
+
+
+def body_lines(function: Function) -> int:
+    """From `def` to the last line, the docstring not counted: explaining costs nothing."""
+    lines = function.end_lineno - function.lineno + 1
+    first = function.body[0]
+    if ast.get_docstring(function, clean=False) is not None:
+        lines -= first.end_lineno - first.lineno + 1
+    return lines
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_file_budget(path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= FILE_LINES, f"{named(path)} has {lines} lines, at most {FILE_LINES}: split it"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=named)
+def test_function_budget(path):
+    long = {f"{f.name} (line {f.lineno})": body_lines(f) for f in functions(path)}
+    long = {name: lines for name, lines in long.items() if lines > FUNCTION_LINES}
+    assert not long, f"{named(path)}: at most {FUNCTION_LINES} lines a function: {long}"
+
+
+def test_rooms_have_an_order():
+    above: set[str] = set()
+    for room, allowed in ROOMS.items():
+        assert set(allowed.split()) <= above, f"{room} may import only from rooms above it"
+        above.add(room)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=named)
+def test_import_direction(path):
+    room = room_of(path)
+    if room == "xprnn":
+        return  # the front door opens on every room
+    assert room in ROOMS, f"{named(path)}: a new room needs a line in ROOMS (tests/test_house.py)"
+    allowed = {room, *ROOMS[room].split()}
+    wrong = [f"line {line}: {other}" for line, other in rooms_imported(path) if other not in allowed]
+    assert not wrong, f"{named(path)} may import from {sorted(allowed)}, not {wrong}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=named)
+def test_public_names_have_docstrings(path):
+    module = tree(path)
+    kinds = (*Function.__args__, ast.ClassDef)
+    public = [n for n in module.body if isinstance(n, kinds) and not n.name.startswith("_")]
+    bare = [node.name for node in public if not ast.get_docstring(node)]
+    assert ast.get_docstring(module), f"{named(path)} does not say what is in this room"
+    assert not bare, f"{named(path)}: no docstring: {bare}"
+
+
+def test_the_front_door_imports_nothing_optional():
+    code = "import sys; before = set(sys.modules); import xprnn; print(*set(sys.modules) - before)"
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    loaded = {module.partition(".")[0] for module in run.stdout.split()}
+    assert "xprnn" in loaded
+    assert not loaded & OPTIONAL
+
+
+def test_all_is_what_is_exported():
+    import xprnn
+
+    door = tree(PACKAGE / "__init__.py")
+    imported = {
+        alias.asname or alias.name
+        for node in door.body
+        if isinstance(node, ast.ImportFrom) and node.module != "__future__"
+        for alias in node.names
+    }
+    public = {name for name in imported if not name.startswith("_")}
+    assert len(set(xprnn.__all__)) == len(xprnn.__all__), "a name is there twice"
+    assert set(xprnn.__all__) - {"__version__"} == public
+    assert all(hasattr(xprnn, name) for name in xprnn.__all__)
+
+
+def test_top_level_is_fixed():
+    git = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), "ls-files"]
+    try:
+        run = subprocess.run(git, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("git is not installed")
+    if run.returncode or not run.stdout:
+        pytest.skip("not a git checkout")
+    entries = {line.partition("/")[0] for line in run.stdout.splitlines()}
+    strangers = {entry for entry in entries - TOP_LEVEL if not entry.startswith(".")}
+    assert not strangers, f"the top level is {sorted(TOP_LEVEL)} and dotfiles"
+
+
+def test_the_budget_can_fail(tmp_path):
+    source = "def f():\n    '''Doc\n    string.'''\n" + "    x = 1\n" * FUNCTION_LINES
+    function = ast.parse(source).body[0]
+    assert body_lines(function) == FUNCTION_LINES + 1
+
+
+def test_imports_are_seen_wherever_they_stand(monkeypatch):
+    monkeypatch.setattr(
+        f"{__name__}.tree",
+        lambda _: ast.parse(
+            "import numpy\nfrom xprnn import arrays\ndef f():\n    from .arrays import x\n"
+            "    from ..arrays import y\n    import xprnn.arrays\n    from xprnn import __version__\n"
+        ),
+    )
+    path = PACKAGE / "kernels" / "numpy.py"
+    found = dict(rooms_imported(path))
+    assert found == {2: "arrays", 4: "kernels", 5: "arrays", 6: "arrays", 7: "xprnn"}

@@ -1,0 +1,33 @@
+"""The README's Python blocks run, in order, in one namespace, as a reader would type them.
+
+A block right after `<!-- not run: reason -->` is left out.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCK = re.compile(r"^(<!-- not run: \S.*-->\n+)?```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(text: str) -> list[tuple[int, str]]:
+    """(line number of its first line, source) of each block to run."""
+    found = [match for match in BLOCK.finditer(text) if not match[1]]
+    return [(text.count("\n", 0, match.start(2)), match[2]) for match in found]
+
+
+def test_readme(tmp_path, monkeypatch):
+    found = blocks(README.read_text(encoding="utf-8"))
+    assert found, "README.md has no ```python block to run"
+    monkeypatch.chdir(tmp_path)  # an example may save a file
+    namespace = {"__name__": "readme"}
+    for line, source in found:
+        # Blank lines in front give a traceback the README's own line numbers.
+        exec(compile("\n" * line + source, str(README), "exec"), namespace)
+
+
+def test_marked_blocks_are_left_out():
+    text = "a\n```python\nx = 1\n```\n<!-- not run: GPU -->\n```python\ny\n```\n```sh\nz\n```\n"
+    assert blocks(text) == [(2, "x = 1\n")]
