@@ -1,0 +1,56 @@
+"""xprnn: recurrent neural networks on plain arrays, forward and backward, on every array library of the Array API.
+
+The article's five functions, layers (RNN, LSTM, GRU), what stands around them, losses, optimisers, and the checker that
+proves every gradient. See README.md for the map.
+"""
+
+from xprnn import activations, cells
+from xprnn.activations import Activation, activation
+from xprnn.arrays import InputError
+from xprnn.article import rnn_backward, rnn_cell_backward, rnn_cell_forward, rnn_forward
+from xprnn.cells import Cell
+from xprnn.gradcheck import GradientError, NotDifferentiableError, check_gradients
+from xprnn.layers import GRU, LSTM, RNN, Recurrent
+from xprnn.losses import cross_entropy, mse, softmax
+from xprnn.model import Embedding, Linear, Sequential
+from xprnn.optim import adagrad, adam, adamw, clip_by_global_norm, clip_by_value, rmsprop, sgd
+from xprnn.stack import Gradients
+from xprnn.store import load, save
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "Activation",
+    "Cell",
+    "Embedding",
+    "GradientError",
+    "Gradients",
+    "InputError",
+    "Linear",
+    "NotDifferentiableError",
+    "Recurrent",
+    "Sequential",
+    "activation",
+    "activations",
+    "adagrad",
+    "adam",
+    "adamw",
+    "cells",
+    "check_gradients",
+    "clip_by_global_norm",
+    "clip_by_value",
+    "cross_entropy",
+    "load",
+    "mse",
+    "rmsprop",
+    "rnn_backward",
+    "rnn_cell_backward",
+    "rnn_cell_forward",
+    "rnn_forward",
+    "save",
+    "sgd",
+    "softmax",
+]

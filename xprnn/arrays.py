@@ -1,0 +1,246 @@
+"""The one room that knows array libraries: which one an array belongs to, and whether the arrays of a call agree.
+
+Everything else receives a namespace `xp` and uses functions of the Array API standard alone. A call resolves its
+namespace once, at the public boundary: a look-up costs as much as a small step's matrix product.
+
+Array libraries are recognised by the arrays they made; none is ever imported to find out.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import array_api_compat
+import numpy as np
+
+Array: TypeAlias = Any
+Namespace: TypeAlias = Any
+Params: TypeAlias = dict[str, Array]
+
+__all__ = [
+    "Array",
+    "InputError",
+    "Namespace",
+    "Params",
+    "check_integers",
+    "check_shape",
+    "device_of",
+    "from_numpy",
+    "is_integer",
+    "is_numpy",
+    "namespace",
+    "resolve",
+    "sum_rows_by_id",
+    "to_numpy",
+]
+
+
+class InputError(ValueError):
+    """What the caller passed does not fit: the message says what, where, expected and found.
+
+    >>> issubclass(InputError, ValueError)
+    True
+    """
+
+
+def namespace(*arrays: Array) -> Namespace:
+    """The Array API namespace of `arrays`.
+
+    >>> namespace(np.zeros(3)).__name__
+    'array_api_compat.numpy'
+    """
+    return array_api_compat.array_namespace(*arrays)
+
+
+def device_of(array: Array) -> Any:
+    """The device `array` lives on, as its library names it.
+
+    >>> device_of(np.zeros(3))
+    'cpu'
+    """
+    return array_api_compat.device(array)
+
+
+def is_numpy(xp: Namespace) -> bool:
+    """Whether `xp` is NumPy: its arrays may be read on the host at no cost.
+
+    >>> is_numpy(namespace(np.zeros(3)))
+    True
+    """
+    return bool(array_api_compat.is_numpy_namespace(xp))
+
+
+def is_integer(xp: Namespace, array: Array) -> bool:
+    """Whether `array` holds integers, that is, row numbers rather than features.
+
+    >>> is_integer(namespace(np.zeros(3)), np.zeros(3))
+    False
+    """
+    return bool(xp.isdtype(array.dtype, "integral"))
+
+
+def resolve(where: str, floats: Mapping[str, Array | None], others: Mapping[str, Array | None] | None = None) -> Namespace:
+    """The namespace that all arrays of a call share; the arrays in `floats` share one real dtype too.
+
+    Args:
+        where: the public function, named in errors.
+        floats: name -> array (None is passed over) of one real floating dtype.
+        others: name -> array of any dtype (integer inputs, masks).
+
+    Raises:
+        InputError: not an array, or mixed libraries, devices or dtypes: says which argument has what.
+
+    >>> resolve("f", {"x": np.zeros(3), "h": np.zeros(3, np.float32)})
+    Traceback (most recent call last):
+    xprnn.arrays.InputError: f: h is float32 but x is float64: give all arrays one dtype
+    """
+    named = [(n, a) for n, a in (*floats.items(), *(others or {}).items()) if a is not None]
+    name, first = named[0]
+    xp = _namespace_named(where, name, first)
+    if any(type(a) is not type(first) for _, a in named[1:]):
+        for n, a in named[1:]:
+            if _namespace_named(where, n, a) is not xp:
+                raise InputError(
+                    f"{where}: {n} is a {_kind(a)} array but {name} is a {_kind(first)} array: "
+                    "convert one (nothing is moved between libraries silently)"
+                )
+    if not is_numpy(xp):
+        for n, a in named[1:]:
+            if device_of(a) != device_of(first):
+                raise InputError(f"{where}: {n} is on {device_of(a)} but {name} is on {device_of(first)}: move one")
+    given = [(n, a) for n, a in floats.items() if a is not None]
+    if given:
+        _check_dtypes(where, xp, given)
+    return xp
+
+
+def _check_dtypes(where: str, xp: Namespace, floats: Sequence[tuple[str, Array]]) -> None:
+    first, dtype = floats[0][0], floats[0][1].dtype
+    for n, a in floats:
+        if (n == first or a.dtype != dtype) and not xp.isdtype(a.dtype, "real floating"):
+            raise InputError(f"{where}: {n} must be of a real floating dtype, found {_dtype_name(a)}")
+        if a.dtype != dtype:
+            raise InputError(
+                f"{where}: {n} is {_dtype_name(a)} but {first} is {_dtype_name(floats[0][1])}: give all arrays one dtype"
+            )
+
+
+def _namespace_named(where: str, name: str, array: Array) -> Namespace:
+    try:
+        return array_api_compat.array_namespace(array)
+    except TypeError:
+        raise InputError(
+            f"{where}: {name} must be an array (NumPy, CuPy, torch, JAX, ...), found {type(array).__name__}"
+        ) from None
+
+
+def _kind(array: Array) -> str:
+    return type(array).__module__.partition(".")[0]
+
+
+def _dtype_name(array: Array) -> str:
+    return str(array.dtype).rpartition(".")[2]
+
+
+def check_shape(where: str, name: str, letters: str, array: Array, expected: Sequence[int | None]) -> None:
+    """Raise InputError unless `array` has the `expected` shape (None: any length), whose axes are called `letters`.
+
+    >>> check_shape("rnn", "h", "(N,H)", np.zeros((2, 3)), (2, 4))
+    Traceback (most recent call last):
+    xprnn.arrays.InputError: rnn: h (N,H) must have shape (2, 4), found (2, 3)
+    """
+    found = tuple(array.shape)
+    if len(found) != len(expected) or any(e is not None and e != f for e, f in zip(expected, found, strict=True)):
+        want = "(" + ", ".join("any" if e is None else str(e) for e in expected) + ("," if len(expected) == 1 else "") + ")"
+        raise InputError(f"{where}: {name} {letters} must have shape {want}, found {found}")
+
+
+def check_integers(where: str, name: str, xp: Namespace, array: Array, below: int) -> None:
+    """Raise InputError if integers lie outside 0..below-1; on a GPU this would wait for the device, so NumPy only.
+
+    >>> check_integers("Embedding", "x", namespace(np.zeros(1)), np.asarray([0, 7]), 5)
+    Traceback (most recent call last):
+    xprnn.arrays.InputError: Embedding: x must hold integers in 0..4, found 7
+    """
+    if is_numpy(xp) and array.size:
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or high >= below:
+            raise InputError(f"{where}: {name} must hold integers in 0..{below - 1}, found {low if low < 0 else high}")
+
+
+def from_numpy(array: Any, like: Array) -> Array:
+    """A host array, put where `like` lives; floats take `like`'s dtype when it has a real one, integers keep theirs.
+
+    >>> from_numpy(np.zeros(3), like=np.zeros(1, np.float32)).dtype
+    dtype('float32')
+    """
+    xp, array = namespace(like), np.asarray(array)
+    dtype = None
+    if array.dtype.kind == "f" and xp.isdtype(like.dtype, "real floating"):
+        dtype = like.dtype
+    elif array.dtype.kind in "iu":
+        dtype = xp.__array_namespace_info__().default_dtypes(device=device_of(like))["indexing"]
+    if is_numpy(xp):
+        return np.asarray(array, dtype=dtype)
+    if dtype is not None and array.dtype.kind == "f":
+        # Rounded on the host: some devices cannot hold the wider dtype even for a moment.
+        array = array.astype(np.dtype(_dtype_name(like)))
+    return xp.asarray(array, dtype=dtype, device=device_of(like), copy=True)
+
+
+def to_numpy(array: Array) -> Any:
+    """A copy on the host, as a NumPy array: for files, pictures and tests, never inside a pass.
+
+    >>> to_numpy(np.ones(2))
+    array([1., 1.])
+    """
+    if array_api_compat.is_numpy_array(array):
+        return np.asarray(array)
+    if array_api_compat.is_cupy_array(array):
+        return array.get()
+    if array_api_compat.is_torch_array(array):
+        return array.detach().cpu().numpy()
+    if array_api_compat.is_jax_array(array):
+        return np.asarray(array)
+    return np.from_dlpack(array_api_compat.to_device(array, "cpu")) if not hasattr(array, "_array") else array._array.copy()
+
+
+def sum_rows_by_id(xp: Namespace, ids: Array, rows: Array, count: int) -> Array:
+    """Scatter-add: out[v] = sum of rows[m] over the m with ids[m] = v. The adjoint of a row look-up.
+
+    The standard has no scatter. Rows are sorted by id, summed within each run of equal ids, and each run's sum is
+    looked up: in NumPy one `add.reduceat`, elsewhere log2(M) shifted additions (a segmented scan), so that rounding
+    stays that of a pairwise sum and no index leaves the device.
+
+    Args:
+        xp: the namespace.
+        ids: (M,) integers in 0..count-1.
+        rows: (M, K).
+        count: number of rows of the result.
+
+    Returns:
+        (count, K).
+
+    >>> sum_rows_by_id(namespace(np.zeros(1)), np.asarray([2, 0, 2]), np.asarray([[1.0], [2.0], [3.0]]), 4)[:, 0]
+    array([2., 0., 4., 0.])
+    """
+    m = rows.shape[0]
+    out = xp.zeros((count, rows.shape[1]), dtype=rows.dtype, device=device_of(rows))
+    if m == 0 or count == 0:
+        return out
+    order = xp.argsort(ids, stable=True)
+    ids, rows = xp.take(ids, order), xp.take(rows, order, axis=0)
+    if is_numpy(xp):
+        starts = np.flatnonzero(np.concatenate((np.ones(1, bool), ids[1:] != ids[:-1])))
+        out[ids[starts]] = np.add.reduceat(rows, starts, axis=0)
+        return out
+    shift = 1
+    while shift < m:
+        same = xp.concat((xp.zeros_like(ids[:shift], dtype=xp.bool), ids[shift:] == ids[:-shift]))
+        before = xp.concat((xp.zeros_like(rows[:shift, :]), rows[:-shift, :]))
+        rows = rows + xp.where(same[:, None], before, xp.zeros_like(rows))
+        shift *= 2
+    every = xp.arange(count, dtype=ids.dtype, device=device_of(ids))
+    last = xp.searchsorted(ids, every, side="right") - 1
+    found = (last >= 0) & (xp.take(ids, xp.where(last >= 0, last, xp.zeros_like(last))) == every)
+    sums = xp.take(rows, xp.where(found, last, xp.zeros_like(last)), axis=0)
+    return xp.where(found[:, None], sums, out)

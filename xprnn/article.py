@@ -1,0 +1,299 @@
+"""The article's five functions, with its names, arguments, dictionary keys, shapes and return structure.
+
+"Building a Recurrent Neural Network from Scratch in Python" lays arrays out features first: x (n_x, m, T_x). That is
+the core's time-major (T, N, D) read backwards, the same memory, so these functions turn views and copy nothing where
+the caller's arrays are Fortran-ordered. What the article leaves out, the gradients of the output layer, comes with the
+keyword `dlogits` of both backward functions.
+
+    a<t> = tanh(Wax x<t> + Waa a<t-1> + ba)        y<t> = softmax(Wya a<t> + by)
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+from xprnn import scan
+from xprnn.affine import affine, affine_back
+from xprnn.arrays import Array, InputError, Namespace, Params, check_shape, resolve
+from xprnn.cells import elman
+from xprnn.losses import _softmax, softmax
+from xprnn.scan import Steps
+
+__all__ = ["CellCaches", "rnn_backward", "rnn_cell_backward", "rnn_cell_forward", "rnn_forward", "softmax"]
+
+Cache = tuple[Array, Array, Array, Params]
+_KEYS = ("Wax", "Waa", "Wya", "ba", "by")
+
+
+class CellCaches(Sequence[Cache]):
+    """The T_x caches of the steps, (a_next, a_prev, xt, parameters) each, made when they are looked at.
+
+    >>> import numpy as np
+    >>> p = {"Wax": np.ones((2, 3)), "Waa": np.ones((2, 2)), "Wya": np.ones((1, 2)), "ba": np.ones((2, 1)), "by": np.ones((1, 1))}
+    >>> a, y_pred, (cells, x) = rnn_forward(np.ones((3, 1, 5)), np.zeros((2, 1)), p)
+    >>> len(cells), len(cells[1:3]), cells[-1][0].shape
+    (5, 2, (2, 1))
+    """
+
+    def __init__(self, a: Array, a0: Array, x: Array, parameters: Params, tape: Any, steps: range) -> None:
+        self._a, self._a0, self._x, self.parameters, self.tape, self.steps = a, a0, x, parameters, tape, steps
+
+    @property
+    def total(self) -> int:
+        """T_x, the steps of the whole sequence."""
+        return int(self._x.shape[2])
+
+    @property
+    def leading(self) -> bool:
+        """Whether these are steps from the first on, without a gap."""
+        return self.steps == range(len(self.steps))
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @overload
+    def __getitem__(self, index: int) -> Cache: ...
+    @overload
+    def __getitem__(self, index: slice) -> "CellCaches": ...
+    def __getitem__(self, index: int | slice) -> "Cache | CellCaches":
+        if isinstance(index, slice):
+            return CellCaches(self._a, self._a0, self._x, self.parameters, self.tape, self.steps[index])
+        t = self.steps[index]
+        before = self._a[:, :, t - 1] if t else self._a0
+        return self._a[:, :, t], before, self._x[:, :, t], self.parameters
+
+    def __iter__(self) -> Iterator[Cache]:
+        return (self[k] for k in range(len(self)))
+
+
+def _check_parameters(where: str, parameters: Any) -> None:
+    if not isinstance(parameters, dict):
+        raise InputError(f"{where}: parameters must be a dict, found {type(parameters).__name__}")
+    missing = [k for k in _KEYS if k not in parameters]
+    if missing:
+        raise InputError(f"{where}: parameters has no {', '.join(missing)} (expected {', '.join(_KEYS)})")
+    n_a, n_x = (*parameters["Wax"].shape, 0)[:2] if hasattr(parameters["Wax"], "shape") else (0, 0)
+    n_y = (*parameters["Wya"].shape, 0)[0] if hasattr(parameters["Wya"], "shape") else 0
+    shapes = {"Wax": (n_a, n_x), "Waa": (n_a, n_a), "Wya": (n_y, n_a), "ba": (n_a, 1), "by": (n_y, 1)}
+    letters = {"Wax": "(n_a,n_x)", "Waa": "(n_a,n_a)", "Wya": "(n_y,n_a)", "ba": "(n_a,1)", "by": "(n_y,1)"}
+    for name, shape in shapes.items():
+        if hasattr(parameters[name], "shape"):
+            check_shape(where, name, letters[name], parameters[name], shape)
+
+
+def _resolve(where: str, parameters: Params, **arrays: Array) -> Namespace:
+    """The namespace; parameters and arrays checked against each other."""
+    _check_parameters(where, parameters)
+    return resolve(where, arrays | {k: parameters[k] for k in _KEYS})
+
+
+def _turn(xp: Namespace, a: Array) -> Array:
+    """(features, m, T) <-> (T, m, features), or (features, m) <-> (m, features): a view."""
+    return xp.permute_dims(a, tuple(range(a.ndim))[::-1])
+
+
+def _core(parameters: Params) -> Params:
+    return {"weight_ih": parameters["Wax"], "weight_hh": parameters["Waa"], "bias_ih": parameters["ba"][:, 0]}
+
+
+def rnn_cell_forward(xt: Array, a_prev: Array, parameters: Params) -> tuple[Array, Array, Cache]:
+    """One step: a_next = tanh(Wax xt + Waa a_prev + ba), yt_pred = softmax(Wya a_next + by).
+
+    Args:
+        xt: (n_x, m), the input at this step.
+        a_prev: (n_a, m), the hidden state before it.
+        parameters: Wax (n_a, n_x), Waa (n_a, n_a), Wya (n_y, n_a), ba (n_a, 1), by (n_y, 1); real floating, one dtype.
+
+    Returns:
+        a_next (n_a, m); yt_pred (n_y, m), columns sum to 1; cache = (a_next, a_prev, xt, parameters).
+
+    Raises:
+        InputError: shapes, dtypes, libraries or keys that don't fit.
+
+    >>> import numpy as np
+    >>> p = {"Wax": np.ones((2, 3)), "Waa": np.ones((2, 2)), "Wya": np.ones((1, 2)), "ba": np.ones((2, 1)), "by": np.ones((1, 1))}
+    >>> a_next, yt_pred, cache = rnn_cell_forward(np.zeros((3, 4)), np.zeros((2, 4)), p)
+    >>> a_next[:, 0].round(4), yt_pred.shape
+    (array([0.7616, 0.7616]), (1, 4))
+    """
+    where = "rnn_cell_forward"
+    xp = _resolve(where, parameters, xt=xt, a_prev=a_prev)
+    n_a, n_x = parameters["Wax"].shape
+    check_shape(where, "xt", "(n_x,m)", xt, (n_x, None))
+    check_shape(where, "a_prev", "(n_a,m)", a_prev, (n_a, xt.shape[1]))
+    (h,) = scan.step_once(xp, elman(), _core(parameters), _turn(xp, xt), (_turn(xp, a_prev),))
+    logits = affine(xp, h, parameters["Wya"], parameters["by"][:, 0])
+    a_next = _turn(xp, h)
+    return a_next, _turn(xp, _softmax(xp, logits, -1)[0]), (a_next, a_prev, xt, parameters)
+
+
+def rnn_forward(x: Array, a0: Array, parameters: Params) -> tuple[Array, Array, tuple[CellCaches, Array]]:
+    """The whole sequence: `rnn_cell_forward` for each of the T_x steps, with one GEMM for all input projections.
+
+    Args:
+        x: (n_x, m, T_x).
+        a0: (n_a, m), the initial hidden state.
+        parameters: as in rnn_cell_forward.
+
+    Returns:
+        a (n_a, m, T_x), all hidden states; y_pred (n_y, m, T_x), columns sum to 1; caches = (the T_x cell caches, x).
+        With NumPy, `a` is a read-only view of the memory that the backward pass reads: copy it to change it.
+
+    Raises:
+        InputError: shapes, dtypes, libraries or keys that don't fit.
+
+    >>> import numpy as np
+    >>> p = {"Wax": np.ones((2, 3)), "Waa": np.ones((2, 2)), "Wya": np.ones((1, 2)), "ba": np.ones((2, 1)), "by": np.ones((1, 1))}
+    >>> a, y_pred, caches = rnn_forward(np.zeros((3, 4, 5)), np.zeros((2, 4)), p)
+    >>> a.shape, y_pred.shape, len(caches[0])
+    ((2, 4, 5), (1, 4, 5), 5)
+    """
+    where = "rnn_forward"
+    xp = _resolve(where, parameters, x=x, a0=a0)
+    n_a, n_x = parameters["Wax"].shape
+    check_shape(where, "x", "(n_x,m,T_x)", x, (n_x, None, None))
+    check_shape(where, "a0", "(n_a,m)", a0, (n_a, x.shape[1]))
+    core, steps = _core(parameters), Steps()
+    h, _, tape = scan.forward(
+        elman(), core, _turn(xp, x), (_turn(xp, a0),), steps, xp=xp, reverse=False, keep=True
+    )
+    logits = affine(xp, h, parameters["Wya"], parameters["by"][:, 0])
+    a = _turn(xp, h)
+    caches = CellCaches(a, a0, x, parameters, tape, range(x.shape[2]))
+    return a, _turn(xp, _softmax(xp, logits, -1)[0]), (caches, x)
+
+
+def _head_back(xp: Namespace, parameters: Params, dlogits: Array, h: Array) -> tuple[Array, Params]:
+    """dlogits (..., n_y) -> its share of the hidden states' adjoint, and dWya, dby."""
+    dh, dw, db = affine_back(xp, dlogits, h, parameters["Wya"])
+    assert dh is not None
+    return dh, {"dWya": dw, "dby": db[:, None]}
+
+
+def _check_cotangents(where: str, parameters: Params, shape: tuple[int, ...], da: Any, dlogits: Any, name: str) -> Namespace:
+    if da is None and dlogits is None:
+        raise InputError(f"{where}: {name} or dlogits must be given")
+    given = {k: v for k, v in ((name, da), ("dlogits", dlogits)) if v is not None}
+    xp = _resolve(where, parameters, **given)
+    axes = "m,T" if len(shape) > 1 else "m"
+    for key, letter, size in ((name, "n_a", "Waa"), ("dlogits", "n_y", "Wya")):
+        if key in given:
+            steps = (None,) if len(shape) > 1 else ()
+            check_shape(where, key, f"({letter},{axes})", given[key], (parameters[size].shape[0], shape[0], *steps))
+    lengths = {k: v.shape[2] for k, v in given.items()} if len(shape) > 1 else {}
+    for key, t in lengths.items():
+        if t > shape[1]:
+            raise InputError(f"{where}: {key} has {t} time steps but the forward pass had {shape[1]}")
+    if len(set(lengths.values())) > 1:
+        raise InputError(f"{where}: {name} has {lengths[name]} time steps but dlogits has {lengths['dlogits']}")
+    return xp
+
+
+def rnn_cell_backward(da_next: Array | None, cache: Cache, *, dlogits: Array | None = None) -> dict[str, Array]:
+    """The adjoint of one step: dz = da_next (1 - a_next^2);  dxt = Wax' dz, dWax = dz xt', dba = sum of dz over m.
+
+    Args:
+        da_next: (n_a, m), the adjoint of a_next; None for zero, if dlogits is given.
+        cache: from rnn_cell_forward, or one of rnn_forward's.
+        dlogits: (n_y, m), the adjoint of Wya a_next + by, which cross_entropy(..., axis=0) returns.
+
+    Returns:
+        dict of dxt (n_x, m), da_prev (n_a, m), dWax, dWaa, dba like their parameters; with dlogits, dWya and dby too.
+
+    Raises:
+        InputError: shapes, dtypes or libraries that don't fit.
+
+    >>> import numpy as np
+    >>> p = {"Wax": np.ones((2, 3)), "Waa": np.ones((2, 2)), "Wya": np.ones((1, 2)), "ba": np.ones((2, 1)), "by": np.ones((1, 1))}
+    >>> a_next, yt_pred, cache = rnn_cell_forward(np.zeros((3, 4)), np.zeros((2, 4)), p)
+    >>> sorted(rnn_cell_backward(np.ones((2, 4)), cache))
+    ['dWaa', 'dWax', 'da_prev', 'dba', 'dxt']
+    """
+    where = "rnn_cell_backward"
+    try:
+        a_next, a_prev, xt, parameters = cache
+    except (TypeError, ValueError):
+        raise InputError(f"{where}: cache must be (a_next, a_prev, xt, parameters) from rnn_cell_forward") from None
+    xp = _check_cotangents(where, parameters, (a_next.shape[1],), da_next, dlogits, "da_next")
+    h, heads = _turn(xp, a_next), {}
+    dh = None if da_next is None else _turn(xp, da_next)
+    if dlogits is not None:
+        share, heads = _head_back(xp, parameters, _turn(xp, dlogits), h)
+        dh = share if dh is None else dh + share
+    _, back = elman().over(xp)[:2]
+    (dz,), _, _, _ = back((dh,), (h,), (), ())
+    dx, dw, db = affine_back(xp, dz, _turn(xp, xt), parameters["Wax"])
+    dh_prev, du, _ = affine_back(xp, dz, _turn(xp, a_prev), parameters["Waa"])
+    return {"dxt": _turn(xp, dx), "da_prev": _turn(xp, dh_prev), "dWax": dw, "dWaa": du, "dba": db[:, None]} | heads
+
+
+def rnn_backward(
+    da: Array | None, caches: tuple[Sequence[Cache], Array], *, dlogits: Array | None = None
+) -> dict[str, Array]:
+    """The adjoint of the whole sequence: back-propagation through time.
+
+    Args:
+        da: (n_a, m, T), the adjoint of each hidden state from outside; T may be less than T_x, then only the first T
+            steps are walked, as the article's loop does. None for zero, if dlogits is given.
+        caches: from rnn_forward; or (a list of T_x cell caches, x).
+        dlogits: (n_y, m, T), the adjoint of Wya a + by, which cross_entropy(..., axis=0) returns.
+
+    Returns:
+        dict of dx (n_x, m, T), da0 (n_a, m), dWax, dWaa, dba like their parameters; with dlogits, dWya and dby too.
+
+    Raises:
+        InputError: shapes, dtypes or libraries that don't fit.
+
+    >>> import numpy as np
+    >>> p = {"Wax": np.ones((2, 3)), "Waa": np.ones((2, 2)), "Wya": np.ones((1, 2)), "ba": np.ones((2, 1)), "by": np.ones((1, 1))}
+    >>> a, y_pred, caches = rnn_forward(np.zeros((3, 4, 5)), np.zeros((2, 4)), p)
+    >>> {k: v.shape for k, v in rnn_backward(np.ones((2, 4, 5)), caches).items()}
+    {'dx': (3, 4, 5), 'da0': (2, 4), 'dWax': (2, 3), 'dWaa': (2, 2), 'dba': (2, 1)}
+    """
+    where = "rnn_backward"
+    try:
+        cells, x = caches
+        parameters = cells.parameters if isinstance(cells, CellCaches) else cells[0][3]
+        check_shape(where, "x in caches", "(n_x,m,T_x)", x, (None, None, None))
+    except (TypeError, ValueError, IndexError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{where}: caches must be (cell caches, x) from rnn_forward, at least one step") from None
+    xp = _check_cotangents(where, parameters, (x.shape[1], len(cells)), da, dlogits, "da")
+    steps = (dlogits if da is None else da).shape[2]
+    if not isinstance(cells, CellCaches) or not cells.leading:
+        return _by_cells(xp, da, dlogits, cells[:steps])
+    tape = cells.tape if steps == cells.total else _shorter(cells.tape, steps)
+    heads: Params = {}
+    dy = None if da is None else _turn(xp, da)
+    if dlogits is not None:
+        share, heads = _head_back(xp, parameters, _turn(xp, dlogits), tape.states()[0])
+        dy = share if dy is None else dy + share
+    dx, (da0,), d = scan.backward(tape, dy, (None,))
+    return {
+        "dx": _turn(xp, dx),
+        "da0": _turn(xp, da0),
+        "dWax": d["weight_ih"],
+        "dWaa": d["weight_hh"],
+        "dba": d["bias_ih"][:, None],
+    } | heads
+
+
+def _shorter(tape: Any, steps: int) -> Any:
+    """The tape of the first steps of a sequence."""
+    return scan.forward(
+        tape.cell, tape.params, tape.x[:steps, ...], tape.initial, Steps(), xp=tape.xp, reverse=False, keep=True
+    )[2]
+
+
+def _by_cells(xp: Namespace, da: Array | None, dlogits: Array | None, cells: Sequence[Cache]) -> dict[str, Array]:
+    """The article's loop, for cell caches that were put together by hand."""
+    if not len(cells):
+        raise InputError("rnn_backward: caches must hold at least one cell cache")
+    da_prev, dx, sums = None, [], {}
+    for t in range(len(cells) - 1, -1, -1):
+        here = da_prev if da is None else da[:, :, t] if da_prev is None else da[:, :, t] + da_prev
+        g = rnn_cell_backward(here, cells[t], dlogits=None if dlogits is None else dlogits[:, :, t])
+        da_prev = g.pop("da_prev")
+        dx.append(g.pop("dxt"))
+        sums = {k: v + sums[k] if sums else v for k, v in g.items()}
+    return {"dx": xp.stack(dx[::-1], axis=-1), "da0": da_prev} | sums

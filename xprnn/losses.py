@@ -1,0 +1,171 @@
+"""Softmax, cross-entropy and squared error: each value beside its gradient."""
+
+from typing import Any
+
+from xprnn.affine import zeros
+from xprnn.arrays import Array, InputError, Namespace, check_integers, check_shape, device_of, is_integer, resolve
+
+__all__ = ["cross_entropy", "mse", "softmax"]
+
+
+def softmax(x: Array, axis: int = 0) -> Array:
+    """Softmax along one axis: exp(x - max) / sum exp(x - max), the maximum taken along that axis.
+
+    The shift is each column's own. With the maximum of the whole array, a column lying far below another (104 in
+    float32) would divide 0 by 0.
+
+    Args:
+        x: scores of a real floating dtype, any shape with at least one axis.
+        axis: the axis that sums to 1; 0, the article's columns, unless given.
+
+    Returns:
+        An array like x; along `axis` it is positive and sums to 1.
+
+    Raises:
+        InputError: not an array, not floating, or no such axis.
+
+    >>> import numpy as np
+    >>> softmax(np.asarray([[0.0, 1e4], [0.0, 0.0]]))
+    array([[0.5, 1. ],
+           [0.5, 0. ]])
+    """
+    xp = resolve("softmax", {"x": x})
+    if not -x.ndim <= axis < x.ndim:
+        raise InputError(f"softmax: axis must be in {-x.ndim}..{x.ndim - 1} for x of shape {tuple(x.shape)}, found {axis}")
+    return _softmax(xp, x, axis)[0]
+
+
+def _softmax(xp: Namespace, x: Array, axis: int) -> tuple[Array, Array]:
+    """(softmax, log softmax)."""
+    if x.shape[axis] == 0:
+        return x, x
+    shifted = x - xp.max(x, axis=axis, keepdims=True)
+    e = xp.exp(shifted)
+    total = xp.sum(e, axis=axis, keepdims=True, dtype=x.dtype)
+    return e / total, shifted - xp.log(total)
+
+
+def _weights(where: str, xp: Namespace, like: Array, shape: tuple[int, ...], mask: Any, weights: Any) -> Array:
+    """mask and weights as one array of `shape`, of like's dtype."""
+    w = xp.ones(shape, dtype=like.dtype, device=device_of(like))
+    if mask is not None:
+        resolve(where, {}, {"logits": like, "mask": mask})
+        check_shape(where, "mask", "(the shape of the targets)", mask, shape)
+        if not xp.isdtype(mask.dtype, "bool"):
+            raise InputError(f"{where}: mask must be boolean, found {mask.dtype}: pass numbers as weights")
+        w = xp.where(mask, w, xp.zeros_like(w))
+    if weights is not None:
+        resolve(where, {"prediction": like, "weights": weights})
+        check_shape(where, "weights", "(the shape of the targets)", weights, shape)
+        w = xp.where(w > 0, weights, xp.zeros_like(w))
+    return w
+
+
+def _scale(xp: Namespace, where: str, w: Array, reduction: str) -> Array:
+    """The factor of a weighted sum: 1, or 1 over the total weight (0 where there is none)."""
+    if reduction not in ("mean", "sum"):
+        raise InputError(f"{where}: reduction must be 'mean' or 'sum', found {reduction!r}")
+    one = xp.ones((), dtype=w.dtype, device=device_of(w))
+    if reduction == "sum":
+        return one
+    total = xp.sum(w, dtype=w.dtype)
+    return xp.where(total != 0, one / xp.where(total != 0, total, one), xp.zeros_like(one))
+
+
+def cross_entropy(
+    logits: Array,
+    targets: Array,
+    *,
+    mask: Array | None = None,
+    weights: Array | None = None,
+    axis: int = -1,
+    reduction: str = "mean",
+) -> tuple[Array, Array]:
+    """Cross-entropy of softmax(logits), and its gradient: -sum w log p[target] / sum w;  dlogits = w (p - onehot) / sum w.
+
+    Args:
+        logits: (..., V), scores before the softmax; V stands at `axis` (0 for the article's (n_y, m, T_x)).
+        targets: integers 0..V-1 of logits' shape without `axis`, or probabilities (one-hot rows) of logits' shape.
+        mask: boolean, shape of the integer targets; False leaves that position out.
+        weights: real, same shape; multiplies that position's loss.
+        axis: where the classes are.
+        reduction: "mean" divides by the total weight (0 if that is 0), "sum" doesn't.
+
+    Returns:
+        value, a 0-d array in nats; gradient, like logits.
+
+    Raises:
+        InputError: shapes, dtypes or libraries that don't fit.
+
+    >>> import numpy as np
+    >>> value, dlogits = cross_entropy(np.zeros((2, 4)), np.asarray([1, 3]))
+    >>> round(float(value), 6), dlogits[0]
+    (1.386294, array([ 0.125, -0.375,  0.125,  0.125]))
+    """
+    where = "cross_entropy"
+    xp = resolve(where, {"logits": logits}, {"targets": targets})
+    if logits.ndim == 0 or not -logits.ndim <= axis < logits.ndim:
+        raise InputError(f"{where}: logits has shape {tuple(logits.shape)}, which has no axis {axis}")
+    axis = axis % logits.ndim
+    v, shape = logits.shape[axis], tuple(s for k, s in enumerate(logits.shape) if k != axis)
+    if is_integer(xp, targets):
+        hint = "(logits without the class axis" + (f" {axis}; the article's layout needs axis=0)" if axis else ")")
+        check_shape(where, "targets", hint, targets, shape)
+        check_integers(where, "targets", xp, targets, v)
+        classes = xp.reshape(
+            xp.arange(v, dtype=targets.dtype, device=device_of(logits)),
+            tuple(v if k == axis else 1 for k in range(logits.ndim)),
+        )
+        hit = xp.expand_dims(targets, axis=axis) == classes
+        wanted = xp.where(hit, xp.ones_like(logits), xp.zeros_like(logits))
+    else:
+        resolve(where, {"logits": logits, "targets": targets})
+        check_shape(where, "targets", "(one-hot: the shape of logits)", targets, tuple(logits.shape))
+        wanted = targets
+    w = _weights(where, xp, logits, shape, mask, weights)
+    p, logp = _softmax(xp, logits, axis)
+    # A class that is not wanted has no share, however small its probability: 0 * -inf would be nan.
+    parts = xp.where(wanted != 0, wanted * logp, xp.zeros_like(logp))
+    scaled = w * _scale(xp, where, w, reduction)
+    value = -xp.sum(xp.expand_dims(scaled, axis=axis) * parts, dtype=logits.dtype)
+    mass = xp.sum(wanted, axis=axis, keepdims=True, dtype=logits.dtype)
+    return value, (p * mass - wanted) * xp.expand_dims(scaled, axis=axis)
+
+
+def mse(
+    prediction: Array,
+    target: Array,
+    *,
+    mask: Array | None = None,
+    weights: Array | None = None,
+    reduction: str = "mean",
+) -> tuple[Array, Array]:
+    """Mean squared error and its gradient: sum w (y - t)^2 / sum w;  dy = 2 w (y - t) / sum w.
+
+    Args:
+        prediction: y, any shape.
+        target: t, of the same shape.
+        mask: boolean, the same shape or that without the last axis; False leaves that position out.
+        weights: real, likewise.
+        reduction: "mean" divides by the total weight, "sum" doesn't.
+
+    Returns:
+        value, a 0-d array; gradient, like prediction.
+
+    Raises:
+        InputError: shapes, dtypes or libraries that don't fit.
+
+    >>> import numpy as np
+    >>> mse(np.asarray([1.0, 3.0]), np.asarray([1.0, 1.0]))
+    (np.float64(2.0), array([0., 2.]))
+    """
+    xp = resolve("mse", {"prediction": prediction, "target": target})
+    check_shape("mse", "target", "(the shape of the prediction)", target, tuple(prediction.shape))
+    if mask is not None and hasattr(mask, "ndim") and mask.ndim == prediction.ndim - 1:
+        mask = xp.broadcast_to(mask[..., None], prediction.shape)
+    if weights is not None and hasattr(weights, "ndim") and weights.ndim == prediction.ndim - 1:
+        weights = xp.broadcast_to(weights[..., None], prediction.shape)
+    w = _weights("mse", xp, prediction, tuple(prediction.shape), mask, weights)
+    error = xp.where(w != 0, prediction - target, zeros(xp, (), prediction))
+    scaled = w * _scale(xp, "mse", w, reduction)
+    return xp.sum(scaled * error * error, dtype=prediction.dtype), 2 * scaled * error

@@ -1,0 +1,249 @@
+"""Optimisers as pure pairs: `init(params) -> state`, `update(params, grads, state) -> params, state`.
+
+Parameters, gradients and moments are flat dicts with the same keys; nothing is changed in place. Formulas and defaults
+are torch's, so a training run can move between the two. The learning rate is a number or a schedule, a function of the
+step number 0, 1, 2, ...
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import cos, pi
+from typing import Any
+
+from xprnn.arrays import Array, InputError, Params, namespace, resolve
+
+__all__ = [
+    "Optimizer",
+    "adagrad",
+    "adam",
+    "adamw",
+    "clip_by_global_norm",
+    "clip_by_value",
+    "cosine",
+    "rmsprop",
+    "sgd",
+    "warmup",
+]
+
+Rate = float | Callable[[int], float]
+OptState = dict[str, Any]  # "step": int, and moment name -> dict keyed like params
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """A rule that turns gradients into new parameters.
+
+    Args:
+        name: how it is called.
+        moments: names of what it remembers for each parameter.
+        rule: (xp, p, g, moments of this parameter, rate, step number from 1) -> new p, new moments.
+        rate: the learning rate, a number > 0 or a function of the step number from 0.
+
+    >>> import numpy as np
+    >>> opt = sgd(0.1)
+    >>> params, state = {"w": np.ones(2)}, opt.init({"w": np.ones(2)})
+    >>> params, state = opt.update(params, {"w": np.ones(2)}, state)
+    >>> params["w"], state["step"]
+    (array([0.9, 0.9]), 1)
+    """
+
+    name: str
+    moments: tuple[str, ...]
+    rule: Callable[..., Any]
+    rate: Rate
+
+    def init(self, params: Params) -> OptState:
+        """The state before the first step: zeros like each parameter."""
+        zeros = {m: {k: namespace(p).zeros_like(p) for k, p in params.items()} for m in self.moments}
+        return {"step": 0, **zeros}
+
+    def update(self, params: Params, grads: Params, state: OptState) -> tuple[Params, OptState]:
+        """One step.
+
+        Args:
+            params, grads: dicts with the same keys and shapes.
+            state: from `init` or the last `update`.
+
+        Returns:
+            new params, new state; the arguments stay as they were.
+
+        Raises:
+            InputError: keys or shapes that differ.
+        """
+        _check_keys(f"{self.name}.update", params, grads)
+        rate = self.rate(state["step"]) if callable(self.rate) else self.rate
+        step = state["step"] + 1
+        out: Params = {}
+        moments: dict[str, Params] = {m: {} for m in self.moments}
+        xp = namespace(next(iter(params.values()))) if params else None
+        for key, p in params.items():
+            old = tuple(state[m][key] for m in self.moments)
+            out[key], new = self.rule(xp, p, grads[key], old, rate, step)
+            for m, value in zip(self.moments, new, strict=True):
+                moments[m][key] = value
+        return out, {"step": step, **moments}
+
+
+def _check_keys(where: str, params: Params, grads: Params) -> None:
+    if params.keys() != grads.keys():
+        odd = sorted(params.keys() ^ grads.keys())
+        raise InputError(f"{where}: params and grads must have the same keys, found {', '.join(odd)} in only one")
+    for key, p in params.items():
+        if tuple(p.shape) != tuple(grads[key].shape):
+            raise InputError(f"{where}: the gradient of {key} has shape {tuple(grads[key].shape)}, expected {tuple(p.shape)}")
+
+
+def _check_rate(where: str, rate: Rate) -> None:
+    if not callable(rate) and not (isinstance(rate, (int, float)) and 0 <= rate < float("inf")):
+        raise InputError(f"{where}: learning_rate must be a number >= 0 or a function of the step, found {rate!r}")
+
+
+def _within(where: str, **values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise InputError(f"{where}: {name} must be in [0, 1), found {value!r}")
+
+
+def sgd(learning_rate: Rate, momentum: float = 0.0, *, nesterov: bool = False) -> Optimizer:
+    """Gradient descent: v = mu v + g;  p -= lr v  (with nesterov: p -= lr (g + mu v)).
+
+    >>> sgd(0.1, momentum=0.9).moments
+    ('velocity',)
+    """
+    _check_rate("sgd", learning_rate)
+    _within("sgd", momentum=momentum)
+
+    def rule(xp: Any, p: Array, g: Array, old: Any, rate: float, step: int) -> Any:
+        if not momentum:
+            return p - rate * g, ()
+        v = momentum * old[0] + g
+        return p - rate * (g + momentum * v if nesterov else v), (v,)
+
+    return Optimizer("sgd", ("velocity",) if momentum else (), rule, learning_rate)
+
+
+def adagrad(learning_rate: Rate = 0.01, eps: float = 1e-10) -> Optimizer:
+    """Adagrad (Duchi et al. 2011): s += g^2;  p -= lr g / (sqrt(s) + eps).
+
+    >>> adagrad().name
+    'adagrad'
+    """
+    _check_rate("adagrad", learning_rate)
+
+    def rule(xp: Any, p: Array, g: Array, old: Any, rate: float, step: int) -> Any:
+        s = old[0] + g * g
+        return p - rate * g / (xp.sqrt(s) + eps), (s,)
+
+    return Optimizer("adagrad", ("sum",), rule, learning_rate)
+
+
+def rmsprop(learning_rate: Rate = 0.01, decay: float = 0.99, eps: float = 1e-8) -> Optimizer:
+    """RMSProp (Hinton 2012): s = a s + (1-a) g^2;  p -= lr g / (sqrt(s) + eps).
+
+    >>> rmsprop().name
+    'rmsprop'
+    """
+    _check_rate("rmsprop", learning_rate)
+    _within("rmsprop", decay=decay)
+
+    def rule(xp: Any, p: Array, g: Array, old: Any, rate: float, step: int) -> Any:
+        s = decay * old[0] + (1 - decay) * (g * g)
+        return p - rate * g / (xp.sqrt(s) + eps), (s,)
+
+    return Optimizer("rmsprop", ("square",), rule, learning_rate)
+
+
+def _adam(name: str, learning_rate: Rate, b1: float, b2: float, eps: float, decay: float) -> Optimizer:
+    _check_rate(name, learning_rate)
+    _within(name, b1=b1, b2=b2)
+
+    def rule(xp: Any, p: Array, g: Array, old: Any, rate: float, step: int) -> Any:
+        m = b1 * old[0] + (1 - b1) * g
+        v = b2 * old[1] + (1 - b2) * (g * g)
+        # Bias corrections are scalars of the step: on the host, no array is read.
+        root = xp.sqrt(v) * (1 / (1 - b2**step) ** 0.5) + eps
+        kept = p if not decay else p * (1 - rate * decay)
+        return kept - (rate / (1 - b1**step)) * m / root, (m, v)
+
+    return Optimizer(name, ("mean", "square"), rule, learning_rate)
+
+
+def adam(learning_rate: Rate = 1e-3, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Optimizer:
+    """Adam (Kingma & Ba 2015): m, v running means of g, g^2;  p -= lr m^ / (sqrt(v^) + eps), m^ and v^ bias-corrected.
+
+    >>> adam(1e-3).moments
+    ('mean', 'square')
+    """
+    return _adam("adam", learning_rate, b1, b2, eps, 0.0)
+
+
+def adamw(
+    learning_rate: Rate = 1e-3, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.01
+) -> Optimizer:
+    """AdamW (Loshchilov & Hutter 2019): Adam, after p has shrunk by lr * weight_decay.
+
+    >>> adamw(1e-3).name
+    'adamw'
+    """
+    return _adam("adamw", learning_rate, b1, b2, eps, weight_decay)
+
+
+def clip_by_value(grads: Params, limit: float) -> Params:
+    """Each entry bounded to [-limit, limit], the article's clipping.
+
+    >>> import numpy as np
+    >>> clip_by_value({"w": np.asarray([-3.0, 0.5])}, 1.0)["w"]
+    array([-1. ,  0.5])
+    """
+    if not limit > 0:
+        raise InputError(f"clip_by_value: limit must be > 0, found {limit!r}")
+    return {k: namespace(g).minimum(namespace(g).maximum(g, -limit), limit) for k, g in grads.items()}
+
+
+def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Array]:
+    """All gradients scaled by min(1, max_norm / (norm + 1e-6)), norm over all of them (Pascanu et al. 2012).
+
+    The 1e-6 is torch's (clip_grad_norm_). Nothing is read on the host.
+
+    Args:
+        grads: the gradients.
+        max_norm: > 0.
+
+    Returns:
+        the scaled gradients, and the norm before scaling, a 0-d array.
+
+    >>> import numpy as np
+    >>> grads, norm = clip_by_global_norm({"w": np.asarray([3.0, 4.0])}, 1.0)
+    >>> float(norm), grads["w"].round(3)
+    (5.0, array([0.6, 0.8]))
+    """
+    if not max_norm > 0:
+        raise InputError(f"clip_by_global_norm: max_norm must be > 0, found {max_norm!r}")
+    xp = resolve("clip_by_global_norm", dict(grads))
+    squares = [xp.sum(g * g, dtype=g.dtype) for g in grads.values()]
+    norm = xp.sqrt(xp.sum(xp.stack(squares), dtype=squares[0].dtype))
+    scale = xp.minimum(max_norm / (norm + 1e-6), xp.ones_like(norm))
+    return {k: g * scale for k, g in grads.items()}, norm
+
+
+def cosine(peak: float, steps: int, *, final: float = 0.0) -> Callable[[int], float]:
+    """A schedule: from `peak` at step 0 along a half cosine to `final` at `steps` and after.
+
+    >>> cosine(1.0, 10)(5)
+    0.5
+    """
+    return lambda step: final + (peak - final) * 0.5 * (1 + cos(pi * min(step, steps) / max(1, steps)))
+
+
+def warmup(schedule: Rate, steps: int) -> Callable[[int], float]:
+    """A schedule that rises linearly to `schedule` over the first `steps` steps.
+
+    >>> warmup(1.0, 4)(1)
+    0.5
+    """
+
+    def rate(step: int) -> float:
+        full = schedule(step) if callable(schedule) else schedule
+        return full * min(1.0, (step + 1) / max(1, steps))
+
+    return rate

@@ -1,0 +1,307 @@
+"""One layer in one direction over a whole sequence, forward and backward: the specification of every kernel.
+
+    xg = x W' + b_ih  for all steps at once              (one GEMM, affine.py)
+    for each t:   hg = h U' + b_hh;   state', saved = step(xg[t], hg, state)
+
+and backwards, line by line in reverse, ending in one GEMM for each weight gradient. This loop runs on any namespace of
+the Array API standard, immutable arrays included; `kernels` holds faster sentences of the same meaning, chosen once for
+a sequence. `reverse` walks t from T-1 to 0. A row that is not active in a step keeps its state (so the reverse
+direction starts inside each row's own length by itself), puts out 0 and receives no gradient.
+
+What the letters mean: T steps, N rows, D inputs, H hidden, P = H or the projected size, G gates.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from xprnn import kernels
+from xprnn.affine import affine, affine_back, flat, zeros
+from xprnn.arrays import Array, Namespace, Params
+from xprnn.cells import Cell, Pointwise
+
+__all__ = ["Steps", "Tape", "backward", "forward", "step_once"]
+
+State = tuple[Array, ...]
+
+
+class Steps(NamedTuple):
+    """Which rows take part in which step; None means all (active) or none (reset)."""
+
+    active: Array | None = None  # (T, N) boolean
+    reset: Array | None = None  # (T, N) boolean
+
+
+@dataclass(frozen=True)
+class Tape:
+    """What backward needs of a forward pass; replaying it any number of times gives the same gradients."""
+
+    back: Callable[..., Any]  # the backward of the implementation that wrote this tape
+    xp: Namespace
+    cell: Cell
+    params: Params
+    x: Array
+    initial: State
+    steps: Steps
+    reverse: bool
+    states: Callable[[], State]  # one (T, N, .) for each of the cell's states: after each step
+    saved: Any  # what the writer keeps for its backward
+    kernel: str
+
+
+def forward(
+    cell: Cell, params: Params, x: Array, state: State, steps: Steps, *, xp: Namespace, reverse: bool, keep: bool
+) -> tuple[Array, State, Tape | None]:
+    """Run the cell along x; the fastest implementation that knows the case does the work.
+
+    Args:
+        cell: the cell.
+        params: weight_ih (G*H, D), weight_hh (G*H, P), and where used bias_ih, bias_hh (G*H,), weight_hr (P, H), and
+            the cell's own vectors (H,).
+        x: (T, N, D), or integers (T, N).
+        state: the cell's states, h (N, P) first, the others (N, H).
+        steps: which rows take part when.
+        xp: the arrays' namespace.
+        reverse: walk from T-1 to 0.
+        keep: whether backward will follow; else no tape is kept.
+
+    Returns:
+        y (T, N, P), the final state, the tape or None.
+    """
+    if steps.active is not None:
+        # What stands in padding must not reach a product, where even 0 * nan is nan.
+        mask = steps.active[..., None] if x.ndim == 3 else steps.active
+        x = xp.where(mask, x, xp.zeros_like(x))
+    run = kernels.find(xp, cell, params) or _forward
+    result: tuple[Array, State, Tape | None] = run(cell, params, x, state, steps, xp=xp, reverse=reverse, keep=keep)
+    return result
+
+
+def backward(
+    tape: Tape, dy: Array | None, dstate: Sequence[Array | None], dstates: Sequence[Array | None] = ()
+) -> tuple[Array | None, State, Params]:
+    """The adjoint of `forward`.
+
+    Args:
+        tape: what forward returned.
+        dy: (T, N, P), adjoint of y, or None.
+        dstate: the adjoint of each final state, or None for zero.
+        dstates: the adjoint of each entry of tape.states (T, N, .), or None.
+
+    Returns:
+        dx like x (None for integers), the adjoint of each initial state, gradients keyed like params.
+    """
+    result: tuple[Array | None, State, Params] = tape.back(tape, dy, dstate, dstates)
+    return result
+
+
+def _gates(a: Array, count: int) -> tuple[Array, ...]:
+    width = a.shape[-1] // count if count else 0
+    return tuple(a[..., k * width : (k + 1) * width] for k in range(count))
+
+
+class _Weights(NamedTuple):
+    """The recurrent half of the parameters, turned once for a sequence and cut where the cell's early gates end."""
+
+    ut: Array
+    b: Array | None
+    ut_late: Array | None
+    b_late: Array | None
+    hr_t: Array | None
+    vectors: tuple[Array, ...]
+
+
+def _weights(xp: Namespace, cell: Cell, params: Params) -> _Weights:
+    ut, b = xp.permute_dims(params["weight_hh"], (1, 0)), params.get("bias_hh")
+    late_ut = late_b = None
+    if cell.early:
+        cut = cell.early * (ut.shape[1] // cell.gates)
+        ut, late_ut = ut[:, :cut], ut[:, cut:]
+        if b is not None:
+            b, late_b = b[:cut], b[cut:]
+    hr = params.get("weight_hr")
+    hr_t = None if hr is None else xp.permute_dims(hr, (1, 0))
+    return _Weights(ut, b, late_ut, late_b, hr_t, tuple(params[v] for v in cell.vectors))
+
+
+class _Saved(NamedTuple):
+    """One step's record."""
+
+    step: tuple[Array, ...]  # what the cell saved
+    early: tuple[Array, ...]  # what its early gates saved
+    q: Array | None  # what entered the late recurrent product
+    raw: Array | None  # h before the projection
+
+
+def _step(
+    xp: Namespace, cell: Cell, fns: Pointwise, w: _Weights, xg: Array, state: State
+) -> tuple[State, _Saved]:
+    """One step of all rows: the recurrent product, then the cell."""
+    e, x = cell.early, _gates(xg, cell.gates)
+    hg = xp.matmul(state[0], w.ut)
+    hg = hg if w.b is None else hg + w.b
+    early: tuple[Array, ...] = ()
+    q = raw = None
+    if fns.early is None:
+        new, saved = fns.step(x, _gates(hg, cell.gates), state, w.vectors)
+    else:
+        early, q = fns.early(x[:e], _gates(hg, e), state, w.vectors)
+        hg = xp.matmul(q, w.ut_late)
+        hg = hg if w.b_late is None else hg + w.b_late
+        new, saved = fns.step((*early[:e], *x[e:]), _gates(hg, cell.gates - e), state, w.vectors)
+    if w.hr_t is not None:
+        raw = new[0]
+        new = (xp.matmul(raw, w.hr_t), *new[1:])
+    return new, _Saved(saved, early, q, raw)
+
+
+def step_once(xp: Namespace, cell: Cell, params: Params, x: Array, state: State) -> State:
+    """One step for streaming: x (N, D) or integers (N,) and the state -> the next state."""
+    xg = affine(xp, x, params["weight_ih"], params.get("bias_ih"))
+    return _step(xp, cell, cell.over(xp), _weights(xp, cell, params), xg, state)[0]
+
+
+def _order(steps: int, reverse: bool) -> range:
+    return range(steps - 1, -1, -1) if reverse else range(steps)
+
+
+def _stack(xp: Namespace, rows: Sequence[Array], like: Array) -> Array:
+    return xp.stack(rows) if rows else zeros(xp, (0, *like.shape), like)
+
+
+def _where_rows(xp: Namespace, rows: Array, a: Array, b: Array) -> Array:
+    return xp.where(rows[:, None], a, b)
+
+
+def _forward(
+    cell: Cell, params: Params, x: Array, state: State, steps: Steps, *, xp: Namespace, reverse: bool, keep: bool
+) -> tuple[Array, State, Tape | None]:
+    fns, w = cell.over(xp), _weights(xp, cell, params)
+    xg = affine(xp, x, params["weight_ih"], params.get("bias_ih"))
+    initial = state
+    records: list[tuple[State, _Saved] | None] = [None] * x.shape[0]
+    after: list[Any] = [None] * x.shape[0]
+    for t in _order(x.shape[0], reverse):
+        if steps.reset is not None:
+            row = steps.reset[t, ...]
+            state = tuple(_where_rows(xp, row, i, s) for i, s in zip(initial, state, strict=True))
+        new, saved = _step(xp, cell, fns, w, xg[t, ...], state)
+        if steps.active is not None:
+            row = steps.active[t, ...]
+            new = tuple(_where_rows(xp, row, n, s) for n, s in zip(new, state, strict=True))
+        if keep:
+            records[t] = (state, saved)
+        state = after[t] = new
+    states = tuple(
+        _stack(xp, [a[k] for a in after], s) if keep or k == 0 else s for k, s in enumerate(initial)
+    )
+    y = states[0]
+    if steps.active is not None:
+        y = xp.where(steps.active[..., None], y, xp.zeros_like(y))
+    tape = None
+    if keep:
+        tape = Tape(_backward, xp, cell, params, x, initial, steps, reverse, lambda: states, records, "generic scan")
+    return y, state, tape
+
+
+def _sum(a: Array | None, b: Array | None) -> Array | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+def _backward(
+    tape: Tape, dy: Array | None, dstate: Sequence[Array | None], dstates: Sequence[Array | None]
+) -> tuple[Array | None, State, Params]:
+    xp, cell, steps, params = tape.xp, tape.cell, tape.steps, tape.params
+    fns = cell.over(xp)
+    count = tape.x.shape[0]
+    if dy is not None and steps.active is not None:
+        dy = xp.where(steps.active[..., None], dy, xp.zeros_like(dy))
+    ds = [xp.zeros_like(i) if d is None else d for i, d in zip(tape.initial, dstate, strict=True)]
+    dinitial = [xp.zeros_like(i) for i in tape.initial]
+    rows: list[Any] = [None] * count
+    totals: dict[str, Array] = {}
+    for t in reversed(_order(count, tape.reverse)):
+        before, saved = tape.saved[t]
+        for k, injected in enumerate(dstates):
+            if injected is not None:
+                ds[k] = ds[k] + injected[t, ...]
+        if dy is not None:
+            ds[0] = ds[0] + dy[t, ...]
+        passed = [None] * len(ds)
+        if steps.active is not None:
+            row = steps.active[t, ...]
+            passed = [_where_rows(xp, row, xp.zeros_like(d), d) for d in ds]
+            ds = [_where_rows(xp, row, d, xp.zeros_like(d)) for d in ds]
+        dxg, dhg, ds = _step_back(xp, cell, fns, params, saved, before, ds, totals)
+        ds = [_sum(d, p) for d, p in zip(ds, passed, strict=True)]
+        if steps.reset is not None:
+            row = steps.reset[t, ...]
+            dinitial = [i + _where_rows(xp, row, d, xp.zeros_like(d)) for i, d in zip(dinitial, ds, strict=True)]
+            ds = [_where_rows(xp, row, xp.zeros_like(d), d) for d in ds]
+        rows[t] = (dxg, dhg)
+    dinitial = [i + d for i, d in zip(dinitial, ds, strict=True)]
+    dx, dparams = _weight_gradients(tape, rows, totals)
+    return dx, tuple(dinitial), dparams
+
+
+def _step_back(
+    xp: Namespace,
+    cell: Cell,
+    fns: Pointwise,
+    params: Params,
+    saved: _Saved,
+    before: State,
+    ds: list[Array],
+    totals: dict[str, Array],
+) -> tuple[Array, Array, list[Array]]:
+    """The adjoint of `_step`, in reverse order; adds what is summed over time to `totals`."""
+    u, p = params["weight_hh"], tuple(params[v] for v in cell.vectors)
+    cut = cell.early * (u.shape[0] // cell.gates)
+
+    def add(name: str, value: Array) -> None:
+        totals[name] = value if name not in totals else totals[name] + value
+
+    if saved.raw is not None:
+        add("weight_hr", xp.matmul(xp.permute_dims(ds[0], (1, 0)), saved.raw))
+        ds = [xp.matmul(ds[0], params["weight_hr"]), *ds[1:]]
+    dx, dh, dprev, dp = fns.back(tuple(ds), saved.step, before, p)
+    if fns.early_back is not None:
+        dvalues = dx[: cell.early]
+        dq = xp.matmul(xp.concat(dh, axis=-1), u[cut:, :])
+        dx_early, dstate_early, dp_early = fns.early_back(dvalues, dq, saved.early, before, p)
+        dprev = [_sum(a, b) for a, b in zip(dprev, dstate_early, strict=True)]
+        dp = [_sum(a, b) for a, b in zip(dp, dp_early, strict=True)]
+        dx, dh = (*dx_early, *dx[cell.early :]), (*dx_early, *dh)
+    for name, value in zip(cell.vectors, dp, strict=True):
+        add(name, xp.sum(value, axis=0, dtype=value.dtype))
+    dhg = xp.concat(dh, axis=-1)
+    direct = xp.matmul(dhg[:, :cut], u[:cut, :]) if cell.early else xp.matmul(dhg, u)
+    dprev = [_sum(direct, dprev[0]), *(xp.zeros_like(b) if d is None else d for d, b in zip(dprev[1:], before[1:], strict=True))]
+    return xp.concat(dx, axis=-1), dhg, dprev
+
+
+def _weight_gradients(tape: Tape, rows: list[Any], totals: dict[str, Array]) -> tuple[Array | None, Params]:
+    """One GEMM for each weight, over all T*N rows at once."""
+    xp, cell, params, n = tape.xp, tape.cell, tape.params, tape.initial[0].shape[0]
+    u, w = params["weight_hh"], params["weight_ih"]
+    blank = zeros(xp, (n, w.shape[0]), w)
+    dxg = _stack(xp, [r[0] for r in rows], blank)
+    dhg = flat(xp, _stack(xp, [r[1] for r in rows], blank))
+    dx, dw, db = affine_back(xp, dxg, tape.x, w)
+    before = flat(xp, _stack(xp, [s[0][0] for s in tape.saved], tape.initial[0]))
+    cut = cell.early * (u.shape[0] // cell.gates) if cell.early else u.shape[0]
+    dhg_t = xp.permute_dims(dhg, (1, 0))
+    du = xp.matmul(dhg_t[:cut, :], before)
+    if cell.early:
+        q = flat(xp, _stack(xp, [s[1].q for s in tape.saved], tape.initial[0]))
+        du = xp.concat((du, xp.matmul(dhg_t[cut:, :], q)), axis=0)
+    grads = {"weight_ih": dw, "weight_hh": du}
+    if "bias_ih" in params:
+        grads["bias_ih"] = db
+        grads["bias_hh"] = xp.sum(dhg, axis=0, dtype=dhg.dtype)
+    for name in params:
+        if name not in grads:
+            grads[name] = totals.get(name, xp.zeros_like(params[name]))
+    return dx, {name: grads[name] for name in params}
