@@ -1,0 +1,222 @@
+"""Text: reading it, numbering its characters, cutting it into windows, and what counting alone predicts.
+
+A text of characters becomes integers through a `Vocabulary`. For truncated back-propagation through time it is cut into
+N parallel streams, each read window by window of T characters, so that the state after one window is the right state
+before the next. `counting_bits` is the honest opponent of every model here: what a table of counts reaches on the same
+held-out text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .arrays import Array, InputError
+
+Ids = NDArray[np.int64]
+
+
+def default_text() -> str:
+    """Return the English every Python carries: the manual's topics, in the order of their names.
+
+    >>> len(default_text()) > 100_000
+    True
+    """
+    from pydoc_data.topics import topics
+
+    return "".join(topics[name] for name in sorted(topics))
+
+
+def read_text(path: str | Path) -> str:
+    """Read a UTF-8 text file.
+
+    Args:
+        path: the file; a byte-order mark is dropped and every line end becomes a newline.
+
+    Returns:
+        Its characters, at least two different ones.
+
+    Raises:
+        InputError: the file cannot be read, is not UTF-8 text, or holds nothing that could be learnt.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"text {path}: cannot be read ({error.strerror or error})") from None
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"text {path}: expected UTF-8 text, found byte 0x{error.object[error.start]:02x} at position"
+            f" {error.start}; convert it to UTF-8 first"
+        ) from None
+    if "\0" in text:
+        raise InputError(f"text {path}: expected text, found a binary file (it has zero bytes)")
+    if not text:
+        raise InputError(f"text {path}: expected text, found an empty file")
+    if len(set(text)) < 2:
+        raise InputError(
+            f"text {path}: expected at least two different characters,"
+            f" found {len(text):,} times {text[0]!r}; there is nothing to learn"
+        )
+    return text
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The characters a model knows; a character's number is its place.
+
+    Args:
+        characters: the different characters, in the order of their numbers.
+
+    >>> vocabulary = Vocabulary.of("hello")
+    >>> vocabulary.characters, vocabulary.encode("hole").tolist()
+    ('ehlo', [1, 3, 2, 0])
+    >>> vocabulary.decode([1, 0, 2, 2, 3])
+    'hello'
+    """
+
+    characters: str
+
+    @classmethod
+    def of(cls, text: str) -> Vocabulary:
+        """Return the vocabulary of all characters of `text`, sorted."""
+        return cls("".join(sorted(set(text))))
+
+    def __len__(self) -> int:
+        return len(self.characters)
+
+    @cached_property
+    def _points(self) -> tuple[Ids, Ids]:
+        points = np.array([ord(c) for c in self.characters], dtype=np.int64)
+        order = np.argsort(points)
+        return points[order], order.astype(np.int64)
+
+    def encode(self, text: str) -> Ids:
+        """Return the numbers (len(text),) of the characters of `text`.
+
+        Raises:
+            InputError: a character is not in the vocabulary; the message names it.
+        """
+        points, order = self._points
+        wanted = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.int64)
+        found = np.minimum(np.searchsorted(points, wanted), max(len(points) - 1, 0))
+        unknown = points[found] != wanted if len(points) else np.ones(len(wanted), bool)
+        if unknown.any():
+            place = int(np.argmax(unknown))
+            raise InputError(
+                f"Vocabulary.encode: character {text[place]!r} at position {place} is not among the"
+                f" {len(self)} characters the model knows"
+            )
+        return order[found]
+
+    def decode(self, ids: Any) -> str:
+        """Return the text of the numbers `ids`, any iterable of integers in [0, len(self))."""
+        return "".join(self.characters[int(i)] for i in ids)
+
+
+def split(ids: Ids, share: float = 0.1) -> tuple[Ids, Ids]:
+    """Return the training part and the held-out part: the last `share` of `ids`."""
+    cut = len(ids) - int(len(ids) * share)
+    return ids[:cut], ids[cut:]
+
+
+@dataclass(frozen=True)
+class Streams:
+    """N parallel streams of a text, read in windows of T.
+
+    Args:
+        inputs: (S, N) integers, column n being the n-th stretch of the text.
+        targets: (S, N), the character after each input.
+        window: T, the steps of one window.
+
+    `inputs` and `targets` may live on any device: a window is a view, nothing is copied while training.
+    """
+
+    inputs: Array
+    targets: Array
+    window: int
+
+    @property
+    def windows(self) -> int:
+        """Full windows in one epoch."""
+        return int(self.inputs.shape[0]) // self.window
+
+    def at(self, step: int) -> tuple[Array, Array]:
+        """Return inputs and targets (T, N) of training step `step`; epochs follow one another."""
+        start = (step % self.windows) * self.window
+        stop = start + self.window
+        return self.inputs[start:stop, ...], self.targets[start:stop, ...]
+
+
+def streams(ids: Ids, batch: int, window: int) -> tuple[Ids, Ids]:
+    """Cut a text into `batch` streams of equal length.
+
+    Args:
+        ids: (length,) integers.
+        batch: N, at least 1.
+        window: T, at least 1; every stream must fill one.
+
+    Returns:
+        inputs and targets (S, N), C-ordered; fewer than N characters at the end stay unused.
+
+    Raises:
+        InputError: the text is too short for N streams of T.
+
+    >>> inputs, targets = streams(np.arange(7), batch=2, window=3)
+    >>> inputs.T.tolist(), targets.T.tolist()
+    ([[0, 1, 2], [3, 4, 5]], [[1, 2, 3], [4, 5, 6]])
+    """
+    if batch < 1 or window < 1:
+        raise InputError(f"streams: expected batch and window of at least 1, found {batch} and {window}")
+    length = (len(ids) - 1) // batch
+    if length < window:
+        raise InputError(
+            f"streams: the text is too short: {len(ids):,} characters, but {batch} streams of one window of"
+            f" {window} need {batch * window + 1:,}; take a longer text, or a smaller --batch or --window"
+        )
+    inputs = ids[: length * batch].reshape(batch, length).T
+    targets = ids[1 : length * batch + 1].reshape(batch, length).T
+    return np.ascontiguousarray(inputs), np.ascontiguousarray(targets)
+
+
+def counting_bits(train: Ids, held_out: Ids, characters: int, order: int) -> float:
+    r"""Return the bits per character that a table of counts needs for the held-out text.
+
+    Witten-Bell interpolation: with n(c, x) the count of x after context c in training, n(c) its sum and u(c) the
+    number of different x seen there, p_k(x) = (n(c, x) + u(c) p_{k-1}(x)) / (n(c) + u(c)), down to p_{-1} = 1/V.
+
+    Args:
+        train: (length,) integers that are counted.
+        held_out: the integers that follow `train` and are predicted, each from the `order` before it.
+        characters: V, the size of the vocabulary.
+        order: 0 (how frequent is a character) or more (after the `order` characters before it).
+
+    Returns:
+        The mean of -log2 p over the held-out characters.
+
+    >>> round(counting_bits(np.array([0, 1, 0, 1, 0]), np.array([1, 0]), 2, 0), 3)
+    1.015
+    """
+    if len(held_out) == 0:
+        raise InputError("counting_bits: expected a held-out text, found no characters")
+    text = np.concatenate([train, held_out])
+    seen = len(train)
+    context = np.zeros(len(text), dtype=np.int64)
+    p = np.full(len(held_out), 1.0 / characters)
+    for k in range(order + 1):
+        if k:
+            earlier = np.concatenate([np.full(k, characters), text[:-k]])[: len(text)]
+            # Renumbered at every order, so that no code can overflow however large V is.
+            context = np.unique(context * (characters + 1) + earlier, return_inverse=True)[1]
+        pairs, pair = np.unique(context * characters + text, return_inverse=True)
+        pair_counts = np.bincount(pair[:seen], minlength=len(pairs))
+        counts = np.bincount(context[:seen], minlength=int(context.max()) + 1)
+        kinds = np.bincount((pairs // characters)[pair_counts > 0], minlength=len(counts))
+        here = context[seen:]
+        n, u = counts[here], kinds[here]
+        p = np.where(n > 0, (pair_counts[pair[seen:]] + u * p) / np.maximum(n + u, 1), p)
+    return float(-np.mean(np.log2(p)))
