@@ -1,0 +1,262 @@
+"""Training: truncated back-propagation through time as an iterator, and a run's whole state in one file.
+
+    model = build("elman", V, hidden=256)
+    for now in train(model, begin(model, rng, like), streams, Schedule(steps=1000)):
+        ...                     # `now` is a Snapshot: look at it, save it, stop whenever you like
+
+A step reads one window of T characters in N streams, carries the state of the window before (gradients stop at the
+window's edge), clips the gradient by its global norm and moves by Adam. Snapshots are values: none is changed by
+a later step, and one restored from its file goes on exactly as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import layers
+from .arrays import Array, InputError, Params, from_numpy, to_numpy
+from .losses import cross_entropy
+from .model import Linear, Sequential, from_config
+from .optim import adam, clip_by_global_norm
+from .store import read_arrays, write_arrays
+from .text import Streams
+
+CELLS = {"elman": "RNN", "lstm": "LSTM", "gru": "GRU"}
+_LOOK_EVERY = 10  # steps between two looks at the loss: each look waits for the device
+
+
+def backend_array(backend: str) -> Array:
+    """Return an array of `backend` (numpy, cupy, or auto: CuPy where it finds a GPU), to make others like it.
+
+    Raises:
+        InputError: CuPy was asked for and cannot work here.
+    """
+    if backend != "numpy":
+        try:
+            import cupy
+
+            if cupy.cuda.is_available():
+                return cupy.zeros(1, dtype=np.float32)
+            problem = "no CUDA GPU found"
+        except ImportError:
+            problem = 'CuPy is not installed: pip install "xprnn[cuda12]" or "xprnn[cuda13]"'
+        if backend == "cupy":
+            raise InputError(f"backend cupy: {problem}; or take --backend numpy")
+    return np.zeros(1, dtype=np.float32)
+
+
+def build(cell: str, characters: int, hidden: int, num_layers: int = 1) -> Any:
+    """Return a character model: one-hot input, a recurrent stack, a linear head.
+
+    Args:
+        cell: "elman", "lstm" or "gru".
+        characters: V, the size of the vocabulary.
+        hidden: H.
+        num_layers: L.
+
+    Raises:
+        InputError: an unknown cell.
+    """
+    if cell not in CELLS:
+        raise InputError(f"build: expected a cell of {', '.join(CELLS)}, found {cell!r}")
+    rnn = getattr(layers, CELLS[cell])(characters, hidden, num_layers=num_layers)
+    return Sequential(rnn=rnn, head=Linear(hidden, characters))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How far and how fast: the learning rate warms up for 50 steps and falls along a cosine to zero at the end.
+
+    Args:
+        steps: windows to learn from.
+        minutes: stop by the clock instead; `steps` is then not looked at.
+        learning_rate: of Adam, at its highest.
+        clip: bound on the gradient's global norm.
+    """
+
+    steps: int = 1000
+    minutes: float | None = None
+    learning_rate: float = 4e-3
+    clip: float = 1.0
+
+    def progress(self, now: Snapshot) -> float:
+        """Return the share of the run that lies behind `now`, 1 at its end."""
+        return now.step / self.steps if self.minutes is None else now.seconds / (60 * self.minutes)
+
+    def rate(self, now: Snapshot) -> float:
+        """Return the learning rate of the step after `now`."""
+        falling = (1 + math.cos(math.pi * min(self.progress(now), 1.0))) / 2
+        return self.learning_rate * min(1.0, (now.step + 1) / 50) * falling
+
+
+class Snapshot(NamedTuple):
+    """A run between two steps.
+
+    Args:
+        step: steps done.
+        params: the parameters.
+        moments: the optimiser's state.
+        state: the recurrent state after the last window; None before the first.
+        loss: 0-d array, moving average of the windows' losses in nats per character; None before the first.
+        seconds: time the run has taken.
+    """
+
+    step: int
+    params: Params
+    moments: Any
+    state: Any = None
+    loss: Array | None = None
+    seconds: float = 0.0
+
+
+def begin(model: Any, rng: np.random.Generator, like: Array) -> Snapshot:
+    """Return the snapshot before the first step, recurrent weights orthogonal.
+
+    Orthogonal recurrent weights neither shrink nor stretch a gradient on its way back in time
+    (Saxe et al. 2014; Le et al. 2015): on the default text worth 0.1 bits per character to the Elman network.
+
+    Args:
+        model: from `build`, or any model with the same verbs.
+        rng: where the parameters come from.
+        like: gives them namespace, dtype and device.
+    """
+    params = dict(model.init(rng, like=like))
+    for name, weight in params.items():
+        if ".weight_hh_" in name:
+            rows, size = weight.shape
+            blocks = [np.linalg.qr(rng.standard_normal((size, size)))[0] for _ in range(rows // size)]
+            params[name] = from_numpy(np.concatenate(blocks), like=weight)
+    return Snapshot(0, params, adam(0.0).init(params))
+
+
+def train(model: Any, start: Snapshot, streams: Streams, schedule: Schedule) -> Iterator[Snapshot]:
+    """Learn, and yield a snapshot after every step.
+
+    Args:
+        model: maps integers (T, N) and a state to logits (T, N, V).
+        start: from `begin`, `restore`, or an earlier iteration.
+        streams: the text, on the parameters' device.
+        schedule: when to end, and the learning rate until then.
+
+    Raises:
+        InputError: the loss is not a number any more. It is looked at every tenth step and at the end.
+    """
+    now, began, pending = start, time.monotonic() - start.seconds, list[Array]()
+    while schedule.progress(now) < 1:
+        # A loss that overflows is found below and named with its step; NumPy's warning would say less.
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            now, loss = _step(model, now, streams, schedule)
+        now = now._replace(seconds=time.monotonic() - began)
+        pending.append(loss)
+        if len(pending) == _LOOK_EVERY or schedule.progress(now) >= 1:
+            _look(pending, now.step, schedule)
+            pending.clear()
+        yield now
+
+
+def _step(model: Any, now: Snapshot, streams: Streams, schedule: Schedule) -> tuple[Snapshot, Array]:
+    fresh = now.step % streams.windows == 0
+    x, targets = streams.at(now.step)
+    logits, state, tape = model.forward(now.params, x, None if fresh else now.state)
+    loss, dlogits = cross_entropy(logits, targets)
+    _, _, gradients = model.backward(tape, dlogits)
+    gradients, _ = clip_by_global_norm(gradients, schedule.clip)
+    params, moments = adam(schedule.rate(now)).update(now.params, gradients, now.moments)
+    average = loss if now.loss is None else now.loss + (loss - now.loss) * 0.02
+    return Snapshot(now.step + 1, params, moments, state, average), loss
+
+
+def _look(losses: list[Array], last: int, schedule: Schedule) -> None:
+    for step, loss in enumerate(losses, last - len(losses) + 1):
+        value = float(to_numpy(loss))
+        if not math.isfinite(value):
+            raise InputError(
+                f"the loss became {value} at step {step}; lower --learning-rate (it is {schedule.learning_rate:g})"
+            )
+
+
+def held_out_bits(model: Any, params: Params, inputs: Array, targets: Array) -> float:
+    """Return the mean bits per character for streams (S, N) of inputs and targets, the state carried through.
+
+    >>> import numpy as np
+    >>> ids = np.zeros((3, 1), dtype=np.int64)
+    >>> coin = lambda params, x, state: (np.zeros((*x.shape, 2)), state)
+    >>> held_out_bits(coin, {}, ids, ids)
+    1.0
+    """
+    total, state, length = 0.0, None, int(inputs.shape[0])
+    for start in range(0, length, 256):
+        stop = min(start + 256, length)
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            logits, state = model(params, inputs[start:stop, ...], state)
+            value, _ = cross_entropy(logits, targets[start:stop, ...])
+        total += float(to_numpy(value)) * (stop - start)
+    return total / length / math.log(2)
+
+
+def keep(path: str | Path, model: Any, now: Snapshot, metadata: Mapping[str, Any]) -> None:
+    """Write all of a run to one file, from which `restore` goes on to the last bit.
+
+    Args:
+        path: ends in `.safetensors`.
+        model: the model.
+        now: the snapshot.
+        metadata: whatever JSON can hold.
+    """
+    parts = {"params": now.params, "moments": now.moments, "state": now.state, "loss": now.loss}
+    arrays = {k: np.asarray(v, order="C") for k, v in _leaves(parts, "")}
+    header = {"run": {"model": model.config(), "step": now.step, "seconds": now.seconds}, "metadata": dict(metadata)}
+    write_arrays(path, arrays, header)
+
+
+def restore(path: str | Path, like: Array) -> tuple[Any, Snapshot]:
+    """Return the model and the snapshot that `keep` wrote, on `like`'s device.
+
+    Raises:
+        InputError: not a file of `keep`, or a damaged one.
+    """
+    arrays, header = read_arrays(path)
+    try:
+        run = header["run"]
+        model, step, seconds = from_config(run["model"]), int(run["step"]), float(run["seconds"])
+        params = {name: arrays[f"/params/{name}"] for name in model.shapes()}
+        params = {name: from_numpy(array, like=like) for name, array in params.items()}
+        moments = _refill(adam(0.0).init(params), "/moments", arrays)
+        if step == 0:
+            return model, Snapshot(0, params, moments)
+        _, state = model(params, from_numpy(np.zeros((1, 1), dtype=np.int64), like=like))
+        loss = from_numpy(arrays["/loss"], like=like)
+        return model, Snapshot(step, params, moments, _refill(state, "/state", arrays), loss, seconds)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: expected a run to resume, found another or a damaged file ({error})") from None
+
+
+def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        for name, part in tree.items():
+            yield from _leaves(part, f"{path}/{name}")
+    elif isinstance(tree, tuple | list):
+        for number, part in enumerate(tree):
+            yield from _leaves(part, f"{path}/{number}")
+    elif isinstance(tree, int | float):
+        yield path, np.asarray(tree)
+    elif tree is not None:
+        yield path, to_numpy(tree)
+
+
+def _refill(template: Any, path: str, arrays: Mapping[str, Any]) -> Any:
+    if isinstance(template, Mapping):
+        return {name: _refill(part, f"{path}/{name}", arrays) for name, part in template.items()}
+    if isinstance(template, tuple | list):
+        parts = [_refill(part, f"{path}/{number}", arrays) for number, part in enumerate(template)]
+        return type(template)(*parts) if hasattr(template, "_fields") else type(template)(parts)
+    if isinstance(template, int | float):
+        return type(template)(arrays[path])
+    return None if template is None else from_numpy(arrays[path], like=template)
