@@ -1,0 +1,177 @@
+"""The command line: `python -m xprnn train | sample | info`.
+
+A command is a row of `COMMANDS`: its help, the function that declares its arguments, and the one that runs it and
+returns the exit code. Whatever it needs beyond the standard library it imports when it runs. An `InputError` becomes
+one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .arrays import InputError
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with one line for an error instead of the usage and a line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _number(kind: type[int | float], least: float, open_below: bool = False) -> Callable[[str], Any]:
+    def convert(text: str) -> int | float:
+        wanted = f"{'a whole number' if kind is int else 'a number'} {'above' if open_below else 'of at least'} {least}"
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {wanted}, found {text!r}") from None
+        if not (value > least if open_below else value >= least) or not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"expected {wanted}, found {text}")
+        return value
+
+    return convert
+
+
+_count, _natural = _number(int, 1), _number(int, 0)
+_positive, _non_negative = _number(float, 0, open_below=True), _number(float, 0)
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("file", nargs="?", help="a UTF-8 text (default: the Python manual's topics in the standard library)")
+    add("--out", metavar="DIR", help="where to write (default: xprnn-run, or the first free xprnn-run-2, ...)")
+    add("--resume", metavar="DIR", help="go on with the run in DIR, to the last bit as if it had never stopped")
+    add("--backend", choices=("auto", "numpy", "cupy"), help="array library (default: auto, CuPy where a GPU is)")
+    add("--cell", choices=("elman", "lstm", "gru"), help="recurrent cell (default: elman)")
+    add("--hidden", type=_count, metavar="H", help="hidden units of a layer (default: 256)")
+    add("--layers", type=_count, metavar="L", help="layers (default: 1)")
+    add("--batch", type=_count, metavar="N", help="streams read in parallel (default: 16)")
+    add("--window", type=_count, metavar="T", help="steps a gradient reaches back (default: 64)")
+    add("--learning-rate", type=_positive, metavar="A", help="Adam's, at its highest (default: 1/H, at most 0.004)")
+    add("--seed", type=_natural, help="of the first parameters and of the final sample (default: 0)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=_count, help="windows to learn from (default: 7000)")
+    length.add_argument("--epochs", type=_positive, help="times to read the text")
+    length.add_argument("--minutes", type=_positive, help="time to learn, by the clock")
+
+
+def _sample_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("dir", help="the DIR of a run, or a model file")
+    add("--prompt", default="", help="text to go on from (default: a new line)")
+    add("--length", type=_natural, default=1000, help="characters to write (default: 1000)")
+    add("--temperature", type=_non_negative, default=0.7, help="0: the likeliest; 1: as learnt (default: 0.7)")
+    add("--top-k", type=_count, metavar="K", help="draw among the K likeliest characters only")
+    add("--seed", type=_natural, default=0, help="of the draws (default: 0)")
+    add("--backend", choices=("auto", "numpy", "cupy"), default="numpy", help="array library (default: numpy)")
+
+
+def _info_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="a model file, or the DIR of a run")
+
+
+def _train(args: argparse.Namespace) -> int:
+    from .run import train_command
+
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return train_command(given)
+
+
+def _model_file(place: str) -> Path:
+    from .store import MODEL_FILE
+
+    path = Path(place)
+    if path.is_dir():
+        path = path / MODEL_FILE
+    if not path.exists():
+        raise InputError(f"{path}: there is no such model; `python -m xprnn train --out DIR` makes one in DIR")
+    return path
+
+
+def _sample(args: argparse.Namespace) -> int:
+    from itertools import islice
+
+    import numpy as np
+
+    from .sample import generate
+    from .store import load, load_metadata
+    from .text import Vocabulary
+    from .train import backend_array
+
+    path = _model_file(args.dir)
+    characters = load_metadata(path).get("vocabulary")
+    if not isinstance(characters, str) or not characters:
+        raise InputError(f"{path}: expected a text model, found no vocabulary in its metadata")
+    model, params = load(path, like=backend_array(args.backend))
+    rng = np.random.default_rng(args.seed)
+    how = {"temperature": args.temperature, "top_k": args.top_k, "rng": rng}
+    text = generate(model, params, Vocabulary(characters), args.prompt, **how)
+    sys.stdout.write(args.prompt)
+    for character in islice(text, args.length):
+        sys.stdout.write(character)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    from .store import load, load_metadata
+
+    path = _model_file(args.file)
+    metadata = load_metadata(path)
+    model, params = load(path)
+    print(f"{path}: {sum(int(p.size) for p in params.values()):,} parameters")
+    for name, part in (model.config().get("parts") or {"model": model.config()}).items():
+        print(f"  {name}: {part}")
+    for name, array in params.items():
+        print(f"  {name:24} {tuple(array.shape)!s:16} {array.dtype}")
+    for name, value in metadata.items():
+        print(f"  {name} = {value!r}" if not isinstance(value, str) else f"  {name} = {value[:200]!r}")
+    return 0
+
+
+COMMANDS = {
+    "train": ("learn to write from a text", _train_arguments, _train),
+    "sample": ("write text with a trained model", _sample_arguments, _sample),
+    "info": ("say what is in a model file", _info_arguments, _info),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="xprnn", description="Recurrent neural networks on plain arrays.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
+    for name, (text, arguments, _) in COMMANDS.items():
+        arguments(commands.add_parser(name, help=text, description=text.capitalize() + "."))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for what the caller can mend, 130 after Ctrl-C.
+
+    Args:
+        argv: the words after the program's name; None: those of this process.
+    """
+    args = _parser().parse_args(argv)
+    command = args.command
+    del args.command
+    try:
+        return COMMANDS[command][2](args)
+    except InputError as error:
+        problem = " ".join(str(error).split())
+    except MemoryError:
+        problem = "not enough memory; take a smaller --hidden, --batch or --window"
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # `| head` has seen enough; stdout is pointed away so that the exit does not complain once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    print(f"xprnn {command}: {problem}", file=sys.stderr)
+    return 2

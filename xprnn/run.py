@@ -1,0 +1,280 @@
+"""The `train` command: a run from its text to its files, with everything a watcher wants to see on the way.
+
+A run's DIR holds `model.safetensors` (what `sample` reads), `checkpoint.safetensors` (all that `--resume` needs),
+`curve.csv` and `curve.png`. The first three are written together at every measurement, twenty times in a run, and
+when the run is interrupted.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import math
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from . import store
+from .arrays import Array, InputError, from_numpy, namespace, to_numpy
+from .sample import write
+from .text import Ids, Streams, Vocabulary, counting_bits, default_text, read_text, split, streams
+from .train import Schedule, Snapshot, backend_array, begin, build, held_out_bits, keep, restore, train
+
+CHECKPOINT = "checkpoint.safetensors"
+_COLUMNS = ("step", "seconds", "train_bits", "held_out_bits")
+_MEASUREMENTS = 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides a run; kept in its checkpoint. A learning rate of 0 stands for 1/H, at most 0.004."""
+
+    file: str | None = None
+    cell: str = "elman"
+    hidden: int = 256
+    layers: int = 1
+    batch: int = 16
+    window: int = 64
+    learning_rate: float = 0.0
+    seed: int = 0
+    steps: int = 7000
+    minutes: float | None = None
+
+
+class _Text(NamedTuple):
+    name: str
+    mark: str  # tells one text from another when a run is resumed
+    vocabulary: Vocabulary
+    train: Ids
+    held_out: Ids
+
+
+@dataclass
+class _Run:
+    options: Options
+    out: Path
+    text: _Text
+    like: Any
+    model: Any
+    now: Snapshot
+    curve: list[list[float]]
+
+    def __post_init__(self) -> None:
+        o, held_out = self.options, self.text.held_out
+        # Wider networks diverge earlier: 0.004 is best for H = 256, but already too much for 512.
+        self.schedule = Schedule(o.steps, o.minutes, o.learning_rate or min(0.004, 1 / o.hidden))
+        inputs, targets = self._here(streams(self.text.train, o.batch, o.window))
+        self.streams = Streams(inputs, targets, o.window)
+        # Streams of 200 characters or more: what the first characters lack in context is then lost in the mean.
+        self.held_out = self._here(streams(held_out, max(1, min(32, len(held_out) // 200)), 1))
+
+    def _here(self, arrays: tuple[Ids, Ids]) -> tuple[Array, Array]:
+        return from_numpy(arrays[0], like=self.like), from_numpy(arrays[1], like=self.like)
+
+    def measure(self) -> float:
+        bits = held_out_bits(self.model, self.now.params, *self.held_out)
+        if not math.isfinite(bits):
+            raise InputError(f"the held-out loss became {bits} at step {self.now.step}; lower --learning-rate")
+        return bits
+
+    def save(self, bits: float) -> None:
+        about = {"vocabulary": self.text.vocabulary.characters, "held_out_bits": bits, "step": self.now.step}
+        store.save(self.out / store.MODEL_FILE, self.model, self.now.params, {**about, "text": self.text.name})
+        run = {"options": asdict(self.options), "mark": self.text.mark, "curve": self.curve}
+        keep(self.out / CHECKPOINT, self.model, self.now, run)
+        table = io.StringIO()
+        csv.writer(table, lineterminator="\n").writerows([_COLUMNS, *self.curve])
+        store.write_atomically(self.out / "curve.csv", table.getvalue().encode())
+
+    def learn(self, bar: Any, caught: list[int]) -> float:
+        """Train to the end or until a signal is caught; return the last measured bits per character."""
+        characters, before = self.options.batch * self.options.window, self.schedule.progress(self.now)
+        bits = self.curve[-1][-1] if self.curve else math.nan
+        for now in train(self.model, self.now, self.streams, self.schedule):
+            self.now, progress = now, self.schedule.progress(now)
+            bar.total = round(characters * now.step / progress)
+            bar.update(characters)
+            if int(progress * _MEASUREMENTS) > int(before * _MEASUREMENTS):
+                bits = self.measure()
+                loss = float(to_numpy(now.loss))
+                row = (now.seconds, loss / math.log(2), bits)
+                self.curve.append([now.step, *(round(value, 4) for value in row)])
+                self.save(bits)
+                bar.set_postfix_str(f"loss {loss:.3f}, held-out {bits:.3f} bits")
+            before = progress
+            if caught:
+                bits = self.measure()
+                self.save(bits)
+                break
+        return bits
+
+
+def train_command(given: dict[str, Any]) -> int:
+    """Run `train` with the options given on the command line, and return the exit code."""
+    array = backend_array(given.pop("backend", "auto"))
+    run, made = _resumed(given, array) if "resume" in given else _fresh(given, array)
+    try:
+        return _watch(run)
+    except InputError as error:
+        if made and not run.curve:
+            with suppress(OSError):
+                run.out.rmdir()
+        kept = f"; the last good model, of step {run.curve[-1][0]:.0f}, is in {run.out}" if run.curve else ""
+        raise InputError(f"{error}{kept}") from None
+
+
+def _fresh(given: dict[str, Any], array: Any) -> tuple[_Run, bool]:
+    text = _read(given.get("file"))
+    known = {f.name for f in fields(Options)}
+    options = _length(Options(**{k: v for k, v in given.items() if k in known}), given, text)
+    model = build(options.cell, len(text.vocabulary), options.hidden, options.layers)
+    _check_memory(model)
+    now = begin(model, np.random.default_rng(options.seed), array)
+    out = Path(given["out"]) if "out" in given else _free("xprnn-run")
+    run = _Run(options, out, text, array, model, now, [])
+    return run, _make_writable(out)
+
+
+def _resumed(given: dict[str, Any], array: Any) -> tuple[_Run, bool]:
+    out = Path(given["resume"])
+    fixed = sorted(given.keys() - {"resume", "file", "steps", "epochs", "minutes"})
+    if fixed:
+        raise InputError(f"--{fixed[0].replace('_', '-')} cannot change when a run is resumed")
+    model, now = restore(out / CHECKPOINT, like=array)
+    kept = store.load_metadata(out / CHECKPOINT)
+    try:
+        options = replace(Options(**kept["options"]), **{k: given[k] for k in ("file",) if k in given})
+        mark, curve = kept["mark"], [list(map(float, row)) for row in kept["curve"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{out / CHECKPOINT}: damaged ({error})") from None
+    text = _read(options.file)
+    if text.mark != mark:
+        raise InputError(f"--resume {out}: {text.name} is not the text this run has learnt from; give FILE")
+    _make_writable(out)
+    return _Run(_length(options, given, text), out, text, array, model, now, curve), False
+
+
+def _read(file: str | None) -> _Text:
+    name = "the Python manual's topics" if file is None else file
+    text = default_text() if file is None else read_text(file)
+    vocabulary = Vocabulary.of(text)
+    train_ids, held_out = split(vocabulary.encode(text))
+    if len(held_out) < 2:
+        raise InputError(f"text {name}: too short: {len(text)} characters leave none to hold out; take a longer one")
+    mark = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return _Text(name, mark, vocabulary, train_ids, held_out)
+
+
+def _length(options: Options, given: dict[str, Any], text: _Text) -> Options:
+    if "epochs" in given:
+        windows = (len(text.train) - 1) // options.batch // options.window
+        return replace(options, steps=max(1, math.ceil(given["epochs"] * windows)), minutes=None)
+    if "steps" in given:
+        return replace(options, steps=given["steps"], minutes=None)
+    return replace(options, minutes=given.get("minutes", options.minutes))
+
+
+def _check_memory(model: Any) -> None:
+    # A machine that swaps for an hour before it gives up is no answer to one zero too many in --hidden.
+    try:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not every system tells
+        return
+    needed = 4 * 4 * sum(math.prod(shape) for shape in model.shapes().values())
+    if needed > there:
+        raise InputError(
+            f"the model needs {needed / 2**30:,.0f} GiB for parameters, gradients and Adam's two moments,"
+            f" this machine has {there / 2**30:,.0f}; take a smaller --hidden or fewer --layers"
+        )
+
+
+def _free(name: str) -> Path:
+    paths = [Path(name), *(Path(f"{name}-{number}") for number in range(2, 10_000))]
+    return next(path for path in paths if not path.exists())
+
+
+def _make_writable(out: Path) -> bool:
+    made = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            return made
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror or error})") from None
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    # Only noted: the step in progress is finished, so that what is saved is exactly the state between two steps.
+    caught: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals are someone else's
+        before = {}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _watch(run: _Run) -> int:
+    o, text = run.options, run.text
+    total = len(text.train) + len(text.held_out)
+    size = sum(math.prod(shape) for shape in run.model.shapes().values())
+    library = namespace(run.like).__name__.rpartition(".")[2]
+    print(f"text   {total:,} characters of {text.name}, {len(text.vocabulary)} different; the last tenth is held out")
+    print(f"model  {o.cell}, {o.layers} x {o.hidden} units, {size:,} parameters, {library} {run.like.dtype}")
+    sys.stdout.flush()
+    start, seconds = run.now.step * o.batch * o.window, run.now.seconds
+    quiet = {} if sys.stderr.isatty() else {"mininterval": 10.0}
+    with _signals() as caught, tqdm(initial=start, unit="char", unit_scale=True, smoothing=0.1, **quiet) as bar:
+        bits = run.learn(bar, caught)
+    if caught:
+        where = f"step {run.now.step}, {bits:.3f} held-out bits per character"
+        print(f"\nstopped and saved ({where}). Go on with\n  python -m xprnn train --resume {run.out}")
+        return 130
+    rate = (run.now.step * o.batch * o.window - start) / max(run.now.seconds - seconds, 1e-9)
+    _report(run, bits, rate)
+    return 0
+
+
+def _report(run: _Run, bits: float, rate: float) -> None:
+    text, now = run.text, run.now
+    counts = {n: counting_bits(text.train, text.held_out, len(text.vocabulary), n) for n in (3, 0)}
+    print(f"\nheld-out bits per character ({len(text.held_out):,} characters the run has never learnt from)")
+    print(f"  this network          {bits:.3f}   after {now.seconds:.0f} s, {rate:,.0f} characters a second")
+    print(f"  counting, order 3     {counts[3]:.3f}   each character from the three before it (Witten-Bell)")
+    print(f"  counting, order 0     {counts[0]:.3f}   each character by its frequency alone")
+    prompt = next((p for p in ("The ",) if set(p) <= set(text.vocabulary.characters)), "")
+    how = {"temperature": 0.6, "rng": np.random.default_rng(run.options.seed)}
+    print(f"\n{prompt}{write(run.model, now.params, text.vocabulary, prompt, 400, **how)}\n")
+    _picture(run, counts)
+    print(f"saved in {run.out}; more text: python -m xprnn sample {run.out}")
+
+
+def _picture(run: _Run, counts: dict[int, float]) -> None:
+    from .plots import plot_curve
+
+    steps, _, learnt, held_out = (list(column) for column in zip(*run.curve, strict=True))
+    levels = {"counting, order 3": counts[3], "counting, order 0": counts[0]}
+    try:
+        plot_curve(run.out / "curve.png", steps, {"training": learnt, "held out": held_out}, levels)
+    except InputError as error:
+        print(f"no curve.png: {error}")
