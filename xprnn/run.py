@@ -12,6 +12,7 @@ import hashlib
 import io
 import math
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -40,6 +41,7 @@ class Options:
     """What decides a run; kept in its checkpoint. A learning rate of 0 stands for 1/H, at most 0.004."""
 
     file: str | None = None
+    backend: str = "auto"
     cell: str = "elman"
     hidden: int = 256
     layers: int = 1
@@ -121,8 +123,9 @@ class _Run:
 
 def train_command(given: dict[str, Any]) -> int:
     """Run `train` with the options given on the command line, and return the exit code."""
-    array = backend_array(given.pop("backend", "auto"))
-    run, made = _resumed(given, array) if "resume" in given else _fresh(given, array)
+    if "file" in given:  # --resume finds it from any directory
+        given["file"] = str(Path(given["file"]).absolute())
+    run, made = _resumed(given) if "resume" in given else _fresh(given)
     try:
         return _watch(run)
     except InputError as error:
@@ -133,10 +136,11 @@ def train_command(given: dict[str, Any]) -> int:
         raise InputError(f"{error}{kept}") from None
 
 
-def _fresh(given: dict[str, Any], array: Any) -> tuple[_Run, bool]:
+def _fresh(given: dict[str, Any]) -> tuple[_Run, bool]:
     text = _read(given.get("file"))
     known = {f.name for f in fields(Options)}
     options = _length(Options(**{k: v for k, v in given.items() if k in known}), given, text)
+    array = backend_array(options.backend)
     model = build(options.cell, len(text.vocabulary), options.hidden, options.layers)
     _check_memory(model)
     now = begin(model, np.random.default_rng(options.seed), array)
@@ -145,21 +149,22 @@ def _fresh(given: dict[str, Any], array: Any) -> tuple[_Run, bool]:
     return run, _make_writable(out)
 
 
-def _resumed(given: dict[str, Any], array: Any) -> tuple[_Run, bool]:
+def _resumed(given: dict[str, Any]) -> tuple[_Run, bool]:
     out = Path(given["resume"])
-    fixed = sorted(given.keys() - {"resume", "file", "steps", "epochs", "minutes"})
+    fixed = sorted(given.keys() - {"resume", "file", "backend", "steps", "epochs", "minutes"})
     if fixed:
         raise InputError(f"--{fixed[0].replace('_', '-')} cannot change when a run is resumed")
-    model, now = restore(out / CHECKPOINT, like=array)
     kept = store.load_metadata(out / CHECKPOINT)
     try:
-        options = replace(Options(**kept["options"]), **{k: given[k] for k in ("file",) if k in given})
+        options = replace(Options(**kept["options"]), **{k: given[k] for k in ("file", "backend") if k in given})
         mark, curve = kept["mark"], [list(map(float, row)) for row in kept["curve"]]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{out / CHECKPOINT}: damaged ({error})") from None
     text = _read(options.file)
     if text.mark != mark:
         raise InputError(f"--resume {out}: {text.name} is not the text this run has learnt from; give FILE")
+    array = backend_array(options.backend)
+    model, now = restore(out / CHECKPOINT, like=array)
     _make_writable(out)
     return _Run(_length(options, given, text), out, text, array, model, now, curve), False
 
@@ -248,7 +253,9 @@ def _watch(run: _Run) -> int:
         bits = run.learn(bar, caught)
     if caught:
         where = f"step {run.now.step}, {bits:.3f} held-out bits per character"
-        print(f"\nstopped and saved ({where}). Go on with\n  python -m xprnn train --resume {run.out}")
+        print(
+            f"\nstopped and saved ({where}). Go on with\n  python -m xprnn train --resume {shlex.quote(str(run.out))}"
+        )
         return 130
     rate = (run.now.step * o.batch * o.window - start) / max(run.now.seconds - seconds, 1e-9)
     _report(run, bits, rate)
@@ -262,11 +269,11 @@ def _report(run: _Run, bits: float, rate: float) -> None:
     print(f"  this network          {bits:.3f}   after {now.seconds:.0f} s, {rate:,.0f} characters a second")
     print(f"  counting, order 3     {counts[3]:.3f}   each character from the three before it (Witten-Bell)")
     print(f"  counting, order 0     {counts[0]:.3f}   each character by its frequency alone")
-    prompt = next((p for p in ("The ",) if set(p) <= set(text.vocabulary.characters)), "")
+    prompt = "The " if set("The ") <= set(text.vocabulary.characters) else ""
     how = {"temperature": 0.6, "rng": np.random.default_rng(run.options.seed)}
     print(f"\n{prompt}{write(run.model, now.params, text.vocabulary, prompt, 400, **how)}\n")
     _picture(run, counts)
-    print(f"saved in {run.out}; more text: python -m xprnn sample {run.out}")
+    print(f"saved in {run.out}; more text: python -m xprnn sample {shlex.quote(str(run.out))}")
 
 
 def _picture(run: _Run, counts: dict[int, float]) -> None:
