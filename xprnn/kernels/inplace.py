@@ -76,9 +76,10 @@ def _project(cell: Cell, plan: Plan, params: Params, x: Array, out: Array | None
     else:
         y = np.dot(flat(np, x), w.T, out=flat(np, out))
     y = y.reshape(*x.shape[:2], w.shape[0])
-    if b is not None and b_hh is not None:
+    if b is not None:
         cut = plan.added * (w.shape[0] // cell.gates)
-        y += np.concatenate((b[:cut] + b_hh[:cut], b[cut:]))
+        # The article's network has one bias, so bias_hh may be missing.
+        y += b if b_hh is None else np.concatenate((b[:cut] + b_hh[:cut], b[cut:]))
     return y
 
 
@@ -185,7 +186,7 @@ def backward(
     cell, params, kept, rows = tape.cell, tape.params, tape.saved, tape.saved.rows
     plan = plan_of(cell)
     assert plan is not None
-    ds = [np.zeros_like(i) if d is None else rows.sort(np.array(d), 0) for i, d in zip(tape.initial, dstate, strict=True)]
+    ds = [np.zeros(i.shape, i.dtype) if d is None else rows.sort(np.array(d, order="C"), 0) for i, d in zip(tape.initial, dstate, strict=True)]
     dinitial = [np.zeros_like(d) for d in ds]
     shape = (*kept.x.shape[:2], params["weight_hh"].shape[0])
     room = np.empty if rows.active is None else np.zeros  # a row that sits a step out sends nothing back
