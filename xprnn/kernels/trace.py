@@ -218,7 +218,9 @@ class _Printer:
                 for s in scratch:
                     self.free[s[0]].append(s)
             self.place[value] = place
-            self.lines.append(f"{value.op}({', '.join((*args, self._name(value)))})")
+            # NumPy is giving a third positional argument of these two another meaning.
+            out = "out=" if value.op in ("maximum", "minimum") else ""
+            self.lines.append(f"{value.op}({', '.join((*args, out + self._name(value)))})")
         for name, value in self.outputs:
             if not isinstance(value, Value) or self.place[value] != name:
                 self.names.add(name)
