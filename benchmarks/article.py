@@ -1,0 +1,78 @@
+"""The article's per-step formulation, as its readers have it: five functions, a dict and a loop over time.
+
+One thing is kinder than in the article: arrays of zeros take x's dtype (`zeros=None`). With the article's own float64
+zeros (`zeros=np.float64`) its whole backward pass runs in float64 whatever the input is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+__all__ = ["rnn_backward", "rnn_forward"]
+
+Array = np.ndarray
+
+
+def softmax(x: Array) -> Array:
+    """Columns that sum to 1."""
+    e = np.exp(x - np.max(x))
+    return e / e.sum(axis=0)
+
+
+def rnn_cell_forward(xt: Array, a_prev: Array, parameters: dict[str, Array]) -> tuple[Array, Array, Any]:
+    """One step."""
+    wax, waa, wya = parameters["Wax"], parameters["Waa"], parameters["Wya"]
+    ba, by = parameters["ba"], parameters["by"]
+    a_next = np.tanh(np.dot(wax, xt) + np.dot(waa, a_prev) + ba)
+    yt_pred = softmax(np.dot(wya, a_next) + by)
+    return a_next, yt_pred, (a_next, a_prev, xt, parameters)
+
+
+def rnn_forward(x: Array, a0: Array, parameters: dict[str, Array], zeros: Any = None) -> tuple[Array, Array, Any]:
+    """The whole sequence."""
+    caches = []
+    _, m, t_x = x.shape
+    n_y, n_a = parameters["Wya"].shape
+    a = np.zeros((n_a, m, t_x), zeros or x.dtype)
+    y_pred = np.zeros((n_y, m, t_x), zeros or x.dtype)
+    a_next = a0
+    for t in range(t_x):
+        a_next, yt_pred, cache = rnn_cell_forward(x[:, :, t], a_next, parameters)
+        a[:, :, t] = a_next
+        y_pred[:, :, t] = yt_pred
+        caches.append(cache)
+    return a, y_pred, (caches, x)
+
+
+def rnn_cell_backward(da_next: Array, cache: Any) -> dict[str, Array]:
+    """The adjoint of one step."""
+    a_next, a_prev, xt, parameters = cache
+    wax, waa = parameters["Wax"], parameters["Waa"]
+    dtanh = (1 - a_next**2) * da_next
+    return {
+        "dxt": np.dot(wax.T, dtanh),
+        "dWax": np.dot(dtanh, xt.T),
+        "da_prev": np.dot(waa.T, dtanh),
+        "dWaa": np.dot(dtanh, a_prev.T),
+        "dba": np.sum(dtanh, axis=1, keepdims=True),
+    }
+
+
+def rnn_backward(da: Array, caches: Any, zeros: Any = None) -> dict[str, Array]:
+    """The adjoint of the whole sequence."""
+    caches, x = caches
+    _, m, t_x = da.shape
+    dtype = zeros or x.dtype
+    parameters = caches[0][3]
+    dx = np.zeros(x.shape, dtype)
+    total = {"d" + k: np.zeros(parameters[k].shape, dtype) for k in ("Wax", "Waa", "ba")}
+    da_prev = np.zeros((da.shape[0], m), dtype)
+    for t in reversed(range(t_x)):
+        gradients = rnn_cell_backward(da[:, :, t] + da_prev, caches[t])
+        da_prev = gradients["da_prev"]
+        dx[:, :, t] = gradients["dxt"]
+        for k in total:
+            total[k] += gradients[k]
+    return {"dx": dx, "da0": da_prev} | total

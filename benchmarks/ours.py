@@ -1,0 +1,70 @@
+"""xprnn and the article as contenders: the core's layers, the article door, the article's own loop."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import article
+import numpy as np
+from problem import Contender, Problem
+
+import xprnn
+
+__all__ = ["core", "door", "loop"]
+
+LAYERS = {"elman": xprnn.RNN, "lstm": xprnn.LSTM, "gru": xprnn.GRU}
+
+
+def core(problem: Problem) -> Contender:
+    """xprnn.RNN, LSTM or GRU: a layer call, and forward + backward."""
+    d, h, _, _ = problem.shape
+    layer = LAYERS[problem.cell](d, h)
+    params = {f"{k}_l0": v for k, v in problem.params.items()}
+    states = tuple(s[None] for s in problem.state)
+    state: Any = states if len(states) > 1 else states[0]
+
+    def both() -> Any:
+        y, _, tape = layer.forward(params, problem.x, state)
+        return y, layer.backward(tape, problem.dy)
+
+    def results() -> dict[str, Any]:
+        y, (dx, dstate, dparams) = both()
+        dstates = dstate if isinstance(dstate, tuple) else (dstate,)
+        found = {"y": layer(params, problem.x, state)[0], "y (with a tape)": y, "dx": dx}
+        found |= {f"d{name}0": s[0] for name, s in zip("hc", dstates, strict=False)}
+        return found | {f"d{k}": dparams[f"{k}_l0"] for k in problem.params}
+
+    return Contender("core", lambda: layer(params, problem.x, state), both, results)
+
+
+def _article(name: str, module: Any, problem: Problem, **options: Any) -> Contender:
+    """The five functions of `module`, in the article's layout."""
+    x, a0, da, parameters = problem.article()
+
+    def forward() -> Any:
+        return module.rnn_forward(x, a0, parameters, **options)
+
+    def both() -> Any:
+        a, y_pred, caches = forward()
+        return a, y_pred, module.rnn_backward(da, caches, **options)
+
+    def results() -> dict[str, Any]:
+        a, y_pred, g = both()
+        found = {"y": a.T, "y_pred": y_pred.T, "dx": g["dx"].T, "dh0": g["da0"].T, "dweight_ih": g["dWax"]}
+        return found | {"dweight_hh": g["dWaa"], "dbias_ih": g["dba"][:, 0], "dbias_hh": g["dba"][:, 0]}
+
+    return Contender(name, forward, both, results)
+
+
+def door(problem: Problem) -> Contender:
+    """xprnn.rnn_forward and rnn_backward."""
+    functions: ModuleType = xprnn
+    return _article("door", functions, problem)
+
+
+def loop(problem: Problem, published: bool = False) -> Contender:
+    """The article's formulation; `published`: with its float64 zeros."""
+    if published:
+        return _article("article f64", article, problem, zeros=np.float64)
+    return _article("article", article, problem)

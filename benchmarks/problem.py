@@ -1,0 +1,73 @@
+"""One row of the grid: its arrays, and what a contender is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["GATES", "Contender", "Problem"]
+
+Array = np.ndarray
+GATES = {"elman": 1, "lstm": 4, "gru": 3}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Someone who can run a row.
+
+    `results` returns, as NumPy arrays in the core's layout and under the core's names, what the two calls compute:
+    y (T, N, H), dx, dh0 (and dc0), dweight_ih, ...; those that a contender has no notion of are left out.
+    """
+
+    name: str
+    forward: Callable[[], Any]
+    both: Callable[[], Any] | None  # forward and backward; None: inference only
+    results: Callable[[], dict[str, Array]]
+
+
+class Problem:
+    """Float32 arrays of one row, the same for everyone.
+
+    Weights are drawn as torch does, so that states neither die nor explode. The article's arrays are what its readers
+    have: features first and C-ordered (or Fortran-ordered if `order` is "F": then the door copies nothing).
+    """
+
+    def __init__(self, cell: str, shape: tuple[int, int, int, int], order: str = "C") -> None:
+        self.cell, self.shape, self.order = cell, shape, order
+        d, h, n, t = shape
+        rng = np.random.default_rng(0)
+        scale = h**-0.5
+        rows = GATES[cell] * h
+        sizes = {"weight_ih": (rows, d), "weight_hh": (rows, h), "bias_ih": (rows,), "bias_hh": (rows,)}
+        self.params = {k: rng.uniform(-scale, scale, s).astype(np.float32) for k, s in sizes.items()}
+        self.x, self.dy = self._normal(rng, t, n, d), self._normal(rng, t, n, h)
+        self.state = tuple(0.5 * self._normal(rng, n, h) for _ in range(2 if cell == "lstm" else 1))
+        self.head = (
+            rng.uniform(-scale, scale, (d, h)).astype(np.float32),
+            rng.uniform(-scale, scale, (d, 1)).astype(np.float32),
+        )
+
+    @staticmethod
+    def _normal(rng: np.random.Generator, *shape: int) -> Array:
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    @property
+    def flops(self) -> dict[str, float]:
+        """Operations of the matrix products alone; the backward pass has two for each one of the forward pass."""
+        d, h, n, t = self.shape
+        forward = 2.0 * t * n * (d + h) * GATES[self.cell] * h
+        return {"forward": forward, "both": 3 * forward}
+
+    def _turned(self, a: Array) -> Array:
+        return np.array(a.T, order=self.order)  # type: ignore[call-overload]
+
+    def article(self) -> tuple[Array, Array, Array, dict[str, Array]]:
+        """x (n_x, m, T), a0 (n_a, m), da (n_a, m, T) and the article's parameters, with n_y = n_x outputs."""
+        p = self.params
+        bias = (p["bias_ih"] + p["bias_hh"])[:, None]
+        wya, by = self.head
+        parameters = {"Wax": p["weight_ih"], "Waa": p["weight_hh"], "Wya": wya, "ba": bias, "by": by}
+        return self._turned(self.x), self._turned(self.state[0]), self._turned(self.dy), parameters
