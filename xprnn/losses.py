@@ -31,7 +31,9 @@ def softmax(x: Array, axis: int = 0) -> Array:
     """
     xp = resolve("softmax", {"x": x})
     if not -x.ndim <= axis < x.ndim:
-        raise InputError(f"softmax: axis must be in {-x.ndim}..{x.ndim - 1} for x of shape {tuple(x.shape)}, found {axis}")
+        raise InputError(
+            f"softmax: axis must be in {-x.ndim}..{x.ndim - 1} for x of shape {tuple(x.shape)}, found {axis}"
+        )
     return _softmax(xp, x, axis)[0]
 
 
@@ -86,7 +88,7 @@ def cross_entropy(
     Args:
         logits: (..., V), scores before the softmax; V stands at `axis` (0 for the article's (n_y, m, T_x)).
         targets: integers 0..V-1 of logits' shape without `axis`, or probabilities (one-hot rows) of logits' shape.
-        mask: boolean, shape of the integer targets; False leaves that position out.
+        mask: boolean, shape of the integer targets; False leaves that position out, whatever stands there.
         weights: real, same shape; multiplies that position's loss.
         axis: where the classes are.
         reduction: "mean" divides by the total weight (0 if that is 0), "sum" doesn't.
@@ -108,9 +110,14 @@ def cross_entropy(
         raise InputError(f"{where}: logits has shape {tuple(logits.shape)}, which has no axis {axis}")
     axis = axis % logits.ndim
     v, shape = logits.shape[axis], tuple(s for k, s in enumerate(logits.shape) if k != axis)
+    w = _weights(where, xp, logits, shape, mask, weights)
+    if mask is not None or weights is not None:  # padding may hold anything, and 0 * nan is nan
+        logits = xp.where(xp.expand_dims(w != 0, axis=axis), logits, zeros(xp, (), logits))
     if is_integer(xp, targets):
         hint = "(logits without the class axis" + (f" {axis}; the article's layout needs axis=0)" if axis else ")")
         check_shape(where, "targets", hint, targets, shape)
+        if mask is not None or weights is not None:
+            targets = xp.where(w != 0, targets, xp.zeros_like(targets))
         check_integers(where, "targets", xp, targets, v)
         classes = xp.reshape(
             xp.arange(v, dtype=targets.dtype, device=device_of(logits)),
@@ -122,7 +129,6 @@ def cross_entropy(
         resolve(where, {"logits": logits, "targets": targets})
         check_shape(where, "targets", "(one-hot: the shape of logits)", targets, tuple(logits.shape))
         wanted = targets
-    w = _weights(where, xp, logits, shape, mask, weights)
     p, logp = _softmax(xp, logits, axis)
     # A class that is not wanted has no share, however small its probability: 0 * -inf would be nan.
     parts = xp.where(wanted != 0, wanted * logp, xp.zeros_like(logp))
