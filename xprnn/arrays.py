@@ -78,7 +78,9 @@ def is_integer(xp: Namespace, array: Array) -> bool:
     return bool(xp.isdtype(array.dtype, "integral"))
 
 
-def resolve(where: str, floats: Mapping[str, Array | None], others: Mapping[str, Array | None] | None = None) -> Namespace:
+def resolve(
+    where: str, floats: Mapping[str, Array | None], others: Mapping[str, Array | None] | None = None
+) -> Namespace:
     """The namespace that all arrays of a call share; the arrays in `floats` share one real dtype too.
 
     Args:
@@ -119,9 +121,8 @@ def _check_dtypes(where: str, xp: Namespace, floats: Sequence[tuple[str, Array]]
         if (n == first or a.dtype != dtype) and not xp.isdtype(a.dtype, "real floating"):
             raise InputError(f"{where}: {n} must be of a real floating dtype, found {_dtype_name(a)}")
         if a.dtype != dtype:
-            raise InputError(
-                f"{where}: {n} is {_dtype_name(a)} but {first} is {_dtype_name(floats[0][1])}: give all arrays one dtype"
-            )
+            home = _dtype_name(floats[0][1])
+            raise InputError(f"{where}: {n} is {_dtype_name(a)} but {first} is {home}: give all arrays one dtype")
 
 
 def _namespace_named(where: str, name: str, array: Array) -> Namespace:
@@ -150,7 +151,12 @@ def check_shape(where: str, name: str, letters: str, array: Array, expected: Seq
     """
     found = tuple(array.shape)
     if len(found) != len(expected) or any(e is not None and e != f for e, f in zip(expected, found, strict=True)):
-        want = "(" + ", ".join("any" if e is None else str(e) for e in expected) + ("," if len(expected) == 1 else "") + ")"
+        want = (
+            "("
+            + ", ".join("any" if e is None else str(e) for e in expected)
+            + ("," if len(expected) == 1 else "")
+            + ")"
+        )
         raise InputError(f"{where}: {name} {letters} must have shape {want}, found {found}")
 
 
@@ -201,7 +207,11 @@ def to_numpy(array: Array) -> Any:
         return array.detach().cpu().numpy()
     if array_api_compat.is_jax_array(array):
         return np.asarray(array)
-    return np.from_dlpack(array_api_compat.to_device(array, "cpu")) if not hasattr(array, "_array") else array._array.copy()
+    return (
+        np.from_dlpack(array_api_compat.to_device(array, "cpu"))
+        if not hasattr(array, "_array")
+        else array._array.copy()
+    )
 
 
 def sum_rows_by_id(xp: Namespace, ids: Array, rows: Array, count: int) -> Array:

@@ -16,7 +16,7 @@ from xprnn.affine import affine, affine_back
 from xprnn.arrays import Array, InputError, Namespace, Params, check_shape, resolve
 from xprnn.cells import elman
 from xprnn.losses import _softmax, softmax
-from xprnn.scan import Steps
+from xprnn.tape import Steps
 
 __all__ = ["CellCaches", "rnn_backward", "rnn_cell_backward", "rnn_cell_forward", "rnn_forward", "softmax"]
 
@@ -28,7 +28,7 @@ class CellCaches(Sequence[Cache]):
     """The T_x caches of the steps, (a_next, a_prev, xt, parameters) each, made when they are looked at.
 
     >>> import numpy as np
-    >>> p = {"Wax": np.ones((2, 3)), "Waa": np.ones((2, 2)), "Wya": np.ones((1, 2)), "ba": np.ones((2, 1)), "by": np.ones((1, 1))}
+    >>> p = dict(Wax=np.ones((2, 3)), Waa=np.ones((2, 2)), Wya=np.ones((1, 2)), ba=np.ones((2, 1)), by=np.ones((1, 1)))
     >>> a, y_pred, (cells, x) = rnn_forward(np.ones((3, 1, 5)), np.zeros((2, 1)), p)
     >>> len(cells), len(cells[1:3]), cells[-1][0].shape
     (5, 2, (2, 1))
@@ -36,11 +36,6 @@ class CellCaches(Sequence[Cache]):
 
     def __init__(self, a: Array, a0: Array, x: Array, parameters: Params, tape: Any, steps: range) -> None:
         self._a, self._a0, self._x, self.parameters, self.tape, self.steps = a, a0, x, parameters, tape, steps
-
-    @property
-    def total(self) -> int:
-        """T_x, the steps of the whole sequence."""
-        return int(self._x.shape[2])
 
     @property
     def leading(self) -> bool:
@@ -110,7 +105,7 @@ def rnn_cell_forward(xt: Array, a_prev: Array, parameters: Params) -> tuple[Arra
         InputError: shapes, dtypes, libraries or keys that don't fit.
 
     >>> import numpy as np
-    >>> p = {"Wax": np.ones((2, 3)), "Waa": np.ones((2, 2)), "Wya": np.ones((1, 2)), "ba": np.ones((2, 1)), "by": np.ones((1, 1))}
+    >>> p = dict(Wax=np.ones((2, 3)), Waa=np.ones((2, 2)), Wya=np.ones((1, 2)), ba=np.ones((2, 1)), by=np.ones((1, 1)))
     >>> a_next, yt_pred, cache = rnn_cell_forward(np.zeros((3, 4)), np.zeros((2, 4)), p)
     >>> a_next[:, 0].round(4), yt_pred.shape
     (array([0.7616, 0.7616]), (1, 4))
@@ -142,7 +137,7 @@ def rnn_forward(x: Array, a0: Array, parameters: Params) -> tuple[Array, Array, 
         InputError: shapes, dtypes, libraries or keys that don't fit.
 
     >>> import numpy as np
-    >>> p = {"Wax": np.ones((2, 3)), "Waa": np.ones((2, 2)), "Wya": np.ones((1, 2)), "ba": np.ones((2, 1)), "by": np.ones((1, 1))}
+    >>> p = dict(Wax=np.ones((2, 3)), Waa=np.ones((2, 2)), Wya=np.ones((1, 2)), ba=np.ones((2, 1)), by=np.ones((1, 1)))
     >>> a, y_pred, caches = rnn_forward(np.zeros((3, 4, 5)), np.zeros((2, 4)), p)
     >>> a.shape, y_pred.shape, len(caches[0])
     ((2, 4, 5), (1, 4, 5), 5)
@@ -153,9 +148,7 @@ def rnn_forward(x: Array, a0: Array, parameters: Params) -> tuple[Array, Array, 
     check_shape(where, "x", "(n_x,m,T_x)", x, (n_x, None, None))
     check_shape(where, "a0", "(n_a,m)", a0, (n_a, x.shape[1]))
     core, steps = _core(parameters), Steps()
-    h, _, tape = scan.forward(
-        elman(), core, _turn(xp, x), (_turn(xp, a0),), steps, xp=xp, reverse=False, keep=True
-    )
+    h, _, tape = scan.forward(elman(), core, _turn(xp, x), (_turn(xp, a0),), steps, xp=xp, reverse=False, keep=True)
     logits = affine(xp, h, parameters["Wya"], parameters["by"][:, 0])
     a = _turn(xp, h)
     caches = CellCaches(a, a0, x, parameters, tape, range(x.shape[2]))
@@ -169,7 +162,9 @@ def _head_back(xp: Namespace, parameters: Params, dlogits: Array, h: Array) -> t
     return dh, {"dWya": dw, "dby": db[:, None]}
 
 
-def _check_cotangents(where: str, parameters: Params, shape: tuple[int, ...], da: Any, dlogits: Any, name: str) -> Namespace:
+def _check_cotangents(
+    where: str, parameters: Params, shape: tuple[int, ...], da: Any, dlogits: Any, name: str
+) -> Namespace:
     if da is None and dlogits is None:
         raise InputError(f"{where}: {name} or dlogits must be given")
     given = {k: v for k, v in ((name, da), ("dlogits", dlogits)) if v is not None}
@@ -203,7 +198,7 @@ def rnn_cell_backward(da_next: Array | None, cache: Cache, *, dlogits: Array | N
         InputError: shapes, dtypes or libraries that don't fit.
 
     >>> import numpy as np
-    >>> p = {"Wax": np.ones((2, 3)), "Waa": np.ones((2, 2)), "Wya": np.ones((1, 2)), "ba": np.ones((2, 1)), "by": np.ones((1, 1))}
+    >>> p = dict(Wax=np.ones((2, 3)), Waa=np.ones((2, 2)), Wya=np.ones((1, 2)), ba=np.ones((2, 1)), by=np.ones((1, 1)))
     >>> a_next, yt_pred, cache = rnn_cell_forward(np.zeros((3, 4)), np.zeros((2, 4)), p)
     >>> sorted(rnn_cell_backward(np.ones((2, 4)), cache))
     ['dWaa', 'dWax', 'da_prev', 'dba', 'dxt']
@@ -214,7 +209,8 @@ def rnn_cell_backward(da_next: Array | None, cache: Cache, *, dlogits: Array | N
     except (TypeError, ValueError):
         raise InputError(f"{where}: cache must be (a_next, a_prev, xt, parameters) from rnn_cell_forward") from None
     xp = _check_cotangents(where, parameters, (a_next.shape[1],), da_next, dlogits, "da_next")
-    h, heads = _turn(xp, a_next), {}
+    h = _turn(xp, a_next)
+    heads: Params = {}
     dh = None if da_next is None else _turn(xp, da_next)
     if dlogits is not None:
         share, heads = _head_back(xp, parameters, _turn(xp, dlogits), h)
@@ -244,7 +240,7 @@ def rnn_backward(
         InputError: shapes, dtypes or libraries that don't fit.
 
     >>> import numpy as np
-    >>> p = {"Wax": np.ones((2, 3)), "Waa": np.ones((2, 2)), "Wya": np.ones((1, 2)), "ba": np.ones((2, 1)), "by": np.ones((1, 1))}
+    >>> p = dict(Wax=np.ones((2, 3)), Waa=np.ones((2, 2)), Wya=np.ones((1, 2)), ba=np.ones((2, 1)), by=np.ones((1, 1)))
     >>> a, y_pred, caches = rnn_forward(np.zeros((3, 4, 5)), np.zeros((2, 4)), p)
     >>> {k: v.shape for k, v in rnn_backward(np.ones((2, 4, 5)), caches).items()}
     {'dx': (3, 4, 5), 'da0': (2, 4), 'dWax': (2, 3), 'dWaa': (2, 2), 'dba': (2, 1)}
@@ -259,16 +255,17 @@ def rnn_backward(
             raise
         raise InputError(f"{where}: caches must be (cell caches, x) from rnn_forward, at least one step") from None
     xp = _check_cotangents(where, parameters, (x.shape[1], len(cells)), da, dlogits, "da")
-    steps = (dlogits if da is None else da).shape[2]
+    given: Array = dlogits if da is None else da
+    steps = given.shape[2]
     if not isinstance(cells, CellCaches) or not cells.leading:
         return _by_cells(xp, da, dlogits, cells[:steps])
-    tape = cells.tape if steps == cells.total else _shorter(cells.tape, steps)
+    tape = cells.tape if steps == x.shape[2] else _shorter(cells.tape, steps)
     heads: Params = {}
     dy = None if da is None else _turn(xp, da)
     if dlogits is not None:
         share, heads = _head_back(xp, parameters, _turn(xp, dlogits), tape.states()[0])
         dy = share if dy is None else dy + share
-    dx, (da0,), d = scan.backward(tape, dy, (None,))
+    dx, (da0,), _, d = scan.backward(tape, dy, (None,))
     return {
         "dx": _turn(xp, dx),
         "da0": _turn(xp, da0),
@@ -289,7 +286,8 @@ def _by_cells(xp: Namespace, da: Array | None, dlogits: Array | None, cells: Seq
     """The article's loop, for cell caches that were put together by hand."""
     if not len(cells):
         raise InputError("rnn_backward: caches must hold at least one cell cache")
-    da_prev, dx, sums = None, [], {}
+    da_prev, dx = None, []
+    sums: Params = {}
     for t in range(len(cells) - 1, -1, -1):
         here = da_prev if da is None else da[:, :, t] if da_prev is None else da[:, :, t] + da_prev
         g = rnn_cell_backward(here, cells[t], dlogits=None if dlogits is None else dlogits[:, :, t])

@@ -18,9 +18,9 @@ in-place kernels then compute the bracket for many steps at once.
 Gate orders are torch's: LSTM i,f,g,o; GRU r,z,n.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 from xprnn.activations import Activation, activation
@@ -89,7 +89,7 @@ def _slopes(saved: Values, gates: int, clip: float | None) -> Callable[[int, Any
     return lambda k, slope: slope * inside[k]
 
 
-@lru_cache(maxsize=None)
+@cache
 def elman(f: Activation | str = "tanh", clip: float | None = None) -> Cell:
     """The Elman (simple) cell: h' = f(x W' + b_ih + h U' + b_hh).
 
@@ -117,7 +117,7 @@ def elman(f: Activation | str = "tanh", clip: float | None = None) -> Cell:
     return Cell("elman", 1, build)
 
 
-@lru_cache(maxsize=None)
+@cache
 def lstm(
     gate: Activation | str = "sigmoid",
     candidate: Activation | str = "tanh",
@@ -134,59 +134,65 @@ def lstm(
     >>> lstm().states
     ('h', 'c')
     """
-    gate_, candidate_, output_ = activation(gate), activation(candidate), activation(output)
+    places = activation(gate), activation(candidate), activation(output)
 
     def build(xp: Any) -> tuple[Any, Any]:
-        s, ds = gate_.build(xp)
-        t, dt = candidate_.build(xp)
-        u, du = output_.build(xp)
-        bound, inside = _clipper(xp, clip)
-
-        def step(x: Values, h: Values, state: Values, p: Values) -> tuple[Values, Values]:
-            c = state[1]
-            ai, ag, ao = x[0] + h[0], x[2] + h[2], x[3] + h[3]
-            af = ai if coupled else x[1] + h[1]
-            if peepholes:
-                ai = ai + p[0] * c
-                af = af if coupled else af + p[1] * c
-            i, g = s(bound(ai)), t(bound(ag))
-            f = 1.0 - i if coupled else s(bound(af))
-            c_new = f * c + i * g
-            if peepholes:
-                ao = ao + p[2] * c_new
-            o, tc = s(bound(ao)), u(c_new)
-            return (o * tc, c_new), (i, f, g, o, tc, *inside(ai), *inside(af), *inside(ag), *inside(ao))
-
-        def back(dstate: Values, saved: Values, state: Values, p: Values) -> tuple[Values, Values, Values, Values]:
-            i, f, g, o, tc = saved[:5]
-            at = _slopes(saved, 4, clip)
-            dh, dc = dstate
-            c = state[1]
-            dao = dh * (tc * at(3, ds(o)))
-            dc = dc + dh * (o * du(tc))
-            if peepholes:
-                dc = dc + dao * p[2]
-            dag = dc * (i * at(2, dt(g)))
-            if coupled:
-                dai, daf = dc * ((g - c) * at(0, ds(i))), 0.0 * dc
-            else:
-                dai, daf = dc * (g * at(0, ds(i))), dc * (c * at(1, ds(f)))
-            dp: Values = ()
-            dc_prev = dc * f
-            if peepholes:
-                dc_prev = dc_prev + dai * p[0] + daf * p[1]
-                # The output gate looked at c', which is f*c + i*g.
-                dp = (dai * c, daf * c, dao * (f * c + i * g))
-            d = (dai, daf, dag, dao)
-            return d, d, (None, dc_prev), dp
-
-        return step, back
+        pairs, bound = [f.build(xp) for f in places], _clipper(xp, clip)
+        step = _lstm_step([f for f, _ in pairs], bound, peepholes, coupled)
+        return step, _lstm_back([slope for _, slope in pairs], clip, peepholes, coupled)
 
     vectors = ("weight_pi", "weight_pf", "weight_po") if peepholes else ()
     return Cell("lstm", 4, build, ("h", "c"), vectors)
 
 
-@lru_cache(maxsize=None)
+def _lstm_step(f: Sequence[Any], bounds: Any, peepholes: bool, coupled: bool) -> Any:
+    (s, t, u), (bound, inside) = f, bounds
+
+    def step(x: Values, h: Values, state: Values, p: Values) -> tuple[Values, Values]:
+        c = state[1]
+        ai, ag, ao = x[0] + h[0], x[2] + h[2], x[3] + h[3]
+        af = ai if coupled else x[1] + h[1]
+        if peepholes:
+            ai = ai + p[0] * c
+            af = ai if coupled else af + p[1] * c
+        i, g = s(bound(ai)), t(bound(ag))
+        f = 1.0 - i if coupled else s(bound(af))
+        c_new = f * c + i * g
+        if peepholes:
+            ao = ao + p[2] * c_new
+        o, tc = s(bound(ao)), u(c_new)
+        return (o * tc, c_new), (i, f, g, o, tc, *inside(ai), *inside(af), *inside(ag), *inside(ao))
+
+    return step
+
+
+def _lstm_back(slope: Sequence[Any], clip: float | None, peepholes: bool, coupled: bool) -> Any:
+    ds, dt, du = slope
+
+    def back(dstate: Values, saved: Values, state: Values, p: Values) -> tuple[Values, Values, Values, Values]:
+        i, f, g, o, tc = saved[:5]
+        (dh, dc), c, at = dstate, state[1], _slopes(saved, 4, clip)
+        dao = dh * (tc * at(3, ds(o)))
+        dc = dc + dh * (o * du(tc))
+        if peepholes:
+            dc = dc + dao * p[2]
+        dag = dc * (i * at(2, dt(g)))
+        if coupled:
+            dai, daf = dc * ((g - c) * at(0, ds(i))), 0.0 * dc
+        else:
+            dai, daf = dc * (g * at(0, ds(i))), dc * (c * at(1, ds(f)))
+        dc_prev = dc * f
+        dp: Values = ()
+        if peepholes:
+            dc_prev = dc_prev + dai * p[0] + daf * p[1]
+            dp = dai * c, daf * c, dao * (f * c + i * g)  # the output gate looked at c', which is f*c + i*g
+        d = (dai, daf, dag, dao)
+        return d, d, (None, dc_prev), dp
+
+    return back
+
+
+@cache
 def gru(gate: Activation | str = "sigmoid", candidate: Activation | str = "tanh", clip: float | None = None) -> Cell:
     """The GRU cell of torch and cuDNN, reset after the product: h' = n + z*(h - n), n = tanh(x_n + r*h_n).
 
@@ -225,7 +231,7 @@ def gru(gate: Activation | str = "sigmoid", candidate: Activation | str = "tanh"
     return Cell("gru", 3, build)
 
 
-@lru_cache(maxsize=None)
+@cache
 def gru_reset_before(
     gate: Activation | str = "sigmoid", candidate: Activation | str = "tanh", clip: float | None = None
 ) -> Cell:
@@ -246,7 +252,9 @@ def gru_reset_before(
             r, z = s(bound(ar)), s(bound(az))
             return (r, z, *inside(ar), *inside(az)), r * state[0]
 
-        def early_back(dvalues: Values, dq: Any, values: Values, state: Values, p: Values) -> tuple[Values, Values, Values]:
+        def early_back(
+            dvalues: Values, dq: Any, values: Values, state: Values, p: Values
+        ) -> tuple[Values, Values, Values]:
             r, z = values[:2]
             at = _slopes(values, 2, clip)
             dar = dq * (state[0] * at(0, ds(r)))

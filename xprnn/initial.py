@@ -44,7 +44,13 @@ RECIPES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 
 
 def draw(
-    rng: Generator, name: str, shape: tuple[int, ...], gates: int, hidden: int, recipe: str, spectral_radius: float | None
+    rng: Generator,
+    name: str,
+    shape: tuple[int, ...],
+    gates: int,
+    hidden: int,
+    recipe: str,
+    spectral_radius: float | None,
 ) -> Any:
     """One parameter in float64.
 

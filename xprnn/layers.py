@@ -1,276 +1,13 @@
-"""RNN, LSTM and GRU layers: stacks and directions of scans, on parameters that the caller keeps.
+"""RNN, LSTM and GRU: the recurrent layer with their cells, and torch's names and shapes for what they hold."""
 
-A layer is a frozen configuration. Parameters are a flat dict with torch's state_dict names and shapes; states are
-torch's (L*directions, N, H), for the LSTM the pair (h, c). Where layers have hidden sizes of their own, a state is a
-tuple with one (directions, N, H_l) for each layer.
-"""
+from dataclasses import dataclass, field
+from typing import Any
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
-
-from numpy.random import Generator
-
-from xprnn import stack
-from xprnn.arrays import Array, InputError, Params, from_numpy, namespace
+from xprnn.arrays import InputError
 from xprnn.cells import Cell, elman, gru, gru_reset_before, lstm
-from xprnn.initial import draw
-from xprnn.stack import Gradients, StackTape, State
+from xprnn.recurrent import Recurrent, positive
 
-__all__ = ["GRU", "LSTM", "RNN", "Gradients", "Recurrent"]
-
-
-def _positive(where: str, name: str, value: Any, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"{where}: {name} must be an integer >= {least}, found {value!r}")
-
-
-@dataclass(frozen=True)
-class Recurrent:
-    """A stack of one cell, in one or two directions. RNN, LSTM and GRU are this with their cells.
-
-    Args:
-        input_size: D >= 1, features of x, or the number of classes where x is integer.
-        hidden_size: H >= 1, or one for each layer.
-        num_layers: L >= 1.
-        bias: whether bias_ih and bias_hh exist.
-        batch_first: x and y are (N, T, .) instead of (T, N, .); states never are.
-        dropout: probability 0 <= p < 1 of zeroing each output of every layer but the last, in `forward` with an `rng`.
-        bidirectional: a second direction in every layer; y is the two side by side.
-        learned_state: the state that `state=None` stands for is a parameter, "initial_h" (and "initial_c"),
-            (L*directions, H), instead of zero.
-        cell: what happens in a step; RNN, LSTM and GRU choose their own.
-
-    >>> import numpy as np, xprnn
-    >>> layer = Recurrent(3, 4, cell=xprnn.cells.elman("relu"))
-    >>> params = layer.init(np.random.default_rng(0), like=np.zeros(0))
-    >>> y, state = layer(params, np.ones((5, 2, 3)))
-    >>> y.shape, state.shape
-    ((5, 2, 4), (1, 2, 4))
-    """
-
-    input_size: int
-    hidden_size: int | tuple[int, ...]
-    num_layers: int = 1
-    bias: bool = field(default=True, kw_only=True)
-    batch_first: bool = field(default=False, kw_only=True)
-    dropout: float = field(default=0.0, kw_only=True)
-    bidirectional: bool = field(default=False, kw_only=True)
-    learned_state: bool = field(default=False, kw_only=True)
-    cell: Cell | None = field(default=None, kw_only=True)
-
-    proj_size: ClassVar[int] = 0
-
-    def __post_init__(self) -> None:
-        where = type(self).__name__
-        _positive(where, "input_size", self.input_size)
-        _positive(where, "num_layers", self.num_layers)
-        if not isinstance(self.hidden_size, int):
-            object.__setattr__(self, "hidden_size", tuple(self.hidden_size))
-            if len(self.sizes) != self.num_layers:
-                raise InputError(f"{where}: hidden_size has {len(self.sizes)} entries but num_layers is {self.num_layers}")
-        for size in self.sizes:
-            _positive(where, "hidden_size", size)
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"{where}: dropout must be in [0, 1), found {self.dropout!r}")
-        if not isinstance(self.core, Cell):
-            raise InputError(f"{where}: cell must be an xprnn.Cell, found {type(self.core).__name__}")
-
-    @property
-    def core(self) -> Cell:
-        """The cell."""
-        if self.cell is None:
-            raise InputError(f"{type(self).__name__}: a cell is needed: cell=xprnn.cells.lstm(), or your own")
-        return self.cell
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """H of each layer."""
-        return self.hidden_size if isinstance(self.hidden_size, tuple) else (self.hidden_size,) * self.num_layers
-
-    @property
-    def directions(self) -> int:
-        """1 or 2."""
-        return 2 if self.bidirectional else 1
-
-    @property
-    def output_size(self) -> int:
-        """Features of y: directions * H of the last layer, or directions * proj_size."""
-        return self.directions * (self.proj_size or self.sizes[-1])
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The name and shape of every parameter, in torch's order."""
-        out: dict[str, tuple[int, ...]] = {}
-        width, core = self.input_size, self.core
-        for k, h in enumerate(self.sizes):
-            p = self.proj_size or h
-            for suffix in ("", "_reverse")[: self.directions]:
-                one = {"weight_ih": (core.gates * h, width), "weight_hh": (core.gates * h, p)}
-                if self.bias:
-                    one |= {"bias_ih": (core.gates * h,), "bias_hh": (core.gates * h,)}
-                if self.proj_size:
-                    one["weight_hr"] = (p, h)
-                one |= {v: (h,) for v in core.vectors}
-                out |= {f"{name}_l{k}{suffix}": shape for name, shape in one.items()}
-            width = self.directions * p
-        if self.learned_state:
-            for i, name in enumerate(core.states):
-                for k, h in enumerate(self.sizes):
-                    size = h if i or not self.proj_size else self.proj_size
-                    key = f"initial_{name}" if isinstance(self.hidden_size, int) else f"initial_{name}_l{k}"
-                    lead = self.num_layers if isinstance(self.hidden_size, int) else 1
-                    out[key] = (lead * self.directions, size)
-        return out
-
-    def init(
-        self,
-        rng: Generator,
-        like: Array,
-        *,
-        scheme: str = "uniform",
-        spectral_radius: float | None = None,
-        forget_bias: float | None = None,
-    ) -> Params:
-        """Starting parameters.
-
-        Args:
-            rng: a numpy.random.Generator; every array library gets the same numbers.
-            like: an array whose library, dtype and device the parameters take.
-            scheme: "uniform" (torch's), "glorot", "orthogonal", "glorot_orthogonal" (Keras's), "identity" (IRNN).
-            spectral_radius: largest |eigenvalue| of each gate's recurrent block.
-            forget_bias: the sum of an LSTM's two forget-gate biases.
-
-        Returns:
-            dict of arrays, `shapes()` says which.
-
-        Raises:
-            InputError: unknown scheme, or a forget_bias without a forget gate and biases.
-
-        >>> import numpy as np, xprnn
-        >>> sorted(xprnn.RNN(2, 3).init(np.random.default_rng(0), like=np.zeros(0)))
-        ['bias_hh_l0', 'bias_ih_l0', 'weight_hh_l0', 'weight_ih_l0']
-        """
-        where = f"{type(self).__name__}.init"
-        check_rng(where, rng)
-        if forget_bias is not None and (self.core.name != "lstm" or not self.bias):
-            raise InputError(f"{where}: forget_bias needs an LSTM with biases")
-        params: Params = {}
-        for name, shape in self.shapes().items():
-            if name.startswith("initial_"):
-                params[name] = from_numpy(draw(rng, "bias", shape, 1, 1, "glorot", None) * 0.0, like)
-                continue
-            hidden = self.sizes[int(name.rpartition("_l")[2].partition("_")[0])]
-            value = draw(rng, name, shape, self.core.gates, hidden, scheme, spectral_radius)
-            if forget_bias is not None and name.startswith("bias_"):
-                value[hidden : 2 * hidden] = forget_bias if name.startswith("bias_ih") else 0.0
-            params[name] = from_numpy(value, like)
-        return params
-
-    def __call__(
-        self, params: Params, x: Array, state: State = None, *, lengths: Any = None, mask: Any = None, reset: Any = None
-    ) -> tuple[Array, State]:
-        """Inference: as `forward`, but nothing is kept and nothing is dropped out. Returns y and the final state."""
-        y, final, _ = stack.forward(self, params, x, state, lengths=lengths, mask=mask, reset=reset, keep=False)
-        return y, final
-
-    def forward(
-        self,
-        params: Params,
-        x: Array,
-        state: State = None,
-        *,
-        lengths: Any = None,
-        mask: Any = None,
-        reset: Any = None,
-        rng: Generator | None = None,
-    ) -> tuple[Array, State, StackTape]:
-        """Run the layer and keep what `backward` needs.
-
-        Args:
-            params: as from `init`.
-            x: (T, N, D), or (N, T, D) if batch_first; or integers (T, N) that stand for one-hot vectors.
-            state: (L*directions, N, H), for the LSTM a pair; None: zero, or the learned one.
-            lengths: (N,) integers 0 to T, in any order, an array or a host sequence. y is 0 past the end, the final
-                state is the one at each row's last valid step, the reverse direction runs inside each row's own length.
-            mask: (T, N) boolean, (N, T) if batch_first; a False step is skipped: the state is carried, y is 0, x gets no gradient.
-            reset: like mask; where True, the row's state is its initial state again before that step (in the order
-                in which a direction walks), and the gradient goes to the initial state.
-            rng: a numpy.random.Generator for dropout; None: no dropout.
-
-        Returns:
-            y (T, N, directions*H), the final state shaped like `state`, and the tape for `backward`.
-
-        Raises:
-            InputError: shapes, dtypes, libraries or devices that don't fit; says which, expected and found.
-
-        >>> import numpy as np, xprnn
-        >>> layer = xprnn.RNN(3, 4)
-        >>> params = layer.init(np.random.default_rng(0), like=np.zeros(0))
-        >>> y, state, tape = layer.forward(params, np.ones((5, 2, 3)))
-        >>> dx, dstate, dparams = layer.backward(tape, np.ones_like(y))
-        >>> dx.shape, dstate.shape, dparams["weight_hh_l0"].shape
-        ((5, 2, 3), (1, 2, 4), (4, 4))
-        """
-        y, final, tape = stack.forward(self, params, x, state, lengths=lengths, mask=mask, reset=reset, keep=True, rng=rng)
-        assert tape is not None
-        return y, final, tape
-
-    def backward(
-        self, tape: StackTape, dy: Array | None, dstate: State = None, *, dstates: Sequence[Any] | None = None
-    ) -> Gradients:
-        """The exact adjoint of `forward`: back-propagation through time over the whole sequence.
-
-        Args:
-            tape: what forward returned; it can be used again.
-            dy: the adjoint of y, or None.
-            dstate: the adjoint of the final state, shaped like it, or None.
-            dstates: adjoints of `tape.states()`, in the same structure, each entry an array or None.
-
-        Returns:
-            Gradients(dx, dstate, dparams): dx like x (None if x is integer); dstate, the adjoint of the initial state;
-            dparams keyed like params.
-
-        Raises:
-            InputError: an adjoint whose shape, dtype, library or device is not that of what it belongs to.
-        """
-        return stack.backward(self, tape, dy, dstate, dstates)
-
-    def step(self, params: Params, x: Array, state: State = None) -> tuple[Array, State]:
-        """Streaming: one time step, the same numbers as the whole sequence.
-
-        Args:
-            params: as from `init`.
-            x: (N, D) or integers (N,).
-            state: the state so far, or None at the start.
-
-        Returns:
-            y (N, H) and the next state.
-
-        Raises:
-            InputError: a bidirectional layer, which needs the whole sequence; or anything that doesn't fit.
-
-        >>> import numpy as np, xprnn
-        >>> layer = xprnn.RNN(3, 4)
-        >>> params = layer.init(np.random.default_rng(0), like=np.zeros(0))
-        >>> y, state = layer.step(params, np.ones((2, 3)))
-        >>> y.shape
-        (2, 4)
-        """
-        return stack.step(self, params, x, state)
-
-    def config(self) -> dict[str, Any]:
-        """The configuration as JSON-able data; `from_config` reads it back."""
-        if self.cell is not None:
-            raise InputError(f"{type(self).__name__}: a layer with a cell of your own has no file form: keep its code")
-        return {"type": type(self).__name__} | {
-            f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v for f in fields(self) if f.name != "cell"
-        }
-
-
-def check_rng(where: str, rng: Any) -> None:
-    """Raise InputError unless `rng` is a NumPy Generator."""
-    if not isinstance(rng, Generator):
-        raise InputError(f"{where}: rng must be a numpy.random.Generator, found {type(rng).__name__}: numpy.random.default_rng(0)")
+__all__ = ["GRU", "LSTM", "RNN"]
 
 
 @dataclass(frozen=True)
@@ -289,9 +26,11 @@ class RNN(Recurrent):
 
     @property
     def core(self) -> Cell:
+        """The cell."""
         return self.cell or elman(self.nonlinearity)
 
     def config(self) -> dict[str, Any]:
+        """The configuration as JSON-able data; `from_config` reads it back."""
         if not isinstance(self.nonlinearity, str):
             raise InputError("RNN: a nonlinearity of your own has no file form: keep its code")
         return super().config()
@@ -309,16 +48,24 @@ class LSTM(Recurrent):
     8
     """
 
-    proj_size: int = field(default=0, kw_only=True)  # type: ignore[misc] - a constant for the other layers
+    proj_size: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive("LSTM", "proj_size", self.proj_size, 0)
+        positive("LSTM", "proj_size", self.proj_size, 0)
         if self.proj_size and self.proj_size >= min(self.sizes):
-            raise InputError(f"LSTM: proj_size must be smaller than hidden_size {min(self.sizes)}, found {self.proj_size}")
+            raise InputError(
+                f"LSTM: proj_size must be smaller than hidden_size {min(self.sizes)}, found {self.proj_size}"
+            )
+
+    @property
+    def projection(self) -> int:
+        """P where h is projected to fewer features, else 0."""
+        return self.proj_size
 
     @property
     def core(self) -> Cell:
+        """The cell."""
         return self.cell or lstm()
 
 
@@ -339,4 +86,5 @@ class GRU(Recurrent):
 
     @property
     def core(self) -> Cell:
+        """The cell."""
         return self.cell or (gru() if self.reset_after else gru_reset_before())

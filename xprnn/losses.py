@@ -74,6 +74,26 @@ def _scale(xp: Namespace, where: str, w: Array, reduction: str) -> Array:
     return xp.where(total != 0, one / xp.where(total != 0, total, one), xp.zeros_like(one))
 
 
+def _wanted(where: str, xp: Namespace, logits: Array, targets: Array, w: Array | None, axis: int) -> Array:
+    """The targets as probabilities of logits' shape; an integer of weight 0 may lie outside the classes."""
+    v, shape = logits.shape[axis], tuple(s for k, s in enumerate(logits.shape) if k != axis)
+    if not is_integer(xp, targets):
+        resolve(where, {"logits": logits, "targets": targets})
+        check_shape(where, "targets", "(one-hot: the shape of logits)", targets, tuple(logits.shape))
+        return targets
+    hint = "(logits without the class axis" + (f" {axis}; the article's layout needs axis=0)" if axis else ")")
+    check_shape(where, "targets", hint, targets, shape)
+    if w is not None:
+        targets = xp.where(w != 0, targets, xp.zeros_like(targets))
+    check_integers(where, "targets", xp, targets, v)
+    classes = xp.reshape(
+        xp.arange(v, dtype=targets.dtype, device=device_of(logits)),
+        tuple(v if k == axis else 1 for k in range(logits.ndim)),
+    )
+    hit = xp.expand_dims(targets, axis=axis) == classes
+    return xp.where(hit, xp.ones_like(logits), xp.zeros_like(logits))
+
+
 def cross_entropy(
     logits: Array,
     targets: Array,
@@ -83,7 +103,7 @@ def cross_entropy(
     axis: int = -1,
     reduction: str = "mean",
 ) -> tuple[Array, Array]:
-    """Cross-entropy of softmax(logits), and its gradient: -sum w log p[target] / sum w;  dlogits = w (p - onehot) / sum w.
+    """Cross-entropy of softmax(logits), and its gradient: -sum w log p[target] / sum w, w (p - onehot) / sum w.
 
     Args:
         logits: (..., V), scores before the softmax; V stands at `axis` (0 for the article's (n_y, m, T_x)).
@@ -109,26 +129,12 @@ def cross_entropy(
     if logits.ndim == 0 or not -logits.ndim <= axis < logits.ndim:
         raise InputError(f"{where}: logits has shape {tuple(logits.shape)}, which has no axis {axis}")
     axis = axis % logits.ndim
-    v, shape = logits.shape[axis], tuple(s for k, s in enumerate(logits.shape) if k != axis)
+    shape = tuple(s for k, s in enumerate(logits.shape) if k != axis)
     w = _weights(where, xp, logits, shape, mask, weights)
-    if mask is not None or weights is not None:  # padding may hold anything, and 0 * nan is nan
+    some = mask is not None or weights is not None
+    if some:  # padding may hold anything, and 0 * nan is nan
         logits = xp.where(xp.expand_dims(w != 0, axis=axis), logits, zeros(xp, (), logits))
-    if is_integer(xp, targets):
-        hint = "(logits without the class axis" + (f" {axis}; the article's layout needs axis=0)" if axis else ")")
-        check_shape(where, "targets", hint, targets, shape)
-        if mask is not None or weights is not None:
-            targets = xp.where(w != 0, targets, xp.zeros_like(targets))
-        check_integers(where, "targets", xp, targets, v)
-        classes = xp.reshape(
-            xp.arange(v, dtype=targets.dtype, device=device_of(logits)),
-            tuple(v if k == axis else 1 for k in range(logits.ndim)),
-        )
-        hit = xp.expand_dims(targets, axis=axis) == classes
-        wanted = xp.where(hit, xp.ones_like(logits), xp.zeros_like(logits))
-    else:
-        resolve(where, {"logits": logits, "targets": targets})
-        check_shape(where, "targets", "(one-hot: the shape of logits)", targets, tuple(logits.shape))
-        wanted = targets
+    wanted = _wanted(where, xp, logits, targets, w if some else None, axis)
     p, logp = _softmax(xp, logits, axis)
     # A class that is not wanted has no share, however small its probability: 0 * -inf would be nan.
     parts = xp.where(wanted != 0, wanted * logp, xp.zeros_like(logp))

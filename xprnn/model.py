@@ -12,8 +12,9 @@ from numpy.random import Generator
 
 from xprnn.affine import affine, affine_back
 from xprnn.arrays import Array, InputError, Params, check_integers, check_shape, from_numpy, is_integer, resolve
-from xprnn.layers import GRU, LSTM, RNN, check_rng
-from xprnn.stack import Gradients, _check_param_shapes, _check_params
+from xprnn.checks import check_param_shapes, check_params, check_rng
+from xprnn.layers import GRU, LSTM, RNN
+from xprnn.stack import Gradients
 
 __all__ = ["Embedding", "Linear", "Sequential", "from_config"]
 
@@ -56,11 +57,13 @@ class Linear:
     def forward(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Array, None, Any]:
         """y (..., V), None, and the tape."""
         where = "Linear.forward"
-        _check_params(where, params, self.shapes())
+        check_params(where, params, self.shapes())
         xp = resolve(where, {"x": x, **params})
-        _check_param_shapes(where, params, self.shapes())
+        check_param_shapes(where, params, self.shapes())
         if x.ndim == 0 or x.shape[-1] != self.in_features:
-            raise InputError(f"{where}: x (...,H) must end in {self.in_features} features, found shape {tuple(x.shape)}")
+            raise InputError(
+                f"{where}: x (...,H) must end in {self.in_features} features, found shape {tuple(x.shape)}"
+            )
         return affine(xp, x, params["weight"], params.get("bias")), None, (xp, params, x)
 
     def backward(self, tape: Any, dy: Array, dstate: None = None) -> Gradients:
@@ -115,9 +118,9 @@ class Embedding:
     def forward(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Array, None, Any]:
         """The rows, None, and the tape."""
         where = "Embedding.forward"
-        _check_params(where, params, self.shapes())
+        check_params(where, params, self.shapes())
         xp = resolve(where, dict(params), {"x": x})
-        _check_param_shapes(where, params, self.shapes())
+        check_param_shapes(where, params, self.shapes())
         if not is_integer(xp, x):
             raise InputError(f"{where}: x must be integers in 0..{self.num_embeddings - 1}, found {x.dtype}")
         check_integers(where, "x", xp, x, self.num_embeddings)
@@ -165,7 +168,9 @@ class Sequential:
 
     def __init__(self, **parts: Any) -> None:
         if not parts:
-            raise InputError("Sequential: at least one part is needed, as in Sequential(rnn=RNN(3, 4), head=Linear(4, 2))")
+            raise InputError(
+                "Sequential: at least one part is needed, as in Sequential(rnn=RNN(3, 4), head=Linear(4, 2))"
+            )
         for name, part in parts.items():
             if not all(hasattr(part, verb) for verb in ("init", "forward", "backward", "step", "shapes")):
                 raise InputError(f"Sequential: {name} must be a layer, found {type(part).__name__}")
@@ -193,7 +198,9 @@ class Sequential:
         if len(names) == 1:
             return dict.fromkeys(self.parts) | {names[0]: state}
         if not isinstance(state, dict) or state.keys() != set(names):
-            raise InputError(f"{where}: state must be a dict with the keys {', '.join(names)}, found {type(state).__name__}")
+            raise InputError(
+                f"{where}: state must be a dict with the keys {', '.join(names)}, found {type(state).__name__}"
+            )
         return dict.fromkeys(self.parts) | state
 
     def _joined(self, states: dict[str, Any]) -> Any:
@@ -201,7 +208,7 @@ class Sequential:
         return states[names[0]] if len(names) == 1 else {n: states[n] for n in names} or None
 
     def _own(self, where: str, params: Params) -> dict[str, Params]:
-        _check_params(where, params, self.shapes())
+        check_params(where, params, self.shapes())
         return {n: {k[len(n) + 1 :]: a for k, a in params.items() if k.startswith(n + ".")} for n in self.parts}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -90,11 +90,13 @@ def _check_keys(where: str, params: Params, grads: Params) -> None:
         raise InputError(f"{where}: params and grads must have the same keys, found {', '.join(odd)} in only one")
     for key, p in params.items():
         if tuple(p.shape) != tuple(grads[key].shape):
-            raise InputError(f"{where}: the gradient of {key} has shape {tuple(grads[key].shape)}, expected {tuple(p.shape)}")
+            raise InputError(
+                f"{where}: the gradient of {key} has shape {tuple(grads[key].shape)}, expected {tuple(p.shape)}"
+            )
 
 
 def _check_rate(where: str, rate: Rate) -> None:
-    if not callable(rate) and not (isinstance(rate, (int, float)) and 0 <= rate < float("inf")):
+    if not callable(rate) and not 0 <= rate < float("inf"):
         raise InputError(f"{where}: learning_rate must be a number >= 0 or a function of the step, found {rate!r}")
 
 

@@ -6,51 +6,35 @@
 and backwards, line by line in reverse, ending in one GEMM for each weight gradient. This loop runs on any namespace of
 the Array API standard, immutable arrays included; `kernels` holds faster sentences of the same meaning, chosen once for
 a sequence. `reverse` walks t from T-1 to 0. A row that is not active in a step keeps its state (so the reverse
-direction starts inside each row's own length by itself), puts out 0 and receives no gradient.
-
-What the letters mean: T steps, N rows, D inputs, H hidden, P = H or the projected size, G gates.
+direction starts inside each row's own length by itself), puts out 0 and receives no gradient. P is H, or the
+projected size.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from xprnn import kernels
 from xprnn.affine import affine, affine_back, flat, zeros
 from xprnn.arrays import Array, Namespace, Params
 from xprnn.cells import Cell, Pointwise
+from xprnn.tape import State, Steps, Tape
 
-__all__ = ["Steps", "Tape", "backward", "forward", "step_once"]
+__all__ = ["backward", "forward", "step_once"]
 
-State = tuple[Array, ...]
-
-
-class Steps(NamedTuple):
-    """Which rows take part in which step; None means all (active) or none (reset)."""
-
-    active: Array | None = None  # (T, N) boolean
-    reset: Array | None = None  # (T, N) boolean
-
-
-@dataclass(frozen=True)
-class Tape:
-    """What backward needs of a forward pass; replaying it any number of times gives the same gradients."""
-
-    back: Callable[..., Any]  # the backward of the implementation that wrote this tape
-    xp: Namespace
-    cell: Cell
-    params: Params
-    x: Array
-    initial: State
-    steps: Steps
-    reverse: bool
-    states: Callable[[], State]  # one (T, N, .) for each of the cell's states: after each step
-    saved: Any  # what the writer keeps for its backward
-    kernel: str
+Back = tuple[Array | None, State, Sequence[Array | None], Params]
 
 
 def forward(
-    cell: Cell, params: Params, x: Array, state: State, steps: Steps, *, xp: Namespace, reverse: bool, keep: bool
+    cell: Cell,
+    params: Params,
+    x: Array,
+    state: State,
+    steps: Steps,
+    *,
+    home: State | None = None,
+    xp: Namespace,
+    reverse: bool,
+    keep: bool,
 ) -> tuple[Array, State, Tape | None]:
     """Run the cell along x; the fastest implementation that knows the case does the work.
 
@@ -61,6 +45,7 @@ def forward(
         x: (T, N, D), or integers (T, N).
         state: the cell's states, h (N, P) first, the others (N, H).
         steps: which rows take part when.
+        home: the state that a reset leads to; `state` unless given.
         xp: the arrays' namespace.
         reverse: walk from T-1 to 0.
         keep: whether backward will follow; else no tape is kept.
@@ -73,13 +58,16 @@ def forward(
         mask = steps.active[..., None] if x.ndim == 3 else steps.active
         x = xp.where(mask, x, xp.zeros_like(x))
     run = kernels.find(xp, cell, params) or _forward
-    result: tuple[Array, State, Tape | None] = run(cell, params, x, state, steps, xp=xp, reverse=reverse, keep=keep)
+    home = state if home is None else home
+    result: tuple[Array, State, Tape | None] = run(
+        cell, params, x, state, steps, home=home, xp=xp, reverse=reverse, keep=keep
+    )
     return result
 
 
 def backward(
     tape: Tape, dy: Array | None, dstate: Sequence[Array | None], dstates: Sequence[Array | None] = ()
-) -> tuple[Array | None, State, Params]:
+) -> Back:
     """The adjoint of `forward`.
 
     Args:
@@ -89,9 +77,10 @@ def backward(
         dstates: the adjoint of each entry of tape.states (T, N, .), or None.
 
     Returns:
-        dx like x (None for integers), the adjoint of each initial state, gradients keyed like params.
+        dx like x (None for integers), the adjoint of each initial state, that of each home state (None where nothing is
+        reset), gradients keyed like params.
     """
-    result: tuple[Array | None, State, Params] = tape.back(tape, dy, dstate, dstates)
+    result: Back = tape.back(tape, dy, dstate, dstates)
     return result
 
 
@@ -133,9 +122,7 @@ class _Saved(NamedTuple):
     raw: Array | None  # h before the projection
 
 
-def _step(
-    xp: Namespace, cell: Cell, fns: Pointwise, w: _Weights, xg: Array, state: State
-) -> tuple[State, _Saved]:
+def _step(xp: Namespace, cell: Cell, fns: Pointwise, w: _Weights, xg: Array, state: State) -> tuple[State, _Saved]:
     """One step of all rows: the recurrent product, then the cell."""
     e, x = cell.early, _gates(xg, cell.gates)
     hg = xp.matmul(state[0], w.ut)
@@ -169,12 +156,17 @@ def _stack(xp: Namespace, rows: Sequence[Array], like: Array) -> Array:
     return xp.stack(rows) if rows else zeros(xp, (0, *like.shape), like)
 
 
-def _where_rows(xp: Namespace, rows: Array, a: Array, b: Array) -> Array:
-    return xp.where(rows[:, None], a, b)
-
-
 def _forward(
-    cell: Cell, params: Params, x: Array, state: State, steps: Steps, *, xp: Namespace, reverse: bool, keep: bool
+    cell: Cell,
+    params: Params,
+    x: Array,
+    state: State,
+    steps: Steps,
+    *,
+    home: State,
+    xp: Namespace,
+    reverse: bool,
+    keep: bool,
 ) -> tuple[Array, State, Tape | None]:
     fns, w = cell.over(xp), _weights(xp, cell, params)
     xg = affine(xp, x, params["weight_ih"], params.get("bias_ih"))
@@ -183,24 +175,24 @@ def _forward(
     after: list[Any] = [None] * x.shape[0]
     for t in _order(x.shape[0], reverse):
         if steps.reset is not None:
-            row = steps.reset[t, ...]
-            state = tuple(_where_rows(xp, row, i, s) for i, s in zip(initial, state, strict=True))
+            row = steps.reset[t, :, None]
+            state = tuple(xp.where(row, i, s) for i, s in zip(home, state, strict=True))
         new, saved = _step(xp, cell, fns, w, xg[t, ...], state)
         if steps.active is not None:
-            row = steps.active[t, ...]
-            new = tuple(_where_rows(xp, row, n, s) for n, s in zip(new, state, strict=True))
+            row = steps.active[t, :, None]
+            new = tuple(xp.where(row, n, s) for n, s in zip(new, state, strict=True))
         if keep:
             records[t] = (state, saved)
         state = after[t] = new
-    states = tuple(
-        _stack(xp, [a[k] for a in after], s) if keep or k == 0 else s for k, s in enumerate(initial)
-    )
+    states = tuple(_stack(xp, [a[k] for a in after], s) if keep or k == 0 else s for k, s in enumerate(initial))
     y = states[0]
     if steps.active is not None:
         y = xp.where(steps.active[..., None], y, xp.zeros_like(y))
     tape = None
     if keep:
-        tape = Tape(_backward, xp, cell, params, x, initial, steps, reverse, lambda: states, records, "generic scan")
+        tape = Tape(
+            _backward, xp, cell, params, x, initial, home, steps, reverse, lambda: states, records, "generic scan"
+        )
     return y, state, tape
 
 
@@ -210,16 +202,14 @@ def _sum(a: Array | None, b: Array | None) -> Array | None:
     return a + b
 
 
-def _backward(
-    tape: Tape, dy: Array | None, dstate: Sequence[Array | None], dstates: Sequence[Array | None]
-) -> tuple[Array | None, State, Params]:
+def _backward(tape: Tape, dy: Array | None, dstate: Sequence[Array | None], dstates: Sequence[Array | None]) -> Back:
     xp, cell, steps, params = tape.xp, tape.cell, tape.steps, tape.params
     fns = cell.over(xp)
     count = tape.x.shape[0]
     if dy is not None and steps.active is not None:
         dy = xp.where(steps.active[..., None], dy, xp.zeros_like(dy))
     ds = [xp.zeros_like(i) if d is None else d for i, d in zip(tape.initial, dstate, strict=True)]
-    dinitial = [xp.zeros_like(i) for i in tape.initial]
+    dhome: list[Array | None] = [None] * len(ds)
     rows: list[Any] = [None] * count
     totals: dict[str, Array] = {}
     for t in reversed(_order(count, tape.reverse)):
@@ -231,19 +221,18 @@ def _backward(
             ds[0] = ds[0] + dy[t, ...]
         passed = [None] * len(ds)
         if steps.active is not None:
-            row = steps.active[t, ...]
-            passed = [_where_rows(xp, row, xp.zeros_like(d), d) for d in ds]
-            ds = [_where_rows(xp, row, d, xp.zeros_like(d)) for d in ds]
+            row = steps.active[t, :, None]
+            passed = [xp.where(row, xp.zeros_like(d), d) for d in ds]
+            ds = [xp.where(row, d, xp.zeros_like(d)) for d in ds]
         dxg, dhg, ds = _step_back(xp, cell, fns, params, saved, before, ds, totals)
         ds = [_sum(d, p) for d, p in zip(ds, passed, strict=True)]
         if steps.reset is not None:
-            row = steps.reset[t, ...]
-            dinitial = [i + _where_rows(xp, row, d, xp.zeros_like(d)) for i, d in zip(dinitial, ds, strict=True)]
-            ds = [_where_rows(xp, row, xp.zeros_like(d), d) for d in ds]
+            row = steps.reset[t, :, None]
+            dhome = [_sum(i, xp.where(row, d, xp.zeros_like(d))) for i, d in zip(dhome, ds, strict=True)]
+            ds = [xp.where(row, xp.zeros_like(d), d) for d in ds]
         rows[t] = (dxg, dhg)
-    dinitial = [i + d for i, d in zip(dinitial, ds, strict=True)]
     dx, dparams = _weight_gradients(tape, rows, totals)
-    return dx, tuple(dinitial), dparams
+    return dx, tuple(ds), dhome, dparams
 
 
 def _step_back(
@@ -278,7 +267,10 @@ def _step_back(
         add(name, xp.sum(value, axis=0, dtype=value.dtype))
     dhg = xp.concat(dh, axis=-1)
     direct = xp.matmul(dhg[:, :cut], u[:cut, :]) if cell.early else xp.matmul(dhg, u)
-    dprev = [_sum(direct, dprev[0]), *(xp.zeros_like(b) if d is None else d for d, b in zip(dprev[1:], before[1:], strict=True))]
+    dprev = [
+        _sum(direct, dprev[0]),
+        *(xp.zeros_like(b) if d is None else d for d, b in zip(dprev[1:], before[1:], strict=True)),
+    ]
     return xp.concat(dx, axis=-1), dhg, dprev
 
 

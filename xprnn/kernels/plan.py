@@ -5,7 +5,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from xprnn.cells import Cell
-from xprnn.kernels.trace import Graph, Program, Untraceable, Value, leaves, program
+from xprnn.kernels.trace import Graph, Program, UntraceableError, Value, leaves, program
 
 __all__ = ["Plan", "plan_of"]
 
@@ -15,7 +15,9 @@ class Plan(NamedTuple):
 
     added: int  # the first gates, of which only x + h is used
     forward: Program  # (g x h s p) -> n states, v saved
-    saved: tuple[str, ...]  # for each entry of `saved`: its own array v*, or what it equals: n* (state after), s* (before)
+    saved: tuple[
+        str, ...
+    ]  # for each entry of `saved`: its own array v*, or what it equals: n* (state after), s* (before)
     hoisted: tuple[str, ...]  # k*: factors of the adjoint that need no adjoint
     before: Program  # (v s p) -> k*
     back: Program  # (d v s p k) -> X (dx), U (dh), r (dh of the state before), e* (the other states'), P (vectors)
@@ -28,7 +30,7 @@ def plan_of(cell: Cell) -> Plan | None:
     """The cell's plan, or None where it can't be traced."""
     try:
         return _trace(cell)
-    except Untraceable:
+    except UntraceableError:
         return None
 
 
@@ -45,7 +47,10 @@ def _trace(cell: Cell) -> Plan:
         if f"g{k}" in used:  # beyond the added prefix, the sum is an operation like any other
             g.op, g.args, g.name = "add", (graph.input(f"x{k}"), graph.input(f"h{k}")), ""
     names = _saved_names(new, saved, s)
-    outputs = [*((n, v) for n, v in zip(names, saved, strict=True) if n[0] == "v"), *((f"n{k}", v) for k, v in enumerate(new))]
+    outputs = [
+        *((n, v) for n, v in zip(names, saved, strict=True) if n[0] == "v"),
+        *((f"n{k}", v) for k, v in enumerate(new)),
+    ]
     forward_ = program(outputs, "xsnv")
 
     graph = Graph()

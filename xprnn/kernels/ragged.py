@@ -1,4 +1,4 @@
-"""Which rows a step touches on NumPy: rows sorted by their last active step, so that those still running stand first."""
+"""Which rows a step touches on NumPy: sorted by their last active step, those still running stand first."""
 
 from typing import Any, NamedTuple
 
@@ -28,8 +28,8 @@ class Rows(NamedTuple):
         active = np.asarray(steps.active)
         numbers = np.arange(1, count + 1)[:, None]
         end = np.max(np.where(active, numbers, 0), axis=0, initial=0)
-        order = np.argsort(-end, kind="stable")
-        if (order == np.arange(n)).all():
+        order: Array = np.argsort(-end, kind="stable")
+        if np.array_equal(order, np.arange(n)):
             order = None
         elif end.sum() > 0.9 * count * n:  # too little to save for two copies
             order, end = None, np.full(n, count)

@@ -4,7 +4,8 @@ The functions are called once with stand-ins for their arguments. Each operator 
 becomes a node; equal nodes are one. A program prints the nodes it needs, in order, as calls `ufunc(a, b, out)`, with
 as few scratch arrays as their lifetimes allow: no allocation is left, and a cell's maths is written once, in cells.py.
 
-What can't be traced (a function outside `FUNCTIONS`, a branch on a value) raises Untraceable, and the generic scan runs.
+What can't be traced (a function outside `FUNCTIONS`, a branch on a value) raises UntraceableError, and the generic
+scan runs.
 """
 
 from collections.abc import Iterable
@@ -12,15 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Graph", "Program", "Untraceable", "Value"]
+__all__ = ["Graph", "Program", "UntraceableError", "Value"]
 
-FUNCTIONS = {
-    name: getattr(np, name)
-    for name in (
-        "abs add cos exp expm1 log log1p maximum minimum multiply negative positive pow sign sin sinh cosh sqrt "
-        "square subtract tanh divide less less_equal greater greater_equal equal not_equal"
-    ).split()
-}
+_NAMES = """
+    abs add cos cosh divide exp expm1 log log1p maximum minimum multiply negative positive pow sign sin sinh sqrt square
+    subtract tanh less less_equal greater greater_equal equal not_equal
+"""
+FUNCTIONS = {name: getattr(np, name) for name in _NAMES.split()}
 _BOOLEAN = frozenset({"less", "less_equal", "greater", "greater_equal", "equal", "not_equal"})
 
 
@@ -29,7 +28,7 @@ def _where(condition: Any, a: Any, b: Any, out: Any) -> None:
     np.copyto(out, a, where=condition)
 
 
-class Untraceable(Exception):
+class UntraceableError(Exception):
     """A function does something other than elementwise arithmetic with the supported functions."""
 
 
@@ -44,10 +43,10 @@ class Value:
         self.boolean = op in _BOOLEAN
 
     def __bool__(self) -> bool:
-        raise Untraceable("a branch on a value")
+        raise UntraceableError("a branch on a value")
 
     def __getattr__(self, name: str) -> Any:
-        raise Untraceable(f"attribute {name!r} of a value")
+        raise UntraceableError(f"attribute {name!r} of a value")
 
     def __neg__(self) -> "Value":
         return self.graph.node("negative", self)
@@ -66,7 +65,14 @@ def _operator(op: str, swapped: bool = False) -> Any:
 for _name, _op in {"add": "add", "sub": "subtract", "mul": "multiply", "truediv": "divide", "pow": "pow"}.items():
     setattr(Value, f"__{_name}__", _operator(_op))
     setattr(Value, f"__r{_name}__", _operator(_op, swapped=True))
-for _name, _op in {"lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal", "eq": "equal", "ne": "not_equal"}.items():
+for _name, _op in {
+    "lt": "less",
+    "le": "less_equal",
+    "gt": "greater",
+    "ge": "greater_equal",
+    "eq": "equal",
+    "ne": "not_equal",
+}.items():
     setattr(Value, f"__{_name}__", _operator(_op))
 
 
@@ -89,19 +95,25 @@ class Graph:
         """The node op(*args), the same object whenever it is asked for again."""
         for a in args:
             if not isinstance(a, (Value, int, float)):
-                raise Untraceable(f"{type(a).__name__} among the operands of {op}")
+                raise UntraceableError(f"{type(a).__name__} among the operands of {op}")
         names = tuple(a.name for a in args if isinstance(a, Value))
-        if op == "add" and len(names) == 2 and {n[0] for n in names if n} == {"x", "h"} and names[0][1:] == names[1][1:]:
+        if (
+            op == "add"
+            and len(names) == 2
+            and {n[0] for n in names if n} == {"x", "h"}
+            and names[0][1:] == names[1][1:]
+        ):
             return self.input("g" + names[0][1:])  # the two halves of a gate, which the scan can add for all gates
         key = (op, *(id(a) if isinstance(a, Value) else ("number", float(a)) for a in args))
         return self._nodes.setdefault(key, Value(self, op, args))
 
     def where(self, condition: Any, a: Any, b: Any) -> Value:
+        """The namespace's where."""
         return self.node("where", condition, a, b)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in FUNCTIONS:
-            raise Untraceable(f"the function {name!r}")
+            raise UntraceableError(f"the function {name!r}")
         return lambda *args: self.node(name, *args)
 
 
@@ -128,7 +140,7 @@ class Program(NamedTuple):
         scope |= {f"b{k}": np.empty(shape, bool) for k in range(self.masks)}
         scope |= {name: static[name] for name in self.static}
         # One printed line for each ufunc call: a Python function is the fastest list of calls there is.
-        exec(_code(self.source), scope)  # noqa: S102 - the source is printed by this file from a finite list of names
+        exec(_code(self.source), scope)  # the source is printed by this file from a finite list of names
         return scope["body"]
 
 
@@ -142,7 +154,10 @@ def _code(source: str) -> Any:
 
 
 def program(
-    outputs: Iterable[tuple[str, Any]], moving: str, given: dict[Value, str] | None = None, over: dict[str, str] | None = None
+    outputs: Iterable[tuple[str, Any]],
+    moving: str,
+    given: dict[Value, str] | None = None,
+    over: dict[str, str] | None = None,
 ) -> Program:
     """Print the program that writes each value into the array of its name.
 
@@ -188,13 +203,15 @@ class _Printer:
         self.names.add(name)
         return name
 
-    def _take(self, kind: str) -> str:
+    def _take(self, value: Value) -> str:
+        kind = "b" if value.boolean else "t"
         if self.free[kind]:
             return self.free[kind].pop()
         self.made[kind] += 1
         return f"{kind}{self.made[kind] - 1}"
 
-    def print(self, moving: str) -> Program:
+    def _targets(self) -> dict[Value, str]:
+        """Which values are written straight into the array of an output."""
         target: dict[Value, str] = {}
         made = {id(v): k for k, v in enumerate(self.order, 1)}
         for name, value in self.outputs:
@@ -204,34 +221,37 @@ class _Printer:
             )
             if isinstance(value, Value) and value in self.last and value not in target and not late:
                 target[value] = name
-        kept = {v for _, v in self.outputs if isinstance(v, Value)}
+        return target
+
+    def _emit(self, index: int, value: Value, target: dict[Value, str], kept: set[Value]) -> None:
+        """One line; scratch that dies with it is free for the next, or for itself where that is safe."""
+        args = [self._name(a) for a in value.args]
+        dead = {a for a in value.args if isinstance(a, Value) and self.last.get(a) == index and a not in kept}
+        scratch = [self.place[a] for a in dead if self.place[a][0] in "tb" and a not in self.given and a.op != "input"]
+        twice = value.op == "where"  # its two copies must not overwrite what the second still reads
+        taken = self._take(value) if twice and value not in target else None
+        for s in scratch:
+            self.free[s[0]].append(s)
+        self.place[value] = target.get(value) or taken or self._take(value)
+        # NumPy is giving a third positional argument of these two another meaning.
+        out = "out=" if value.op in ("maximum", "minimum") else ""
+        self.lines.append(f"{value.op}({', '.join((*args, out + self._name(value)))})")
+
+    def print(self, moving: str) -> Program:
+        target, kept = self._targets(), {v for _, v in self.outputs if isinstance(v, Value)}
         for index, value in enumerate(self.order, 1):
-            args = [self._name(a) for a in value.args]
-            dead = {a for a in value.args if isinstance(a, Value) and self.last.get(a) == index and a not in kept}
-            scratch = [self.place[a] for a in dead if self.place[a][0] in "tb" and a not in self.given and a.op != "input"]
-            kind = "b" if value.boolean else "t"
-            if value.op != "where":  # its two copies must not overwrite what the second still reads
-                for s in scratch:
-                    self.free[s[0]].append(s)
-            place = target.get(value) or self._take(kind)
-            if value.op == "where":
-                for s in scratch:
-                    self.free[s[0]].append(s)
-            self.place[value] = place
-            # NumPy is giving a third positional argument of these two another meaning.
-            out = "out=" if value.op in ("maximum", "minimum") else ""
-            self.lines.append(f"{value.op}({', '.join((*args, out + self._name(value)))})")
+            self._emit(index, value, target, kept)
         for name, value in self.outputs:
             if not isinstance(value, Value) or self.place[value] != name:
                 self.names.add(name)
                 self.lines.append(f"copyto({name}, {self._name(value)})")
         scratch_names = {f"{k}{i}" for k in "tb" for i in range(self.made[k])}
         names = sorted(self.names - scratch_names)
-        args_ = tuple(n for n in names if n[0] in moving)
+        args = tuple(n for n in names if n[0] in moving)
         body = "\n    ".join(self.lines or ["pass"])
         return Program(
-            f"def body({', '.join(args_)}):\n    {body}\n",
-            args_,
+            f"def body({', '.join(args)}):\n    {body}\n",
+            args,
             tuple(n for n in names if n[0] not in moving),
             self.made["t"],
             self.made["b"],

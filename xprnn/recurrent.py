@@ -1,0 +1,291 @@
+"""A recurrent layer of any cell: stacks and directions of scans, on parameters that the caller keeps.
+
+A layer is a frozen configuration. Parameters are a flat dict with torch's state_dict names and shapes; states are
+torch's (L*directions, N, H), for the LSTM the pair (h, c). Where layers have hidden sizes of their own, a state is a
+tuple with one (directions, N, H_l) for each layer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+from numpy.random import Generator
+
+from xprnn import stack
+from xprnn.arrays import Array, InputError, Params, from_numpy
+from xprnn.cells import Cell
+from xprnn.checks import check_rng
+from xprnn.initial import draw
+from xprnn.stack import Gradients, StackTape
+
+__all__ = ["Recurrent", "positive"]
+
+State = Any
+
+
+def positive(where: str, name: str, value: Any, least: int = 1) -> None:
+    """Raise InputError unless `value` is an integer >= least."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{where}: {name} must be an integer >= {least}, found {value!r}")
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """A stack of one cell, in one or two directions. RNN, LSTM and GRU are this with their cells.
+
+    Args:
+        input_size: D >= 1, features of x, or the number of classes where x is integer.
+        hidden_size: H >= 1, or one for each layer.
+        num_layers: L >= 1.
+        bias: whether bias_ih and bias_hh exist.
+        batch_first: x and y are (N, T, .) instead of (T, N, .); states never are.
+        dropout: probability 0 <= p < 1 of zeroing each output of every layer but the last, in `forward` with an `rng`.
+        bidirectional: a second direction in every layer; y is the two side by side.
+        learned_state: the state that `state=None` stands for is a parameter, "initial_h" (and "initial_c"),
+            (L*directions, H), instead of zero.
+        cell: what happens in a step; RNN, LSTM and GRU choose their own.
+
+    >>> import numpy as np, xprnn
+    >>> layer = Recurrent(3, 4, cell=xprnn.cells.elman("relu"))
+    >>> params = layer.init(np.random.default_rng(0), like=np.zeros(0))
+    >>> y, state = layer(params, np.ones((5, 2, 3)))
+    >>> y.shape, state.shape
+    ((5, 2, 4), (1, 2, 4))
+    """
+
+    input_size: int
+    hidden_size: int | tuple[int, ...]
+    num_layers: int = 1
+    bias: bool = field(default=True, kw_only=True)
+    batch_first: bool = field(default=False, kw_only=True)
+    dropout: float = field(default=0.0, kw_only=True)
+    bidirectional: bool = field(default=False, kw_only=True)
+    learned_state: bool = field(default=False, kw_only=True)
+    cell: Cell | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        where = type(self).__name__
+        positive(where, "input_size", self.input_size)
+        positive(where, "num_layers", self.num_layers)
+        if not isinstance(self.hidden_size, int):
+            object.__setattr__(self, "hidden_size", tuple(self.hidden_size))
+            if len(self.sizes) != self.num_layers:
+                raise InputError(
+                    f"{where}: hidden_size has {len(self.sizes)} entries but num_layers is {self.num_layers}"
+                )
+        for size in self.sizes:
+            positive(where, "hidden_size", size)
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"{where}: dropout must be in [0, 1), found {self.dropout!r}")
+        if not isinstance(self.core, Cell):
+            raise InputError(f"{where}: cell must be an xprnn.Cell, found {type(self.core).__name__}")
+
+    @property
+    def core(self) -> Cell:
+        """The cell."""
+        if self.cell is None:
+            raise InputError(f"{type(self).__name__}: a cell is needed: cell=xprnn.cells.lstm(), or your own")
+        return self.cell
+
+    @property
+    def projection(self) -> int:
+        """P where h is projected to fewer features, else 0."""
+        return 0
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """H of each layer."""
+        return self.hidden_size if isinstance(self.hidden_size, tuple) else (self.hidden_size,) * self.num_layers
+
+    @property
+    def directions(self) -> int:
+        """1 or 2."""
+        return 2 if self.bidirectional else 1
+
+    @property
+    def output_size(self) -> int:
+        """Features of y: directions * H of the last layer, or directions * proj_size."""
+        return self.directions * (self.projection or self.sizes[-1])
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The name and shape of every parameter, in torch's order."""
+        out: dict[str, tuple[int, ...]] = {}
+        width, core = self.input_size, self.core
+        for k, h in enumerate(self.sizes):
+            p = self.projection or h
+            for suffix in ("", "_reverse")[: self.directions]:
+                one: dict[str, tuple[int, ...]] = {
+                    "weight_ih": (core.gates * h, width),
+                    "weight_hh": (core.gates * h, p),
+                }
+                if self.bias:
+                    one |= {"bias_ih": (core.gates * h,), "bias_hh": (core.gates * h,)}
+                if self.projection:
+                    one["weight_hr"] = (p, h)
+                one |= dict.fromkeys(core.vectors, (h,))
+                out |= {f"{name}_l{k}{suffix}": shape for name, shape in one.items()}
+            width = self.directions * p
+        if self.learned_state:
+            for i, name in enumerate(core.states):
+                for k, h in enumerate(self.sizes):
+                    size = h if i or not self.projection else self.projection
+                    key = f"initial_{name}" if isinstance(self.hidden_size, int) else f"initial_{name}_l{k}"
+                    lead = self.num_layers if isinstance(self.hidden_size, int) else 1
+                    out[key] = (lead * self.directions, size)
+        return out
+
+    def init(
+        self,
+        rng: Generator,
+        like: Array,
+        *,
+        scheme: str = "uniform",
+        spectral_radius: float | None = None,
+        forget_bias: float | None = None,
+    ) -> Params:
+        """Starting parameters.
+
+        Args:
+            rng: a numpy.random.Generator; every array library gets the same numbers.
+            like: an array whose library, dtype and device the parameters take.
+            scheme: "uniform" (torch's), "glorot", "orthogonal", "glorot_orthogonal" (Keras's), "identity" (IRNN).
+            spectral_radius: largest |eigenvalue| of each gate's recurrent block.
+            forget_bias: the sum of an LSTM's two forget-gate biases.
+
+        Returns:
+            dict of arrays, `shapes()` says which.
+
+        Raises:
+            InputError: unknown scheme, or a forget_bias without a forget gate and biases.
+
+        >>> import numpy as np, xprnn
+        >>> sorted(xprnn.RNN(2, 3).init(np.random.default_rng(0), like=np.zeros(0)))
+        ['bias_hh_l0', 'bias_ih_l0', 'weight_hh_l0', 'weight_ih_l0']
+        """
+        where = f"{type(self).__name__}.init"
+        check_rng(where, rng)
+        if forget_bias is not None and (self.core.name != "lstm" or not self.bias):
+            raise InputError(f"{where}: forget_bias needs an LSTM with biases")
+        return {
+            name: from_numpy(self._draw(rng, name, scheme, spectral_radius, forget_bias), like)
+            for name in self.shapes()
+        }
+
+    def _draw(self, rng: Generator, name: str, scheme: str, radius: float | None, forget_bias: float | None) -> Any:
+        shape = self.shapes()[name]
+        if name.startswith("initial_"):
+            return np.zeros(shape)
+        hidden = self.sizes[int(name.rpartition("_l")[2].partition("_")[0])]
+        value = draw(rng, name, shape, self.core.gates, hidden, scheme, radius)
+        if forget_bias is not None and name.startswith("bias_"):
+            value[hidden : 2 * hidden] = forget_bias if name.startswith("bias_ih") else 0.0
+        return value
+
+    def __call__(
+        self, params: Params, x: Array, state: State = None, *, lengths: Any = None, mask: Any = None, reset: Any = None
+    ) -> tuple[Array, State]:
+        """Inference: as `forward`, but nothing is kept and nothing is dropped out. Returns y and the final state."""
+        y, final, _ = stack.forward(self, params, x, state, lengths=lengths, mask=mask, reset=reset, keep=False)
+        return y, final
+
+    def forward(
+        self,
+        params: Params,
+        x: Array,
+        state: State = None,
+        *,
+        lengths: Any = None,
+        mask: Any = None,
+        reset: Any = None,
+        rng: Generator | None = None,
+        checkpoint: int | str | None = None,
+    ) -> tuple[Array, State, StackTape]:
+        """Run the layer and keep what `backward` needs.
+
+        Args:
+            params: as from `init`.
+            x: (T, N, D), or (N, T, D) if batch_first; or integers (T, N) that stand for one-hot vectors.
+            state: (L*directions, N, H), for the LSTM a pair; None: zero, or the learned one.
+            lengths: (N,) integers 0 to T, in any order, an array or a host sequence. y is 0 past the end, the final
+                state is the one at each row's last valid step, the reverse direction runs inside each row's own length.
+            mask: (T, N) boolean, (N, T) if batch_first; a False step is skipped: the state is carried, y is 0, and no
+                gradient flows into x there.
+            reset: like mask; where True, the row's state is its initial state again before that step (in the order
+                in which a direction walks), and the gradient goes to the initial state.
+            rng: a numpy.random.Generator for dropout; None: no dropout.
+            checkpoint: how to bound the tape: keep the state of every k-th step only (k, an int), of every sqrt(T)-th
+                ("sqrt"), or what fits a number of bytes ("64MiB"), and run the steps between again in `backward`.
+
+        Returns:
+            y (T, N, directions*H), the final state shaped like `state`, and the tape for `backward`.
+
+        Raises:
+            InputError: shapes, dtypes, libraries or devices that don't fit; says which, expected and found.
+
+        >>> import numpy as np, xprnn
+        >>> layer = xprnn.RNN(3, 4)
+        >>> params = layer.init(np.random.default_rng(0), like=np.zeros(0))
+        >>> y, state, tape = layer.forward(params, np.ones((5, 2, 3)))
+        >>> dx, dstate, dparams = layer.backward(tape, np.ones_like(y))
+        >>> dx.shape, dstate.shape, dparams["weight_hh_l0"].shape
+        ((5, 2, 3), (1, 2, 4), (4, 4))
+        """
+        y, final, tape = stack.forward(
+            self, params, x, state, lengths=lengths, mask=mask, reset=reset, keep=True, rng=rng, checkpoint=checkpoint
+        )
+        assert tape is not None
+        return y, final, tape
+
+    def backward(
+        self, tape: StackTape, dy: Array | None, dstate: State = None, *, dstates: Sequence[Any] | None = None
+    ) -> Gradients:
+        """The exact adjoint of `forward`: back-propagation through time over the whole sequence.
+
+        Args:
+            tape: what forward returned; it can be used again.
+            dy: the adjoint of y, or None.
+            dstate: the adjoint of the final state, shaped like it, or None.
+            dstates: adjoints of `tape.states()`, in the same structure, each entry an array or None.
+
+        Returns:
+            Gradients(dx, dstate, dparams): dx like x (None if x is integer); dstate, the adjoint of the initial state;
+            dparams keyed like params.
+
+        Raises:
+            InputError: an adjoint whose shape, dtype, library or device is not that of what it belongs to.
+        """
+        return stack.backward(self, tape, dy, dstate, dstates)
+
+    def step(self, params: Params, x: Array, state: State = None) -> tuple[Array, State]:
+        """Streaming: one time step, the same numbers as the whole sequence.
+
+        Args:
+            params: as from `init`.
+            x: (N, D) or integers (N,).
+            state: the state so far, or None at the start.
+
+        Returns:
+            y (N, H) and the next state.
+
+        Raises:
+            InputError: a bidirectional layer, which needs the whole sequence; or anything that doesn't fit.
+
+        >>> import numpy as np, xprnn
+        >>> layer = xprnn.RNN(3, 4)
+        >>> params = layer.init(np.random.default_rng(0), like=np.zeros(0))
+        >>> y, state = layer.step(params, np.ones((2, 3)))
+        >>> y.shape
+        (2, 4)
+        """
+        return stack.step(self, params, x, state)
+
+    def config(self) -> dict[str, Any]:
+        """The configuration as JSON-able data; `from_config` reads it back."""
+        if self.cell is not None:
+            raise InputError(f"{type(self).__name__}: a layer with a cell of your own has no file form: keep its code")
+        return {"type": type(self).__name__} | {
+            f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v
+            for f in fields(self)
+            if f.name != "cell"
+        }
