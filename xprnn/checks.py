@@ -147,9 +147,9 @@ def check_inner(
     return out
 
 
-def check_rng(where: str, rng: Any) -> None:
-    """Raise InputError unless `rng` is a NumPy Generator."""
-    if not isinstance(rng, Generator):
+def check_rng(where: str, rng: Any, *, optional: bool = False) -> None:
+    """Raise InputError unless `rng` is a NumPy Generator (or None, if it is optional)."""
+    if not isinstance(rng, Generator) and not (optional and rng is None):
         raise InputError(
             f"{where}: rng must be a numpy.random.Generator, found {type(rng).__name__}: numpy.random.default_rng(0)"
         )

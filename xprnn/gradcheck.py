@@ -1,7 +1,7 @@
 """Proof of a gradient: random directions, random cotangents, central differences in float64.
 
-For outputs y = f(a, b, ...) and a random cotangent u, the adjoint promises <v, da> = <u, df/da v> for every direction v.
-The right side needs no derivative code: (f(a + h v) - f(a - h v)) / 2h, here at two steps h, combined so that the
+For outputs y = f(a, b, ...) and a random cotangent u, the adjoint promises <v, da> = <u, df/da v> for every direction
+v. The right side needs no derivative code: (f(a + h v) - f(a - h v)) / 2h, here at two steps h, combined so that the
 h^2 error cancels (Richardson). Each argument is moved by itself, so a failure names it. A cotangent of ones, the usual
 `y.sum()`, would miss an adjoint that has time reversed; a random one misses nothing with probability 1.
 """

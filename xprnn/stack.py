@@ -79,17 +79,14 @@ def forward(
     """See layers.Recurrent.forward."""
     where = f"{type(layer).__name__}.forward" if keep else type(layer).__name__
     xp = checks.check_call(where, layer, params, x, state, "NT" if layer.batch_first else "TN")
-    if rng is not None:
-        checks.check_rng(where, rng)
+    checks.check_rng(where, rng, optional=True)
     x = layout.time_major(layer, xp, x)
     count, n = x.shape[:2]
     steps = checks.steps_of(where, layer, xp, x, lengths, mask, reset)
     initial = layout.unpack(where, layer, xp, params, n, state)
     every = _segment(where, layer, checkpoint, params, count, n)
     y, masks = x, []
-    finals: list[Any] = []
-    record: list[Any] = []
-    chains = _chains(layer, xp, params)
+    finals, record, chains = list[Any](), list[Any](), _chains(layer, xp, params)
     step = len(chains) // layer.num_layers or 1
     for i in range(0, len(chains), step):
         if i and rng is not None and layer.dropout:

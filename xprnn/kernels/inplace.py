@@ -41,9 +41,8 @@ def forward(
     cell: Cell, params: Params, x: Array, state: State, steps: Steps, *, home: State, xp: Any, reverse: bool, keep: bool
 ) -> tuple[Array, State, Tape | None]:
     """See xprnn.scan.forward, which is the specification."""
-    plan = plan_of(cell)
+    plan, rows = plan_of(cell), Rows.of(x.shape[:2], steps)
     assert plan is not None
-    rows = Rows.of(x.shape[:2], steps)
     given, x, initial = x, rows.sort(x, 1), tuple(rows.sort(s, 0) for s in state)
     w = Walk(plan, cell, params, rows, reverse, tuple(rows.sort(s, 0) for s in home))
     count, n = x.shape[:2]
@@ -56,8 +55,7 @@ def forward(
     before = held if rows.reset is None else tuple(np.empty_like(b) for b in held)
     w.arrays |= {f"s{k}": b for k, b in enumerate(before)} | {f"n{k}": a for k, a in enumerate(after)}
     w.arrays |= {name: room((count, n, w.hidden), initial[0].dtype, keep) for name in plan.saved if name[0] == "v"}
-    projected = "weight_hr" in params
-    if projected:
+    if projected := "weight_hr" in params:
         w.arrays["n0"] = room((count, n, w.hidden), initial[0].dtype, keep)
         w.arrays["n0"][...] = 0  # a row that has ended meets only zeros in the weight's gradient, but not 0 * nan
     xg = project(w, x, after[0] if cell.gates == plan.added == 1 and not projected else None)
@@ -74,11 +72,9 @@ def forward(
     def states() -> State:
         return tuple(rows.unsort(a, 1) for a in after)
 
-    return (
-        y,
-        final,
-        Tape(backward, np, cell, params, given, state, home, steps, reverse, states, (w, x), "NumPy in place"),
-    )
+    kept = (w, x)
+    tape = Tape(backward, np, cell, params, given, state, home, steps, reverse, states, kept, "NumPy in place")
+    return y, final, tape
 
 
 def _walk(w: Walk, xg: Array, held: State, after: State) -> None:

@@ -141,7 +141,8 @@ class Program(NamedTuple):
         scope |= {name: static[name] for name in self.static}
         # One printed line for each ufunc call: a Python function is the fastest list of calls there is.
         exec(_code(self.source), scope)  # the source is printed by this file from a finite list of names
-        return scope["body"]
+        # Popped: a function that finds itself in its globals is a cycle, and its scratch would wait for the collector.
+        return scope.pop("body")
 
 
 _codes: dict[str, Any] = {}
