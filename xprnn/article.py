@@ -60,25 +60,21 @@ class CellCaches(Sequence[Cache]):
         return (self[k] for k in range(len(self)))
 
 
-def _check_parameters(where: str, parameters: Any) -> None:
+def _resolve(where: str, parameters: Any, **arrays: Array) -> Namespace:
+    """The namespace; parameters and arrays checked against each other."""
     if not isinstance(parameters, dict):
         raise InputError(f"{where}: parameters must be a dict, found {type(parameters).__name__}")
     missing = [k for k in _KEYS if k not in parameters]
     if missing:
         raise InputError(f"{where}: parameters has no {', '.join(missing)} (expected {', '.join(_KEYS)})")
-    n_a, n_x = (*parameters["Wax"].shape, 0)[:2] if hasattr(parameters["Wax"], "shape") else (0, 0)
-    n_y = (*parameters["Wya"].shape, 0)[0] if hasattr(parameters["Wya"], "shape") else 0
+    xp = resolve(where, arrays | {k: parameters[k] for k in _KEYS})
+    n_a, n_x = (*parameters["Wax"].shape, 0, 0)[:2]
+    n_y = (*parameters["Wya"].shape, 0)[0]
     shapes = {"Wax": (n_a, n_x), "Waa": (n_a, n_a), "Wya": (n_y, n_a), "ba": (n_a, 1), "by": (n_y, 1)}
     letters = {"Wax": "(n_a,n_x)", "Waa": "(n_a,n_a)", "Wya": "(n_y,n_a)", "ba": "(n_a,1)", "by": "(n_y,1)"}
     for name, shape in shapes.items():
-        if hasattr(parameters[name], "shape"):
-            check_shape(where, name, letters[name], parameters[name], shape)
-
-
-def _resolve(where: str, parameters: Params, **arrays: Array) -> Namespace:
-    """The namespace; parameters and arrays checked against each other."""
-    _check_parameters(where, parameters)
-    return resolve(where, arrays | {k: parameters[k] for k in _KEYS})
+        check_shape(where, name, letters[name], parameters[name], shape)
+    return xp
 
 
 def _turn(xp: Namespace, a: Array) -> Array:
@@ -208,6 +204,8 @@ def rnn_cell_backward(da_next: Array | None, cache: Cache, *, dlogits: Array | N
         a_next, a_prev, xt, parameters = cache
     except (TypeError, ValueError):
         raise InputError(f"{where}: cache must be (a_next, a_prev, xt, parameters) from rnn_cell_forward") from None
+    resolve(where, {"a_next in cache": a_next, "a_prev in cache": a_prev, "xt in cache": xt})
+    check_shape(where, "a_next in cache", "(n_a,m)", a_next, (None, None))
     xp = _check_cotangents(where, parameters, (a_next.shape[1],), da_next, dlogits, "da_next")
     h = _turn(xp, a_next)
     heads: Params = {}

@@ -24,7 +24,18 @@ from xprnn.arrays import (
 from xprnn.layout import names_of
 from xprnn.tape import Steps
 
-__all__ = ["arrays_in", "check_call", "check_inner", "check_param_shapes", "check_params", "check_rng", "steps_of"]
+__all__ = [
+    "arrays_in",
+    "check_call",
+    "check_init",
+    "check_inner",
+    "check_param_shapes",
+    "check_params",
+    "check_rng",
+    "fraction",
+    "positive",
+    "steps_of",
+]
 
 
 def check_params(where: str, params: Any, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -145,6 +156,24 @@ def check_inner(
                 check_shape(where, f"dstates[{k}] {name}", "(T,N,H)", part, (*shape, w))
         out.append(parts)
     return out
+
+
+def positive(where: str, name: str, value: Any, least: int = 1) -> None:
+    """Raise InputError unless `value` is an integer >= least."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{where}: {name} must be an integer >= {least}, found {value!r}")
+
+
+def fraction(where: str, name: str, value: Any) -> None:
+    """Raise InputError unless 0 <= `value` < 1."""
+    if not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise InputError(f"{where}: {name} must be in [0, 1), found {value!r}")
+
+
+def check_init(where: str, rng: Any, like: Any) -> None:
+    """Raise InputError unless `init` got a NumPy Generator and an array whose dtype parameters can take."""
+    check_rng(where, rng)
+    resolve(where, {"like": like})
 
 
 def check_rng(where: str, rng: Any, *, optional: bool = False) -> None:

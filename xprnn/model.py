@@ -12,7 +12,7 @@ from numpy.random import Generator
 
 from xprnn.affine import affine, affine_back
 from xprnn.arrays import Array, InputError, Params, check_integers, check_shape, from_numpy, is_integer, resolve
-from xprnn.checks import check_param_shapes, check_params, check_rng
+from xprnn.checks import check_init, check_param_shapes, check_params, positive
 from xprnn.layers import GRU, LSTM, RNN
 from xprnn.stack import Gradients
 
@@ -39,13 +39,17 @@ class Linear:
     out_features: int
     bias: bool = True
 
+    def __post_init__(self) -> None:
+        positive("Linear", "in_features", self.in_features)
+        positive("Linear", "out_features", self.out_features)
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The name and shape of every parameter."""
         return {"weight": (self.out_features, self.in_features)} | ({"bias": (self.out_features,)} if self.bias else {})
 
     def init(self, rng: Generator, like: Array) -> Params:
         """torch's: U(-1/sqrt(in_features), 1/sqrt(in_features))."""
-        check_rng("Linear.init", rng)
+        check_init("Linear.init", rng, like)
         bound = 1 / np.sqrt(self.in_features)
         return {name: from_numpy(rng.uniform(-bound, bound, shape), like) for name, shape in self.shapes().items()}
 
@@ -101,13 +105,17 @@ class Embedding:
     num_embeddings: int
     embedding_dim: int
 
+    def __post_init__(self) -> None:
+        positive("Embedding", "num_embeddings", self.num_embeddings)
+        positive("Embedding", "embedding_dim", self.embedding_dim)
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The name and shape of every parameter."""
         return {"weight": (self.num_embeddings, self.embedding_dim)}
 
     def init(self, rng: Generator, like: Array) -> Params:
         """torch's: standard normal."""
-        check_rng("Embedding.init", rng)
+        check_init("Embedding.init", rng, like)
         return {"weight": from_numpy(rng.standard_normal(self.shapes()["weight"]), like)}
 
     def __call__(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Array, None]:
@@ -217,7 +225,7 @@ class Sequential:
 
     def init(self, rng: Generator, like: Array, **options: Any) -> Params:
         """Each part's own init, in order; the options go to the recurrent parts."""
-        check_rng("Sequential.init", rng)
+        check_init("Sequential.init", rng, like)
         names = self._recurrent()
         made = {n: p.init(rng, like, **(options if n in names else {})) for n, p in self.parts.items()}
         return {f"{n}.{k}": a for n, own in made.items() for k, a in own.items()}

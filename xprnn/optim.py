@@ -54,7 +54,8 @@ class Optimizer:
 
     def init(self, params: Params) -> OptState:
         """The state before the first step: zeros like each parameter."""
-        zeros = {m: {k: namespace(p).zeros_like(p) for k, p in params.items()} for m in self.moments}
+        spaces = {k: resolve(f"{self.name}.init", {k: p}) for k, p in params.items()}
+        zeros = {m: {k: spaces[k].zeros_like(p) for k, p in params.items()} for m in self.moments}
         return {"step": 0, **zeros}
 
     def update(self, params: Params, grads: Params, state: OptState) -> tuple[Params, OptState]:
@@ -71,6 +72,7 @@ class Optimizer:
             InputError: keys or shapes that differ.
         """
         _check_keys(f"{self.name}.update", params, grads)
+        _check_state(f"{self.name}.update", self.moments, params, state)
         rate = self.rate(state["step"]) if callable(self.rate) else self.rate
         step = state["step"] + 1
         out: Params = {}
@@ -89,14 +91,25 @@ def _check_keys(where: str, params: Params, grads: Params) -> None:
         odd = sorted(params.keys() ^ grads.keys())
         raise InputError(f"{where}: params and grads must have the same keys, found {', '.join(odd)} in only one")
     for key, p in params.items():
+        resolve(where, {f"params[{key!r}]": p, f"grads[{key!r}]": grads[key]})
         if tuple(p.shape) != tuple(grads[key].shape):
             raise InputError(
                 f"{where}: the gradient of {key} has shape {tuple(grads[key].shape)}, expected {tuple(p.shape)}"
             )
 
 
-def _check_rate(where: str, rate: Rate) -> None:
-    if not callable(rate) and not 0 <= rate < float("inf"):
+def _check_state(where: str, moments: tuple[str, ...], params: Params, state: Any) -> None:
+    if not isinstance(state, dict) or not {"step", *moments} <= state.keys():
+        found = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
+        wanted = ", ".join(("step", *moments))
+        raise InputError(f"{where}: state must come from init or update and hold {wanted}, found {found or 'nothing'}")
+    for m in moments:
+        if odd := sorted(params.keys() ^ state[m].keys()):
+            raise InputError(f"{where}: state[{m!r}] must have the keys of params, found {', '.join(odd)} in only one")
+
+
+def _check_rate(where: str, rate: Any) -> None:
+    if not callable(rate) and not (isinstance(rate, (int, float)) and 0 <= rate < float("inf")):
         raise InputError(f"{where}: learning_rate must be a number >= 0 or a function of the step, found {rate!r}")
 
 
@@ -114,6 +127,8 @@ def sgd(learning_rate: Rate, momentum: float = 0.0, *, nesterov: bool = False) -
     """
     _check_rate("sgd", learning_rate)
     _within("sgd", momentum=momentum)
+    if nesterov and not momentum:
+        raise InputError("sgd: nesterov needs a momentum > 0, found 0")
 
     def rule(xp: Any, p: Array, g: Array, old: Any, rate: float, step: int) -> Any:
         if not momentum:
@@ -199,7 +214,8 @@ def clip_by_value(grads: Params, limit: float) -> Params:
     """
     if not limit > 0:
         raise InputError(f"clip_by_value: limit must be > 0, found {limit!r}")
-    return {k: namespace(g).minimum(namespace(g).maximum(g, -limit), limit) for k, g in grads.items()}
+    spaces = {k: resolve("clip_by_value", {k: g}) for k, g in grads.items()}
+    return {k: spaces[k].minimum(spaces[k].maximum(g, -limit), limit) for k, g in grads.items()}
 
 
 def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Array]:
@@ -221,6 +237,8 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Array]:
     """
     if not max_norm > 0:
         raise InputError(f"clip_by_global_norm: max_norm must be > 0, found {max_norm!r}")
+    if not grads:
+        raise InputError("clip_by_global_norm: grads must hold at least one array, found none")
     xp = resolve("clip_by_global_norm", dict(grads))
     squares = [xp.sum(g * g, dtype=g.dtype) for g in grads.values()]
     norm = xp.sqrt(xp.sum(xp.stack(squares), dtype=squares[0].dtype))

@@ -15,19 +15,13 @@ from numpy.random import Generator
 from xprnn import stack
 from xprnn.arrays import Array, InputError, Params, from_numpy
 from xprnn.cells import Cell
-from xprnn.checks import check_rng
+from xprnn.checks import check_init, fraction, positive
 from xprnn.initial import draw
 from xprnn.stack import Gradients, StackTape
 
 __all__ = ["Recurrent", "positive"]
 
 State = Any
-
-
-def positive(where: str, name: str, value: Any, least: int = 1) -> None:
-    """Raise InputError unless `value` is an integer >= least."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"{where}: {name} must be an integer >= {least}, found {value!r}")
 
 
 @dataclass(frozen=True)
@@ -68,16 +62,17 @@ class Recurrent:
         where = type(self).__name__
         positive(where, "input_size", self.input_size)
         positive(where, "num_layers", self.num_layers)
-        if not isinstance(self.hidden_size, int):
+        if isinstance(self.hidden_size, (tuple, list)):
             object.__setattr__(self, "hidden_size", tuple(self.hidden_size))
             if len(self.sizes) != self.num_layers:
                 raise InputError(
                     f"{where}: hidden_size has {len(self.sizes)} entries but num_layers is {self.num_layers}"
                 )
+        else:
+            positive(where, "hidden_size", self.hidden_size)
         for size in self.sizes:
             positive(where, "hidden_size", size)
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"{where}: dropout must be in [0, 1), found {self.dropout!r}")
+        fraction(where, "dropout", self.dropout)
         if not isinstance(self.core, Cell):
             raise InputError(f"{where}: cell must be an xprnn.Cell, found {type(self.core).__name__}")
 
@@ -164,7 +159,7 @@ class Recurrent:
         ['bias_hh_l0', 'bias_ih_l0', 'weight_hh_l0', 'weight_ih_l0']
         """
         where = f"{type(self).__name__}.init"
-        check_rng(where, rng)
+        check_init(where, rng, like)
         if forget_bias is not None and (self.core.name != "lstm" or not self.bias):
             raise InputError(f"{where}: forget_bias needs an LSTM with biases")
         return {
