@@ -40,6 +40,7 @@ ROOMS = {
     "layers": "arrays cells recurrent",
     "model": "arrays affine checks stack layers",
     "losses": "arrays affine",
+    "bptt": "arrays affine",
     "gradcheck": "arrays",
     "optim": "arrays",
     "article": "arrays cells affine tape scan losses",

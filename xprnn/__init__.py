@@ -4,19 +4,19 @@ The article's five functions, layers (RNN, LSTM, GRU), what stands around them, 
 proves every gradient. See README.md for the map.
 """
 
-from xprnn import activations, cells
+from xprnn import activations, bptt, cells
 from xprnn.activations import Activation, activation
 from xprnn.arrays import InputError
 from xprnn.article import rnn_backward, rnn_cell_backward, rnn_cell_forward, rnn_forward
 from xprnn.cells import Cell
-from xprnn.gradcheck import GradientError, NotDifferentiableError, check_gradients
+from xprnn.gradcheck import GradientError, NotDifferentiableError, check_gradients, check_layer
 from xprnn.layers import GRU, LSTM, RNN
 from xprnn.losses import cross_entropy, mse, softmax
 from xprnn.model import Embedding, Linear, Sequential
 from xprnn.optim import adagrad, adam, adamw, clip_by_global_norm, clip_by_value, rmsprop, sgd
 from xprnn.recurrent import Recurrent
 from xprnn.stack import Gradients
-from xprnn.store import load, save
+from xprnn.store import load, load_state, save, save_state
 
 __version__ = "0.1.0"
 
@@ -39,12 +39,15 @@ __all__ = [
     "adagrad",
     "adam",
     "adamw",
+    "bptt",
     "cells",
     "check_gradients",
+    "check_layer",
     "clip_by_global_norm",
     "clip_by_value",
     "cross_entropy",
     "load",
+    "load_state",
     "mse",
     "rmsprop",
     "rnn_backward",
@@ -52,6 +55,7 @@ __all__ = [
     "rnn_cell_forward",
     "rnn_forward",
     "save",
+    "save_state",
     "sgd",
     "softmax",
 ]

@@ -106,6 +106,62 @@ def load(path: str | Path, like: Array | None = None) -> tuple[Any, Params]:
     return model, {name: from_numpy(array, like=like) for name, array in arrays.items()}
 
 
+def save_state(path: str | Path, state: Any) -> None:
+    """Save the state of a stream: an array, or arrays in tuples and dicts, as a layer or model returns it.
+
+    Args:
+        path: ends in `.safetensors` or `.npz`.
+        state: what `step` or `forward` returned, of any array library.
+
+    Raises:
+        InputError: something else than arrays in tuples and dicts, or a place that cannot be written.
+    """
+    arrays: Params = {}
+
+    def written(value: Any, name: str) -> Any:
+        if isinstance(value, (tuple, list)):
+            return [written(v, f"{name}.{k}") for k, v in enumerate(value)]
+        if isinstance(value, Mapping):
+            return {str(k): written(v, f"{name}.{k}") for k, v in value.items()}
+        if value is None:
+            return None
+        if not hasattr(value, "shape"):
+            raise InputError(f"save_state {path}: expected arrays, tuples and dicts, found {type(value).__name__}")
+        arrays[name] = np.asarray(to_numpy(value), order="C")
+        return name
+
+    header = {"state": written(state, "state")}
+    write_arrays(path, arrays, header)
+
+
+def load_state(path: str | Path, like: Array | None = None) -> Any:
+    """Load what `save_state` wrote, in the same structure.
+
+    Args:
+        path: a `.safetensors` or `.npz` file.
+        like: the arrays take its library, dtype and device; None: NumPy, in the file's dtype.
+
+    Raises:
+        InputError: not a file of `save_state`, or a damaged one.
+    """
+    arrays, header = read_arrays(path)
+
+    def read(value: Any) -> Any:
+        if isinstance(value, list):
+            return tuple(read(v) for v in value)
+        if isinstance(value, dict):
+            return {k: read(v) for k, v in value.items()}
+        if value is None:
+            return None
+        array = arrays[value]
+        return array if like is None else from_numpy(array, like=like)
+
+    try:
+        return read(header["state"])
+    except (KeyError, TypeError):
+        raise InputError(f"{path}: holds no state: it was not written by save_state") from None
+
+
 def load_metadata(path: str | Path) -> dict[str, Any]:
     """Return the metadata given to `save`; parameters are not read.
 
