@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import oracles
 import pytest
+from backends import Backend
 from oracles import article_case
 
 import xprnn
 from xprnn import rnn_backward, rnn_cell_backward, rnn_cell_forward, rnn_forward, softmax
+from xprnn.kernels import generic_only
 
 float64_only = pytest.mark.skip_backends("strict:no_float64", reason="central differences need float64")
 
@@ -83,6 +87,21 @@ def test_fewer_cotangent_steps_walk_just_those(xp, rng, steps, given):
     da, dlogits = cotangents(rng, want_a, want_y, given, steps, dtype=xp.float_dtypes[0])
     got = rnn_backward(here(xp, None, da)[0], caches, dlogits=here(xp, None, dlogits)[0])
     xp.assert_close(got, oracles.sequence_backward(da, x, a0, want_a, p, dlogits), condition=200)
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+def test_numpy_kernel_is_the_generic_scan(dtype, rng, sizes):
+    """The in-place kernel against the specification, beyond what the oracle above sees: the same rounding."""
+    given = here(Backend.NUMPY, dtype, *article_case(rng, dtype=dtype, **sizes))
+    results = []
+    for context in (nullcontext(), generic_only()):
+        with context:
+            a, y, caches = rnn_forward(*given)
+            dlogits = np.random.default_rng(1).normal(size=y.shape).astype(dtype)
+            results.append((a, y, rnn_backward(np.ones_like(a), caches, dlogits=dlogits)))
+    if results[0][0].size:  # the kernel writes its states into read-only memory
+        assert [r[0].flags.writeable for r in results] == [False, True], "two implementations, not one twice"
+    Backend.NUMPY.assert_close(*results, condition=60)
 
 
 @pytest.mark.needs("torch")

@@ -44,7 +44,7 @@ def test_softmax_leaves_minus_infinity_at_zero(xp, dtype):
 
 
 def targets_of(rng, shape, axis, kind):
-    """Integer classes (with repeats), their one-hot form, or probabilities, for logits of `shape`."""
+    """Integer classes, their one-hot form, probabilities or counts, for logits of `shape`."""
     lead = tuple(s for k, s in enumerate(shape) if k != axis % len(shape))
     ids = rng.integers(shape[axis], size=lead)
     if kind == "integers":
@@ -52,6 +52,8 @@ def targets_of(rng, shape, axis, kind):
     if kind == "one-hot":
         return np.moveaxis(np.eye(shape[axis])[ids], -1, axis)
     mixed = rng.uniform(0.1, 1.0, size=shape)
+    if kind == "counts":  # need not sum to 1: then p is multiplied by what they do sum to
+        return 3 * mixed
     return mixed / mixed.sum(axis=axis, keepdims=True)
 
 
@@ -70,7 +72,7 @@ def loss_of(z, targets, axis, mask, weights, reduction):
     return value * scale, np.moveaxis(grad * scale, -1, axis)
 
 
-@pytest.mark.parametrize("kind", ["integers", "one-hot", "probabilities"])
+@pytest.mark.parametrize("kind", ["integers", "one-hot", "probabilities", "counts"])
 @pytest.mark.parametrize("axis", [0, 1, -1])
 @pytest.mark.parametrize("weighing", ["", "mask", "weights", "mask weights"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -95,7 +97,7 @@ def test_cross_entropy(xp, rng, kind, axis, weighing, reduction):
 
 
 @pytest.mark.needs("torch")
-@pytest.mark.parametrize("kind", ["integers", "probabilities"])
+@pytest.mark.parametrize("kind", ["integers", "probabilities", "counts"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_cross_entropy_is_torchs(xp, rng, kind, reduction):
     import torch
