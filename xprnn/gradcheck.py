@@ -166,12 +166,12 @@ def _check_leaf(
     for h in (1e-3, 1e-4, 1e-5):  # a kink close by, but not here, may spoil the larger steps
         slopes = (4 * (f(h / 2) - f(-h / 2)) / h - (f(h) - f(-h)) / (2 * h)) / 3
         total, size = float(slopes.sum()), max(float(np.abs(slopes).sum()), own)
-        off = max(0.0, abs(total - analytic) - 10 * noise / h)
-        here = off / size if size > 0 else 0.0
+        blur = 10 * noise / h  # what rounding alone can make of the differences
+        here = abs(total - analytic) / max(size, blur, 1e-300)
         if here < error:
             error, numeric = here, total
-        if error <= rtol:
-            return error
+        if abs(total - analytic) <= rtol * size + blur:
+            return here
     raise GradientError(
         f"{name}: backward says {analytic:.10g}, central differences say {numeric:.10g} "
         f"(relative difference {error:.3g}, allowed {rtol:.3g})"
