@@ -25,7 +25,7 @@ CAPTION = (
     "Float32; milliseconds, median ± half the interquartile range, contenders interleaved round by round. In brackets: "
     "the peer's time over the core's (/ over the door's): above 1, xprnn is faster. The door and the article also "
     "compute y_pred (n_y = n_x), the others don't. GEMM rate: the core's matrix products alone, against NumPy's own "
-    "rate on a 2048 cube in the same run. Arrays in the article's layout are {order}-ordered."
+    "rate on a 2048 cube in the same run. Disturbed: other processes kept the cores busy. Arrays in the article's layout are {order}-ordered."
 )
 CELLS = {"elman": "Elman (xprnn.RNN)", "lstm": "LSTM (xprnn.LSTM)", "gru": "GRU (xprnn.GRU)"}
 
@@ -93,7 +93,8 @@ def table(rows: list[Row]) -> list[str]:
     for row in rows:
         shape = f"({', '.join(map(str, row['shape']))})" if row["pass"] == "forward" else ""
         share = f"{100 * row['gemm_share']:.0f}%"
-        cells = [shape, row["pass"], *(_cell(row, n) for n in names), share]
+        what = row["pass"] + " (disturbed)" * (row["set_aside"] < 0)
+        cells = [shape, what, *(_cell(row, n) for n in names), share]
         lines.append("| " + " | ".join(cells) + " |")
         if row["disagree"] and row["pass"] != "forward":
             lines.append(f"| | **DISAGREE: {'; '.join(row['disagree'])}** |" + " |" * (len(heads) - 2))

@@ -94,7 +94,11 @@ def progress(row: dict[str, Any]) -> None:
     core = row["seconds"]["core"]
     wrong = f"  DISAGREE: {'; '.join(row['disagree'])}" if row["disagree"] else ""
     where = f"{row['cell']} {tuple(row['shape'])} {row['pass']}, {row['threads']} thread(s)"
-    print(f"{where}: {1e3 * core['median']:.3g} ms, {core['rounds']} rounds{wrong}", file=sys.stderr, flush=True)
+    print(
+        f"{where}: {1e3 * core['median']:.3g} ms, {core['rounds']} rounds ({row['set_aside']} set aside){wrong}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def main() -> int:
