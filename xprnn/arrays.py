@@ -27,6 +27,7 @@ __all__ = [
     "from_numpy",
     "is_integer",
     "is_numpy",
+    "is_writeable",
     "namespace",
     "resolve",
     "sum_rows_by_id",
@@ -171,6 +172,15 @@ def check_integers(where: str, name: str, xp: Namespace, array: Array, below: in
         low, high = int(array.min()), int(array.max())
         if low < 0 or high >= below:
             raise InputError(f"{where}: {name} must hold integers in 0..{below - 1}, found {low if low < 0 else high}")
+
+
+def is_writeable(array: Array) -> bool:
+    """Whether `array` can be assigned to.
+
+    >>> is_writeable(np.zeros(3))
+    True
+    """
+    return bool(array_api_compat.is_writeable_array(array))
 
 
 def from_numpy(array: Any, like: Array) -> Array:

@@ -15,7 +15,7 @@ from typing import Any
 from numpy.random import PCG64, Generator
 
 from xprnn import scan
-from xprnn.arrays import Array, InputError, Namespace, Params, from_numpy
+from xprnn.arrays import Array, InputError, Namespace, Params, device_of, from_numpy, is_writeable
 from xprnn.cells import Cell
 from xprnn.tape import State, Steps, Tape
 
@@ -34,7 +34,7 @@ class ChainTape:
     segments: list[tuple[int, int]]  # in the order of the walk
     starts: list[list[State]]
     rngs: list[list[Generator]]  # before each segment
-    scans: list[Tape] = field(default_factory=list)  # only where nothing has to be run again
+    scans: list[Tape] = field(default_factory=list)  # of the last segment
     masks: list[Array | None] = field(default_factory=list)
 
 
@@ -68,14 +68,18 @@ class Chain:
         if self.reverse:
             segments.reverse()
         tape = ChainTape(x, states, steps, segments, [], [])
-        outputs: list[Array] = []
-        now = states
+        outputs, now = _Joined(self.xp, count), states
         for t0, t1 in segments:
             tape.starts.append(now)
             tape.rngs.append(deepcopy(rngs))
-            y, now, _, _ = self._run(x[t0:t1, ...], now, states, steps.between(t0, t1), rngs, False)
-            outputs.append(y)
-        return self.xp.concat(outputs[::-1] if self.reverse else outputs, axis=0), now, tape
+            # The last segment is the first that backward needs: its tape may as well stay.
+            last = (t0, t1) == segments[-1]
+            y, now, scans, masks = self._run(x[t0:t1, ...], now, states, steps.between(t0, t1), rngs, last)
+            outputs.put(t0, t1, y)
+            if last:
+                tape.scans.extend(scans)
+                tape.masks.extend(masks)
+        return outputs.whole(), now, tape
 
     def _run(
         self, x: Array, states: list[State], home: list[State], steps: Steps, rngs: list[Generator], keep: bool
@@ -98,7 +102,7 @@ class Chain:
         order = range(len(tape.segments))
         for s in reversed(order) if backwards else order:
             t0, t1 = tape.segments[s]
-            if tape.scans:
+            if s == len(tape.segments) - 1:
                 yield t0, t1, tape.scans, tape.masks
                 continue
             steps, rngs = tape.steps.between(t0, t1), deepcopy(tape.rngs[s])
@@ -124,7 +128,7 @@ class Chain:
         ds: list[Any] = [*dfinals]
         dhome: list[Any] = [(None,) * len(d) for d in ds]
         grads: list[Any] = [None] * len(self.params)
-        dxs: list[Array] = []
+        dx = _Joined(self.xp, tape.x.shape[0])
         for t0, t1, scans, masks in self._pieces(tape, backwards=True):
             d = None if dy is None else dy[t0:t1, ...]
             for k in range(len(scans) - 1, -1, -1):
@@ -133,11 +137,37 @@ class Chain:
                 d, ds[k], home, dp = scan.backward(scans[k], d, ds[k], injected)
                 dhome[k] = tuple(_add(a, b) for a, b in zip(dhome[k], home, strict=True))
                 grads[k] = dp if grads[k] is None else {name: g + dp[name] for name, g in grads[k].items()}
-            dxs.append(d)
-        if not self.reverse:
-            dxs.reverse()
-        dx = dxs[0] if len(dxs) == 1 or dxs[0] is None else self.xp.concat(dxs, axis=0)
-        return dx, [tuple(_add(a, b) for a, b in zip(s, h, strict=True)) for s, h in zip(ds, dhome, strict=True)], grads
+            dx.put(t0, t1, d)
+        return (
+            dx.whole(),
+            [tuple(_add(a, b) for a, b in zip(s, h, strict=True)) for s, h in zip(ds, dhome, strict=True)],
+            grads,
+        )
+
+
+class _Joined:
+    """Segments put together: written into one array as they come, or joined at the end where that can't be."""
+
+    def __init__(self, xp: Namespace, count: int) -> None:
+        self.xp, self.count = xp, count
+        self.out: Array | None = None
+        self.parts: dict[int, Array | None] = {}
+
+    def put(self, t0: int, t1: int, part: Array | None) -> None:
+        """The steps t0 to t1 - 1."""
+        if self.out is None and part is not None and t1 - t0 < self.count:
+            self.out = self.xp.empty((self.count, *part.shape[1:]), dtype=part.dtype, device=device_of(part))
+        if self.out is not None and is_writeable(self.out):
+            self.out[t0:t1, ...] = part
+        else:
+            self.parts[t0] = part
+
+    def whole(self) -> Array | None:
+        """All steps; None where the segments were None."""
+        if self.out is not None and not self.parts:
+            return self.out
+        parts = [self.parts[t] for t in sorted(self.parts)]
+        return parts[0] if len(parts) == 1 or parts[0] is None else self.xp.concat(parts, axis=0)
 
 
 def _add(a: Array | None, b: Array | None) -> Array | None:
@@ -149,6 +179,7 @@ def dropout_mask(rng: Generator, p: float, y: Array) -> Array:
     return from_numpy((rng.random(tuple(y.shape)) >= p) / (1 - p), like=y)
 
 
+_CACHE = 1 << 18
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -165,7 +196,8 @@ def segment_length(where: str, checkpoint: Any, count: int, step_bytes: int, sta
     if checkpoint is None:
         return None
     if checkpoint == "sqrt":
-        return max(1, isqrt(count - 1) + 1 if count else 1)
+        # Segments that fit a cache cost time to cut further and save nothing that anyone could measure.
+        return max(1, isqrt(count - 1) + 1 if count else 1, _CACHE // max(1, step_bytes))
     if isinstance(checkpoint, int) and not isinstance(checkpoint, bool) and checkpoint >= 1:
         return checkpoint
     number = checkpoint.rstrip("BKMGibkmg ") if isinstance(checkpoint, str) else ""

@@ -41,9 +41,9 @@ class StackTape:
         """Which implementation ran each chain of layers, and in how many segments."""
         lines = []
         for chain, tape in self.chains:
-            kernel = tape.scans[0].kernel if tape.scans else f"{len(tape.segments)} segments, run again in backward"
-            way = "reverse" if chain.reverse else "forward"
-            lines.append(f"{chain.cell.name} x {len(chain.params)}, {way}: {kernel}")
+            way, count = "reverse" if chain.reverse else "forward", len(tape.segments)
+            cut = f", in {count} segments that backward runs again" if count > 1 else ""
+            lines.append(f"{chain.cell.name} x {len(chain.params)}, {way}: {tape.scans[0].kernel}{cut}")
         return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ The cell's programs come from trace.py. Beyond that, what is done otherwise than
 - the halves x W' and h U' of a gate are added for all gates in one call, and b_hh goes into the hoisted projection,
   wherever the cell only looks at their sum;
 - an Elman layer's projection is written straight into the memory of its states;
+- gates that are nothing but a tanh or sigmoid of their sum are squashed by one tanh for all of them;
 - the factors of the adjoint that need no adjoint are computed for a block of steps at once;
 - rows are sorted by length where that saves work, so that a step touches only the rows still running.
 
@@ -23,7 +24,7 @@ from xprnn.arrays import Array, Params
 from xprnn.cells import Cell
 from xprnn.kernels.plan import plan_of
 from xprnn.kernels.ragged import Rows
-from xprnn.kernels.walk import Walk, project, room, views
+from xprnn.kernels.walk import Squash, Walk, project, room, views
 from xprnn.tape import State, Steps, Tape
 
 __all__ = ["find"]
@@ -58,8 +59,11 @@ def forward(
     if projected := "weight_hr" in params:
         w.arrays["n0"] = room((count, n, w.hidden), initial[0].dtype, keep)
         w.arrays["n0"][...] = 0  # a row that has ended meets only zeros in the weight's gradient, but not 0 * nan
-    xg = project(w, x, after[0] if cell.gates == plan.added == 1 and not projected else None)
-    _walk(w, xg, held, after)
+    squash = Squash.of(w, initial[0].dtype)
+    xg = project(w, squash, x, after[0] if cell.gates == plan.added == 1 and not projected else None)
+    if plan.squash:
+        w.arrays |= w.gates("a", xg)  # the gates grow where their halves were
+    _walk(w, squash, xg, held, after)
     final = tuple(rows.unsort(m[last].copy(), 0) for m in memory)
     y = rows.unsort(after[0].view(), 1)
     if rows.active is not None:
@@ -77,9 +81,11 @@ def forward(
     return y, final, tape
 
 
-def _walk(w: Walk, xg: Array, held: State, after: State) -> None:
+def _walk(w: Walk, squash: Squash | None, xg: Array, held: State, after: State) -> None:
     """The time loop: fills the arrays of `w`."""
-    ut = np.ascontiguousarray(w.params["weight_hh"].T)
+    u = w.params["weight_hh"]
+    ut = np.ascontiguousarray((u if squash is None else squash.scaled(u)).T)
+    together = _together(w, squash)
     cut, rows, program = w.plan.added * w.hidden, w.rows, w.plan.forward
     b_late = w.params["bias_hh"][cut:] if "bias_hh" in w.params and cut < ut.shape[1] else None
     hr_t = np.ascontiguousarray(w.params["weight_hr"].T) if "weight_hr" in w.params else None
@@ -98,7 +104,10 @@ def _walk(w: Walk, xg: Array, held: State, after: State) -> None:
             if rows.reset is not None:
                 _reset(rows.reset[t, :, None], w, held, t)
             dot(h, ut, u)
-            if cut:
+            if together is not None:
+                add(xa, into, xa)
+                together(xa)
+            elif cut:
                 add(into, xa, into)
             if b_late is not None:
                 add(late, b_late, late)
@@ -107,6 +116,22 @@ def _walk(w: Walk, xg: Array, held: State, after: State) -> None:
                 dot(arrays["n0"][t, :n], hr_t, after[0][t, :n])
             if rows.active is not None:
                 rows.carry(t, n, arrays, after)
+
+
+def _together(w: Walk, squash: Squash | None) -> Callable[[Array], None] | None:
+    """What turns the sums of the added gates into the gates, in place; None where the program does."""
+    if not w.plan.squash:
+        return None
+    if squash is None:
+        return lambda a: np.copyto(a, np.tanh(a))
+    half, offset = squash
+
+    def run(a: Array) -> None:
+        np.tanh(a, a)
+        np.multiply(a, half, a)
+        np.add(a, offset, a)
+
+    return run
 
 
 def _reset(reset: Array, w: Walk, held: State, t: int) -> None:

@@ -5,7 +5,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from xprnn.cells import Cell
-from xprnn.kernels.trace import Graph, Program, UntraceableError, Value, leaves, program
+from xprnn.kernels.trace import Graph, Program, UntraceableError, Value, leaves, nodes, program
 
 __all__ = ["Plan", "plan_of"]
 
@@ -14,10 +14,9 @@ class Plan(NamedTuple):
     """A cell's programs and how they are wired."""
 
     added: int  # the first gates, of which only x + h is used
-    forward: Program  # (g x h s p) -> n states, v saved
-    saved: tuple[
-        str, ...
-    ]  # for each entry of `saved`: its own array v*, or what it equals: n* (state after), s* (before)
+    squash: tuple[str, ...]  # "tanh" or "sigmoid" of each of them, where that is all that happens to their sum
+    forward: Program  # (g or a, x h s p) -> n states, v saved
+    saved: tuple[str, ...]  # each entry of `saved`: its own array v*, a gate a*, or a state n* (after) or s* (before)
     hoisted: tuple[str, ...]  # k*: factors of the adjoint that need no adjoint
     before: Program  # (v s p) -> k*
     back: Program  # (d v s p k) -> X (dx), U (dh), r (dh of the state before), e* (the other states'), P (vectors)
@@ -29,34 +28,57 @@ class Plan(NamedTuple):
 def plan_of(cell: Cell) -> Plan | None:
     """The cell's plan, or None where it can't be traced."""
     try:
-        return _trace(cell)
+        half = _forward(cell, sigmoid=True) or _forward(cell, sigmoid=False)
+        assert half is not None
+        added, squash, forward, saved = half
+        return Plan(added, squash, forward, saved, *_back(cell, len(saved)))
     except UntraceableError:
         return None
 
 
-def _trace(cell: Cell) -> Plan:
-    graph = Graph()
-    fns = cell.over(graph)
+def _forward(cell: Cell, *, sigmoid: bool) -> tuple[int, tuple[str, ...], Program, tuple[str, ...]] | None:
+    """The forward half of a plan; None if sigmoids remain that only a squash could have taken."""
+    graph = Graph(sigmoid=sigmoid)
     s, p = graph.inputs("s", len(cell.states)), graph.inputs("p", len(cell.vectors))
-    new, saved = fns.step(graph.inputs("x", cell.gates), graph.inputs("h", cell.gates), s, p)
+    new, saved = cell.over(graph).step(graph.inputs("x", cell.gates), graph.inputs("h", cell.gates), s, p)
     new, saved = tuple(new), tuple(saved)
     used = set().union(*(leaves(v) for v in (*new, *saved)))
     added = next((k for k in range(cell.gates) if {f"x{k}", f"h{k}"} & used), cell.gates)
+    gates = _squash(graph, [*new, *saved], added) if cell.gates > 1 else []
+    if sigmoid and any(v.op == "sigmoid" and not any(v is g for g in gates) for v in nodes([*new, *saved])):
+        return None
+    squash = tuple(v.op for v in gates)
+    for k, gate in enumerate(gates):
+        gate.op, gate.args, gate.name = "input", (), f"a{k}"
     for k in range(added, cell.gates):
         g = graph.input(f"g{k}")
         if f"g{k}" in used:  # beyond the added prefix, the sum is an operation like any other
             g.op, g.args, g.name = "add", (graph.input(f"x{k}"), graph.input(f"h{k}")), ""
-    names = _saved_names(new, saved, s)
-    outputs = [
-        *((n, v) for n, v in zip(names, saved, strict=True) if n[0] == "v"),
-        *((f"n{k}", v) for k, v in enumerate(new)),
-    ]
-    forward_ = program(outputs, "xsnv")
+    known = {id(v): f"s{k}" for k, v in enumerate(s)} | {id(v): f"a{k}" for k, v in enumerate(gates)}
+    known |= {id(v): f"n{k}" for k, v in enumerate(new)}
+    names = tuple(known.get(id(v), f"v{j}") for j, v in enumerate(saved))
+    own = [(n, v) for n, v in zip(names, saved, strict=True) if n[0] == "v"]
+    return added, squash, program([*own, *((f"n{k}", v) for k, v in enumerate(new))], "axsnv"), names
 
-    graph = Graph()
-    fns = cell.over(graph)
-    s, p, v = graph.inputs("s", len(s)), graph.inputs("p", len(p)), graph.inputs("v", len(saved))
-    dx, dh, dprev, dp = fns.back(graph.inputs("d", len(s)), v, s, p)
+
+def _squash(graph: Graph, outputs: Sequence[Any], added: int) -> list[Value]:
+    """For each added gate the one tanh or sigmoid that takes it; empty unless that holds for all."""
+    found = []
+    every = nodes(outputs)
+    for k in range(added):
+        g = graph.input(f"g{k}")
+        users = [v for v in every if any(a is g for a in v.args)]
+        if len(users) != 1 or users[0].op not in ("tanh", "sigmoid") or any(v is g for v in outputs):
+            return []
+        found.append(users[0])
+    return found
+
+
+def _back(cell: Cell, saved: int) -> tuple[tuple[str, ...], Program, Program, bool, bool]:
+    """The adjoint's half of a plan."""
+    graph, count = Graph(), len(cell.states)
+    s, p, v = graph.inputs("s", count), graph.inputs("p", len(cell.vectors)), graph.inputs("v", saved)
+    dx, dh, dprev, dp = cell.over(graph).back(graph.inputs("d", count), v, s, p)
     outputs = [(f"X{k}", 0.0 if d is None else d) for k, d in enumerate(dx)]
     same = all(a is b for a, b in zip(dx, dh, strict=True))
     if not same:
@@ -68,15 +90,9 @@ def _trace(cell: Cell) -> Plan:
     outputs += [(f"e{k}", 0.0 if d is None else d) for k, d in enumerate(dprev) if k]
     hoisted = _hoist([d for _, d in outputs])
     factors = {value: f"k{i}" for i, value in enumerate(hoisted)}
-    back = program(outputs, "vskXUP", factors, {f"e{k}": f"d{k}" for k in range(1, len(s))})
+    back = program(outputs, "vskXUP", factors, {f"e{k}": f"d{k}" for k in range(1, count)})
     before = program([(name, value) for value, name in factors.items()], "vsk")
-    return Plan(added, forward_, names, tuple(factors.values()), before, back, same, through)
-
-
-def _saved_names(new: Sequence[Any], saved: Sequence[Any], states: Sequence[Value]) -> tuple[str, ...]:
-    """Where each saved value is found: a state after or before the step, or an array of its own."""
-    known = {id(v): f"s{k}" for k, v in enumerate(states)} | {id(v): f"n{k}" for k, v in enumerate(new)}
-    return tuple(known.get(id(v), f"v{j}") for j, v in enumerate(saved))
+    return tuple(factors.values()), before, back, same, through
 
 
 def _hoist(outputs: Sequence[Any]) -> list[Value]:

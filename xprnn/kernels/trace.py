@@ -9,11 +9,12 @@ scan runs.
 """
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Graph", "Program", "UntraceableError", "Value"]
+__all__ = ["Graph", "Program", "UntraceableError", "Value", "leaves", "nodes", "program"]
 
 _NAMES = """
     abs add cos cosh divide exp expm1 log log1p maximum minimum multiply negative positive pow sign sin sinh sqrt square
@@ -28,7 +29,7 @@ def _where(condition: Any, a: Any, b: Any, out: Any) -> None:
     np.copyto(out, a, where=condition)
 
 
-class UntraceableError(Exception):
+class UntraceableError(AttributeError):
     """A function does something other than elementwise arithmetic with the supported functions."""
 
 
@@ -79,7 +80,8 @@ for _name, _op in {
 class Graph:
     """The nodes of one trace; also the namespace that traced functions see."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, sigmoid: bool = False) -> None:
+        self._extra = {"sigmoid"} if sigmoid else set()
         self._nodes: dict[Any, Value] = {}
         self._inputs: dict[str, Value] = {}
 
@@ -112,9 +114,24 @@ class Graph:
         return self.node("where", condition, a, b)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in FUNCTIONS:
+        if name.startswith("_") or name not in FUNCTIONS.keys() | self._extra:
             raise UntraceableError(f"the function {name!r}")
         return lambda *args: self.node(name, *args)
+
+
+def nodes(values: Iterable[Any]) -> dict[Value, None]:
+    """All nodes that `values` are made of, themselves included."""
+    found: dict[Value, None] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, Value) and value not in found:
+            found[value] = None
+            for a in value.args:
+                visit(a)
+
+    for value in values:
+        visit(value)
+    return found
 
 
 def leaves(value: Value) -> set[str]:
@@ -125,7 +142,7 @@ def leaves(value: Value) -> set[str]:
 
 
 class Program(NamedTuple):
-    """A printed program: `make(functions, scratch, static arrays)` returns `body(*moving arrays)`."""
+    """A printed program: `make(*static arrays, *scratch)` returns `body(*moving arrays)`."""
 
     source: str
     moving: tuple[str, ...]
@@ -135,23 +152,21 @@ class Program(NamedTuple):
 
     def bind(self, static: dict[str, Any], shape: tuple[int, ...], dtype: Any) -> Any:
         """The program over these fixed arrays, with scratch of `shape`; call it with the moving ones in order."""
-        scope: dict[str, Any] = {**FUNCTIONS, "where": _where, "copyto": np.copyto, "inf": np.inf, "nan": np.nan}
-        scope |= {f"t{k}": np.empty(shape, dtype) for k in range(self.scratch)}
-        scope |= {f"b{k}": np.empty(shape, bool) for k in range(self.masks)}
-        scope |= {name: static[name] for name in self.static}
-        # One printed line for each ufunc call: a Python function is the fastest list of calls there is.
-        exec(_code(self.source), scope)  # the source is printed by this file from a finite list of names
-        # Popped: a function that finds itself in its globals is a cycle, and its scratch would wait for the collector.
-        return scope.pop("body")
+        scratch = [np.empty(shape, dtype) for _ in range(self.scratch)] + [
+            np.empty(shape, bool) for _ in range(self.masks)
+        ]
+        return _maker(self.source)(*(static[name] for name in self.static), *scratch)
 
 
-_codes: dict[str, Any] = {}
+_SCOPE: dict[str, Any] = {**FUNCTIONS, "where": _where, "copyto": np.copyto, "inf": np.inf, "nan": np.nan}
 
 
-def _code(source: str) -> Any:
-    if source not in _codes:
-        _codes[source] = compile(source, "<xprnn program>", "exec")
-    return _codes[source]
+@lru_cache(maxsize=1024)
+def _maker(source: str) -> Any:
+    """`make` of a printed program: fixed arrays -> body. A Python function is the fastest list of calls there is."""
+    scope = dict(_SCOPE)
+    exec(source, scope)  # printed by this file, from a finite list of names
+    return scope["make"]
 
 
 def program(
@@ -249,11 +264,12 @@ class _Printer:
         scratch_names = {f"{k}{i}" for k in "tb" for i in range(self.made[k])}
         names = sorted(self.names - scratch_names)
         args = tuple(n for n in names if n[0] in moving)
-        body = "\n    ".join(self.lines or ["pass"])
-        return Program(
-            f"def body({', '.join(args)}):\n    {body}\n",
-            args,
-            tuple(n for n in names if n[0] not in moving),
-            self.made["t"],
-            self.made["b"],
+        static = tuple(n for n in names if n[0] not in moving)
+        scratch = [f"{k}{i}" for k in "tb" for i in range(self.made[k])]
+        body = "\n        ".join(self.lines or ["pass"])
+        source = (
+            f"def make({', '.join((*static, *scratch))}):\n"
+            f"    def body({', '.join(args)}):\n        {body}\n"
+            "    return body\n"
         )
+        return Program(source, args, static, self.made["t"], self.made["b"])

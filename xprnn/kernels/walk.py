@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -14,7 +14,7 @@ from xprnn.kernels.plan import Plan
 from xprnn.kernels.ragged import Rows
 from xprnn.tape import State
 
-__all__ = ["Walk", "project", "room", "views"]
+__all__ = ["Squash", "Walk", "project", "room", "views"]
 
 _BLOCK_BYTES = 1 << 18  # the hoisted factors of a block should stay in the second-level cache
 _BLOCK_STEPS = 512
@@ -70,21 +70,57 @@ def room(shape: tuple[int, ...], dtype: Any, keep: bool) -> Array:
     return as_strided(one, shape, (0, *one.strides[1:]))
 
 
-def project(w: Walk, x: Array, out: Array | None) -> Array:
-    """x W' + b_ih, and b_hh of the added gates, for all steps; into `out` if given."""
+class Squash(NamedTuple):
+    """How the added gates become tanh or sigmoid in one call for all: sigmoid(x) = tanh(x/2)/2 + 1/2.
+
+    Each is (cut,): the weights' rows are scaled by `half` once, the tanh by `half` again, and `offset` is added.
+    """
+
+    half: Array
+    offset: Array
+
+    @classmethod
+    def of(cls, w: Walk, dtype: Any) -> "Squash | None":
+        """None where no gate is a sigmoid."""
+        if "sigmoid" not in w.plan.squash:
+            return None
+        half = np.repeat(np.asarray([0.5 if op == "sigmoid" else 1.0 for op in w.plan.squash], dtype), w.hidden)
+        return cls(half, 1 - half)
+
+    def scaled(self, a: Array) -> Array:
+        """A copy of (G*H, ...) with the rows of sigmoid gates halved."""
+        a, cut = a.copy(), self.half.shape[0]
+        a[:cut] *= self.half.reshape(cut, *[1] * (a.ndim - 1))
+        return a
+
+
+def project(w: Walk, squash: Squash | None, x: Array, out: Array | None) -> Array:
+    """x W' + b_ih, and b_hh of the added gates, for all steps, scaled for the squash; into `out` if given."""
     wih, b, b_hh = w.params["weight_ih"], w.params.get("bias_ih"), w.params.get("bias_hh")
+    if b is not None and b_hh is not None:
+        cut = w.plan.added * w.hidden
+        b = np.concatenate((b[:cut] + b_hh[:cut], b[cut:]))
+    if squash is not None:
+        b = None if b is None else squash.scaled(b)
+        wih = wih if x.dtype.kind in "iu" else squash.scaled(wih)
     to = None if out is None else flat(np, out)
     if x.dtype.kind in "iu":
-        ids = x.reshape(x.size)
-        # Few look-ups in a large table: turn what was found, not the table.
-        y = wih.take(ids, axis=1).T if x.size < wih.shape[1] else np.ascontiguousarray(wih.T).take(ids, axis=0)
+        y = _look_up(wih, x.reshape(x.size), squash)
         if to is not None:
             to[...] = y
             y = to
-        y = np.ascontiguousarray(y)
     else:
         y = np.dot(flat(np, x), wih.T, out=to)
     if b is not None:
-        cut = w.plan.added * w.hidden
-        y += b if b_hh is None else np.concatenate((b[:cut] + b_hh[:cut], b[cut:]))
+        y += b
     return y.reshape(*x.shape[:2], wih.shape[0])
+
+
+def _look_up(wih: Array, ids: Array, squash: Squash | None) -> Array:
+    """The columns of W for these classes, as rows."""
+    # Few look-ups in a large table: turn what was found, not the table.
+    few = ids.size < wih.shape[1]
+    y = np.ascontiguousarray(wih.take(ids, axis=1).T) if few else np.ascontiguousarray(wih.T).take(ids, axis=0)
+    if squash is not None:
+        y[:, : squash.half.shape[0]] *= squash.half
+    return y
