@@ -71,6 +71,8 @@ CASES = {
         naive.gru(naive.activation(*HARD), naive.activation("softsign")),
     ),
 }
+# Libraries on which a step costs a hundred times NumPy's: one check of each kind is enough there.
+SLOW = ("strict", "jax")
 MAIN = ["rnn", "lstm", "lstm-proj", "gru", "gru-before", "leaky"]
 
 

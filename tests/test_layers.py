@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from engine_cases import CASES, MAIN, cotangents, expected, given, on, problem, state_like
+from engine_cases import CASES, MAIN, SLOW, cotangents, expected, given, on, problem, state_like
 
 import xprnn
 from xprnn.gradcheck import check_layer
@@ -35,8 +35,8 @@ def test_equals_the_naive_reference(xp, dtype, rng, name):
 @differences
 @every_case
 def test_gradients(xp, rng, name):
-    if xp.library == "strict" and name not in MAIN:
-        pytest.skip("the main cells are enough on the slowest library")
+    if xp.library in SLOW and name not in MAIN:
+        pytest.skip("the main cells are enough on the slowest libraries")
     layer = CASES[name].make(2, 3, bidirectional=True)
     params, x, state, _ = given(xp, problem(rng, layer, T=4, N=2), "float64")
     assert max(check_layer(layer, params, x, state).values()) < 1e-6
@@ -44,7 +44,7 @@ def test_gradients(xp, rng, name):
 
 @differences
 @main_cases
-@pytest.mark.skip_backends("strict", reason="the slowest library: one layer is enough")
+@pytest.mark.skip_backends(*SLOW, reason="the slowest libraries: one layer is enough")
 def test_gradients_of_a_stack(xp, rng, name):
     layer = CASES[name].make(2, 3, 2)
     params, x, state, _ = given(xp, problem(rng, layer, T=3, N=2), "float64")
@@ -81,8 +81,8 @@ def test_gradients_agree_with_numpy(xp, dtype, rng, name):
 )
 @pytest.mark.parametrize("kind", [xprnn.RNN, xprnn.LSTM, xprnn.GRU])
 def test_gradients_of_options(xp, rng, kind, options):
-    if xp.library == "strict" and kind is not xprnn.RNN:
-        pytest.skip("one kind is enough on the slowest library")
+    if xp.library in SLOW and kind is not xprnn.RNN:
+        pytest.skip("one kind is enough on the slowest libraries")
     options = {"num_layers": 1, "hidden_size": 3} | options
     layer = kind(2, options.pop("hidden_size"), options.pop("num_layers"), **options)
     # With as many rows as steps, x may be read either way round.
@@ -117,7 +117,7 @@ def test_one_hot_numbers_are_one_hot_vectors(xp, rng, name):
     xp.assert_close((y, final), xp_numpy(xp, (want_y, want_final)), condition=16)
     xp.assert_close(tuple(got[1:]), xp_numpy(xp, tuple(want[1:])), condition=100)
     # The differences of a sum over ids are those of the look-up.
-    if xp.library != "strict":
+    if xp.library not in SLOW:
         check_layer(layer, params, x_ids, state, **flags)
 
 
@@ -202,8 +202,8 @@ def test_states_are_the_states_at_every_step(xp, rng, name):
 @pytest.mark.parametrize("flags", ["", "lmr"])
 @main_cases
 def test_gradients_injected_at_every_state(xp, rng, name, flags):
-    if xp.library == "strict" and (name, flags) != ("lstm", "lmr"):
-        pytest.skip("the richest one is enough on the slowest library")
+    if xp.library in SLOW and (name, flags) != ("lstm", "lmr"):
+        pytest.skip("the richest one is enough on the slowest libraries")
     layer = CASES[name].make(2, 3, bidirectional=True)
     params, x, state, on_flags = given(xp, problem(rng, layer, T=3, N=2, flags=flags), "float64")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from engine_cases import CASES, MAIN, Problem, cotangents, expected, given, on, problem
+from engine_cases import CASES, MAIN, SLOW, Problem, cotangents, expected, given, on, problem
 from hypothesis import HealthCheck, settings
 from hypothesis import given as drawn
 from hypothesis import strategies as st
@@ -54,7 +54,7 @@ def test_equals_the_naive_reference(xp, name):
     case = CASES[name]
     layer = case.make(2, 3, bidirectional=True)
 
-    @settings(explored, max_examples=50 if xp.library == "numpy" else 5)
+    @settings(explored, max_examples={"numpy": 50, "jax": 2}.get(xp.library, 5))
     @drawn(situations())
     def check(situation):
         p = drawn_problem(layer, situation)
@@ -71,7 +71,7 @@ def test_equals_the_naive_reference(xp, name):
 def test_gradients(xp, name):
     layer = CASES[name].make(1, 3 if name == "lstm-proj" else 2, bidirectional=True)
 
-    @settings(explored, max_examples=18 if xp.library == "numpy" else 2)
+    @settings(explored, max_examples={"numpy": 18, "torch": 6}.get(xp.library, 2))
     @drawn(situations(largest=3))
     def check(situation):
         params, x, state, flags = given(xp, drawn_problem(layer, situation), "float64")
@@ -83,7 +83,7 @@ def test_gradients(xp, name):
 @differences
 @pytest.mark.parametrize("flags", ["l", "m", "r", "lmr"])
 @pytest.mark.parametrize("name", ["lstm-proj", "gru"])
-@pytest.mark.skip_backends("strict", reason="the slowest library: one layer is enough")
+@pytest.mark.skip_backends(*SLOW, reason="the slowest libraries: one layer is enough")
 def test_gradients_of_a_stack(xp, rng, name, flags):
     layer = CASES[name].make(2, 3, 2, bidirectional=True)
     params, x, state, flags = given(xp, problem(rng, layer, T=4, N=3, flags=flags), "float64")
