@@ -5,7 +5,8 @@
                                                        second column of the same peer
     python benchmarks/compare.py --install             builds an environment for each, by pip, and removes it
 
-Each peer runs in a process of its own. `compare_rows.py` says what each row asks.
+Each peer runs in a process of its own. `compare_rows.py` says what each row asks. Errors are
+relative to the largest entry of an array.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 TITLES = {"xprnn": "xprnn", "article": "the article's code", "torch": "torch", "keras": "Keras"}
 TITLES |= {"chainer": "Chainer", "thinc": "Thinc"}
+MODULES = {"torch": "compare_frameworks", "keras": "compare_frameworks", "chainer": "compare_chainer"}
 PINS = {  # what --install asks pip for: one environment for each line
     "torch": [["torch==2.13.0", "numpy"]],
     "keras": [["keras==3.15.1", "jax"]],
@@ -50,7 +52,7 @@ def probe(name: str) -> None:
     np.seterr(all="ignore")  # the article's 0/0 is reported in its row
     from compare_rows import ROWS, answer
 
-    module = __import__("compare_frameworks" if name in ("torch", "keras", "chainer") else "compare_arrays")
+    module = __import__(MODULES.get(name, "compare_arrays"))
     try:
         peer = getattr(module, name.capitalize())()
     except Exception as error:  # whatever stops it
@@ -70,21 +72,22 @@ def ask(name: str, python: str) -> dict[str, Any]:
     env |= {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONDONTWRITEBYTECODE": "1"}
     if name == "keras" and "KERAS_BACKEND" not in env:
         check = "import importlib.util as u; print('jax' if u.find_spec('jax') else 'torch')"
-        env["KERAS_BACKEND"] = subprocess.run([python, "-c", check], capture_output=True, text=True).stdout.strip()
+        told = subprocess.run([python, "-c", check], capture_output=True, text=True, check=False).stdout
+        env["KERAS_BACKEND"] = told.strip()
     command = [python, "-W", "ignore", __file__, "--probe", name]
     found: dict[str, Any] = {"title": TITLES[name], "rows": {}, "every": ""}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=LIMIT)
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=LIMIT, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return found | {"every": f"not run ({type(error).__name__})"}
     for line in done.stdout.splitlines():
         if not line.startswith("{"):
             continue
-        told = json.loads(line)
-        if "row" in told:
-            found["rows"][told["row"]] = told["text"]
+        fact = json.loads(line)
+        if "row" in fact:
+            found["rows"][fact["row"]] = fact["text"]
         else:
-            found |= told
+            found |= fact
     if done.returncode:
         found["every"] = f"not run (the process ended with {done.returncode})"
         print(f"{name}: {done.stderr.strip()[-500:]}", file=sys.stderr)
@@ -104,23 +107,31 @@ def install(names: list[str], home: Path) -> list[tuple[str, str]]:
             more = ["--no-build-isolation"] if name in SETUP else []
             steps = [[*pip, *SETUP[name]]] if name in SETUP else []
             for command in [*steps, [*pip, *more, *packages]]:
-                if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+                if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
                     print(f"pip could not install {' '.join(packages)}", file=sys.stderr)
             built.append((name, str(python)))
     return built
 
 
+def cell(column: dict[str, Any], row: str) -> str:
+    """What stops an import is said once."""
+    text = column["rows"].get(row) or column["every"]
+    return text.partition(":")[0] if row != "imports" and text.startswith("import fails") else text
+
+
 def markdown(columns: list[dict[str, Any]], titles: dict[str, str]) -> str:
     """The table."""
     lines = [["", *(c["title"] for c in columns)], ["---"] * (len(columns) + 1)]
-    lines += [[title, *(c["rows"].get(row) or c["every"] for c in columns)] for row, title in titles.items()]
+    lines += [[title, *(cell(c, row) for c in columns)] for row, title in titles.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME[=PYTHON]", help="default: all, this Python")
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="NAME[=PYTHON]", help="default: all, this Python"
+    )
     parser.add_argument("--install", action="store_true", help="temporary environments for the peers without PYTHON")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table's cells")
     parser.add_argument("--probe", choices=TITLES, help=argparse.SUPPRESS)

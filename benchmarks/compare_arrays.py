@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 import tracemalloc
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import article
 import numpy as np
-from compare_rows import LEAK, D, H, Missing, N, Peer, Problem, T, names_with, off, problem, takes, to_numpy
+from compare_problem import LEAK, D, H, MissingError, N, Problem, T, figures, names_with, off, problem, takes, to_numpy
+from compare_rows import Peer
 
 __all__ = ["Article", "Thinc", "Xprnn"]
 
@@ -45,9 +47,9 @@ class Xprnn(Peer):
         y, final, tape = layer.forward(params, a["x"], state, lengths=p.lengths, mask=keep, reset=reset)
         v = array(p.v[None])
         dx, dstate, dp = layer.backward(tape, array(p.u), (v, array(np.zeros_like(p.v[None]))) if pair else v)
-        found = {"y": y, "h": (final[0] if pair else final)[0], "dx": dx, "dW": dp["weight_ih_l0"]}
-        found |= {"dU": dp["weight_hh_l0"], "db": dp["bias_ih_l0"], "dh0": (dstate[0] if pair else dstate)[0]}
-        return found | ({"dc0": dstate[1][0]} if pair else {})
+        found = {"y": y, "h": (final[0] if pair else final)[0, ...], "dx": dx, "dW": dp["weight_ih_l0"]}
+        found |= {"dU": dp["weight_hh_l0"], "db": dp["bias_ih_l0"], "dh0": (dstate[0] if pair else dstate)[0, ...]}
+        return found | ({"dc0": dstate[1][0, ...]} if pair else {})
 
     def softmax_of(self, x: Any) -> Any:
         """The article's name, repaired."""
@@ -79,9 +81,9 @@ class Xprnn(Peer):
 
     def memory(self) -> str:
         """What NumPy holds at most, with and without."""
-        layer = self.module.LSTM(16, 16)
-        params = layer.init(np.random.default_rng(0), like=np.zeros(0, "f"))
-        x = np.ones((4000, 4, 16), "f")
+        layer, rng = self.module.LSTM(16, 16), np.random.default_rng(0)
+        params = layer.init(rng, like=np.zeros(0))
+        x = rng.standard_normal((4000, 4, 16))
         peaks, grads = [], []
         for checkpoint in (None, "sqrt"):
             tracemalloc.start()
@@ -113,15 +115,16 @@ class Article(Peer):
     def __init__(self) -> None:
         super().__init__(ragged="rnn")
         self.version = ""
+        self.has = MissingError(f"has {', '.join(n for n in dir(article) if n.startswith(('rnn_f', 'rnn_b', 'soft')))}")
 
-    def takes(self) -> Missing:
+    def takes(self) -> MissingError:
         """The arguments of its layer."""
         return takes(article.rnn_forward, hide=("zeros",))
 
     def run(self, p: Problem, array: Any = None) -> dict[str, Any]:
         """rnn_forward and rnn_backward."""
         if p.cell in ("lstm", "gru"):
-            raise Missing("only a tanh RNN")
+            raise self.has
         if p.keep is not None or p.reset is not None or p.cell == "leaky":
             raise self.takes()
         array, a = array or self.array, p.arrays
@@ -148,18 +151,26 @@ class Article(Peer):
 
     def checker(self) -> str:
         """Among its functions."""
-        raise Missing(f"names: {', '.join(n for n in dir(article) if n.startswith(('rnn', 'soft')))}")
+        raise self.has
+
+    def refuse(self) -> str:
+        """Its forward; its backward then stops on the shapes."""
+        p = problem("rnn", given=True)
+        a = p.arrays
+        weights = {"Wax": a["W"], "Waa": a["U"], "ba": a["b"][:, None], "Wya": a["U"], "by": a["b"][:, None]}
+        article.rnn_forward(a["x"].T, a["h0"][:1].T, weights)
+        return "no (used for every row)"
 
     def returned(self, p: Problem) -> list[Any]:
         """No LSTM."""
-        raise Missing("only a tanh RNN")
+        raise self.has
 
 
 class Thinc(Peer):
     """Thinc's own LSTM, the model and its callback, not its wrapper of torch's."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(precision="float32")
         import thinc
         from thinc import api
 
@@ -169,17 +180,17 @@ class Thinc(Peer):
     def run(self, p: Problem, array: Any = None) -> dict[str, Any]:
         """LSTM(nO, nI) on the list of sequences, padded by Thinc."""
         if p.cell != "lstm":
-            raise Missing(f"has {', '.join(n for n in dir(self.api) if n.endswith(('LSTM', 'GRU', 'RNN')))}")
+            raise MissingError(f"has {', '.join(n for n in dir(self.api) if n.endswith(('LSTM', 'GRU', 'RNN')))}")
         array = array or self.array
-        if p.keep is not None and p.lengths is None or p.reset is not None:
-            raise Missing("the model takes a Padded")
+        if (p.keep is not None and p.lengths is None) or p.reset is not None:
+            raise MissingError(f"a Padded has {', '.join(self.api.Padded.__dataclass_fields__)}")
         a, order = p.arrays, [1, 0, 3, 2]  # its gates are f,i,o,g
         block = [a[k].reshape(4, H, -1)[order] for k in ("W", "b", "U")]
         model = self.api.LSTM(H, D)
         model.ops = self.ops
         model.initialize()
-        model.set_param("LSTM", np.concatenate([v.ravel() for v in block] + [0 * a["b"]]).astype(p.dtype))
-        model.set_param("HC0", np.stack([a["h0"][:1], a["c0"][:1]])[:, None].astype(p.dtype))
+        model.set_param("LSTM", np.concatenate([v.ravel() for v in block] + [0 * a["b"]]).astype("f"))
+        model.set_param("HC0", np.stack([a["h0"][:1], a["c0"][:1]])[:, None].astype("f"))
         lengths = p.lengths or [len(a["x"])] * N
         padded = self.ops.list2padded([array(a["x"][:n, k]) for k, n in enumerate(lengths)])
         Y, back = model(padded, is_train=True)
@@ -208,14 +219,22 @@ class Thinc(Peer):
         texts = []
         for ops in (self.api.NumpyOps(), Ops()):
             self.ops = ops
-            texts.append(f"{type(ops).__name__}: {self.error('lstm')}")
+            texts.append(f"{type(ops).__name__} {self.error('lstm')}")
         self.ops = self.api.NumpyOps()
         return "; ".join(texts)
+
+    def state(self) -> str:
+        """The model keeps one for all rows, so all rows get the same."""
+        p = problem("lstm", dtype="float32", given=True)
+        same = {k: np.repeat(p.arrays[k][:1], N, axis=0) for k in ("h0", "c0")}
+        p = replace(p, arrays=p.arrays | same)
+        right, text = figures(self.run(p), p, states=True)
+        return "yes" if right else f"no ({text})"
 
     def refuse(self) -> str:
         """The shape of the parameter that holds the states says it."""
         model = self.api.LSTM(H, D).initialize()
-        raise Missing(f"one state for all rows: HC0 {model.get_param('HC0').shape}")
+        raise MissingError(f"one state for all rows: HC0 {model.get_param('HC0').shape}")
 
     def softmax_of(self, x: Any) -> Any:
         """Of its ops."""
@@ -231,8 +250,10 @@ class Thinc(Peer):
 
     def checker(self) -> str:
         """Among its public names."""
-        raise Missing(f"thinc.api names with 'grad' and 'check': {names_with(self.api, 'grad', 'check') or 'none'}")
+        raise MissingError(
+            f"thinc.api names with 'grad' and 'check': {names_with(self.api, 'grad', 'check') or 'none'}"
+        )
 
     def returned(self, p: Problem) -> list[Any]:
         """The model returns its outputs."""
-        return [to_numpy(self.run(problem("lstm", dtype="float32"))["y"])]
+        return [to_numpy(self.run(p)["y"])]

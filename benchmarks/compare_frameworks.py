@@ -1,17 +1,15 @@
-"""The peers that bring their own differentiation: torch, Keras (on JAX or torch), Chainer."""
+"""The peers that bring their own differentiation: torch and Keras (on JAX or torch)."""
 
 from __future__ import annotations
 
-import warnings
 from importlib import metadata
 from typing import Any
 
 import numpy as np
-from compare_rows import LEAK, D, H, Missing, N, Peer, Problem, T, names_with, takes
+from compare_problem import LEAK, D, H, MissingError, N, Problem, T, names_with, takes
+from compare_rows import Peer
 
-__all__ = ["Chainer", "Keras", "Torch"]
-
-NAMES = ("x", "W", "U", "b", "h0", "c0")
+__all__ = ["Keras", "Torch"]
 
 
 class Torch(Peer):
@@ -52,6 +50,10 @@ class Torch(Peer):
         grads = {"dx": leaves[0].grad, "dW": layer.weight_ih_l0.grad, "dU": layer.weight_hh_l0.grad}
         grads |= {"db": layer.bias_ih_l0.grad, "dh0": leaves[1].grad[0]}
         return {"y": y, "h": h} | grads | ({"dc0": leaves[2].grad[0]} if p.cell == "lstm" else {})
+
+    def gru(self) -> str:
+        """There is one GRU."""
+        return super().gru().replace("wrong:", "no, its GRU is another:")
 
     def softmax_of(self, x: Any) -> Any:
         """Over the columns."""
@@ -95,7 +97,7 @@ class Keras(Peer):
     """keras.layers.SimpleRNN, LSTM, GRU, RNN, on the back end that KERAS_BACKEND names."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(precision="float32")  # what it computes in on some back ends, whatever comes in: see `dtype`
         import keras
 
         self.module, self.backend = keras, keras.backend.backend()
@@ -146,9 +148,8 @@ class Keras(Peer):
         (y, h), (dx, *dstates), dweights = grad(layer, leaves, mask, (p.u.transpose(1, 0, 2), p.v))
         if p.cell == "gru":
             dweights = [swap(w) for w in dweights]
-        found = {"y": y.transpose(1, 0), "dx": dx.transpose(1, 0)} if self.backend == "torch" else {}
-        found = found or {"y": y.transpose(1, 0, 2), "dx": dx.transpose(1, 0, 2)}
-        found |= {"h": h, "dW": dweights[0].T, "dU": dweights[1].T, "db": dweights[2]}
+        found = {"y": y.swapaxes(1, 0), "dx": dx.swapaxes(1, 0), "h": h}
+        found |= {"dW": dweights[0].T, "dU": dweights[1].T, "db": dweights[2]}
         return found | {f"d{k}0": d for k, d in zip("hc", dstates, strict=False)}
 
     def by_jax(self, layer: Any, leaves: list[Any], mask: Any, cotangents: Any) -> Any:
@@ -169,8 +170,7 @@ class Keras(Peer):
         import torch
 
         weights = [v.value for v in layer.trainable_variables]
-        y, h, *_ = layer(leaves[0], initial_state=leaves[1:], mask=mask)
-        leaves = [v.requires_grad_() for v in leaves]
+        leaves = [torch.as_tensor(v).requires_grad_() for v in leaves]
         y, h, *_ = layer(leaves[0], initial_state=leaves[1:], mask=mask)
         grads = torch.autograd.grad([y, h], [*leaves, *weights], [torch.tensor(c) for c in cotangents])
         return (y, h), grads[: len(leaves)], grads[len(leaves) :]
@@ -187,7 +187,7 @@ class Keras(Peer):
 
     def returned(self, p: Problem) -> list[Any]:
         """With return_sequences and return_state."""
-        layer = self.layer("lstm", "float64")
+        layer = self.layer("lstm", str(p.dtype))
         layer.build((N, T, D))
         layer.set_weights([p.arrays["W"].T, p.arrays["U"].T, p.arrays["b"]])
         return list(layer(self.array(np.ascontiguousarray(p.arrays["x"].transpose(1, 0, 2)))))
@@ -196,7 +196,7 @@ class Keras(Peer):
         """Among its public names."""
         places = (self.module, self.module.ops, self.module.utils)
         found = [n for place in places for n in names_with(place, "grad", "check")]
-        raise Missing(f"names with 'grad' and 'check': {', '.join(found) or 'none'}")
+        raise MissingError(f"names with 'grad' and 'check': {', '.join(found) or 'none'}")
 
     def memory(self) -> str:
         """keras.remat runs a whole layer again, with all its steps."""
@@ -212,120 +212,3 @@ def swap(w: Any) -> Any:
     from keras import ops
 
     return ops.concatenate(order, -1)
-
-
-class Chainer(Peer):
-    """links.NStepRNNTanh and NStepLSTM on lists of sequences; StatelessGRU, step by step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import chainer
-
-        self.module, self.version = chainer, f"{chainer.__version__} (NumPy {np.__version__})"
-
-    def run(self, p: Problem, array: Any = None) -> dict[str, Any]:
-        """The link, its backward."""
-        if p.cell == "gru":
-            return self.run_gru(p)
-        chainer, a, pair = self.module, p.arrays, p.cell == "lstm"
-        kind = chainer.links.NStepLSTM if pair else chainer.links.NStepRNNTanh
-        if (p.keep is not None and p.lengths is None) or p.reset is not None or p.cell == "leaky":
-            raise takes(kind.forward if p.cell != "leaky" else kind.__init__)
-        with chainer.using_config("dtype", p.dtype):
-            link = kind(1, D, H, 0)[0:1] if False else kind(1, D, H, 0)
-        gates = 4 if pair else 1
-        for k in range(gates):
-            rows = slice(k * H, (k + 1) * H)
-            for name, value in ((f"w{k}", a["W"]), (f"w{k + gates}", a["U"]), (f"b{k}", a["b"])):
-                getattr(link[0], name).array = (array or self.array)(value[rows].copy())
-            getattr(link[0], f"b{k + gates}").array = np.zeros(H, p.dtype)
-        return self.back(p, link, gates, array or self.array)
-
-    def back(self, p: Problem, link: Any, gates: int, array: Any) -> dict[str, Any]:
-        """Sequences in, sequences out."""
-        a, steps, functions = p.arrays, len(p.u), self.module.functions
-        lengths = p.lengths or [steps] * N
-        xs = [self.module.Variable(array(a["x"][:n, k].copy())) for k, n in enumerate(lengths)]
-        states = [self.module.Variable(array(a[k][None])) for k in ("h0", "c0")[: 1 + (gates == 4)]]
-        h, *_, ys = link(*states, xs)
-        loss = functions.sum(h[0] * p.v)
-        for k, y in enumerate(ys):
-            loss += functions.sum(y * p.u[: lengths[k], k])
-        loss.backward()
-
-        def stack(name: str, first: int) -> Any:
-            return np.concatenate([getattr(link[0], f"{name}{k + first}").grad for k in range(gates)])
-
-        pad = [((0, steps - n), (0, 0)) for n in lengths]
-        y = functions.stack([functions.pad(v, w, "constant") for v, w in zip(ys, pad, strict=True)], 1)
-        dx = np.stack([np.pad(v.grad, w, "constant") for v, w in zip(xs, pad, strict=True)], 1)
-        found = {"y": y, "h": h[0], "dx": dx, "dW": stack("w", 0), "dU": stack("w", gates), "db": stack("b", 0)}
-        return found | {f"d{k}0": v.grad[0] for k, v in zip("hc", states, strict=False)}
-
-    def run_gru(self, p: Problem) -> dict[str, Any]:
-        """Its update gate is 1 - z, which is the gate of negated weights."""
-        chainer, a = self.module, p.arrays
-        with chainer.using_config("dtype", p.dtype):
-            link = chainer.links.StatelessGRU(D, H)
-        names, signs = ("_r", "_z", ""), (1, -1, 1)
-        for k, (name, sign) in enumerate(zip(names, signs, strict=True)):
-            rows, W, U = slice(k * H, (k + 1) * H), link[f"W{name}"], link[f"U{name}"]
-            W.W.array, U.W.array, W.b.array = (sign * a[key][rows] for key in ("W", "U", "b"))
-        x, h = chainer.Variable(a["x"]), chainer.Variable(a["h0"])
-        ys, state = [], h
-        for t in range(len(p.u)):
-            state = link(state, x[t])
-            ys.append(state)
-        y = chainer.functions.stack(ys)
-        loss = chainer.functions.sum(y * p.u) + chainer.functions.sum(state * p.v)
-        loss.backward()
-        pairs = [(sign, link[f"W{n}"], link[f"U{n}"]) for n, sign in zip(names, signs, strict=True)]
-        found = {"y": y, "h": state, "dx": x.grad, "dW": np.concatenate([s * w.W.grad for s, w, _ in pairs])}
-        found |= {"dU": np.concatenate([s * u.W.grad for s, _, u in pairs]), "dh0": h.grad}
-        return found | {"db": np.concatenate([s * w.b.grad for s, w, _ in pairs])}
-
-    def gru(self) -> str:
-        """There is no sequence layer of it."""
-        return f"{super().gru()} (StatelessGRU, a loop of your own)"
-
-    def softmax_of(self, x: Any) -> Any:
-        """Over the columns."""
-        return self.module.functions.softmax(x, axis=0)
-
-    def sizes(self) -> str:
-        """As its constructor says."""
-        self.module.links.NStepRNNTanh(2, D, self.widths, 0.0)
-        return "yes"
-
-    def returned(self, p: Problem) -> list[Any]:
-        """hy, cy, ys."""
-        h, c, ys = self.module.links.NStepLSTM(1, D, H, 0)(None, None, list(p.arrays["x"].astype("f").swapaxes(0, 1)))
-        return [h, c, self.module.functions.stack(ys, 1)]
-
-    def checker(self) -> str:
-        """A function with a right, and one with a wrong backward."""
-        from chainer.gradient_check import check_backward
-
-        class Square(self.module.FunctionNode):  # type: ignore[misc, name-defined]
-            factor = 2
-
-            def forward(self, inputs: Any) -> Any:
-                self.retain_inputs((0,))
-                return (inputs[0] ** 2,)
-
-            def backward(self, indexes: Any, dy: Any) -> Any:
-                return (dy[0] * self.get_retained_inputs()[0] * self.factor,)
-
-        check_backward(lambda x: Square().apply((x,))[0], np.ones(3), np.ones(3))
-        Square.factor = 1
-        try:
-            check_backward(lambda x: Square().apply((x,))[0], np.ones(3), np.ones(3))
-        except AssertionError:
-            return "yes (gradient_check)"
-        return "no"
-
-    def memory(self) -> str:
-        """functions.forget needs a loop of one's own over the chunks."""
-        raise takes(self.module.links.NStepLSTM.forward)

@@ -25,7 +25,8 @@ CAPTION = (
     "Float32; milliseconds, median ± half the interquartile range, contenders interleaved round by round. In brackets: "
     "the peer's time over the core's (/ over the door's): above 1, xprnn is faster. The door and the article also "
     "compute y_pred (n_y = n_x), the others don't. GEMM rate: the core's matrix products alone, against NumPy's own "
-    "rate on a 2048 cube in the same run. Disturbed: other processes kept the cores busy. Arrays in the article's layout are {order}-ordered."
+    "rate on a 2048 cube in the same run. Disturbed: other processes kept the cores busy; such rows count in no mean. "
+    "Arrays in the article's layout are {order}-ordered."
 )
 CELLS = {"elman": "Elman (xprnn.RNN)", "lstm": "LSTM (xprnn.LSTM)", "gru": "GRU (xprnn.GRU)"}
 
@@ -40,6 +41,11 @@ def best_peer(row: Row, us: str = "core") -> float:
     return min((v for k, v in row["times_faster"][us].items() if not k.startswith("article")), default=math.nan)
 
 
+def disturbed(row: Row) -> bool:
+    """Whether other processes kept the cores busy nearly all the time."""
+    return row["set_aside"] < 0
+
+
 def groups(rows: list[Row]) -> dict[tuple[str, int], list[Row]]:
     """The rows of each table, by cell and threads."""
     out: dict[tuple[str, int], list[Row]] = {}
@@ -49,11 +55,11 @@ def groups(rows: list[Row]) -> dict[tuple[str, int], list[Row]]:
 
 
 def geometric_means(rows: list[Row], us: str = "core") -> dict[tuple[str, int, str], dict[str, float]]:
-    """(cell, threads, pass) -> peer -> how many times faster `us` is, over the whole grid; "best peer" row by row."""
+    """(cell, threads, pass) -> peer -> how many times faster `us` is, over all undisturbed rows; "best peer" row by row."""
     out = {}
     for (cell, threads), some in groups(rows).items():
         for which in dict.fromkeys(r["pass"] for r in some):
-            mine = [r for r in some if r["pass"] == which and us in r["times_faster"]]
+            mine = [r for r in some if r["pass"] == which and us in r["times_faster"] and not disturbed(r)]
             if not mine:
                 continue
             # A peer that is missing in one row has no mean over the grid.
@@ -93,7 +99,7 @@ def table(rows: list[Row]) -> list[str]:
     for row in rows:
         shape = f"({', '.join(map(str, row['shape']))})" if row["pass"] == "forward" else ""
         share = f"{100 * row['gemm_share']:.0f}%"
-        what = row["pass"] + " (disturbed)" * (row["set_aside"] < 0)
+        what = row["pass"] + " (disturbed)" * disturbed(row)
         cells = [shape, what, *(_cell(row, n) for n in names), share]
         lines.append("| " + " | ".join(cells) + " |")
         if row["disagree"] and row["pass"] != "forward":
@@ -107,7 +113,8 @@ def means_line(rows: list[Row]) -> list[str]:
     for us in OWN:
         for (_, _, which), means in geometric_means(rows, us).items():
             parts = [f"{v:.2f} × {TITLES.get(k, k)}" for k, v in means.items()]
-            lines.append(f"- geometric mean, {us}, {which}: {', '.join(parts)}")
+            count = sum(r["pass"] == which and not disturbed(r) for r in rows)
+            lines.append(f"- geometric mean of {count} rows, {us}, {which}: {', '.join(parts)}")
     return lines
 
 

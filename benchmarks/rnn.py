@@ -94,8 +94,9 @@ def progress(row: dict[str, Any]) -> None:
     core = row["seconds"]["core"]
     wrong = f"  DISAGREE: {'; '.join(row['disagree'])}" if row["disagree"] else ""
     where = f"{row['cell']} {tuple(row['shape'])} {row['pass']}, {row['threads']} thread(s)"
+    aside = "disturbed" if report.disturbed(row) else f"{row['set_aside']} set aside"
     print(
-        f"{where}: {1e3 * core['median']:.3g} ms, {core['rounds']} rounds ({row['set_aside']} set aside){wrong}",
+        f"{where}: {1e3 * core['median']:.3g} ms, {core['rounds']} rounds ({aside}){wrong}",
         file=sys.stderr,
         flush=True,
     )
@@ -118,7 +119,9 @@ def main() -> int:
     for k in threads:
         task = {"threads": k, "cells": args.cell, "shapes": shapes, "peers": args.peers, "order": args.order}
         task |= {"published": args.published, "seconds": seconds / len(threads), "least": least, "most": most}
-        failed = measure(task, run) != 0 or failed
+        code = measure(task, run)
+        failed = failed or code != 0
+        run["notes"] += [f"{k} thread(s): the measuring process ended early, exit code {code}"] if code else []
     run["wall_seconds"] = time.monotonic() - start
     if run["rows"]:
         print(report.tables(run))
