@@ -61,6 +61,13 @@ def jax(session: nox.Session) -> None:
     run_tests(session, "jax")
 
 
+@nox.session
+def onnx(session: nox.Session) -> None:
+    """Test against ONNX Runtime: ragged batches, activations, clipping, peepholes, both GRUs."""
+    install(session, "onnx")
+    session.run("python", "-m", "pytest", "tests/test_onnx_oracle.py", *session.posargs)
+
+
 @nox.session(venv_backend="none")
 def cupy(session: nox.Session) -> None:
     """Test on CuPy where there is a CUDA device, with the CuPy that nox's own Python has."""

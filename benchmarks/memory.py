@@ -1,4 +1,4 @@
-"""Peak bytes against T: the full tape, checkpoints, and an endless stream in windows; and what checkpoints cost in time.
+"""Peak bytes against T: full tape, checkpoints, an endless stream in windows; and what checkpoints cost in time.
 
     python benchmarks/memory.py            about two minutes
     python benchmarks/memory.py --quick    smaller T
@@ -17,6 +17,7 @@ import statistics
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import machine
@@ -123,7 +124,7 @@ def report(run: dict[str, Any]) -> str:
     slopes = [math.log(b[n] / a[n]) / math.log(b["T"] / a["T"]) for n in names]
     lines += ["| exponent | " + " | ".join(f"{s:.2f}" for s in slopes) + " |", ""]
     lines += [
-        'Time of checkpoint="sqrt", as a ratio to the full tape; exact recomputation cannot be below 1 + forward/total:',
+        'Time of checkpoint="sqrt", over that of the full tape; running all steps again costs 1 + forward/total:',
         "",
     ]
     lines += ["| cell | (D, H, N, T) | full tape, ms | ratio | 1 + forward/total |", "|---|---|---|---|---|"]
@@ -147,8 +148,7 @@ def main() -> None:
         run = {"machine": machine.describe(), "times": times(5 if args.quick else 15), "memory": memory(lengths)}
     print("\n".join(f"{k}: {v}" for k, v in run["machine"].items()), report(run), sep="\n")
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(run, file, indent=1)
+        Path(args.json).write_text(json.dumps(run, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

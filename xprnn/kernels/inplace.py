@@ -53,14 +53,9 @@ def forward(
         m[first] = s
     held = tuple(m[1:] if reverse else m[:-1] for m in memory)
     after = tuple(m[:-1] if reverse else m[1:] for m in memory)
-    before = held if rows.reset is None else tuple(np.empty_like(b) for b in held)
-    w.arrays |= {f"s{k}": b for k, b in enumerate(before)} | {f"n{k}": a for k, a in enumerate(after)}
-    w.arrays |= {name: room((count, n, w.hidden), initial[0].dtype, keep) for name in plan.saved if name[0] == "v"}
-    if projected := "weight_hr" in params:
-        w.arrays["n0"] = room((count, n, w.hidden), initial[0].dtype, keep)
-        w.arrays["n0"][...] = 0  # a row that has ended meets only zeros in the weight's gradient, but not 0 * nan
+    _make_arrays(w, held, after, (count, n, w.hidden), keep)
     squash = Squash.of(w, initial[0].dtype)
-    xg = project(w, squash, x, after[0] if cell.gates == plan.added == 1 and not projected else None)
+    xg = project(w, squash, x, after[0] if cell.gates == plan.added == 1 and "weight_hr" not in params else None)
     if plan.squash:
         w.arrays |= w.gates("a", xg)  # the gates grow where their halves were
     _walk(w, squash, xg, held, after)
@@ -79,6 +74,17 @@ def forward(
     kept = (w, x)
     tape = Tape(backward, np, cell, params, given, state, home, steps, reverse, states, kept, "NumPy in place")
     return y, final, tape
+
+
+def _make_arrays(w: Walk, held: State, after: State, shape: tuple[int, ...], keep: bool) -> None:
+    """The states before and after each step, and what the program saves."""
+    before = held if w.rows.reset is None else tuple(np.empty_like(b) for b in held)
+    w.arrays |= {f"s{k}": b for k, b in enumerate(before)} | {f"n{k}": a for k, a in enumerate(after)}
+    w.arrays |= {name: room(shape, held[0].dtype, keep) for name in w.plan.saved if name[0] == "v"}
+    if "weight_hr" in w.params:
+        w.arrays["n0"] = room(shape, held[0].dtype, keep)
+        if w.rows.active is not None:
+            w.arrays["n0"][...] = 0  # a row that has ended meets only zeros in the weight's gradient, but not 0 * nan
 
 
 def _walk(w: Walk, squash: Squash | None, xg: Array, held: State, after: State) -> None:
