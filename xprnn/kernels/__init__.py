@@ -4,6 +4,7 @@
 the two for every cell, dtype, ragged pattern and direction.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,9 +13,31 @@ from typing import Any
 from xprnn.arrays import Namespace, Params, is_numpy
 from xprnn.cells import Cell
 
-__all__ = ["find", "generic_only"]
+__all__ = ["fast", "fast_only_if", "find", "generic_only"]
 
 _generic: ContextVar[bool] = ContextVar("generic", default=False)
+_fast: ContextVar[bool | None] = ContextVar("fast", default=None)
+
+
+def fast() -> bool:
+    """Whether compiled kernels may run: unless switched off here or by XPRNN_FAST=0 in the environment."""
+    chosen = _fast.get()
+    return os.environ.get("XPRNN_FAST", "1") != "0" if chosen is None else chosen
+
+
+@contextmanager
+def fast_only_if(allowed: bool) -> Iterator[None]:
+    """Within this context compiled kernels run, or do not run, whatever the environment says.
+
+    >>> with fast_only_if(False):
+    ...     fast()
+    False
+    """
+    token = _fast.set(allowed)
+    try:
+        yield
+    finally:
+        _fast.reset(token)
 
 
 @contextmanager
@@ -37,7 +60,7 @@ def find(xp: Namespace, cell: Cell, params: Params) -> Callable[..., Any] | None
     if _generic.get():
         return None
     if is_numpy(xp):
-        from xprnn.kernels import inplace
+        from xprnn.kernels import compiled, inplace
 
-        return inplace.find(cell)
+        return (compiled.find(cell, params) if fast() else None) or inplace.find(cell)
     return None

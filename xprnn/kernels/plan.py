@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from xprnn.cells import Cell
 from xprnn.kernels.trace import Graph, Program, UntraceableError, Value, leaves, nodes, program
 
-__all__ = ["Plan", "plan_of"]
+__all__ = ["Plan", "plan_of", "trace_back", "trace_step"]
 
 
 class Plan(NamedTuple):
@@ -39,26 +39,47 @@ def plan_of(cell: Cell) -> Plan | None:
 def _forward(cell: Cell, *, sigmoid: bool) -> tuple[int, tuple[str, ...], Program, tuple[str, ...]] | None:
     """The forward half of a plan; None if sigmoids remain that only a squash could have taken."""
     graph = Graph(sigmoid=sigmoid)
-    s, p = graph.inputs("s", len(cell.states)), graph.inputs("p", len(cell.vectors))
-    new, saved = cell.over(graph).step(graph.inputs("x", cell.gates), graph.inputs("h", cell.gates), s, p)
-    new, saved = tuple(new), tuple(saved)
-    used = set().union(*(leaves(v) for v in (*new, *saved)))
-    added = next((k for k in range(cell.gates) if {f"x{k}", f"h{k}"} & used), cell.gates)
+    new, saved, added = trace_step(cell, graph)
     gates = _squash(graph, [*new, *saved], added) if cell.gates > 1 else []
     if sigmoid and any(v.op == "sigmoid" and not any(v is g for g in gates) for v in nodes([*new, *saved])):
         return None
     squash = tuple(v.op for v in gates)
     for k, gate in enumerate(gates):
         gate.op, gate.args, gate.name = "input", (), f"a{k}"
-    for k in range(added, cell.gates):
-        g = graph.input(f"g{k}")
-        if f"g{k}" in used:  # beyond the added prefix, the sum is an operation like any other
-            g.op, g.args, g.name = "add", (graph.input(f"x{k}"), graph.input(f"h{k}")), ""
-    known = {id(v): f"s{k}" for k, v in enumerate(s)} | {id(v): f"a{k}" for k, v in enumerate(gates)}
+    known = {id(graph.input(f"s{k}")): f"s{k}" for k in range(len(cell.states))} | {id(v): f"a{k}" for k, v in enumerate(gates)}
     known |= {id(v): f"n{k}" for k, v in enumerate(new)}
     names = tuple(known.get(id(v), f"v{j}") for j, v in enumerate(saved))
     own = [(n, v) for n, v in zip(names, saved, strict=True) if n[0] == "v"]
     return added, squash, program([*own, *((f"n{k}", v) for k, v in enumerate(new))], "axsnv"), names
+
+
+def trace_step(cell: Cell, graph: Graph) -> tuple[tuple[Any, ...], tuple[Any, ...], int]:
+    """(new states, saved, how many of the first gates are used only as the sum g = x + h)."""
+    s, p = graph.inputs("s", len(cell.states)), graph.inputs("p", len(cell.vectors))
+    new, saved = cell.over(graph).step(graph.inputs("x", cell.gates), graph.inputs("h", cell.gates), s, p)
+    used = set().union(*(leaves(v) for v in (*new, *saved)))
+    added = next((k for k in range(cell.gates) if {f"x{k}", f"h{k}"} & used), cell.gates)
+    for k in range(added, cell.gates):
+        g = graph.input(f"g{k}")
+        if f"g{k}" in used:  # beyond the added prefix, the sum is an operation like any other
+            g.op, g.args, g.name = "add", (graph.input(f"x{k}"), graph.input(f"h{k}")), ""
+    return tuple(new), tuple(saved), added
+
+
+def trace_back(cell: Cell, saved: int) -> tuple[list[tuple[str, Any]], bool, bool]:
+    """(name, value) of what the adjoint writes, whether dh is dx, whether the adjoint of h has a direct path."""
+    graph, count = Graph(), len(cell.states)
+    s, p, v = graph.inputs("s", count), graph.inputs("p", len(cell.vectors)), graph.inputs("v", saved)
+    dx, dh, dprev, dp = cell.over(graph).back(graph.inputs("d", count), v, s, p)
+    outputs = [(f"X{k}", 0.0 if d is None else d) for k, d in enumerate(dx)]
+    same = all(a is b for a, b in zip(dx, dh, strict=True))
+    if not same:
+        outputs += [(f"U{k}", d) for k, d in enumerate(dh)]
+    outputs += [(f"P{k}", d) for k, d in enumerate(dp)]
+    if dprev[0] is not None:
+        outputs.append(("r0", dprev[0]))
+    outputs += [(f"e{k}", 0.0 if d is None else d) for k, d in enumerate(dprev) if k]
+    return outputs, same, dprev[0] is not None
 
 
 def _squash(graph: Graph, outputs: Sequence[Any], added: int) -> list[Value]:
@@ -76,21 +97,10 @@ def _squash(graph: Graph, outputs: Sequence[Any], added: int) -> list[Value]:
 
 def _back(cell: Cell, saved: int) -> tuple[tuple[str, ...], Program, Program, bool, bool]:
     """The adjoint's half of a plan."""
-    graph, count = Graph(), len(cell.states)
-    s, p, v = graph.inputs("s", count), graph.inputs("p", len(cell.vectors)), graph.inputs("v", saved)
-    dx, dh, dprev, dp = cell.over(graph).back(graph.inputs("d", count), v, s, p)
-    outputs = [(f"X{k}", 0.0 if d is None else d) for k, d in enumerate(dx)]
-    same = all(a is b for a, b in zip(dx, dh, strict=True))
-    if not same:
-        outputs += [(f"U{k}", d) for k, d in enumerate(dh)]
-    outputs += [(f"P{k}", d) for k, d in enumerate(dp)]
-    through = dprev[0] is not None
-    if through:
-        outputs.append(("r0", dprev[0]))
-    outputs += [(f"e{k}", 0.0 if d is None else d) for k, d in enumerate(dprev) if k]
+    outputs, same, through = trace_back(cell, saved)
     hoisted = _hoist([d for _, d in outputs])
     factors = {value: f"k{i}" for i, value in enumerate(hoisted)}
-    back = program(outputs, "vskXUP", factors, {f"e{k}": f"d{k}" for k in range(1, count)})
+    back = program(outputs, "vskXUP", factors, {f"e{k}": f"d{k}" for k in range(1, len(cell.states))})
     before = program([(name, value) for value, name in factors.items()], "vsk")
     return tuple(factors.values()), before, back, same, through
 

@@ -1,0 +1,112 @@
+"""Compiles printed kernels with numba and keeps the machine code in a folder, so that a later process starts at once.
+
+The folder is XPRNN_CACHE, else `xprnn` in XDG_CACHE_HOME or ~/.cache. A kernel's file is named by a hash of its text,
+of lanes.py and of numba's version; next to it numba keeps the machine code for each kind of processor. Where the folder
+can't be written, kernels are compiled afresh in each process.
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["available", "blas", "compiled"]
+
+_TYPE = "void(int64[::1])"
+_OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+
+
+@cache
+def available() -> bool:
+    """Whether numba is installed, which is not imported to find out."""
+    return importlib.util.find_spec("numba") is not None
+
+
+def folder() -> Path | None:
+    """Where kernels are kept; None if it can't be made."""
+    chosen, home = os.environ.get("XPRNN_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        path = Path(chosen) if chosen else (Path(home) if home else Path.home() / ".cache") / "xprnn"
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return None
+    return path if os.access(path, os.W_OK | os.X_OK) else None
+
+
+@cache
+def _mark() -> bytes:
+    """What a kernel depends on beside its own text."""
+    lanes = Path(__file__).with_name("lanes.py").read_bytes()
+    return lanes + importlib.metadata.version("numba").encode()
+
+
+@lru_cache(maxsize=1024)
+def compiled(source: str) -> Callable[[Any], None]:
+    """The machine code of a printed kernel: call it with a table of int64."""
+    from numba import njit
+
+    path = _written(source)
+    if path is not None:
+        try:
+            kernel: Callable[[Any], None] = njit(_TYPE, cache=True, **_OPTIONS)(_imported(path).kernel)
+        except Exception:  # a damaged cache may fail in any way, and is only a cache
+            path = None
+    if path is None:
+        scope: dict[str, Any] = {}
+        exec(source, scope)  # printed by source.py, from a finite list of names
+        kernel = njit(_TYPE, **_OPTIONS)(scope["kernel"])
+    return kernel
+
+
+def _imported(path: Path) -> Any:
+    """The module, under a name by which numba finds it again."""
+    name = f"xprnn_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _written(source: str) -> Path | None:
+    """The file that holds exactly this text, or None."""
+    where = folder()
+    if where is None:
+        return None
+    path = where / f"k{hashlib.sha256(source.encode() + _mark()).hexdigest()[:24]}.py"
+    try:
+        if path.exists() and path.read_text(encoding="utf-8") == source:
+            return path
+        with tempfile.NamedTemporaryFile("w", dir=where, delete=False, encoding="utf-8") as file:
+            file.write(source)
+        Path(file.name).replace(path)  # another process sees all of it or nothing
+    except OSError:
+        return None
+    return path
+
+
+@cache
+def blas(dtype: Any) -> int:
+    """The address of SciPy's gemm for this dtype; 0 where there is none with 32-bit integers."""
+    if importlib.util.find_spec("scipy") is None:
+        return 0
+    import ctypes
+
+    import scipy.linalg.cython_blas as functions
+
+    capsule = functions.__pyx_capi__["sgemm" if dtype == np.dtype("float32") else "dgemm"]
+    name = ctypes.pythonapi.PyCapsule_GetName
+    name.restype, name.argtypes = ctypes.c_char_p, [ctypes.py_object]
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    signature = name(capsule)
+    return int(pointer(capsule, signature)) if signature.count(b"int *") == 6 else 0
