@@ -76,6 +76,8 @@ def is_integer(xp: Namespace, array: Array) -> bool:
     >>> is_integer(namespace(np.zeros(3)), np.zeros(3))
     False
     """
+    if isinstance(array.dtype, np.dtype):  # of NumPy, CuPy and JAX: a tenth of the time
+        return array.dtype.kind in "iu"
     return bool(xp.isdtype(array.dtype, "integral"))
 
 

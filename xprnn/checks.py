@@ -96,7 +96,7 @@ def check_call(where: str, layer: Any, params: Params, x: Array, state: Any, lea
 
 
 def _is_float(x: Array) -> bool:
-    return "float" in str(x.dtype)
+    return x.dtype.kind == "f" if isinstance(x.dtype, np.dtype) else "float" in str(x.dtype)
 
 
 def steps_of(where: str, layer: Any, xp: Namespace, x: Array, lengths: Any, mask: Any, reset: Any) -> Steps:

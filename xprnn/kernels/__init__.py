@@ -16,18 +16,19 @@ from xprnn.cells import Cell
 __all__ = ["fast", "fast_only_if", "find", "generic_only"]
 
 _generic: ContextVar[bool] = ContextVar("generic", default=False)
+_ALLOWED = os.environ.get("XPRNN_FAST", "1") != "0"
 _fast: ContextVar[bool | None] = ContextVar("fast", default=None)
 
 
 def fast() -> bool:
-    """Whether compiled kernels may run: unless switched off here or by XPRNN_FAST=0 in the environment."""
+    """Whether compiled kernels may run: unless switched off here or by XPRNN_FAST=0 in the environment at the start."""
     chosen = _fast.get()
-    return os.environ.get("XPRNN_FAST", "1") != "0" if chosen is None else chosen
+    return _ALLOWED if chosen is None else chosen
 
 
 @contextmanager
 def fast_only_if(allowed: bool) -> Iterator[None]:
-    """Within this context compiled kernels run, or do not run, whatever the environment says.
+    """Within this context compiled kernels run, or do not run, whatever XPRNN_FAST says.
 
     >>> with fast_only_if(False):
     ...     fast()

@@ -6,6 +6,7 @@ where that is quicker than a call, else SciPy's gemm.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,10 +15,9 @@ from xprnn.affine import affine_back, flat
 from xprnn.arrays import Array, Params
 from xprnn.cells import Cell
 from xprnn.kernels import library
-from xprnn.kernels.plan import plan_of
 from xprnn.kernels.ragged import Rows
 from xprnn.kernels.source import Sources, sources_of
-from xprnn.kernels.walk import Walk, project
+from xprnn.kernels.walk import look_up
 from xprnn.tape import State, Steps, Tape
 
 __all__ = ["find"]
@@ -27,14 +27,15 @@ _LOOPS = 16384  # up to this many multiplications in a step's product, loops are
 
 def find(cell: Cell, params: Params) -> Callable[..., Any] | None:
     """`forward` where the cell can be compiled and numba is there, else None."""
-    bits = {"float32": 32, "float64": 64}.get(params["weight_hh"].dtype.name, 0)
-    if not bits or "weight_hr" in params or not library.available() or sources_of(cell, bits) is None:
+    dtype = params["weight_hh"].dtype
+    if dtype not in (np.float32, np.float64) or "weight_hr" in params or not library.available():
         return None
-    return forward
+    sources = sources_of(cell, 8 * dtype.itemsize)
+    return None if sources is None else partial(_forward, sources)
 
 
 class _Kept(NamedTuple):
-    """What backward needs; (T, N, .) each, rows in walking order."""
+    """What backward needs; arrays (T, N, .), rows in walking order."""
 
     sources: Sources
     rows: Rows
@@ -43,103 +44,163 @@ class _Kept(NamedTuple):
     spare: dict[str, Array]  # the other saved values
     before: State
     after: State
+    table: dict[str, int]  # the addresses of all these
 
 
-def _address(a: Array | None) -> int:
-    return 0 if a is None else int(a.__array_interface__["data"][0])
+def _address(a: Array) -> int:
+    return int(a.__array_interface__["data"][0])
 
 
-def _call(source: str, table: Sequence[str], given: Mapping[str, int | Array | None]) -> None:
-    """Run a kernel; every array in `given` lives until it is done."""
-    entries = [given.get(name, 0) for name in table]
-    numbers = [e if isinstance(e, int) else _address(e) for e in entries]
-    library.compiled(source)(np.array(numbers, np.int64))
+def _room(dtype: Any, sizes: Mapping[str, int]) -> tuple[dict[str, Array], dict[str, int]]:
+    """Flat arrays of these sizes in one piece of memory, and their addresses: asking for one takes a microsecond."""
+    whole, item, start = np.empty(sum(sizes.values()), dtype), np.dtype(dtype).itemsize, 0
+    arrays, table, at = {}, {}, _address(whole)
+    for name, size in sizes.items():
+        arrays[name], table[name] = whole[start : start + size], at + start * item
+        start += size
+    return arrays, table
 
 
-def _common(rows: Rows, u: Array, turned: bool, shape: tuple[int, ...]) -> dict[str, Any]:
-    """The table's first entries, for a step's product (n, K) (K, J) with u (K, J)."""
+def _common(rows: Rows, multiplications: int, dtype: Any, shape: tuple[int, ...]) -> tuple[dict[str, int], list[Array]]:
+    """The table's first entries, and arrays that must live until the kernel is done."""
     count, n, hidden, width = shape
-    multiplications = n * u.size
-    blas = 0 if multiplications <= _LOOPS else library.blas(u.dtype)
-    common: dict[str, Any] = {"T": count, "N": n, "H": hidden, "W": width, "turned": int(turned), "U": u}
-    common |= {"loops": int(blas == 0), "blas": blas}
+    blas = 0 if multiplications <= _LOOPS else library.blas(dtype)
+    table = {"T": count, "N": n, "H": hidden, "W": width, "loops": int(blas == 0), "blas": blas}
+    alive: list[Array] = []
     if rows.active is not None:
         counts = np.zeros(count, np.int64)
         for t0, t1, k in rows.runs:
             counts[t0:t1] = k
-        common |= {"some": 1, "counts": counts, "active": np.ascontiguousarray(rows.active)}
+        alive += [counts, np.ascontiguousarray(rows.active)]
+        table |= {"some": 1, "counts": _address(alive[0]), "active": _address(alive[1])}
     if rows.reset is not None:
-        common |= {"resets": 1, "reset": np.ascontiguousarray(rows.reset)}
-    return common
+        alive.append(np.ascontiguousarray(rows.reset))
+        table |= {"resets": 1, "reset": _address(alive[-1])}
+    return table, alive
 
 
-def forward(
-    cell: Cell, params: Params, x: Array, state: State, steps: Steps, *, home: State, xp: Any, reverse: bool, keep: bool
+def _call(source: str, names: Sequence[str], table: Mapping[str, int]) -> None:
+    library.compiled(source)(np.array([table.get(name, 0) for name in names], np.int64))
+
+
+# --- forward
+
+
+def _forward(
+    sources: Sources,
+    cell: Cell,
+    params: Params,
+    x: Array,
+    state: State,
+    steps: Steps,
+    *,
+    home: State,
+    xp: Any,
+    reverse: bool,
+    keep: bool,
 ) -> tuple[Array, State, Tape | None]:
     """See xprnn.scan.forward, which is the specification."""
-    u = params["weight_hh"]
-    sources, plan, rows = sources_of(cell, 8 * u.itemsize), plan_of(cell), Rows.of(x.shape[:2], steps)
-    assert sources is not None
-    assert plan is not None
-    given, x, initial = x, rows.sort(x, 1), tuple(rows.sort(s, 0) for s in state)
-    count, n = x.shape[:2]
-    hidden = u.shape[0] // cell.gates
-    memory = [np.empty((count + 1 if keep or k == 0 else 1, n, hidden), u.dtype) for k in range(len(initial))]
-    for m, s in zip(memory, initial, strict=True):
-        m[-1 if reverse else 0] = s
-    after = tuple(m[:-1] if reverse else m[1:] for m in memory)
-    single = cell.gates == sources.added == 1 and sources.slots in ((), ("M0",))
-    xg = project(Walk(plan, cell, params, rows, reverse, home), None, x, after[0] if single else None)
-    before = tuple(m[1:] if reverse else m[:-1] for m in memory)
-    if rows.reset is not None:
-        before = tuple(np.empty((count if keep else 1, n, hidden), u.dtype) for _ in initial)
-    spare = {s: np.empty((count if keep else 1, n, hidden), u.dtype) for s in sources.slots if s[0] == "V"}
-    kept = _Kept(sources, rows, x, xg, spare, before, after)
-    final = _run(kept, cell, params, (initial, tuple(rows.sort(s, 0) for s in home)), reverse, keep)
+    rows = Rows.of(x.shape[:2], steps)
+    kept = _prepare(sources, cell, params, rows.sort(x, 1), rows, reverse, keep)
+    ends = tuple(rows.sort(s, 0) for s in state), tuple(rows.sort(s, 0) for s in home)
+    final = tuple(rows.unsort(s, 0) for s in _run(kept, cell, params, ends, reverse, keep))
+    after = kept.after
     y = rows.unsort(after[0].view(), 1)
-    final = tuple(rows.unsort(s, 0) for s in final)
     if not keep:
         return y, final, None
     if rows.active is not None:
         y = np.where(np.asarray(steps.active)[..., None], y, 0)
-    if np.may_share_memory(y, after[0]):
+    else:
         y.flags.writeable = False  # the tape lives in this memory
 
     def states() -> State:
         return tuple(rows.unsort(a, 1) for a in after)
 
-    tape = Tape(backward, np, cell, params, given, state, home, steps, reverse, states, kept, "compiled by numba")
+    tape = Tape(backward, np, cell, params, x, state, home, steps, reverse, states, kept, "compiled by numba")
     return y, final, tape
 
 
+def _prepare(sources: Sources, cell: Cell, params: Params, x: Array, rows: Rows, reverse: bool, keep: bool) -> _Kept:
+    """All arrays with a step axis, of one step where no tape is kept; the projection done."""
+    u = params["weight_hh"]
+    (count, n), hidden = x.shape[:2], u.shape[0] // cell.gates
+    length = count if keep else 1
+    step = n * hidden * u.itemsize
+    table = {"v0": n * hidden if keep else 0}
+    before, after = [], []
+    for k in range(len(cell.states)):
+        # With the state before the first step in line, the recurrent weight's gradient is one product.
+        memory = np.empty(((count if k == 0 else length) + 1, n, hidden), u.dtype)
+        before.append(memory[1:] if reverse else memory[:-1])
+        after.append(memory[:-1] if reverse else memory[1:])
+        at = _address(memory)
+        table |= {f"M{k}": at + (0 if reverse else step), f"S{k}": at + (step if reverse else 0)}
+        table[f"m{k}"] = n * hidden if keep or k == 0 else 0
+    if rows.reset is not None:
+        before = [np.empty((length, n, hidden), u.dtype) for _ in before]
+        table |= {f"S{k}": _address(a) for k, a in enumerate(before)}
+    spare = {slot: np.empty((length, n, hidden), u.dtype) for slot in sources.slots if slot[0] == "V"}
+    table |= {slot: _address(a) for slot, a in spare.items()}
+    # An Elman layer's projection is written where its states will be.
+    single = cell.gates == sources.added == 1 and sources.slots in ((), ("M0",))
+    gates = _project(params["weight_ih"], x, after[0] if single else None)
+    table["X"] = table["M0"] if single else _address(gates)
+    return _Kept(sources, rows, x, gates, spare, tuple(before), tuple(after), table)
+
+
+def _project(w: Array, x: Array, out: Array | None) -> Array:
+    """x W' for all steps."""
+    if x.dtype.kind in "iu":
+        y = look_up(w, x.reshape(x.size))
+        if out is None:
+            return y.reshape(*x.shape, w.shape[0])
+        out[...] = y.reshape(out.shape)
+        return out
+    y = np.dot(flat(np, x), w.T, out=None if out is None else flat(np, out))
+    return y.reshape(*x.shape[:2], w.shape[0])
+
+
 def _run(
-    kept: _Kept, cell: Cell, params: Params, states: tuple[State, State], reverse: bool, keep: bool
+    kept: _Kept, cell: Cell, params: Params, ends: tuple[State, State], reverse: bool, keep: bool
 ) -> tuple[Array, ...]:
     """The time loop: fills what is kept and returns the states after the last step."""
-    u, rows, (initial, home) = params["weight_hh"], kept.rows, states
+    u, rows, (initial, home), table = params["weight_hh"], kept.rows, ends, kept.table
     count, n, width = kept.gates.shape
-    hidden, item = width // cell.gates, kept.gates.itemsize
-    running = np.empty((len(initial), n, hidden), u.dtype)
-    for k, s in enumerate(initial):
-        running[k] = s
-    given = _common(rows, np.ascontiguousarray(u.T), reverse, (count, n, hidden, width))
-    late = np.zeros(width, u.dtype)
+    hidden = width // cell.gates
+    common, alive = _common(rows, n * u.size, u.dtype, (count, n, hidden, width))
+    sizes = {"U": u.size, "B": n * width, "K": width, "L": width} | {f"C{k}": n * hidden for k in range(len(initial))}
+    room, addresses = _room(u.dtype, sizes)
+    room["U"].reshape(hidden, width)[...] = u.T
     cut = kept.sources.added * hidden
-    if "bias_hh" in params:
-        late[cut:] = params["bias_hh"][cut:]
-    step = n * hidden if keep else 0
-    given |= {"blank": int(not keep), "v0": step, "X": kept.gates, "B": np.empty((n, width), u.dtype), "L": late}
-    for k in range(len(initial)):
-        given |= {f"C{k}": _address(running) + k * n * hidden * item, f"M{k}": kept.after[k] if keep else None}
-        given |= {f"m{k}": step}
-        if not keep:
-            given[f"M{k}"] = kept.after[0] if k == 0 else np.empty((n, hidden), u.dtype)
-            given[f"m{k}"] = n * hidden if k == 0 else 0
-        if rows.reset is not None:
-            given |= {f"E{k}": np.ascontiguousarray(home[k]), f"S{k}": kept.before[k]}
-    given |= kept.spare | {f"p{k}": np.ascontiguousarray(params[name]) for k, name in enumerate(cell.vectors)}
-    _call(kept.sources.forward, kept.sources.forward_table, given)
-    return tuple(running)
+    _biases(params, cut, room)
+    running = tuple(room[f"C{k}"].reshape(n, hidden) for k in range(len(initial)))
+    for k, (c, s) in enumerate(zip(running, initial, strict=True)):
+        c[...] = s
+        if keep and rows.reset is None and count:
+            kept.before[k][-1 if reverse else 0] = s
+    vectors = [np.ascontiguousarray(params[name]) for name in cell.vectors]
+    homes = [np.ascontiguousarray(s) for s in home] if rows.reset is not None else []
+    here = {f"p{k}": _address(a) for k, a in enumerate(vectors)} | {f"E{k}": _address(a) for k, a in enumerate(homes)}
+    here |= {"turned": int(reverse), "blank": int(not keep)}
+    _call(kept.sources.forward, kept.sources.forward_table, table | common | addresses | here)
+    del alive  # until here the kernel needed it
+    return running
+
+
+def _biases(params: Params, cut: int, room: Mapping[str, Array]) -> None:
+    """b_ih, plus b_hh up to `cut`, into K; the rest of b_hh into L."""
+    if "bias_ih" not in params:
+        room["K"].fill(0)
+        room["L"].fill(0)
+        return
+    b_ih, b_hh = params["bias_ih"], params["bias_hh"]
+    np.add(b_ih[:cut], b_hh[:cut], room["K"][:cut])
+    if cut < room["K"].size:
+        room["K"][cut:] = b_ih[cut:]
+        room["L"][cut:] = b_hh[cut:]
+
+
+# --- and its adjoint
 
 
 def backward(
@@ -147,11 +208,8 @@ def backward(
 ) -> tuple[Array | None, State, Sequence[Array | None], Params]:
     """See xprnn.scan.backward."""
     kept: _Kept = tape.saved
-    params, rows, cell, n = tape.params, kept.rows, tape.cell, kept.x.shape[1]
-    pairs = zip(tape.initial, dstate, strict=True)
-    # In C order whatever the caller's, and never the caller's own.
-    ds = [np.zeros(i.shape, i.dtype) if d is None else np.array(rows.sort(d, 0), order="C") for i, d in pairs]
-    injected = [None if d is None else rows.sort(d, 1) for d in (*dstates, *[None] * (len(ds) - len(dstates)))]
+    params, rows, cell, x = tape.params, kept.rows, tape.cell, kept.x
+    injected = [None if d is None else rows.sort(d, 1) for d in dstates] or [None] * len(dstate)
     if dy is not None:
         dy = rows.sort(dy, 1)
         dy = dy if rows.active is None else np.where(rows.active[..., None], dy, 0)
@@ -159,37 +217,51 @@ def backward(
     make = np.empty if rows.active is None else np.zeros  # a row that sits a step out sends nothing back
     dxg = make(kept.gates.shape, kept.gates.dtype)
     dhg = dxg if kept.sources.same else make(dxg.shape, dxg.dtype)
-    sums = [np.zeros((n, ds[0].shape[-1]), dxg.dtype) for _ in cell.vectors]
-    dhome = _run_back(tape, ds, injected, (dxg, dhg), sums)
-    dx, dw, db = affine_back(np, dxg, kept.x, params["weight_ih"])
-    grads = {"weight_ih": dw, "weight_hh": np.dot(flat(np, dhg).T, flat(np, kept.before[0]))}
+    ds, dhome, dp = _run_back(tape, [None if d is None else rows.sort(d, 0) for d in dstate], injected, (dxg, dhg))
+    flat_x, flat_h = flat(np, dxg), flat(np, dhg)
+    if x.dtype.kind in "iu":
+        dx, dw, _ = affine_back(np, dxg, x, params["weight_ih"])
+    else:
+        dx = rows.unsort(np.dot(flat_x, params["weight_ih"]).reshape(x.shape), 1)
+        dw = np.dot(flat_x.T, flat(np, x))
+    grads = {"weight_ih": dw, "weight_hh": np.dot(flat_h.T, flat(np, kept.before[0]))}
     if "bias_ih" in params:
-        grads |= {"bias_ih": db, "bias_hh": db.copy() if dhg is dxg else flat(np, dhg).sum(axis=0)}
-    grads |= {name: d.sum(axis=0) for name, d in zip(cell.vectors, sums, strict=True)}
-    back = [None if d is None else rows.unsort(d, 0) for d in (*ds, *dhome)]
-    dx = None if dx is None else rows.unsort(dx, 1)
-    return dx, tuple(back[: len(ds)]), back[len(ds) :], {name: grads[name] for name in params}
+        db = np.add.reduce(flat_x, axis=0)
+        grads |= {"bias_ih": db, "bias_hh": db.copy() if dhg is dxg else np.add.reduce(flat_h, axis=0)}
+    grads |= dict(zip(cell.vectors, dp, strict=True))
+    home = [None if d is None else rows.unsort(d, 0) for d in dhome]
+    return dx, tuple(rows.unsort(d, 0) for d in ds), home, {name: grads[name] for name in params}
 
 
 def _run_back(
-    tape: Tape, ds: list[Array], injected: Sequence[Array | None], sent: tuple[Array, Array], sums: list[Array]
-) -> list[Array | None]:
-    """The time loop, in reverse order: leaves the adjoint of the first states in `ds`, returns the home states'."""
+    tape: Tape, dstate: Sequence[Array | None], injected: Sequence[Array | None], sent: tuple[Array, Array]
+) -> tuple[list[Array], list[Array | None], list[Array]]:
+    """The time loop, in reverse order: the adjoints of the first states, of the home states, of the vectors."""
     kept: _Kept = tape.saved
-    params, (count, n, width), hidden, item = tape.params, sent[0].shape, ds[0].shape[-1], ds[0].itemsize
-    u = np.ascontiguousarray(params["weight_hh"])
-    given = _common(kept.rows, u, tape.reverse, (count, n, hidden, width))
-    given |= {"X": sent[0], "Y": sent[1], "B": (product := np.zeros_like(ds[0])), "R": ds[0], "G": kept.gates}
-    nothing = np.zeros(hidden, u.dtype)
-    dhome: list[Array | None] = [None if kept.rows.reset is None else np.zeros_like(d) for d in ds]
+    (count, n, width), cell, dtype = sent[0].shape, tape.cell, sent[0].dtype
+    u, hidden = np.ascontiguousarray(tape.params["weight_hh"]), width // cell.gates
+    common, alive = _common(kept.rows, n * u.size, dtype, (count, n, hidden, width))
+    states, vectors = range(len(dstate)), range(len(cell.vectors))
+    names = ["B", *(f"D{k}" for k in states), *(f"E{k}" for k in states), *(f"P{k}" for k in vectors)]
+    room, here = _room(dtype, {"nothing": hidden} | dict.fromkeys(names, n * hidden))
+    for name, a in room.items():
+        if name[0] != "D":
+            a.fill(0)
+    for k, d in enumerate(dstate):
+        room[f"D{k}"].reshape(n, hidden)[...] = 0 if d is None else d
+    p = [np.ascontiguousarray(tape.params[name]) for name in cell.vectors]
+    here |= {"X": _address(sent[0]), "U": _address(u), "R": here["D0"], "G": kept.table["X"]}
+    here |= {f"p{k}": _address(a) for k, a in enumerate(p)} | {"turned": int(tape.reverse)}
+    here["Y"] = here["X"] if sent[1] is sent[0] else _address(sent[1])
     for k, d in enumerate(injected):
-        if d is not None and d.strides[-1] != item:
-            d = np.ascontiguousarray(d)
-        steps, rows = (0, 0) if d is None else (d.strides[0] // item, d.strides[1] // item)
-        given |= {f"I{k}": nothing if d is None else d, f"a{k}": steps, f"b{k}": rows}
-        given |= {f"D{k}": ds[k], f"E{k}": dhome[k], f"M{k}": kept.after[k], f"S{k}": kept.before[k]}
-    given |= kept.spare | {f"P{k}": a for k, a in enumerate(sums)}
-    given |= {f"p{k}": np.ascontiguousarray(params[name]) for k, name in enumerate(tape.cell.vectors)}
-    _call(kept.sources.backward, kept.sources.backward_table, given)
-    ds[0] += product
-    return dhome
+        here[f"I{k}"] = here["nothing"]
+        if d is not None:
+            d = d if d.strides[-1] == dtype.itemsize else np.ascontiguousarray(d)
+            alive.append(d)
+            steps, rows = d.strides[0] // dtype.itemsize, d.strides[1] // dtype.itemsize
+            here |= {f"I{k}": _address(d), f"a{k}": steps, f"b{k}": rows}
+    _call(kept.sources.backward, kept.sources.backward_table, kept.table | common | here)
+    room["D0"] += room["B"]
+    shaped = {name: room[name].reshape(n, hidden) for name in names}
+    home: list[Array | None] = [None if kept.rows.reset is None else shaped[f"E{k}"] for k in states]
+    return [shaped[f"D{k}"] for k in states], home, [np.add.reduce(shaped[f"P{k}"], axis=0) for k in vectors]

@@ -5,8 +5,9 @@ is compiled once for each cell and dtype. Each step is the recurrent product, th
 does all of the cell's maths in one pass over memory. With W = G*H, forward:
 
     X (T,N,W)  in: the projection; out: the first saved values, in its place      Vj (T,N,H)  the other saved values
-    B (N,W)    the step's product       U (H,W)  the recurrent weight      L (W,)  b_hh where the projection lacks it
-    Ck (N,H)   the running state k      Ek (N,H)  where a reset leads      pk (H,)  the cell's vectors
+    B (N,W)    the step's product       U (H,W)  the recurrent weight      pk (H,)  the cell's vectors
+    K (W,)     b_ih, and b_hh where the two are added before anything else                L (W,)   b_hh elsewhere
+    Ck (N,H)   the running state k      Ek (N,H)  where a reset leads
     Mk (T,N,H) the states after each step                 Sk (T,N,H) those before it, where resets make them differ
 
 and backward, where the adjoint of h before a step is B + R, so that no pass is needed to add the two:
@@ -124,7 +125,7 @@ def _forward(cell: Cell) -> tuple[_Text, int, tuple[str, ...]]:
     states, vectors = range(len(cell.states)), range(len(cell.vectors))
     slots, own = _slots(cell, graph, new, saved)
     spare = [slot for slot in own if slot[0] == "V"]
-    pointers = ["X", "U", "B", "L", *(f"{c}{k}" for c in "CEMS" for k in states), *spare, *(f"p{k}" for k in vectors)]
+    pointers = ["X", "U", "B", "K", "L", *(f"{c}{k}" for c in "CEMS" for k in states), *spare, *(f"p{k}" for k in vectors)]
     out = _Text(["blank", "v0", *(f"m{k}" for k in states)], pointers)
     out.steps("T - 1 - i if turned else i")
     out.add(2, "if resets:", "    for r in range(N):", "        if load(reset, t * N + r, ANY) != 0:")
@@ -175,7 +176,7 @@ def _slots(
 def _read(out: _Text, name: str) -> str:
     """How the forward kernel reads an input of the traced step."""
     letter, k = name[0], name[1:]
-    gate = out.load("X", f"x + {k} * H + j", f"X{k}")
+    gate = f"{out.load('X', f'x + {k} * H + j', f'X{k}')} + {out.load('K', f'{k} * H + j')}"
     product = out.load("B", f"b + {k} * H + j")
     return {
         "g": f"{gate} + {product}",

@@ -14,7 +14,7 @@ from xprnn.kernels.plan import Plan
 from xprnn.kernels.ragged import Rows
 from xprnn.tape import State
 
-__all__ = ["Squash", "Walk", "project", "room", "views"]
+__all__ = ["Squash", "Walk", "look_up", "project", "room", "views"]
 
 _BLOCK_BYTES = 1 << 18  # the hoisted factors of a block should stay in the second-level cache
 _BLOCK_STEPS = 512
@@ -105,7 +105,9 @@ def project(w: Walk, squash: Squash | None, x: Array, out: Array | None) -> Arra
         wih = wih if x.dtype.kind in "iu" else squash.scaled(wih)
     to = None if out is None else flat(np, out)
     if x.dtype.kind in "iu":
-        y = _look_up(wih, x.reshape(x.size), squash)
+        y = look_up(wih, x.reshape(x.size))
+        if squash is not None:
+            y[:, : squash.half.shape[0]] *= squash.half
         if to is not None:
             to[...] = y
             y = to
@@ -116,11 +118,8 @@ def project(w: Walk, squash: Squash | None, x: Array, out: Array | None) -> Arra
     return y.reshape(*x.shape[:2], wih.shape[0])
 
 
-def _look_up(wih: Array, ids: Array, squash: Squash | None) -> Array:
+def look_up(wih: Array, ids: Array) -> Array:
     """The columns of W for these classes, as rows."""
     # Few look-ups in a large table: turn what was found, not the table.
     few = ids.size < wih.shape[1]
-    y = np.ascontiguousarray(wih.take(ids, axis=1).T) if few else np.ascontiguousarray(wih.T).take(ids, axis=0)
-    if squash is not None:
-        y[:, : squash.half.shape[0]] *= squash.half
-    return y
+    return np.ascontiguousarray(wih.take(ids, axis=1).T) if few else np.ascontiguousarray(wih.T).take(ids, axis=0)
