@@ -1,8 +1,7 @@
 """The scan with its time loop compiled by numba: what is prepared before the loop, and what is done after it.
 
 One matrix product before the loop and those of the weight gradients after it stay NumPy's; between them source.py's
-kernel walks all steps without coming back to Python. The recurrent product of a step is a loop of the kernel's own
-where that is quicker than a call, else SciPy's gemm.
+kernel walks all steps without coming back to Python.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +20,6 @@ from xprnn.kernels.walk import look_up
 from xprnn.tape import State, Steps, Tape
 
 __all__ = ["find"]
-
-_LOOPS = 16384  # up to this many multiplications in a step's product, loops are quicker than a call of gemm
-
 
 def find(cell: Cell, params: Params) -> Callable[..., Any] | None:
     """`forward` where the cell can be compiled and numba is there, else None."""
@@ -61,11 +57,22 @@ def _room(dtype: Any, sizes: Mapping[str, int]) -> tuple[dict[str, Array], dict[
     return arrays, table
 
 
-def _common(rows: Rows, multiplications: int, dtype: Any, shape: tuple[int, ...]) -> tuple[dict[str, int], list[Array]]:
+def _packed(u: Array) -> tuple[Array, int]:
+    """u (K, J) in panels of as many columns as the kernel takes at once, filled up with zeros: (P, K, .), its width."""
+    wide, (inner, columns) = library.panel_width(u.itemsize), u.shape
+    whole, rest = divmod(columns, wide)
+    out = np.empty((whole + (rest > 0), inner, wide), u.dtype)
+    out[:whole] = u[:, : whole * wide].reshape(inner, whole, wide).transpose(1, 0, 2)
+    if rest:
+        out[whole, :, :rest] = u[:, whole * wide :]
+        out[whole, :, rest:] = 0
+    return out, out.shape[0] * wide
+
+
+def _common(rows: Rows, shape: tuple[int, ...]) -> tuple[dict[str, int], list[Array]]:
     """The table's first entries, and arrays that must live until the kernel is done."""
     count, n, hidden, width = shape
-    blas = 0 if multiplications <= _LOOPS else library.blas(dtype)
-    table = {"T": count, "N": n, "H": hidden, "W": width, "loops": int(blas == 0), "blas": blas}
+    table = {"T": count, "N": n, "H": hidden, "W": width}
     alive: list[Array] = []
     if rows.active is not None:
         counts = np.zeros(count, np.int64)
@@ -167,10 +174,10 @@ def _run(
     u, rows, (initial, home), table = params["weight_hh"], kept.rows, ends, kept.table
     count, n, width = kept.gates.shape
     hidden = width // cell.gates
-    common, alive = _common(rows, n * u.size, u.dtype, (count, n, hidden, width))
-    sizes = {"U": u.size, "B": n * width, "K": width, "L": width} | {f"C{k}": n * hidden for k in range(len(initial))}
+    common, alive = _common(rows, (count, n, hidden, width))
+    packed, padded = _packed(u.T)
+    sizes = {"B": n * padded, "K": width, "L": width} | {f"C{k}": n * hidden for k in range(len(initial))}
     room, addresses = _room(u.dtype, sizes)
-    room["U"].reshape(hidden, width)[...] = u.T
     cut = kept.sources.added * hidden
     _biases(params, cut, room)
     running = tuple(room[f"C{k}"].reshape(n, hidden) for k in range(len(initial)))
@@ -181,7 +188,7 @@ def _run(
     vectors = [np.ascontiguousarray(params[name]) for name in cell.vectors]
     homes = [np.ascontiguousarray(s) for s in home] if rows.reset is not None else []
     here = {f"p{k}": _address(a) for k, a in enumerate(vectors)} | {f"E{k}": _address(a) for k, a in enumerate(homes)}
-    here |= {"turned": int(reverse), "blank": int(not keep)}
+    here |= {"turned": int(reverse), "blank": int(not keep), "U": _address(packed), "Z": padded}
     _call(kept.sources.forward, kept.sources.forward_table, table | common | addresses | here)
     del alive  # until here the kernel needed it
     return running
@@ -239,18 +246,18 @@ def _run_back(
     """The time loop, in reverse order: the adjoints of the first states, of the home states, of the vectors."""
     kept: _Kept = tape.saved
     (count, n, width), cell, dtype = sent[0].shape, tape.cell, sent[0].dtype
-    u, hidden = np.ascontiguousarray(tape.params["weight_hh"]), width // cell.gates
-    common, alive = _common(kept.rows, n * u.size, dtype, (count, n, hidden, width))
+    hidden, (packed, padded) = width // cell.gates, _packed(tape.params["weight_hh"])
+    common, alive = _common(kept.rows, (count, n, hidden, width))
     states, vectors = range(len(dstate)), range(len(cell.vectors))
-    names = ["B", *(f"D{k}" for k in states), *(f"E{k}" for k in states), *(f"P{k}" for k in vectors)]
-    room, here = _room(dtype, {"nothing": hidden} | dict.fromkeys(names, n * hidden))
+    names = [*(f"D{k}" for k in states), *(f"E{k}" for k in states), *(f"P{k}" for k in vectors)]
+    room, here = _room(dtype, {"nothing": hidden, "B": n * padded} | dict.fromkeys(names, n * hidden))
     for name, a in room.items():
         if name[0] != "D":
             a.fill(0)
     for k, d in enumerate(dstate):
         room[f"D{k}"].reshape(n, hidden)[...] = 0 if d is None else d
     p = [np.ascontiguousarray(tape.params[name]) for name in cell.vectors]
-    here |= {"X": _address(sent[0]), "U": _address(u), "R": here["D0"], "G": kept.table["X"]}
+    here |= {"X": _address(sent[0]), "U": _address(packed), "Z": padded, "R": here["D0"], "G": kept.table["X"]}
     here |= {f"p{k}": _address(a) for k, a in enumerate(p)} | {"turned": int(tape.reverse)}
     here["Y"] = here["X"] if sent[1] is sent[0] else _address(sent[1])
     for k, d in enumerate(injected):
@@ -261,7 +268,7 @@ def _run_back(
             steps, rows = d.strides[0] // dtype.itemsize, d.strides[1] // dtype.itemsize
             here |= {f"I{k}": _address(d), f"a{k}": steps, f"b{k}": rows}
     _call(kept.sources.backward, kept.sources.backward_table, kept.table | common | here)
-    room["D0"] += room["B"]
     shaped = {name: room[name].reshape(n, hidden) for name in names}
+    shaped["D0"] += room["B"].reshape(n, padded)[:, :hidden]
     home: list[Array | None] = [None if kept.rows.reset is None else shaped[f"E{k}"] for k in states]
     return [shaped[f"D{k}"] for k in states], home, [np.add.reduce(shaped[f"P{k}"], axis=0) for k in vectors]

@@ -16,9 +16,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-__all__ = ["available", "blas", "compiled"]
+__all__ = ["available", "compiled", "panel_width"]
 
 _TYPE = "void(int64[::1])"
 _OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
@@ -94,19 +92,8 @@ def _written(source: str) -> Path | None:
     return path
 
 
-@cache
-def blas(dtype: Any) -> int:
-    """The address of SciPy's gemm for this dtype; 0 where there is none with 32-bit integers."""
-    if importlib.util.find_spec("scipy") is None:
-        return 0
-    import ctypes
+def panel_width(item: int) -> int:
+    """How many columns of a recurrent weight stand in one panel."""
+    from xprnn.kernels import lanes
 
-    import scipy.linalg.cython_blas as functions
-
-    capsule = functions.__pyx_capi__["sgemm" if dtype == np.dtype("float32") else "dgemm"]
-    name = ctypes.pythonapi.PyCapsule_GetName
-    name.restype, name.argtypes = ctypes.c_char_p, [ctypes.py_object]
-    pointer = ctypes.pythonapi.PyCapsule_GetPointer
-    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    signature = name(capsule)
-    return int(pointer(capsule, signature)) if signature.count(b"int *") == 6 else 0
+    return 2 * (lanes.LANES32 if item == 4 else lanes.LANES64)

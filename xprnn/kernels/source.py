@@ -2,17 +2,18 @@
 
 A kernel is one function of one argument, a table of addresses and numbers: its type never depends on an array's, so it
 is compiled once for each cell and dtype. Each step is the recurrent product, then one loop over rows and units that
-does all of the cell's maths in one pass over memory. With W = G*H, forward:
+does all of the cell's maths in one pass over memory. With W = G*H, and Z the
+width of U's panels (lanes.py), forward:
 
     X (T,N,W)  in: the projection; out: the first saved values, in its place      Vj (T,N,H)  the other saved values
-    B (N,W)    the step's product       U (H,W)  the recurrent weight      pk (H,)  the cell's vectors
+    B (N,Z)    the step's product       U (H,Z)  the weight, in panels    pk (H,)  the cell's vectors
     K (W,)     b_ih, and b_hh where the two are added before anything else                L (W,)   b_hh elsewhere
     Ck (N,H)   the running state k      Ek (N,H)  where a reset leads
     Mk (T,N,H) the states after each step                 Sk (T,N,H) those before it, where resets make them differ
 
 and backward, where the adjoint of h before a step is B + R, so that no pass is needed to add the two:
 
-    X (T,N,W)  dx     Y (T,N,W)  dh, or X     B (N,H)  the product with U (W,H)     R (N,H)  the direct path
+    X (T,N,W)  dx     Y (T,N,W)  dh, or X     B (N,Z)  the product with U (W,Z)     R (N,H)  the direct path
     Dk (N,H)   the other states' adjoints     Ek (N,H) those of the home states     Pk (N,H) those of the vectors
     Ik         what the caller sends into state k at each step, by strides          G, Vj, Mk, Sk  the tape
 """
@@ -30,7 +31,7 @@ __all__ = ["Sources", "sources_of"]
 _HEAD = '''"""Written by xprnn for the cell {cell!r}; it may be deleted at any time."""
 import math
 import numpy as np
-from xprnn.kernels.lanes import ANY, bytes_, exp64, f{bits} as real, gemm, load, longs, product, shift, store
+from xprnn.kernels.lanes import ANY, bytes_, exp64, f{bits} as real, load, longs, panels{bits} as panels, shift, store
 from xprnn.kernels.lanes import tanh{bits} as tanh
 
 F = np.float{bits}
@@ -38,7 +39,7 @@ F = np.float{bits}
 
 def kernel(a):
 '''
-_COMMON = ("T", "N", "H", "W", "turned", "some", "resets", "loops", "blas", "counts", "active", "reset")
+_COMMON = ("T", "N", "H", "W", "Z", "turned", "some", "resets", "counts", "active", "reset")
 _KINDS = {"counts": "longs", "active": "bytes_", "reset": "bytes_"}
 
 
@@ -73,7 +74,7 @@ class _Text:
 
     def __init__(self, numbers: list[str], pointers: list[str]) -> None:
         self.table = (*_COMMON, *numbers, *pointers)
-        self.scopes = {"B": 1, "U": 2}  # those of lanes.product
+        self.scopes: dict[str, int] = {}
         self.lines: list[str] = []
         for k, name in enumerate(self.table):
             kind = "real" if name in pointers else _KINDS.get(name, "")
@@ -85,7 +86,7 @@ class _Text:
 
     def scope(self, name: str) -> int:
         """The number of the memory called `name`."""
-        scope = self.scopes.setdefault(name, 1 + len(self.scopes))
+        scope = self.scopes.setdefault(name, len(self.scopes))
         if scope >= 64:
             raise UntraceableError("more arrays than scopes")
         return scope
@@ -104,16 +105,11 @@ class _Text:
 
     def rows(self, sit_out: list[str]) -> None:
         """The loops over the step's rows and units, up to where the cell's statements begin."""
-        self.add(2, "for r in range(n):", "    q, b, x, m = r * H, r * W, (t * N + r) * W, (t * N + r) * H")
+        self.add(2, "for r in range(n):", "    q, b, x, m = r * H, r * Z, (t * N + r) * W, (t * N + r) * H")
         self.add(3, "if some and load(active, t * N + r, ANY) == 0:", "    for j in range(H):")
         self.add(5, *sit_out)
         self.add(4, "continue")
         self.add(3, "for j in range(H):")
-
-    def product(self, left: str, inner: str, width: str) -> None:
-        """B = left U."""
-        self.add(2, "if loops:", f"    product({left}, U, B, n, {inner}, {width}, F(0.0))")
-        self.add(2, "elif n > 0:", f"    gemm(blas, U, {left}, B, {width}, n, {inner})")
 
     def text(self) -> str:
         """All of it."""
@@ -133,7 +129,7 @@ def _forward(cell: Cell) -> tuple[_Text, int, tuple[str, ...]]:
     out.add(6, *(out.store(f"C{k}", "r * H + j", out.load(f"E{k}", "r * H + j")) for k in states))
     out.add(3, "for j in range(N * H):")
     out.add(4, *(out.store(f"S{k}", "t * v0 + j", out.load(f"C{k}", "j")) for k in states))
-    out.product("C0", "H", "W")
+    out.add(2, "panels(C0, U, B, n, H, Z)")
     carried = [out.load(f"C{k}", "r * H + j") for k in states]
     carried[0] = f"F(0.0) if blank else {carried[0]}"
     carry = [out.store(f"M{k}", f"t * m{k} + r * H + j", value) for k, value in enumerate(carried)]
@@ -200,7 +196,7 @@ def _backward(cell: Cell, slots: tuple[str, ...]) -> tuple[_Text, bool]:
     out.steps("i if turned else T - 1 - i")
     out.add(2, "if some:", "    for r in range(n, N):", "        for j in range(H):")
     out.add(5, out.store("R", "r * H + j", f"{out.load('R', 'r * H + j')} + {sent[0]}"), *passed)
-    incoming = f"{out.load('B', 'r * H + j')} + {out.load('R', 'r * H + j')} + {sent[0]}"
+    incoming = f"{out.load('B', 'r * Z + j')} + {out.load('R', 'r * H + j')} + {sent[0]}"
     out.rows([out.store("R", "r * H + j", incoming), *passed])
     body = Body(lambda name: _read_back(out, name, slots, sent))
     named = [(name, body.name(value)) for name, value in outputs]
@@ -208,14 +204,15 @@ def _backward(cell: Cell, slots: tuple[str, ...]) -> tuple[_Text, bool]:
     out.add(4, *(_write_back(out, name, value) for name, value in named))
     if not through:
         out.add(4, out.store("R", "q + j", literal(0.0)))
-    out.product(f"shift({'X' if same else 'Y'}, t * N * W)", "W", "H")
+    out.add(2, f"panels(shift({'X' if same else 'Y'}, t * N * W), U, B, n, W, Z)")
     out.add(2, "if resets:", "    for r in range(N):", "        if load(reset, t * N + r, ANY) != 0:")
     out.add(5, "for j in range(H):")
-    direct = f"{out.load('B', 'r * H + j')} + {out.load('R', 'r * H + j')}"
+    direct = f"{out.load('B', 'r * Z + j')} + {out.load('R', 'r * H + j')}"
     for k in states:
         value = out.load(f"D{k}", "r * H + j") if k else direct
         out.add(6, out.store(f"E{k}", "r * H + j", f"{out.load(f'E{k}', 'r * H + j')} + {value}"))
-    out.add(6, *(out.store(name, "r * H + j", literal(0.0)) for name in ("B", "R", *(f"D{k}" for k in others))))
+    out.add(6, out.store("B", "r * Z + j", literal(0.0)))
+    out.add(6, *(out.store(name, "r * H + j", literal(0.0)) for name in ("R", *(f"D{k}" for k in others))))
     return out, same
 
 
@@ -223,7 +220,7 @@ def _read_back(out: _Text, name: str, slots: tuple[str, ...], sent: dict[int, st
     """How the backward kernel reads an input of the traced adjoint."""
     letter, k = name[0], int(name[1:])
     if letter == "d":
-        own = out.load(f"D{k}", "q + j") if k else f"{out.load('B', 'q + j')} + {out.load('R', 'q + j')}"
+        own = out.load(f"D{k}", "q + j") if k else f"{out.load('B', 'b + j')} + {out.load('R', 'q + j')}"
         return f"{own} + {sent[k]}"
     if letter == "p":
         return out.load(f"p{k}", "j")
