@@ -53,7 +53,7 @@ ROOMS = {
     "cli": "arrays text sample store train plots run",
     "__main__": "cli",
 }
-OPTIONAL = {"cupy", "h5py", "jax", "matplotlib", "numba", "onnx", "onnxruntime", "torch"}
+OPTIONAL = {"cupy", "h5py", "jax", "llvmlite", "matplotlib", "numba", "onnx", "onnxruntime", "torch"}
 TOP_LEVEL = {
     "LICENSE",
     "README.md",

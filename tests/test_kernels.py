@@ -1,4 +1,4 @@
-"""The NumPy in-place kernel means what the generic scan means: every cell, dtype, ragged pattern and direction."""
+"""A kernel means what the generic scan means: every cell, dtype, ragged pattern and direction."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engine_cases import CASES, MAIN, cotangents, given, problem
 
 import xprnn
 from xprnn.gradcheck import check_layer
-from xprnn.kernels import generic_only
+from xprnn.kernels import fast_only_if, generic_only, library
 
 # The original GRU's early gates are not traced; all others are to run in place.
 IN_PLACE = [name for name in CASES if not name.startswith("gru-before")]
@@ -31,6 +31,16 @@ PATTERNS = {
 }
 PATTERNS["all"] = {"lengths": [4, 6, 2, 5], **PATTERNS["holes"], **PATTERNS["resets"]}
 XP = Backend.NUMPY
+NAMES = {"in place": "NumPy in place", "compiled": "compiled by numba"}
+
+
+@pytest.fixture(params=NAMES, autouse=True)
+def kernel(request):
+    """Every test runs with each kernel; its name in a tape's words."""
+    if request.param == "compiled" and not library.available():
+        pytest.skip("numba is not installed")
+    with fast_only_if(request.param == "compiled"):
+        yield NAMES[request.param]
 
 
 def run(layer, p, dtype, dy=None, dfinal=None):
@@ -59,12 +69,12 @@ def both(layer, p, dtype, rng):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("name", IN_PLACE)
-def test_in_place_equals_generic(rng, dtype, name, pattern):
+def test_a_kernel_equals_generic(rng, dtype, kernel, name, pattern):
     layer = CASES[name].make(3, 4, 2, bidirectional=True)
     p = problem(rng, layer, T=6, N=4)._replace(flags=PATTERNS[pattern])
     p = p._replace(flags={k: np.asarray(v) for k, v in p.flags.items()})
     fast, slow, tape = both(layer, p, dtype, rng)
-    assert "generic" not in tape.explain()
+    assert tape.explain().count(NAMES["in place"] if name == "lstm-proj" else kernel) == 2 * layer.num_layers
     XP.assert_close(fast, slow, condition=200)
     XP.assert_home(fast, XP.asarray(np.zeros(1), dtype))
     params, x, state, flags = given(XP, p, dtype)

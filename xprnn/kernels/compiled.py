@@ -6,7 +6,7 @@ kernel walks all steps without coming back to Python.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -16,10 +16,15 @@ from xprnn.cells import Cell
 from xprnn.kernels import library
 from xprnn.kernels.ragged import Rows
 from xprnn.kernels.source import Sources, sources_of
+from xprnn.kernels.table import Kept, address, call, common_entries, packed_panels, room_for
 from xprnn.kernels.walk import look_up
 from xprnn.tape import State, Steps, Tape
 
 __all__ = ["find"]
+
+_BLOCK_BYTES = 1 << 22  # of the projection
+_BLOCK_ROWS = 1024  # at least: a product of fewer rows is slow
+
 
 def find(cell: Cell, params: Params) -> Callable[..., Any] | None:
     """`forward` where the cell can be compiled and numba is there, else None."""
@@ -28,66 +33,6 @@ def find(cell: Cell, params: Params) -> Callable[..., Any] | None:
         return None
     sources = sources_of(cell, 8 * dtype.itemsize)
     return None if sources is None else partial(_forward, sources)
-
-
-class _Kept(NamedTuple):
-    """What backward needs; arrays (T, N, .), rows in walking order."""
-
-    sources: Sources
-    rows: Rows
-    x: Array
-    gates: Array  # the projection, overwritten by the first saved values
-    spare: dict[str, Array]  # the other saved values
-    before: State
-    after: State
-    table: dict[str, int]  # the addresses of all these
-
-
-def _address(a: Array) -> int:
-    return int(a.__array_interface__["data"][0])
-
-
-def _room(dtype: Any, sizes: Mapping[str, int]) -> tuple[dict[str, Array], dict[str, int]]:
-    """Flat arrays of these sizes in one piece of memory, and their addresses: asking for one takes a microsecond."""
-    whole, item, start = np.empty(sum(sizes.values()), dtype), np.dtype(dtype).itemsize, 0
-    arrays, table, at = {}, {}, _address(whole)
-    for name, size in sizes.items():
-        arrays[name], table[name] = whole[start : start + size], at + start * item
-        start += size
-    return arrays, table
-
-
-def _packed(u: Array) -> tuple[Array, int]:
-    """u (K, J) in panels of as many columns as the kernel takes at once, filled up with zeros: (P, K, .), its width."""
-    wide, (inner, columns) = library.panel_width(u.itemsize), u.shape
-    whole, rest = divmod(columns, wide)
-    out = np.empty((whole + (rest > 0), inner, wide), u.dtype)
-    out[:whole] = u[:, : whole * wide].reshape(inner, whole, wide).transpose(1, 0, 2)
-    if rest:
-        out[whole, :, :rest] = u[:, whole * wide :]
-        out[whole, :, rest:] = 0
-    return out, out.shape[0] * wide
-
-
-def _common(rows: Rows, shape: tuple[int, ...]) -> tuple[dict[str, int], list[Array]]:
-    """The table's first entries, and arrays that must live until the kernel is done."""
-    count, n, hidden, width = shape
-    table = {"T": count, "N": n, "H": hidden, "W": width}
-    alive: list[Array] = []
-    if rows.active is not None:
-        counts = np.zeros(count, np.int64)
-        for t0, t1, k in rows.runs:
-            counts[t0:t1] = k
-        alive += [counts, np.ascontiguousarray(rows.active)]
-        table |= {"some": 1, "counts": _address(alive[0]), "active": _address(alive[1])}
-    if rows.reset is not None:
-        alive.append(np.ascontiguousarray(rows.reset))
-        table |= {"resets": 1, "reset": _address(alive[-1])}
-    return table, alive
-
-
-def _call(source: str, names: Sequence[str], table: Mapping[str, int]) -> None:
-    library.compiled(source)(np.array([table.get(name, 0) for name in names], np.int64))
 
 
 # --- forward
@@ -127,7 +72,7 @@ def _forward(
     return y, final, tape
 
 
-def _prepare(sources: Sources, cell: Cell, params: Params, x: Array, rows: Rows, reverse: bool, keep: bool) -> _Kept:
+def _prepare(sources: Sources, cell: Cell, params: Params, x: Array, rows: Rows, reverse: bool, keep: bool) -> Kept:
     """All arrays with a step axis, of one step where no tape is kept; the projection done."""
     u = params["weight_hh"]
     (count, n), hidden = x.shape[:2], u.shape[0] // cell.gates
@@ -140,44 +85,42 @@ def _prepare(sources: Sources, cell: Cell, params: Params, x: Array, rows: Rows,
         memory = np.empty(((count if k == 0 else length) + 1, n, hidden), u.dtype)
         before.append(memory[1:] if reverse else memory[:-1])
         after.append(memory[:-1] if reverse else memory[1:])
-        at = _address(memory)
+        at = address(memory)
         table |= {f"M{k}": at + (0 if reverse else step), f"S{k}": at + (step if reverse else 0)}
         table[f"m{k}"] = n * hidden if keep or k == 0 else 0
     if rows.reset is not None:
         before = [np.empty((length, n, hidden), u.dtype) for _ in before]
-        table |= {f"S{k}": _address(a) for k, a in enumerate(before)}
+        table |= {f"S{k}": address(a) for k, a in enumerate(before)}
     spare = {slot: np.empty((length, n, hidden), u.dtype) for slot in sources.slots if slot[0] == "V"}
-    table |= {slot: _address(a) for slot, a in spare.items()}
-    # An Elman layer's projection is written where its states will be.
-    single = cell.gates == sources.added == 1 and sources.slots in ((), ("M0",))
-    gates = _project(params["weight_ih"], x, after[0] if single else None)
-    table["X"] = table["M0"] if single else _address(gates)
-    return _Kept(sources, rows, x, gates, spare, tuple(before), tuple(after), table)
-
-
-def _project(w: Array, x: Array, out: Array | None) -> Array:
-    """x W' for all steps."""
+    table |= {slot: address(a) for slot, a in spare.items()}
     if x.dtype.kind in "iu":
-        y = look_up(w, x.reshape(x.size))
-        if out is None:
-            return y.reshape(*x.shape, w.shape[0])
-        out[...] = y.reshape(out.shape)
-        return out
-    y = np.dot(flat(np, x), w.T, out=None if out is None else flat(np, out))
-    return y.reshape(*x.shape[:2], w.shape[0])
+        gates = look_up(params["weight_ih"], x.reshape(x.size)).reshape(count, n, u.shape[0])
+    elif cell.gates == sources.added == 1 and sources.slots in ((), ("M0",)):
+        gates = after[0]  # an Elman layer's projection is written where its states will be
+    else:
+        gates = np.empty((count if keep else min(count, _block(x, u)), n, u.shape[0]), u.dtype)
+    table["X"] = address(gates)
+    return Kept(sources, rows, x, gates, spare, tuple(before), tuple(after), table)
+
+
+def _block(x: Array, u: Array) -> int:
+    """How many steps are projected at a time: so few that the kernel finds them in the cache."""
+    count, n = int(x.shape[0]), max(1, int(x.shape[1]))
+    at_once = max(_BLOCK_BYTES // (n * u.shape[0] * u.itemsize), -(-_BLOCK_ROWS // n))
+    return count if x.dtype.kind in "iu" else int(at_once)
 
 
 def _run(
-    kept: _Kept, cell: Cell, params: Params, ends: tuple[State, State], reverse: bool, keep: bool
+    kept: Kept, cell: Cell, params: Params, ends: tuple[State, State], reverse: bool, keep: bool
 ) -> tuple[Array, ...]:
     """The time loop: fills what is kept and returns the states after the last step."""
     u, rows, (initial, home), table = params["weight_hh"], kept.rows, ends, kept.table
-    count, n, width = kept.gates.shape
+    (count, n), width = kept.x.shape[:2], u.shape[0]
     hidden = width // cell.gates
-    common, alive = _common(rows, (count, n, hidden, width))
-    packed, padded = _packed(u.T)
+    common, alive = common_entries(rows, (count, n, hidden, width))
+    packed, padded = packed_panels(u.T)
     sizes = {"B": n * padded, "K": width, "L": width} | {f"C{k}": n * hidden for k in range(len(initial))}
-    room, addresses = _room(u.dtype, sizes)
+    room, addresses = room_for(u.dtype, sizes)
     cut = kept.sources.added * hidden
     _biases(params, cut, room)
     running = tuple(room[f"C{k}"].reshape(n, hidden) for k in range(len(initial)))
@@ -187,11 +130,33 @@ def _run(
             kept.before[k][-1 if reverse else 0] = s
     vectors = [np.ascontiguousarray(params[name]) for name in cell.vectors]
     homes = [np.ascontiguousarray(s) for s in home] if rows.reset is not None else []
-    here = {f"p{k}": _address(a) for k, a in enumerate(vectors)} | {f"E{k}": _address(a) for k, a in enumerate(homes)}
-    here |= {"turned": int(reverse), "blank": int(not keep), "U": _address(packed), "Z": padded}
-    _call(kept.sources.forward, kept.sources.forward_table, table | common | addresses | here)
+    here = {f"p{k}": address(a) for k, a in enumerate(vectors)} | {f"E{k}": address(a) for k, a in enumerate(homes)}
+    here |= {"turned": int(reverse), "blank": int(not keep), "U": address(packed), "Z": padded}
+    _run_blocks(kept, params["weight_ih"], table | common | addresses | here)
     del alive  # until here the kernel needed it
     return running
+
+
+def _run_blocks(kept: Kept, w: Array, table: Mapping[str, int]) -> None:
+    """Project some steps, walk them, and go on with the next ones."""
+    (count, n), gates, item = kept.x.shape[:2], kept.gates, w.itemsize
+    size, whole = _block(kept.x, w), gates.shape[0] == count
+    starts = range(0, count, size)
+    for t0 in reversed(starts) if table["turned"] else starts:
+        t1 = min(t0 + size, count)
+        if kept.x.dtype.kind not in "iu":
+            to = gates[t0:t1] if whole else gates[: t1 - t0]
+            np.dot(flat(np, kept.x[t0:t1]), w.T, out=flat(np, to))
+        moved = {"T": t1 - t0, "X": table["X"] + (t0 * n * w.shape[0] * item if whole else 0)}
+        if t0:
+            for name, at in table.items():
+                if name[0] == "M":
+                    moved[name] = at + t0 * table["m" + name[1:]] * item
+                elif name[0] in "SV":
+                    moved[name] = at + t0 * table["v0"] * item
+            for name, step in (("counts", 8), ("active", n), ("reset", n)):
+                moved[name] = table.get(name, 0) + t0 * step
+        call(kept.sources.forward, kept.sources.forward_table, {**table, **moved})
 
 
 def _biases(params: Params, cut: int, room: Mapping[str, Array]) -> None:
@@ -214,7 +179,7 @@ def backward(
     tape: Tape, dy: Array | None, dstate: Sequence[Array | None], dstates: Sequence[Array | None]
 ) -> tuple[Array | None, State, Sequence[Array | None], Params]:
     """See xprnn.scan.backward."""
-    kept: _Kept = tape.saved
+    kept: Kept = tape.saved
     params, rows, cell, x = tape.params, kept.rows, tape.cell, kept.x
     injected = [None if d is None else rows.sort(d, 1) for d in dstates] or [None] * len(dstate)
     if dy is not None:
@@ -244,31 +209,37 @@ def _run_back(
     tape: Tape, dstate: Sequence[Array | None], injected: Sequence[Array | None], sent: tuple[Array, Array]
 ) -> tuple[list[Array], list[Array | None], list[Array]]:
     """The time loop, in reverse order: the adjoints of the first states, of the home states, of the vectors."""
-    kept: _Kept = tape.saved
+    kept: Kept = tape.saved
     (count, n, width), cell, dtype = sent[0].shape, tape.cell, sent[0].dtype
-    hidden, (packed, padded) = width // cell.gates, _packed(tape.params["weight_hh"])
-    common, alive = _common(kept.rows, (count, n, hidden, width))
+    hidden, (packed, padded) = width // cell.gates, packed_panels(tape.params["weight_hh"])
+    common, alive = common_entries(kept.rows, (count, n, hidden, width))
     states, vectors = range(len(dstate)), range(len(cell.vectors))
     names = [*(f"D{k}" for k in states), *(f"E{k}" for k in states), *(f"P{k}" for k in vectors)]
-    room, here = _room(dtype, {"nothing": hidden, "B": n * padded} | dict.fromkeys(names, n * hidden))
+    room, here = room_for(dtype, {"nothing": hidden, "B": n * padded} | dict.fromkeys(names, n * hidden))
     for name, a in room.items():
         if name[0] != "D":
             a.fill(0)
     for k, d in enumerate(dstate):
         room[f"D{k}"].reshape(n, hidden)[...] = 0 if d is None else d
     p = [np.ascontiguousarray(tape.params[name]) for name in cell.vectors]
-    here |= {"X": _address(sent[0]), "U": _address(packed), "Z": padded, "R": here["D0"], "G": kept.table["X"]}
-    here |= {f"p{k}": _address(a) for k, a in enumerate(p)} | {"turned": int(tape.reverse)}
-    here["Y"] = here["X"] if sent[1] is sent[0] else _address(sent[1])
+    here |= {"X": address(sent[0]), "U": address(packed), "Z": padded, "R": here["D0"], "G": kept.table["X"]}
+    here |= {f"p{k}": address(a) for k, a in enumerate(p)} | {"turned": int(tape.reverse)}
+    here["Y"] = here["X"] if sent[1] is sent[0] else address(sent[1])
     for k, d in enumerate(injected):
         here[f"I{k}"] = here["nothing"]
         if d is not None:
-            d = d if d.strides[-1] == dtype.itemsize else np.ascontiguousarray(d)
-            alive.append(d)
-            steps, rows = d.strides[0] // dtype.itemsize, d.strides[1] // dtype.itemsize
-            here |= {f"I{k}": _address(d), f"a{k}": steps, f"b{k}": rows}
-    _call(kept.sources.backward, kept.sources.backward_table, kept.table | common | here)
+            alive.append(_in_rows(d, dtype))
+            steps, rows = (stride // dtype.itemsize for stride in alive[-1].strides[:2])
+            here |= {f"I{k}": address(alive[-1]), f"a{k}": steps, f"b{k}": rows}
+    call(kept.sources.backward, kept.sources.backward_table, kept.table | common | here)
     shaped = {name: room[name].reshape(n, hidden) for name in names}
     shaped["D0"] += room["B"].reshape(n, padded)[:, :hidden]
     home: list[Array | None] = [None if kept.rows.reset is None else shaped[f"E{k}"] for k in states]
     return [shaped[f"D{k}"] for k in states], home, [np.add.reduce(shaped[f"P{k}"], axis=0) for k in vectors]
+
+
+def _in_rows(d: Array, dtype: Any) -> Array:
+    """`d`, whose rows the kernel can read where they are, or else a copy."""
+    item = dtype.itemsize
+    whole = d.dtype == dtype and d.strides[-1] == item and not (d.strides[0] % item or d.strides[1] % item)
+    return d if whole else np.ascontiguousarray(d, dtype)

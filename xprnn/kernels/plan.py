@@ -46,7 +46,8 @@ def _forward(cell: Cell, *, sigmoid: bool) -> tuple[int, tuple[str, ...], Progra
     squash = tuple(v.op for v in gates)
     for k, gate in enumerate(gates):
         gate.op, gate.args, gate.name = "input", (), f"a{k}"
-    known = {id(graph.input(f"s{k}")): f"s{k}" for k in range(len(cell.states))} | {id(v): f"a{k}" for k, v in enumerate(gates)}
+    known = {id(graph.input(f"s{k}")): f"s{k}" for k in range(len(cell.states))}
+    known |= {id(v): f"a{k}" for k, v in enumerate(gates)}
     known |= {id(v): f"n{k}" for k, v in enumerate(new)}
     names = tuple(known.get(id(v), f"v{j}") for j, v in enumerate(saved))
     own = [(n, v) for n, v in zip(names, saved, strict=True) if n[0] == "v"]

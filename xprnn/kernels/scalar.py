@@ -5,10 +5,10 @@ from typing import Any
 
 from xprnn.kernels.trace import UntraceableError, Value
 
-__all__ = ["Body", "literal"]
+__all__ = ["FORMS", "Body", "literal"]
 
 # A NaN on either side must come out of maximum and minimum, as it does of NumPy's; sign(nan) is nan.
-_FORMS = {
+FORMS = {
     "abs": "abs({0})",
     "add": "{0} + {1}",
     "cos": "F(math.cos({0}))",
@@ -70,7 +70,7 @@ class Body:
         return [self.name(v) for v in values]
 
     def _print(self, value: Value) -> str:
-        if value.op not in _FORMS:
+        if value.op not in FORMS:
             raise UntraceableError(f"the function {value.op!r} in compiled code")
         args = self.names(value.args)
         if value.op == "where" and not getattr(value.args[0], "boolean", False):
@@ -80,4 +80,4 @@ class Body:
             args = [
                 f"F({a})" if isinstance(v, Value) and v.boolean else a for a, v in zip(args, value.args, strict=True)
             ]
-        return _FORMS[value.op].format(*args)
+        return FORMS[value.op].format(*args)

@@ -121,7 +121,8 @@ def _forward(cell: Cell) -> tuple[_Text, int, tuple[str, ...]]:
     states, vectors = range(len(cell.states)), range(len(cell.vectors))
     slots, own = _slots(cell, graph, new, saved)
     spare = [slot for slot in own if slot[0] == "V"]
-    pointers = ["X", "U", "B", "K", "L", *(f"{c}{k}" for c in "CEMS" for k in states), *spare, *(f"p{k}" for k in vectors)]
+    pointers = ["X", "U", "B", "K", "L", *(f"{c}{k}" for c in "CEMS" for k in states), *spare]
+    pointers += [f"p{k}" for k in vectors]
     out = _Text(["blank", "v0", *(f"m{k}" for k in states)], pointers)
     out.steps("T - 1 - i if turned else i")
     out.add(2, "if resets:", "    for r in range(N):", "        if load(reset, t * N + r, ANY) != 0:")
@@ -139,17 +140,14 @@ def _forward(cell: Cell) -> tuple[_Text, int, tuple[str, ...]]:
     after = body.names(new)
     out.add(4, *body.lines)
     for slot, value in named:
-        k = slot[1:]
-        out.add(4, out.store("X", f"x + {k} * H + j", value, slot) if slot[0] == "X" else _spare(out, slot, value))
+        gate = slot[0] == "X"
+        place = ("X", f"x + {slot[1:]} * H + j") if gate else (slot, "t * v0 + q + j")
+        out.add(4, out.store(*place, value, slot))
     for k, value in enumerate(after):
         out.add(4, out.store(f"M{k}", f"t * m{k} + q + j", value), out.store(f"C{k}", "q + j", value))
     out.add(2, "if some:", "    for r in range(n, N):", "        for j in range(H):")
     out.add(5, *carry)
     return out, added, slots
-
-
-def _spare(out: _Text, slot: str, value: str) -> str:
-    return out.store(slot, "t * v0 + q + j", value)
 
 
 def _slots(
