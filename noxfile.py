@@ -41,6 +41,13 @@ def numpy(session: nox.Session) -> None:
 
 
 @nox.session
+def fast(session: nox.Session) -> None:
+    """Test on NumPy with kernels compiled by numba."""
+    install(session, "test", extra="fast")
+    run_tests(session, "numpy")
+
+
+@nox.session
 def strict(session: nox.Session) -> None:
     """Test on array-api-strict: three devices, nothing beyond the standard, no hidden syncs."""
     install(session, "test")
@@ -110,7 +117,7 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Measure against the article's loop, torch and JAX: ratios, with machine and spread."""
-    install(session, "bench")
+    install(session, "bench", extra="fast")
     session.run("python", "benchmarks/rnn.py", *session.posargs)
 
 

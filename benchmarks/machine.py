@@ -11,7 +11,7 @@ from typing import Any
 
 __all__ = ["cores", "describe", "measuring_environment", "pin"]
 
-PACKAGES = ("numpy", "torch", "jax", "jaxlib", "onnxruntime")
+PACKAGES = ("numpy", "numba", "torch", "jax", "jaxlib", "onnxruntime")
 
 
 def cores() -> list[int]:

@@ -13,7 +13,7 @@ from backends import Backend
 from engine_cases import CASES, cotangents, problem
 
 import xprnn
-from xprnn.kernels import compiled, fast_only_if, library, scalar
+from xprnn.kernels import compiled, compiling, library, scalar
 from xprnn.kernels.trace import FUNCTIONS
 
 pytestmark = pytest.mark.needs("numba")
@@ -118,7 +118,7 @@ def test_every_function(rng, dtype):
     params, x, state = ({k: v.astype(dtype) for k, v in p.params.items()}, p.x.astype(dtype), p.state.astype(dtype))
     y, final, tape = layer.forward(params, x, state)
     assert "compiled" in tape.explain()
-    with fast_only_if(False):
+    with compiling(False):
         XP.assert_close((y, final), layer(params, x, state), condition=64)
 
 

@@ -11,7 +11,7 @@ from engine_cases import CASES, MAIN, cotangents, given, problem
 
 import xprnn
 from xprnn.gradcheck import check_layer
-from xprnn.kernels import fast_only_if, generic_only, library
+from xprnn.kernels import compiling, generic_only, library
 
 # The original GRU's early gates are not traced; all others are to run in place.
 IN_PLACE = [name for name in CASES if not name.startswith("gru-before")]
@@ -39,7 +39,7 @@ def kernel(request):
     """Every test runs with each kernel; its name in a tape's words."""
     if request.param == "compiled" and not library.available():
         pytest.skip("numba is not installed")
-    with fast_only_if(request.param == "compiled"):
+    with compiling(request.param == "compiled"):
         yield NAMES[request.param]
 
 

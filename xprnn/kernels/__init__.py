@@ -13,7 +13,7 @@ from typing import Any
 from xprnn.arrays import Namespace, Params, is_numpy
 from xprnn.cells import Cell
 
-__all__ = ["fast", "fast_only_if", "find", "generic_only"]
+__all__ = ["compiling", "fast", "find", "generic_only"]
 
 _generic: ContextVar[bool] = ContextVar("generic", default=False)
 _ALLOWED = os.environ.get("XPRNN_FAST", "1") != "0"
@@ -27,10 +27,10 @@ def fast() -> bool:
 
 
 @contextmanager
-def fast_only_if(allowed: bool) -> Iterator[None]:
+def compiling(allowed: bool) -> Iterator[None]:
     """Within this context compiled kernels run, or do not run, whatever XPRNN_FAST says.
 
-    >>> with fast_only_if(False):
+    >>> with compiling(False):
     ...     fast()
     False
     """

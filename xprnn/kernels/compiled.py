@@ -32,7 +32,7 @@ def find(cell: Cell, params: Params) -> Callable[..., Any] | None:
     if dtype not in (np.float32, np.float64) or "weight_hr" in params or not library.available():
         return None
     sources = sources_of(cell, 8 * dtype.itemsize)
-    return None if sources is None else partial(_forward, sources)
+    return None if sources is None or not library.works(sources.forward) else partial(_forward, sources)
 
 
 # --- forward
@@ -161,15 +161,13 @@ def _run_blocks(kept: Kept, w: Array, table: Mapping[str, int]) -> None:
 
 def _biases(params: Params, cut: int, room: Mapping[str, Array]) -> None:
     """b_ih, plus b_hh up to `cut`, into K; the rest of b_hh into L."""
-    if "bias_ih" not in params:
-        room["K"].fill(0)
-        room["L"].fill(0)
-        return
-    b_ih, b_hh = params["bias_ih"], params["bias_hh"]
-    np.add(b_ih[:cut], b_hh[:cut], room["K"][:cut])
-    if cut < room["K"].size:
-        room["K"][cut:] = b_ih[cut:]
-        room["L"][cut:] = b_hh[cut:]
+    first, second = room["K"], room["L"]
+    first[...] = params.get("bias_ih", 0)
+    b_hh = params.get("bias_hh")
+    if b_hh is not None:
+        np.add(first[:cut], b_hh[:cut], first[:cut])
+    if cut < second.size:
+        second[cut:] = 0 if b_hh is None else b_hh[cut:]
 
 
 # --- and its adjoint

@@ -132,6 +132,8 @@ _float_of_bits = intrinsic(_bits)
 _features = llvm.get_host_cpu_features()
 _bytes = 64 if _features.get("avx512f") else (32 if _features.get("avx") else 16)
 LANES32, LANES64 = _bytes // 4, _bytes // 8
+# The sums of a tile's rows, two vectors each, must fit the registers: 32 of them, or 16 on x86 without AVX-512.
+_ROWS = 4 if _features.get("sse2") and not _features.get("avx512f") else 8
 _compile = njit(fastmath={"contract"}, error_model="numpy")
 
 
@@ -142,9 +144,9 @@ def _panels(lanes: int) -> Any:
     def panels(h, u, out, n, inner, width):  # type: ignore[no-untyped-def]
         for p in range(0, width, 2 * lanes):
             panel, r = shift(u, p * inner), 0
-            while r + 8 <= n:
-                tile(shift(h, r * inner), inner, panel, shift(out, r * width + p), width, 8, lanes)
-                r += 8
+            while r + _ROWS <= n:
+                tile(shift(h, r * inner), inner, panel, shift(out, r * width + p), width, _ROWS, lanes)
+                r += _ROWS
             while r + 2 <= n:
                 tile(shift(h, r * inner), inner, panel, shift(out, r * width + p), width, 2, lanes)
                 r += 2

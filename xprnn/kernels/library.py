@@ -16,7 +16,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["available", "compiled", "panel_width"]
+__all__ = ["available", "compiled", "panel_width", "works"]
 
 _TYPE = "void(int64[::1])"
 _OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
@@ -24,8 +24,26 @@ _OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 
 @cache
 def available() -> bool:
-    """Whether numba is installed, which is not imported to find out."""
-    return importlib.util.find_spec("numba") is not None
+    """Whether numba is installed and works; asked only when a kernel could run, because it imports numba."""
+    if importlib.util.find_spec("numba") is None:
+        return False
+    try:
+        from numba import config
+
+        from xprnn.kernels import lanes  # noqa: F401 - numba refuses a NumPy that is too new for it when it is imported
+    except Exception:
+        return False
+    return not config.DISABLE_JIT
+
+
+@lru_cache(maxsize=1024)
+def works(source: str) -> bool:
+    """Whether a kernel can be compiled; it is, and kept."""
+    try:
+        compiled(source)
+    except Exception:  # whatever LLVM or numba stumble over, there is a kernel that needs neither
+        return False
+    return True
 
 
 def folder() -> Path | None:
