@@ -22,6 +22,7 @@ from xprnn.tape import State, Steps, Tape
 
 __all__ = ["find"]
 
+_Made = tuple[Kept, dict[str, int]]
 _BLOCK_BYTES = 1 << 22  # of the projection
 _BLOCK_ROWS = 1024  # at least: a product of fewer rows is slow
 
@@ -53,9 +54,9 @@ def _forward(
 ) -> tuple[Array, State, Tape | None]:
     """See xprnn.scan.forward, which is the specification."""
     rows = Rows.of(x.shape[:2], steps)
-    kept = _prepare(sources, cell, params, rows.sort(x, 1), rows, reverse, keep)
+    kept, table = _prepare(sources, cell, params, rows.sort(x, 1), rows, reverse, keep)
     ends = tuple(rows.sort(s, 0) for s in state), tuple(rows.sort(s, 0) for s in home)
-    final = tuple(rows.unsort(s, 0) for s in _run(kept, cell, params, ends, reverse, keep))
+    final = tuple(rows.unsort(s, 0) for s in _run(kept, table, cell, params, ends, reverse, keep))
     after = kept.after
     y = rows.unsort(after[0].view(), 1)
     if not keep:
@@ -72,7 +73,7 @@ def _forward(
     return y, final, tape
 
 
-def _prepare(sources: Sources, cell: Cell, params: Params, x: Array, rows: Rows, reverse: bool, keep: bool) -> Kept:
+def _prepare(sources: Sources, cell: Cell, params: Params, x: Array, rows: Rows, reverse: bool, keep: bool) -> _Made:
     """All arrays with a step axis, of one step where no tape is kept; the projection done."""
     u = params["weight_hh"]
     (count, n), hidden = x.shape[:2], u.shape[0] // cell.gates
@@ -100,7 +101,7 @@ def _prepare(sources: Sources, cell: Cell, params: Params, x: Array, rows: Rows,
     else:
         gates = np.empty((count if keep else min(count, _block(x, u)), n, u.shape[0]), u.dtype)
     table["X"] = address(gates)
-    return Kept(sources, rows, x, gates, spare, tuple(before), tuple(after), table)
+    return Kept(sources, rows, x, gates, spare, tuple(before), tuple(after)), table
 
 
 def _block(x: Array, u: Array) -> int:
@@ -111,10 +112,10 @@ def _block(x: Array, u: Array) -> int:
 
 
 def _run(
-    kept: Kept, cell: Cell, params: Params, ends: tuple[State, State], reverse: bool, keep: bool
+    kept: Kept, table: dict[str, int], cell: Cell, params: Params, ends: tuple[State, State], reverse: bool, keep: bool
 ) -> tuple[Array, ...]:
     """The time loop: fills what is kept and returns the states after the last step."""
-    u, rows, (initial, home), table = params["weight_hh"], kept.rows, ends, kept.table
+    u, rows, (initial, home) = params["weight_hh"], kept.rows, ends
     (count, n), width = kept.x.shape[:2], u.shape[0]
     hidden = width // cell.gates
     common, alive = common_entries(rows, (count, n, hidden, width))
@@ -220,16 +221,18 @@ def _run_back(
     for k, d in enumerate(dstate):
         room[f"D{k}"].reshape(n, hidden)[...] = 0 if d is None else d
     p = [np.ascontiguousarray(tape.params[name]) for name in cell.vectors]
-    here |= {"X": address(sent[0]), "U": address(packed), "Z": padded, "R": here["D0"], "G": kept.table["X"]}
+    here |= {"X": address(sent[0]), "U": address(packed), "Z": padded, "R": here["D0"], "G": address(kept.gates)}
     here |= {f"p{k}": address(a) for k, a in enumerate(p)} | {"turned": int(tape.reverse)}
     here["Y"] = here["X"] if sent[1] is sent[0] else address(sent[1])
+    here |= {slot: address(a) for slot, a in kept.spare.items()}
     for k, d in enumerate(injected):
+        here |= {f"M{k}": address(kept.after[k]), f"S{k}": address(kept.before[k])}
         here[f"I{k}"] = here["nothing"]
         if d is not None:
             alive.append(_in_rows(d, dtype))
             steps, rows = (stride // dtype.itemsize for stride in alive[-1].strides[:2])
             here |= {f"I{k}": address(alive[-1]), f"a{k}": steps, f"b{k}": rows}
-    call(kept.sources.backward, kept.sources.backward_table, kept.table | common | here)
+    call(kept.sources.backward, kept.sources.backward_table, common | here)
     shaped = {name: room[name].reshape(n, hidden) for name in names}
     shaped["D0"] += room["B"].reshape(n, padded)[:, :hidden]
     home: list[Array | None] = [None if kept.rows.reset is None else shaped[f"E{k}"] for k in states]

@@ -24,7 +24,6 @@ class Kept(NamedTuple):
     spare: dict[str, Array]  # the other saved values
     before: State
     after: State
-    table: dict[str, int]  # the addresses of all these
 
 
 def address(a: Array) -> int:
