@@ -109,7 +109,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Execute the examples of the docstrings and the README."""
-    install(session, "docs", extra="plot")
+    install(session, "docs", extra="plot,fast")
     examples = ["--doctest-modules", "xprnn", "tests/test_readme.py"]
     session.run("python", "-m", "pytest", "-q", *examples, *session.posargs)
 

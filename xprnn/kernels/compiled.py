@@ -141,7 +141,7 @@ def _run(
 def _run_blocks(kept: Kept, w: Array, table: Mapping[str, int]) -> None:
     """Project some steps, walk them, and go on with the next ones."""
     (count, n), gates, item = kept.x.shape[:2], kept.gates, w.itemsize
-    size, whole = _block(kept.x, w), gates.shape[0] == count
+    size, whole = max(1, _block(kept.x, w)), gates.shape[0] == count
     starts = range(0, count, size)
     for t0 in reversed(starts) if table["turned"] else starts:
         t1 = min(t0 + size, count)
