@@ -60,7 +60,7 @@ class Chain:
         """The output, the final states and the tape; `every` is the number of steps between checkpoints, or None."""
         count, rngs = x.shape[0], self.generators(rng)
         if not keep or every is None or every >= count:
-            before = deepcopy(rngs)
+            before = deepcopy(rngs) if rngs else []
             y, finals, scans, masks = self._run(x, states, states, steps, rngs, keep)
             tape = ChainTape(x, states, steps, [(0, count)], [states], [before], scans, masks) if keep else None
             return y, finals, tape

@@ -56,6 +56,8 @@ def _chains(layer: Any, xp: Namespace, params: Params) -> list[Chain]:
 
 def _segment(where: str, layer: Any, checkpoint: Any, params: Params, count: int, n: int) -> int | None:
     """The number of steps between checkpoints; a step of tape and adjoint holds about 3 G + 4 S + 4 arrays (N, H)."""
+    if checkpoint is None:
+        return None
     item = params["weight_hh_l0"].dtype.itemsize if hasattr(params["weight_hh_l0"].dtype, "itemsize") else 8
     core, width = layer.core, n * sum(layer.sizes) * item
     return segment_length(
