@@ -6,6 +6,7 @@ proves every gradient. See README.md for the map.
 
 from xprnn import activations, bptt, cells
 from xprnn.activations import Activation, activation
+from xprnn.around import Around
 from xprnn.arrays import InputError
 from xprnn.article import rnn_backward, rnn_cell_backward, rnn_cell_forward, rnn_forward
 from xprnn.cells import Cell
@@ -25,6 +26,7 @@ __all__ = [
     "LSTM",
     "RNN",
     "Activation",
+    "Around",
     "Cell",
     "Embedding",
     "GradientError",

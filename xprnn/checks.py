@@ -3,6 +3,7 @@
 Errors say where, which argument, what was expected and what was found.
 """
 
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ __all__ = [
     "check_params",
     "check_rng",
     "fraction",
+    "keep_positive",
     "positive",
     "steps_of",
 ]
@@ -158,10 +160,17 @@ def check_inner(
     return out
 
 
-def positive(where: str, name: str, value: Any, least: int = 1) -> None:
-    """Raise InputError unless `value` is an integer >= least."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def positive(where: str, name: str, value: Any, least: int = 1) -> int:
+    """`value` as an int (np.int64 and the like are integers too); InputError unless it is one, and >= least."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise InputError(f"{where}: {name} must be an integer >= {least}, found {value!r}")
+    return int(value)
+
+
+def keep_positive(config: Any, *names: str, least: int = 1) -> None:
+    """Put `positive` of these attributes in their place in a frozen configuration."""
+    for name in names:
+        object.__setattr__(config, name, positive(type(config).__name__, name, getattr(config, name), least))
 
 
 def fraction(where: str, name: str, value: Any) -> None:

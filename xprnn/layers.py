@@ -5,7 +5,7 @@ from typing import Any
 
 from xprnn.arrays import InputError
 from xprnn.cells import Cell, elman, gru, gru_reset_before, lstm
-from xprnn.recurrent import Recurrent, positive
+from xprnn.recurrent import Recurrent, keep_positive
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
@@ -52,7 +52,7 @@ class LSTM(Recurrent):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("LSTM", "proj_size", self.proj_size, 0)
+        keep_positive(self, "proj_size", least=0)
         if self.proj_size and self.proj_size >= min(self.sizes):
             raise InputError(
                 f"LSTM: proj_size must be smaller than hidden_size {min(self.sizes)}, found {self.proj_size}"

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.random import Generator
 
 from xprnn.affine import affine, affine_back
+from xprnn.around import Around
 from xprnn.arrays import Array, InputError, Params, check_integers, check_shape, from_numpy, is_integer, resolve
-from xprnn.checks import check_init, check_param_shapes, check_params, positive
+from xprnn.checks import check_init, check_param_shapes, check_params, keep_positive
 from xprnn.layers import GRU, LSTM, RNN
 from xprnn.stack import Gradients
 
@@ -40,8 +41,7 @@ class Linear:
     bias: bool = True
 
     def __post_init__(self) -> None:
-        positive("Linear", "in_features", self.in_features)
-        positive("Linear", "out_features", self.out_features)
+        keep_positive(self, "in_features", "out_features")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The name and shape of every parameter."""
@@ -106,8 +106,7 @@ class Embedding:
     embedding_dim: int
 
     def __post_init__(self) -> None:
-        positive("Embedding", "num_embeddings", self.num_embeddings)
-        positive("Embedding", "embedding_dim", self.embedding_dim)
+        keep_positive(self, "num_embeddings", "embedding_dim")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The name and shape of every parameter."""
@@ -197,7 +196,7 @@ class Sequential:
         return hash(tuple(self.parts.items()))
 
     def _recurrent(self) -> list[str]:
-        return [n for n, p in self.parts.items() if not isinstance(p, (Linear, Embedding))]
+        return [n for n, p in self.parts.items() if not isinstance(p, (Linear, Embedding, Around))]
 
     def _states(self, where: str, state: Any) -> dict[str, Any]:
         names = self._recurrent()
@@ -265,7 +264,7 @@ class Sequential:
         return {"type": "Sequential", "parts": {n: p.config() for n, p in self.parts.items()}}
 
 
-_TYPES: dict[str, Callable[..., Any]] = {"RNN": RNN, "LSTM": LSTM, "GRU": GRU, "Linear": Linear, "Embedding": Embedding}
+_TYPES: dict[str, Callable[..., Any]] = {part.__name__: part for part in (RNN, LSTM, GRU, Linear, Embedding, Around)}
 
 
 def from_config(config: Any) -> Any:

@@ -15,11 +15,11 @@ from numpy.random import Generator
 from xprnn import stack
 from xprnn.arrays import Array, InputError, Params, from_numpy
 from xprnn.cells import Cell
-from xprnn.checks import check_init, fraction, positive
+from xprnn.checks import check_init, fraction, keep_positive, positive
 from xprnn.initial import draw
 from xprnn.stack import Gradients, StackTape
 
-__all__ = ["Recurrent", "positive"]
+__all__ = ["Recurrent", "keep_positive"]
 
 State = Any
 
@@ -60,18 +60,14 @@ class Recurrent:
 
     def __post_init__(self) -> None:
         where = type(self).__name__
-        positive(where, "input_size", self.input_size)
-        positive(where, "num_layers", self.num_layers)
+        keep_positive(self, "input_size", "num_layers")
         if isinstance(self.hidden_size, (tuple, list)):
-            object.__setattr__(self, "hidden_size", tuple(self.hidden_size))
-            if len(self.sizes) != self.num_layers:
-                raise InputError(
-                    f"{where}: hidden_size has {len(self.sizes)} entries but num_layers is {self.num_layers}"
-                )
+            sizes = tuple(positive(where, "hidden_size", size) for size in self.hidden_size)
+            object.__setattr__(self, "hidden_size", sizes)
+            if len(sizes) != self.num_layers:
+                raise InputError(f"{where}: hidden_size has {len(sizes)} entries but num_layers is {self.num_layers}")
         else:
-            positive(where, "hidden_size", self.hidden_size)
-        for size in self.sizes:
-            positive(where, "hidden_size", size)
+            keep_positive(self, "hidden_size")
         fraction(where, "dropout", self.dropout)
         if not isinstance(self.core, Cell):
             raise InputError(f"{where}: cell must be an xprnn.Cell, found {type(self.core).__name__}")
