@@ -34,17 +34,20 @@ def softmax(x: Array, axis: int = 0) -> Array:
         raise InputError(
             f"softmax: axis must be in {-x.ndim}..{x.ndim - 1} for x of shape {tuple(x.shape)}, found {axis}"
         )
-    return _softmax(xp, x, axis)[0]
+    return softmax_over(xp, x, axis)
 
 
-def _softmax(xp: Namespace, x: Array, axis: int) -> tuple[Array, Array]:
-    """(softmax, log softmax)."""
-    if x.shape[axis] == 0:
-        return x, x
-    shifted = x - xp.max(x, axis=axis, keepdims=True)
+def softmax_over(xp: Namespace, x: Array, axis: int) -> Array:
+    """`softmax` without its checks."""
+    _, e, total = _exponentials(xp, x, axis)
+    return e / total
+
+
+def _exponentials(xp: Namespace, x: Array, axis: int) -> tuple[Array, Array, Array]:
+    """x shifted by its maximum along the axis, its exponential, and the sum of that."""
+    shifted = x - xp.max(x, axis=axis, keepdims=True) if x.shape[axis] else x
     e = xp.exp(shifted)
-    total = xp.sum(e, axis=axis, keepdims=True, dtype=x.dtype)
-    return e / total, shifted - xp.log(total)
+    return shifted, e, xp.sum(e, axis=axis, keepdims=True, dtype=x.dtype)
 
 
 def _weights(where: str, xp: Namespace, like: Array, shape: tuple[int, ...], mask: Any, weights: Any) -> Array:
@@ -135,7 +138,8 @@ def cross_entropy(
     if some:  # padding may hold anything, and 0 * nan is nan
         logits = xp.where(xp.expand_dims(w != 0, axis=axis), logits, zeros(xp, (), logits))
     wanted = _wanted(where, xp, logits, targets, w if some else None, axis)
-    p, logp = _softmax(xp, logits, axis)
+    shifted, e, total = _exponentials(xp, logits, axis)
+    p, logp = e / total, shifted - xp.log(total)
     # A class that is not wanted has no share, however small its probability: 0 * -inf would be nan.
     parts = xp.where(wanted != 0, wanted * logp, xp.zeros_like(logp))
     scaled = w * _scale(xp, where, w, reduction)
