@@ -188,7 +188,7 @@ def segment_length(where: str, checkpoint: Any, count: int, step_bytes: int, sta
 
     Args:
         where: the public function, named in errors.
-        checkpoint: None (keep everything), a number of steps, "sqrt" (about sqrt(T)), or bytes as in "64MiB".
+        checkpoint: None (keep everything), a number of steps, "sqrt" (2 sqrt(T)), or bytes as in "64MiB".
         count: T.
         step_bytes: what one step's tape and its adjoint take.
         state_bytes: what the states between two steps take.
@@ -196,8 +196,8 @@ def segment_length(where: str, checkpoint: Any, count: int, step_bytes: int, sta
     if checkpoint is None:
         return None
     if checkpoint == "sqrt":
-        # Segments that fit a cache cost time to cut further and save nothing that anyone could measure.
-        return max(1, isqrt(count - 1) + 1 if count else 1, _CACHE // max(1, step_bytes))
+        # Twice the root costs little memory and halves what cutting costs in time; what fits a cache is not cut at all.
+        return max(1, 2 * isqrt(count), _CACHE // max(1, step_bytes))
     if isinstance(checkpoint, int) and not isinstance(checkpoint, bool) and checkpoint >= 1:
         return checkpoint
     number = checkpoint.rstrip("BKMGibkmg ") if isinstance(checkpoint, str) else ""
