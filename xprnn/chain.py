@@ -179,7 +179,7 @@ def dropout_mask(rng: Generator, p: float, y: Array) -> Array:
     return from_numpy((rng.random(tuple(y.shape)) >= p) / (1 - p), like=y)
 
 
-_CACHE = 1 << 18
+_SMALL = 1 << 22
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -196,8 +196,8 @@ def segment_length(where: str, checkpoint: Any, count: int, step_bytes: int, sta
     if checkpoint is None:
         return None
     if checkpoint == "sqrt":
-        # Twice the root costs little memory and halves what cutting costs in time; what fits a cache is not cut at all.
-        return max(1, 2 * isqrt(count), _CACHE // max(1, step_bytes))
+        # Twice the root costs little memory and halves what cutting costs in time; what takes 4 MiB is not cut at all.
+        return max(1, 2 * isqrt(count), _SMALL // max(1, step_bytes))
     if isinstance(checkpoint, int) and not isinstance(checkpoint, bool) and checkpoint >= 1:
         return checkpoint
     number = checkpoint.rstrip("BKMGibkmg ") if isinstance(checkpoint, str) else ""
