@@ -206,8 +206,8 @@ class Recurrent:
                 in which a direction walks), and the gradient goes to the initial state.
             rng: a numpy.random.Generator for dropout; None: no dropout.
             checkpoint: how to bound the tape: keep the state of every k-th step only (k, an int), of about sqrt(T) / 2
-                steps ("sqrt"; short ones, of less than 4 MiB, are not cut), or what fits a number of bytes ("64MiB"), and
-                run the rest again in `backward`.
+                steps ("sqrt"; less than 4 MiB is not cut), or what fits a number of bytes ("64MiB"), and run the rest
+                again in `backward`.
 
         Returns:
             y (T, N, directions*H), the final state shaped like `state`, and the tape for `backward`.
