@@ -46,12 +46,13 @@ ROOMS = {
     "optim": "arrays",
     "article": "arrays cells affine tape scan losses",
     "text": "arrays",
-    "sample": "arrays text",
+    "sample": "arrays around text",
     "store": "arrays model text",
-    "train": "arrays layers model losses optim text sample store",
+    "train": "arrays around layers model losses optim text sample store",
     "plots": "arrays store",
-    "run": "arrays text sample store train plots",
-    "cli": "arrays text sample store train plots run",
+    "report": "arrays around text sample train plots",
+    "run": "arrays around text store train report",
+    "cli": "arrays text sample store train run",
     "__main__": "cli",
 }
 OPTIONAL = {"cupy", "h5py", "jax", "matplotlib", "numba", "onnx", "onnxruntime", "torch"}
