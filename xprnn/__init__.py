@@ -10,10 +10,11 @@ from xprnn.around import Around
 from xprnn.arrays import InputError
 from xprnn.article import rnn_backward, rnn_cell_backward, rnn_cell_forward, rnn_forward
 from xprnn.cells import Cell
+from xprnn.dense import Embedding, Linear
 from xprnn.gradcheck import GradientError, NotDifferentiableError, check_gradients, check_layer
 from xprnn.layers import GRU, LSTM, RNN
 from xprnn.losses import cross_entropy, mse, softmax
-from xprnn.model import Embedding, Linear, Sequential
+from xprnn.model import Sequential
 from xprnn.optim import adagrad, adam, adamw, clip_by_global_norm, clip_by_value, rmsprop, sgd
 from xprnn.recurrent import Recurrent
 from xprnn.stack import Gradients

@@ -49,12 +49,12 @@ class Recurrent:
     """
 
     input_size: int
-    hidden_size: int | tuple[int, ...]
+    hidden_size: int | Sequence[int]
     num_layers: int = 1
-    bias: bool = field(default=True, kw_only=True)
-    batch_first: bool = field(default=False, kw_only=True)
-    dropout: float = field(default=0.0, kw_only=True)
-    bidirectional: bool = field(default=False, kw_only=True)
+    bias: bool = True
+    batch_first: bool = False
+    dropout: float = 0.0
+    bidirectional: bool = False
     learned_state: bool = field(default=False, kw_only=True)
     cell: Cell | None = field(default=None, kw_only=True)
 
@@ -87,7 +87,8 @@ class Recurrent:
     @property
     def sizes(self) -> tuple[int, ...]:
         """H of each layer."""
-        return self.hidden_size if isinstance(self.hidden_size, tuple) else (self.hidden_size,) * self.num_layers
+        h = self.hidden_size
+        return (h,) * self.num_layers if isinstance(h, int) else tuple(h)
 
     @property
     def directions(self) -> int:
@@ -174,7 +175,7 @@ class Recurrent:
         return value
 
     def __call__(
-        self, params: Params, x: Array, state: State = None, *, lengths: Any = None, mask: Any = None, reset: Any = None
+        self, params: Params, x: Array, state: State = None, lengths: Any = None, mask: Any = None, reset: Any = None
     ) -> tuple[Array, State]:
         """Inference: as `forward`, but nothing is kept and nothing is dropped out. Returns y and the final state."""
         y, final, _ = stack.forward(self, params, x, state, lengths=lengths, mask=mask, reset=reset, keep=False)
@@ -185,10 +186,10 @@ class Recurrent:
         params: Params,
         x: Array,
         state: State = None,
-        *,
         lengths: Any = None,
         mask: Any = None,
         reset: Any = None,
+        *,
         rng: Generator | None = None,
         checkpoint: int | str | None = None,
     ) -> tuple[Array, State, StackTape]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from . import store
@@ -50,6 +51,7 @@ class Options:
     window: int = 64
     learning_rate: float = 0.0
     seed: int = 0
+    threads: int = 1
     steps: int = 7000
     minutes: float | None = None
 
@@ -124,7 +126,9 @@ def train_command(given: dict[str, Any]) -> int:
         given["file"] = str(Path(given["file"]).absolute())
     run, made = _resumed(given) if "resume" in given else _fresh(given)
     try:
-        return _watch(run)
+        # A step's products are small: a second thread gains little where it is free, and stalls all where it is not.
+        with threadpool_limits(run.options.threads, user_api="blas"):
+            return _watch(run)
     except InputError as error:
         if made and not run.curve:
             with suppress(OSError):

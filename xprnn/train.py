@@ -24,8 +24,9 @@ import numpy as np
 from . import layers
 from .around import Around, carry, reads_ahead
 from .arrays import Array, InputError, Params, from_numpy, to_numpy
+from .dense import Linear
 from .losses import cross_entropy
-from .model import Linear, Sequential, from_config
+from .model import Sequential, from_config
 from .optim import adam, clip_by_global_norm
 from .store import read_arrays, write_arrays
 from .text import Streams
@@ -42,10 +43,10 @@ def backend_array(backend: str) -> Array:
     """
     if backend != "numpy":
         try:
-            import cupy
+            from cupy import cuda, zeros
 
-            if cupy.cuda.is_available():
-                return cupy.zeros(1, dtype=np.float32)
+            if cuda.is_available():
+                return zeros(1, dtype=np.float32)
             problem = "no CUDA GPU found"
         except ImportError:
             problem = 'CuPy is not installed: pip install "xprnn[cuda12]" or "xprnn[cuda13]"'
