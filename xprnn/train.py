@@ -43,9 +43,11 @@ def backend_array(backend: str) -> Array:
     """
     if backend != "numpy":
         try:
-            from cupy import cuda, zeros
+            from cupy import cuda  # a mere folder called cupy can be imported, but has no cuda
 
             if cuda.is_available():
+                from cupy import zeros
+
                 return zeros(1, dtype=np.float32)
             problem = "no CUDA GPU found"
         except ImportError:
