@@ -21,6 +21,7 @@ __all__ = [
     "InputError",
     "Namespace",
     "Params",
+    "as_index",
     "check_integers",
     "check_shape",
     "device_of",
@@ -29,6 +30,7 @@ __all__ = [
     "is_numpy",
     "is_writeable",
     "namespace",
+    "on_host",
     "resolve",
     "sum_rows_by_id",
     "to_numpy",
@@ -158,20 +160,46 @@ def check_shape(where: str, name: str, letters: str, array: Array, expected: Seq
             + ("," if len(expected) == 1 else "")
             + ")"
         )
-        raise InputError(f"{where}: {name} {letters} must have shape {want}, found {found}")
+        raise InputError(f"{where}: {' '.join((name, *letters.split()))} must have shape {want}, found {found}")
 
 
-def check_integers(where: str, name: str, xp: Namespace, array: Array, below: int) -> None:
-    """Raise InputError if integers lie outside 0..below-1; on a GPU this would wait for the device, so NumPy only.
+def on_host(array: Array) -> Any:
+    """The array as NumPy, nothing copied, if it lies in host memory and nothing has to be waited for; else None.
 
-    >>> check_integers("Embedding", "x", namespace(np.zeros(1)), np.asarray([0, 7]), 5)
+    >>> on_host(np.zeros(3)) is None
+    False
+    """
+    if array_api_compat.is_numpy_array(array):
+        return np.asarray(array)
+    if array_api_compat.is_torch_array(array) and array.device.type == "cpu":
+        return array.detach().numpy()
+    return None
+
+
+def check_integers(where: str, name: str, array: Array, below: int) -> None:
+    """Raise InputError if integers lie outside 0..below-1; unchecked where reading them would wait for a device.
+
+    >>> check_integers("Embedding", "x", np.asarray([0, 7]), 5)
     Traceback (most recent call last):
     xprnn.arrays.InputError: Embedding: x must hold integers in 0..4, found 7
     """
-    if is_numpy(xp) and array.size:
-        low, high = int(array.min()), int(array.max())
+    host = on_host(array)
+    if host is not None and host.size:
+        low, high = int(host.min()), int(host.max())
         if low < 0 or high >= below:
             raise InputError(f"{where}: {name} must hold integers in 0..{below - 1}, found {low if low < 0 else high}")
+
+
+def as_index(xp: Namespace, array: Array) -> Array:
+    """Integers in the dtype that a library's look-ups want.
+
+    >>> as_index(namespace(np.zeros(1)), np.zeros(1, np.uint8)).dtype
+    dtype('uint8')
+    """
+    if is_numpy(xp):
+        return array
+    wanted = xp.__array_namespace_info__().default_dtypes(device=device_of(array))["indexing"]
+    return array if array.dtype == wanted else xp.astype(array, wanted)
 
 
 def is_writeable(array: Array) -> bool:

@@ -67,7 +67,10 @@ def _resolve(where: str, parameters: Any, **arrays: Array) -> Namespace:
     missing = [k for k in _KEYS if k not in parameters]
     if missing:
         raise InputError(f"{where}: parameters has no {', '.join(missing)} (expected {', '.join(_KEYS)})")
-    xp = resolve(where, arrays | {k: parameters[k] for k in _KEYS})
+    given = arrays | {k: parameters[k] for k in _KEYS}
+    if absent := [k for k, a in given.items() if a is None]:
+        raise InputError(f"{where}: {absent[0]} must be an array, found None")
+    xp = resolve(where, given)
     n_a, n_x = (*parameters["Wax"].shape, 0, 0)[:2]
     n_y = (*parameters["Wya"].shape, 0)[0]
     shapes = {"Wax": (n_a, n_x), "Waa": (n_a, n_a), "Wya": (n_y, n_a), "ba": (n_a, 1), "by": (n_y, 1)}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from math import ceil, isqrt, sqrt
 from typing import Any
 
+import numpy as np
 from numpy.random import PCG64, Generator
 
 from xprnn import scan
@@ -198,8 +199,8 @@ def segment_length(where: str, checkpoint: Any, count: int, step_bytes: int, sta
     if checkpoint == "sqrt":
         # Twice the root costs little memory and halves what cutting costs in time; what takes 4 MiB is not cut at all.
         return max(1, 2 * isqrt(count), _SMALL // max(1, step_bytes))
-    if isinstance(checkpoint, int) and not isinstance(checkpoint, bool) and checkpoint >= 1:
-        return checkpoint
+    if not isinstance(checkpoint, bool) and isinstance(checkpoint, (int, np.integer)) and checkpoint >= 1:
+        return int(checkpoint)
     number = checkpoint.rstrip("BKMGibkmg ") if isinstance(checkpoint, str) else ""
     unit = checkpoint[len(number) :].strip().upper() if isinstance(checkpoint, str) else ""
     if unit not in _UNITS or not number.replace(".", "", 1).isdigit():

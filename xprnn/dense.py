@@ -11,10 +11,17 @@ from numpy.random import Generator
 
 from xprnn.affine import affine, affine_back
 from xprnn.arrays import Array, InputError, Params, check_integers, check_shape, from_numpy, is_integer, resolve
-from xprnn.checks import check_init, check_param_shapes, check_params, keep_positive
+from xprnn.checks import check_init, check_param_shapes, check_params, keep_positive, need
 from xprnn.stack import Gradients
 
 __all__ = ["Embedding", "Linear"]
+
+
+def check_tape(where: str, tape: Any) -> tuple[Any, Any, Any]:
+    """Raise InputError unless `tape` is one that these parts write."""
+    if not isinstance(tape, tuple) or len(tape) != 3:
+        raise InputError(f"{where}: tape must be what forward returned, found {type(tape).__name__}")
+    return tape
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class Linear:
         """y (..., V), None, and the tape."""
         where = "Linear.forward"
         check_params(where, params, self.shapes())
+        need(where, "x", x)
         xp = resolve(where, {"x": x, **params})
         check_param_shapes(where, params, self.shapes())
         if x.ndim == 0 or x.shape[-1] != self.in_features:
@@ -69,7 +77,8 @@ class Linear:
 
     def backward(self, tape: Any, dy: Array, dstate: None = None) -> Gradients:
         """The adjoint of forward."""
-        xp, params, x = tape
+        xp, params, x = check_tape("Linear.backward", tape)
+        need("Linear.backward", "dy", dy)
         resolve("Linear.backward", {"params": params["weight"], "dy": dy})
         check_shape("Linear.backward", "dy", "(the shape of y)", dy, (*x.shape[:-1], self.out_features))
         dx, dw, db = affine_back(xp, dy, x, params["weight"])
@@ -123,17 +132,19 @@ class Embedding:
         """The rows, None, and the tape."""
         where = "Embedding.forward"
         check_params(where, params, self.shapes())
+        need(where, "x", x)
         xp = resolve(where, dict(params), {"x": x})
         check_param_shapes(where, params, self.shapes())
         if not is_integer(xp, x):
             raise InputError(f"{where}: x must be integers in 0..{self.num_embeddings - 1}, found {x.dtype}")
-        check_integers(where, "x", xp, x, self.num_embeddings)
+        check_integers(where, "x", x, self.num_embeddings)
         table = xp.permute_dims(params["weight"], (1, 0))
         return affine(xp, x, table, None), None, (xp, table, x)
 
     def backward(self, tape: Any, dy: Array, dstate: None = None) -> Gradients:
         """The adjoint of forward; dx is None."""
-        xp, table, x = tape
+        xp, table, x = check_tape("Embedding.backward", tape)
+        need("Embedding.backward", "dy", dy)
         resolve("Embedding.backward", {"params": table, "dy": dy})
         check_shape("Embedding.backward", "dy", "(the shape of y)", dy, (*x.shape, self.embedding_dim))
         _, dw, _ = affine_back(xp, dy, x, table)

@@ -3,7 +3,17 @@
 from typing import Any
 
 from xprnn.affine import zeros
-from xprnn.arrays import Array, InputError, Namespace, check_integers, check_shape, device_of, is_integer, resolve
+from xprnn.arrays import (
+    Array,
+    InputError,
+    Namespace,
+    as_index,
+    check_integers,
+    check_shape,
+    device_of,
+    is_integer,
+    resolve,
+)
 
 __all__ = ["cross_entropy", "mse", "softmax"]
 
@@ -30,7 +40,8 @@ def softmax(x: Array, axis: int = 0) -> Array:
            [0.5, 0. ]])
     """
     xp = resolve("softmax", {"x": x})
-    if not -x.ndim <= axis < x.ndim:
+    number: Any = axis
+    if not isinstance(number, int) or not -x.ndim <= axis < x.ndim:
         raise InputError(
             f"softmax: axis must be in {-x.ndim}..{x.ndim - 1} for x of shape {tuple(x.shape)}, found {axis}"
         )
@@ -84,8 +95,8 @@ def _classes(where: str, xp: Namespace, logits: Array, targets: Array, w: Array 
     check_shape(where, "targets", hint, targets, shape)
     if w is not None:
         targets = xp.where(w != 0, targets, xp.zeros_like(targets))
-    check_integers(where, "targets", xp, targets, logits.shape[axis])
-    return xp.expand_dims(targets, axis=axis)
+    check_integers(where, "targets", targets, logits.shape[axis])
+    return xp.expand_dims(as_index(xp, targets), axis=axis)
 
 
 def _of_classes(xp: Namespace, logits: Array, targets: Array, w: Array, axis: int) -> tuple[Array, Array]:

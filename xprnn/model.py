@@ -122,6 +122,8 @@ class Sequential:
 
     def backward(self, tape: Any, dy: Array | None, dstate: Any = None) -> Gradients:
         """The adjoint of forward, part by part in reverse order."""
+        if not isinstance(tape, dict) or tape.keys() != self.parts.keys():
+            raise InputError("Sequential.backward: tape must be what this model's forward returned")
         dstates = self._states("Sequential.backward", dstate)
         dx, grads = dy, {}
         for n, part in reversed(self.parts.items()):

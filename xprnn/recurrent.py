@@ -15,7 +15,7 @@ from numpy.random import Generator
 from xprnn import stack
 from xprnn.arrays import Array, InputError, Params, from_numpy
 from xprnn.cells import Cell
-from xprnn.checks import check_init, fraction, keep_positive, positive
+from xprnn.checks import check_init, flag, fraction, keep_positive, positive
 from xprnn.initial import draw
 from xprnn.stack import Gradients, StackTape
 
@@ -69,6 +69,8 @@ class Recurrent:
         else:
             keep_positive(self, "hidden_size")
         fraction(where, "dropout", self.dropout)
+        for name in ("bias", "batch_first", "bidirectional", "learned_state"):
+            flag(where, name, getattr(self, name))
         if not isinstance(self.core, Cell):
             raise InputError(f"{where}: cell must be an xprnn.Cell, found {type(self.core).__name__}")
 
@@ -211,7 +213,8 @@ class Recurrent:
                 again in `backward`.
 
         Returns:
-            y (T, N, directions*H), the final state shaped like `state`, and the tape for `backward`.
+            y (T, N, directions*H), the final state shaped like `state`, and the tape for `backward`. The tape refers to
+            x, params and state: replace them (as the optimisers do), but write into none before `backward`.
 
         Raises:
             InputError: shapes, dtypes, libraries or devices that don't fit; says which, expected and found.

@@ -69,7 +69,10 @@ def forward(
         y.flags.writeable = False  # the tape lives in this memory
 
     def states() -> State:
-        return tuple(rows.unsort(a, 1) for a in after)
+        views = tuple(rows.unsort(a.view(), 1) for a in after)
+        for v in views:
+            v.flags.writeable = False
+        return views
 
     kept = (w, x)
     tape = Tape(backward, np, cell, params, given, state, home, steps, reverse, states, kept, "NumPy in place")

@@ -26,13 +26,16 @@ class Plan(NamedTuple):
 
 @lru_cache(maxsize=256)
 def plan_of(cell: Cell) -> Plan | None:
-    """The cell's plan, or None where it can't be traced."""
+    """The cell's plan, or None where it can't be traced.
+
+    Whatever goes wrong with stand-ins, the generic scan goes on with arrays: if it was the cell's fault, it says so.
+    """
     try:
         half = _forward(cell, sigmoid=True) or _forward(cell, sigmoid=False)
         assert half is not None
         added, squash, forward, saved = half
         return Plan(added, squash, forward, saved, *_back(cell, len(saved)))
-    except UntraceableError:
+    except Exception:
         return None
 
 
@@ -54,6 +57,8 @@ def _forward(cell: Cell, *, sigmoid: bool) -> tuple[int, tuple[str, ...], Progra
         g = graph.input(f"g{k}")
         if f"g{k}" in used:  # beyond the added prefix, the sum is an operation like any other
             g.op, g.args, g.name = "add", (graph.input(f"x{k}"), graph.input(f"h{k}")), ""
+    if any(isinstance(v, Value) and v.boolean for v in (*new, *saved)):
+        raise UntraceableError("a state or saved value that is true or false")
     known = {id(v): f"s{k}" for k, v in enumerate(s)} | {id(v): f"a{k}" for k, v in enumerate(gates)}
     known |= {id(v): f"n{k}" for k, v in enumerate(new)}
     names = tuple(known.get(id(v), f"v{j}") for j, v in enumerate(saved))
@@ -103,7 +108,7 @@ def _hoist(outputs: Sequence[Any]) -> list[Value]:
         if not isinstance(value, Value) or value.op == "input":
             return
         names = leaves(value)
-        if names and not any(n[0] == "d" for n in names):
+        if names and not value.boolean and not any(n[0] == "d" for n in names):
             found[value] = None
         else:
             for a in value.args:
