@@ -26,6 +26,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from . import store
+from .archive import write_atomically
 from .around import reads_ahead
 from .arrays import Array, InputError, from_numpy, namespace, to_numpy
 from .report import picture, report
@@ -95,7 +96,7 @@ class _Run:
         keep(self.out / CHECKPOINT, self.model, self.now, run)
         table = io.StringIO()
         csv.writer(table, lineterminator="\n").writerows([_COLUMNS, *self.curve])
-        store.write_atomically(self.out / "curve.csv", table.getvalue().encode())
+        write_atomically(self.out / "curve.csv", table.getvalue().encode())
 
     def learn(self, bar: Any, caught: list[int]) -> float:
         """Train to the end or until a signal is caught; return the last measured bits per character."""

@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import layers
+from .archive import read_arrays, write_arrays
 from .around import Around, carry, reads_ahead
 from .arrays import Array, InputError, Params, from_numpy, to_numpy
 from .dense import Linear
 from .losses import cross_entropy
 from .model import Sequential, from_config
 from .optim import adam, clip_by_global_norm
-from .store import read_arrays, write_arrays
 from .text import Streams
 
 CELLS = {"elman": "RNN", "lstm": "LSTM", "gru": "GRU"}
