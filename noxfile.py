@@ -116,9 +116,12 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure against the article's loop, torch and JAX: ratios, with machine and spread."""
+    """Measure against the article's loop, torch, JAX and ONNX Runtime; memory against T; training beside torch."""
     install(session, "bench", extra="fast")
     session.run("python", "benchmarks/rnn.py", *session.posargs)
+    if not session.posargs:
+        session.run("python", "benchmarks/memory.py")
+        session.run("python", "benchmarks/training.py")
 
 
 def cuda_version() -> int:

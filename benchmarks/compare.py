@@ -15,6 +15,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -119,6 +120,16 @@ def cell(column: dict[str, Any], row: str) -> str:
     return text.partition(":")[0] if row != "imports" and text.startswith("import fails") else text
 
 
+def shorten(text: str) -> str:
+    """A cell for a narrow table: the answer without its reason; of figures, that of the gradients."""
+    wrong = "wrong" in text or "another" in text
+    figures = re.findall(r"gradients (\S+?)[,;)]*(?:\s|$)", text)
+    if figures and (wrong or text.startswith("outputs")):
+        return f"wrong by {figures[0]}" if wrong else f"right to {figures[0]}"
+    word = text.split(" ", 1)[0].rstrip(":,")
+    return "import fails" if word == "import" else word if word in ("yes", "no") else text
+
+
 def markdown(columns: list[dict[str, Any]], titles: dict[str, str]) -> str:
     """The table."""
     lines = [["", *(c["title"] for c in columns)], ["---"] * (len(columns) + 1)]
@@ -133,6 +144,7 @@ def arguments() -> argparse.Namespace:
         "--peer", action="append", default=[], metavar="NAME[=PYTHON]", help="default: all, this Python"
     )
     parser.add_argument("--install", action="store_true", help="temporary environments for the peers without PYTHON")
+    parser.add_argument("--short", action="store_true", help="answers without reasons")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table's cells")
     parser.add_argument("--probe", choices=TITLES, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -155,7 +167,8 @@ def main() -> None:
             elsewhere += install([n for n in PINS if n not in dict(elsewhere)], Path(home))
         everyone = elsewhere + [(name, sys.executable) for name in TITLES if name not in dict(elsewhere)]
         columns = [ask(*one) for one in sorted(everyone, key=lambda one: list(TITLES).index(one[0]))]
-    print(markdown(columns, ROWS))
+    short = {c["title"]: {row: shorten(cell(c, row)) for row in ROWS} for c in columns} if args.short else {}
+    print(markdown([{**c, "rows": short.get(c["title"], c["rows"])} for c in columns], ROWS))
     if args.json:
         args.json.write_text(json.dumps({"rows": ROWS, "columns": columns}, indent=1) + "\n", encoding="utf-8")
 

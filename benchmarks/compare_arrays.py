@@ -213,13 +213,16 @@ class Thinc(Peer):
         return out
 
     def lstm(self) -> str:
-        """Its Cython ops, and the generic ones, from which CupyOps inherits its LSTM."""
+        """Its Cython ops, and the generic ones."""
         from thinc.backends.ops import Ops
 
         texts = []
         for ops in (self.api.NumpyOps(), Ops()):
             self.ops = ops
-            texts.append(f"{type(ops).__name__} {self.error('lstm')}")
+            name = type(ops).__name__
+            if name == "Ops" and self.api.CupyOps.backprop_lstm is Ops.backprop_lstm:
+                name = "Ops, inherited by CupyOps,"
+            texts.append(f"{name} {self.error('lstm')}")
         self.ops = self.api.NumpyOps()
         return "; ".join(texts)
 
@@ -250,9 +253,8 @@ class Thinc(Peer):
 
     def checker(self) -> str:
         """Among its public names."""
-        raise MissingError(
-            f"thinc.api names with 'grad' and 'check': {names_with(self.api, 'grad', 'check') or 'none'}"
-        )
+        found = names_with(self.api, "grad", "check")
+        raise MissingError(f"names with 'grad' and 'check': {', '.join(found) or 'none'}")
 
     def returned(self, p: Problem) -> list[Any]:
         """The model returns its outputs."""

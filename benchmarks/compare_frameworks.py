@@ -101,7 +101,7 @@ class Keras(Peer):
         import keras
 
         self.module, self.backend = keras, keras.backend.backend()
-        self.version = f"{keras.__version__} on {self.backend} {metadata.version(self.backend)}"
+        self.version = f"{keras.__version__} on {self.backend} {metadata.version(self.backend).split('+')[0]}"
 
     def array(self, value: Any) -> Any:
         """The back end's tensor."""

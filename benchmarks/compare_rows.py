@@ -209,7 +209,8 @@ def answer(peer: Peer, row: str) -> str:
     except MissingError as lack:
         text = f"no ({lack})"
     except Exception as error:  # the library's own words
-        line = next(iter(str(error).strip().splitlines()), "")
+        lines = re.sub(r"\x1b\[\d*m", "", str(error)).split("\n")  # Keras puts a headline and colours around the reason
+        line = next((one for one in lines if one.strip() and not one.startswith("Exception encountered")), "")
         line = re.sub(r"(?<!\w)/[\w./+-]+", "...", line)  # no path of this machine in a table
         text = f"no ({type(error).__name__}: {line if len(line) <= 80 else line[:77] + '...'})"
     return text.replace("|", "/")

@@ -55,7 +55,7 @@ def groups(rows: list[Row]) -> dict[tuple[str, int], list[Row]]:
 
 
 def geometric_means(rows: list[Row], us: str = "core") -> dict[tuple[str, int, str], dict[str, float]]:
-    """(cell, threads, pass) -> peer -> how many times faster `us` is, over all undisturbed rows; "best peer" row by row."""
+    """(cell, threads, pass) -> peer -> how many times faster `us` is, over undisturbed rows; "best peer" row by row."""
     out = {}
     for (cell, threads), some in groups(rows).items():
         for which in dict.fromkeys(r["pass"] for r in some):

@@ -203,7 +203,6 @@ BAD_COMMANDS = {
     "info rubbish": (bad("m.npz", GOOD, command="info"), "damaged"),
     "info nothing": (lambda tmp: ["info", str(tmp / "no")], "there is no such model"),
     "temperature": (lambda tmp: ["sample", str(tmp), "--temperature", "-1"], "of at least 0, found -1"),
-    "no command": (lambda tmp: [], "required"),
     "unknown command": (lambda tmp: ["translate"], "invalid choice: 'translate'"),
 }
 

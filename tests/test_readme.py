@@ -31,3 +31,12 @@ def test_readme(tmp_path, monkeypatch):
 def test_marked_blocks_are_left_out():
     text = "a\n```python\nx = 1\n```\n<!-- not run: GPU -->\n```python\ny\n```\n```sh\nz\n```\n"
     assert blocks(text) == [(2, "x = 1\n")]
+
+
+def test_the_tests_it_names_exist():
+    here = Path(__file__).parent
+    named = re.findall(r"`(?:tests/)?(test_\w+\.py)(?:::(test_\w+))?`", README.read_text(encoding="utf-8"))
+    assert len(named) > 20
+    for file, name in named:
+        source = (here / file).read_text(encoding="utf-8")
+        assert f"def {name or 'test_'}" in source, f"README.md names {file}::{name}"

@@ -7,12 +7,14 @@ import json
 import os
 import struct
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
 
 import xprnn
-from xprnn import store
+from xprnn import archive, store
+from xprnn.archive import FORMAT
 from xprnn.arrays import InputError
 
 ENDINGS = (".safetensors", ".npz")
@@ -62,6 +64,10 @@ def raw_safetensors(tensors: dict, metadata: dict | None, data: bytes) -> bytes:
     return struct.pack("<Q", len(header)) + header + data
 
 
+def ours(text: str) -> dict[str, str]:
+    return {FORMAT: text, "xprnn.crc32": str(zlib.crc32(text.encode()))}
+
+
 def foreign_safetensors() -> bytes:
     return raw_safetensors({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, None, b"\0" * 4)
 
@@ -105,12 +111,12 @@ def huge_model() -> bytes:
         name: {"dtype": "F32", "shape": [1] * len(shape), "data_offsets": [4 * i, 4 * i + 4]}
         for i, (name, shape) in enumerate(shapes.items())
     }
-    metadata = {store.FORMAT: json.dumps({"model": config, "metadata": {}})}
+    metadata = ours(json.dumps({"model": config, "metadata": {}}))
     return raw_safetensors(tensors, metadata, b"\0" * 4 * len(shapes))
 
 
 def unknown_model() -> bytes:
-    return raw_safetensors({}, {store.FORMAT: json.dumps({"model": {"type": "Transformer"}})}, b"")
+    return raw_safetensors({}, ours(json.dumps({"model": {"type": "Transformer"}})), b"")
 
 
 BAD_FILES = {
@@ -120,8 +126,9 @@ BAD_FILES = {
     "lying": (".safetensors", lying_safetensors(), "damaged"),
     "huge": (".safetensors", huge_model(), "the model expects"),
     "unknown": (".safetensors", unknown_model(), "holds no model this xprnn knows"),
-    "not JSON": (".safetensors", raw_safetensors({}, {store.FORMAT: "{"}, b""), "damaged"),
-    "list": (".safetensors", raw_safetensors({}, {store.FORMAT: "[]"}, b""), "not a JSON object"),
+    "not JSON": (".safetensors", raw_safetensors({}, ours("{"), b""), "damaged"),
+    "list": (".safetensors", raw_safetensors({}, ours("[]"), b""), "not a JSON object"),
+    "no checksum": (".safetensors", raw_safetensors({}, {FORMAT: "{}"}, b""), "does not match its checksum"),
     "empty npz": (".npz", b"", "damaged"),
     "text npz": (".npz", b"once upon a time there was a model", "damaged"),
     "foreign npz": (".npz", foreign_npz(), "not written by xprnn"),
@@ -182,7 +189,7 @@ def test_parameters_that_are_not_the_models(tmp_path, model, params, ending, cha
         xprnn.save(path, model, change(params))
     assert list(tmp_path.iterdir()) == []
     arrays = {k: np.asarray(v) for k, v in change(params).items()}
-    store.write_arrays(path, arrays, {"model": model.config(), "metadata": {}})
+    archive.write_arrays(path, arrays, {"model": model.config(), "metadata": {}})
     with pytest.raises(InputError, match=message):
         xprnn.load(path)
 
@@ -206,3 +213,68 @@ def test_places_that_cannot_be_written(tmp_path, model, params):
         xprnn.save(tmp_path / "no" / "model.safetensors", model, params)
     with pytest.raises(InputError, match=r"expected a name ending in \.safetensors or \.npz, found \.h5"):
         xprnn.save(tmp_path / "model.h5", model, params)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_names_in_a_state_do_not_collide(tmp_path, ending):
+    state = {"a": {"b": np.ones(1)}, "a.b": np.zeros(1), "a\0/..": (np.full(1, 2.0), {"": None})}
+    xprnn.save_state(tmp_path / f"s{ending}", state)
+    assert xprnn.load_state(tmp_path / f"s{ending}") == state
+    with pytest.raises(InputError, match="dicts with strings as keys"):
+        xprnn.save_state(tmp_path / f"s{ending}", {1: np.ones(1), "1": np.zeros(1)})
+
+
+def all_as(convert):
+    return lambda model, params: {"params": {name: convert(array) for name, array in params.items()}}
+
+
+UNSAVABLE = {
+    "lists": (all_as(lambda a: a.tolist()), "must be an array"),
+    "none": (all_as(lambda _: None), "must be an array, found None"),
+    "objects": (all_as(lambda a: a.astype(object)), "has dtype object, a file holds float16"),
+    "complex": (all_as(lambda a: a.astype(np.complex64)), "has dtype complex64"),
+    "no params": (lambda *_: {"params": None}, "params must be a dict, found NoneType"),
+    "number as name": (lambda _, p: {"params": {**p, 1: np.zeros(1), "x": np.zeros(1)}}, "extra parameters 1, x"),
+    "no model": (lambda *_: {"model": None}, "model must be a layer or Sequential, found NoneType"),
+    "a class": (lambda *_: {"model": xprnn.RNN}, "model must be a layer or Sequential, found type"),
+    "list as metadata": (lambda *_: {"metadata": [1]}, "metadata must be a dict, found list"),
+    "set in metadata": (lambda *_: {"metadata": {"a": {1}}}, "metadata that JSON can hold, but .* set"),
+    "path": (lambda *_: {"path": None}, "save: expected a path, found NoneType"),
+    "zero in a path": (lambda *_: {"path": "a\0b.npz"}, r"found 'a\\x00b\.npz' with a zero character"),
+}
+if np.longdouble(0).dtype.itemsize > 8:
+    UNSAVABLE["long double"] = (all_as(np.longdouble), "has dtype (longdouble|float128|float96)")
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("case", UNSAVABLE)
+def test_what_cannot_be_saved_is_refused_in_one_line(tmp_path, model, params, ending, case):
+    change, message = UNSAVABLE[case]
+    given = {"path": tmp_path / f"m{ending}", "model": model, "params": params, "metadata": {}}
+    with pytest.raises(InputError, match=message) as error:
+        xprnn.save(**{**given, **change(model, params)})
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_bad_arguments_of_load(tmp_path, model, params, ending):
+    path = tmp_path / f"m{ending}"
+    xprnn.save(path, model, params)
+    xprnn.save_state(tmp_path / f"s{ending}", params)
+    for load, file in ((xprnn.load, path), (xprnn.load_state, tmp_path / f"s{ending}")):
+        for bad in (None, 3, "a\0.npz"):
+            with pytest.raises(InputError, match="expected a path, found"):
+                load(bad)
+        with pytest.raises(InputError, match="like must be an array"):
+            load(file, like=[1.0])
+
+
+def test_torch_bfloat16_is_refused_both_ways(tmp_path, model, params):
+    torch = pytest.importorskip("torch")
+    short = {name: torch.tensor(array, dtype=torch.bfloat16) for name, array in params.items()}
+    with pytest.raises(InputError, match=r"is torch\.bfloat16, which NumPy cannot hold"):
+        xprnn.save(tmp_path / "m.npz", model, short)
+    xprnn.save(tmp_path / "m.npz", model, params)
+    with pytest.raises(InputError, match=r"cannot be loaded as torch\.bfloat16"):
+        xprnn.load(tmp_path / "m.npz", like=next(iter(short.values())))

@@ -118,6 +118,30 @@ def test_counting_agrees_with_brute_force(rng, order):
     assert counting_bits(train, held_out, 7, order) == pytest.approx(want, rel=1e-12)
 
 
+def brute_force_bits_of_both_sides(train: list[int], held_out: list[int], characters: int, order: int) -> float:
+    text, bits = [-1] * order + train + held_out + [-1] * order, 0.0
+    last = order + len(train) - order  # later ones would count with held-out characters beside them
+    near = [d for k in range(1, order + 1) for d in (-k, k)]
+    for i in range(order + len(train), len(text) - order):
+        p = 1 / characters
+        for k in range(len(near) + 1):
+            context = [text[i + d] for d in near[:k]]
+            seen = Counter(text[j] for j in range(order, last) if [text[j + d] for d in near[:k]] == context)
+            if seen:
+                p = (seen[text[i]] + len(seen) * p) / (seen.total() + len(seen))
+        bits -= math.log2(p)
+    return bits / len(held_out)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_counting_on_both_sides_agrees_with_brute_force(rng, order):
+    text = rng.choice(4, size=200, p=[0.4, 0.3, 0.2, 0.1])
+    text[1:] = np.where(rng.random(199) < 0.6, (text[:-1] + 1) % 4, text[1:])
+    train, held_out = text[:150], text[150:]
+    want = brute_force_bits_of_both_sides(train.tolist(), held_out.tolist(), 5, order)
+    assert counting_bits(train, held_out, 5, order, both_sides=True) == pytest.approx(want, rel=1e-12)
+
+
 def test_counting_contexts_never_collide_for_huge_vocabularies():
     text = np.array([2**40, 1, 2, 3] * 50)
     assert counting_bits(text[:150], text[150:], 2**41, 3) < 0.5

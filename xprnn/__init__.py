@@ -6,13 +6,15 @@ proves every gradient. See README.md for the map.
 
 from xprnn import activations, bptt, cells
 from xprnn.activations import Activation, activation
+from xprnn.around import Around
 from xprnn.arrays import InputError
 from xprnn.article import rnn_backward, rnn_cell_backward, rnn_cell_forward, rnn_forward
 from xprnn.cells import Cell
+from xprnn.dense import Embedding, Linear
 from xprnn.gradcheck import GradientError, NotDifferentiableError, check_gradients, check_layer
 from xprnn.layers import GRU, LSTM, RNN
 from xprnn.losses import cross_entropy, mse, softmax
-from xprnn.model import Embedding, Linear, Sequential
+from xprnn.model import Sequential
 from xprnn.optim import adagrad, adam, adamw, clip_by_global_norm, clip_by_value, rmsprop, sgd
 from xprnn.recurrent import Recurrent
 from xprnn.stack import Gradients
@@ -25,6 +27,7 @@ __all__ = [
     "LSTM",
     "RNN",
     "Activation",
+    "Around",
     "Cell",
     "Embedding",
     "GradientError",

@@ -15,7 +15,7 @@ from xprnn import scan
 from xprnn.affine import affine, affine_back
 from xprnn.arrays import Array, InputError, Namespace, Params, check_shape, resolve
 from xprnn.cells import elman
-from xprnn.losses import _softmax, softmax
+from xprnn.losses import softmax, softmax_over
 from xprnn.tape import Steps
 
 __all__ = ["CellCaches", "rnn_backward", "rnn_cell_backward", "rnn_cell_forward", "rnn_forward", "softmax"]
@@ -67,7 +67,10 @@ def _resolve(where: str, parameters: Any, **arrays: Array) -> Namespace:
     missing = [k for k in _KEYS if k not in parameters]
     if missing:
         raise InputError(f"{where}: parameters has no {', '.join(missing)} (expected {', '.join(_KEYS)})")
-    xp = resolve(where, arrays | {k: parameters[k] for k in _KEYS})
+    given = arrays | {k: parameters[k] for k in _KEYS}
+    if absent := [k for k, a in given.items() if a is None]:
+        raise InputError(f"{where}: {absent[0]} must be an array, found None")
+    xp = resolve(where, given)
     n_a, n_x = (*parameters["Wax"].shape, 0, 0)[:2]
     n_y = (*parameters["Wya"].shape, 0)[0]
     shapes = {"Wax": (n_a, n_x), "Waa": (n_a, n_a), "Wya": (n_y, n_a), "ba": (n_a, 1), "by": (n_y, 1)}
@@ -114,7 +117,7 @@ def rnn_cell_forward(xt: Array, a_prev: Array, parameters: Params) -> tuple[Arra
     (h,) = scan.step_once(xp, elman(), _core(parameters), _turn(xp, xt), (_turn(xp, a_prev),))
     logits = affine(xp, h, parameters["Wya"], parameters["by"][:, 0])
     a_next = _turn(xp, h)
-    return a_next, _turn(xp, _softmax(xp, logits, -1)[0]), (a_next, a_prev, xt, parameters)
+    return a_next, _turn(xp, softmax_over(xp, logits, -1)), (a_next, a_prev, xt, parameters)
 
 
 def rnn_forward(x: Array, a0: Array, parameters: Params) -> tuple[Array, Array, tuple[CellCaches, Array]]:
@@ -148,7 +151,7 @@ def rnn_forward(x: Array, a0: Array, parameters: Params) -> tuple[Array, Array, 
     logits = affine(xp, h, parameters["Wya"], parameters["by"][:, 0])
     a = _turn(xp, h)
     caches = CellCaches(a, a0, x, parameters, tape, range(x.shape[2]))
-    return a, _turn(xp, _softmax(xp, logits, -1)[0]), (caches, x)
+    return a, _turn(xp, softmax_over(xp, logits, -1)), (caches, x)
 
 
 def _head_back(xp: Namespace, parameters: Params, dlogits: Array, h: Array) -> tuple[Array, Params]:

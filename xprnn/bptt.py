@@ -14,6 +14,8 @@ doesn't grow with T.
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from xprnn.affine import zeros
 from xprnn.arrays import Array, InputError, Params, namespace
 
@@ -39,7 +41,7 @@ class WindowGradients(NamedTuple):
 
 def _check(k1: Any, k2: Any, burn_in: Any) -> None:
     for name, value, least in (("k1", k1, 1), ("k2", k2, k1), ("burn_in", burn_in, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
             floor = "k1" if name == "k2" else least
             raise InputError(f"windows: {name} must be an integer >= {floor}, found {value!r}")
 
@@ -127,6 +129,9 @@ def gradients(
     Returns:
         WindowGradients(value, dparams, state); value and dparams are None in burn-in.
 
+    Raises:
+        InputError: a model that reads batch-first or in both directions.
+
     >>> import numpy as np, xprnn
     >>> model, rng = xprnn.RNN(2, 3), np.random.default_rng(0)
     >>> params = model.init(rng, like=np.zeros(0))
@@ -138,6 +143,10 @@ def gradients(
     >>> seen
     35
     """
+    for part in getattr(model, "parts", {"": model}).values():
+        for name in ("batch_first", "bidirectional"):
+            if getattr(part, name, False):
+                raise InputError(f"bptt.gradients: windows walk forward in time, time first: the model has {name}=True")
     if window.target is None:
         return WindowGradients(None, None, model(params, window.x, state)[1])
     y, final, tape = model.forward(params, window.x, state)

@@ -24,6 +24,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from xprnn.activations import Activation, activation
+from xprnn.arrays import InputError
 
 __all__ = ["Cell", "Pointwise", "elman", "gru", "gru_reset_before", "lstm"]
 
@@ -68,6 +69,13 @@ class Cell:
     states: tuple[str, ...] = ("h",)
     vectors: tuple[str, ...] = ()
     early: int = 0
+
+    def __post_init__(self) -> None:
+        gates: Any = self.gates
+        if not isinstance(gates, int) or gates < 1:
+            raise InputError(f"Cell {self.name}: gates must be an integer >= 1, found {self.gates!r}")
+        if not callable(self.build):
+            raise InputError(f"Cell {self.name}: build must be a function of a namespace, found {self.build!r}")
 
     def over(self, xp: Any) -> Pointwise:
         """The cell's functions over the namespace `xp`."""

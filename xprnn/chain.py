@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from math import ceil, isqrt, sqrt
 from typing import Any
 
+import numpy as np
 from numpy.random import PCG64, Generator
 
 from xprnn import scan
@@ -179,7 +180,7 @@ def dropout_mask(rng: Generator, p: float, y: Array) -> Array:
     return from_numpy((rng.random(tuple(y.shape)) >= p) / (1 - p), like=y)
 
 
-_CACHE = 1 << 18
+_SMALL = 1 << 22
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -188,7 +189,7 @@ def segment_length(where: str, checkpoint: Any, count: int, step_bytes: int, sta
 
     Args:
         where: the public function, named in errors.
-        checkpoint: None (keep everything), a number of steps, "sqrt" (about sqrt(T)), or bytes as in "64MiB".
+        checkpoint: None (keep everything), a number of steps, "sqrt" (2 sqrt(T)), or bytes as in "64MiB".
         count: T.
         step_bytes: what one step's tape and its adjoint take.
         state_bytes: what the states between two steps take.
@@ -196,10 +197,10 @@ def segment_length(where: str, checkpoint: Any, count: int, step_bytes: int, sta
     if checkpoint is None:
         return None
     if checkpoint == "sqrt":
-        # Segments that fit a cache cost time to cut further and save nothing that anyone could measure.
-        return max(1, isqrt(count - 1) + 1 if count else 1, _CACHE // max(1, step_bytes))
-    if isinstance(checkpoint, int) and not isinstance(checkpoint, bool) and checkpoint >= 1:
-        return checkpoint
+        # Twice the root costs little memory and halves what cutting costs in time; what takes 4 MiB is not cut at all.
+        return max(1, 2 * isqrt(count), _SMALL // max(1, step_bytes))
+    if not isinstance(checkpoint, bool) and isinstance(checkpoint, (int, np.integer)) and checkpoint >= 1:
+        return int(checkpoint)
     number = checkpoint.rstrip("BKMGibkmg ") if isinstance(checkpoint, str) else ""
     unit = checkpoint[len(number) :].strip().upper() if isinstance(checkpoint, str) else ""
     if unit not in _UNITS or not number.replace(".", "", 1).isdigit():

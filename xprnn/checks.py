@@ -3,6 +3,7 @@
 Errors say where, which argument, what was expected and what was found.
 """
 
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from xprnn.arrays import (
     from_numpy,
     is_integer,
     is_numpy,
+    on_host,
     resolve,
 )
 from xprnn.layout import names_of
@@ -32,7 +34,10 @@ __all__ = [
     "check_param_shapes",
     "check_params",
     "check_rng",
+    "flag",
     "fraction",
+    "keep_positive",
+    "need",
     "positive",
     "steps_of",
 ]
@@ -46,6 +51,8 @@ def check_params(where: str, params: Any, shapes: dict[str, tuple[int, ...]]) ->
         missing, extra = sorted(shapes.keys() - params.keys()), sorted(params.keys() - shapes.keys())
         parts = [f"{what} {', '.join(n)}" for what, n in (("missing", missing), ("unexpected", extra)) if n]
         raise InputError(f"{where}: params: {'; '.join(parts)} (expected {', '.join(shapes)})")
+    for name, value in params.items():
+        need(where, name, value)
 
 
 def check_param_shapes(where: str, params: Params, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -64,7 +71,7 @@ def _check_x(where: str, layer: Any, xp: Namespace, x: Array, lead: str) -> None
             raise InputError(
                 f"{where}: integer x must be ({axes}), the numbers of one-hot classes, found shape {tuple(x.shape)}"
             )
-        check_integers(where, "x", xp, x, d)
+        check_integers(where, "x", x, d)
     elif x.ndim != rank + 1:
         raise InputError(f"{where}: x must be ({axes},D), {rank + 1} axes, found shape {tuple(x.shape)}")
     elif x.shape[-1] != d:
@@ -85,6 +92,7 @@ def check_call(where: str, layer: Any, params: Params, x: Array, state: Any, lea
     """The namespace of a layer's arguments, which are checked against its configuration and each other."""
     shapes, _ = names_of(layer)
     check_params(where, params, shapes)
+    need(where, "x", x)
     floats = dict(params) | {f"state[{i}]" if i else "state": a for i, a in enumerate(arrays_in(state))}
     integer = not hasattr(x, "dtype") or not _is_float(x)
     xp = resolve(where, floats if integer else {"x": x, **floats}, {"x": x} if integer else None)
@@ -122,20 +130,22 @@ def steps_of(where: str, layer: Any, xp: Namespace, x: Array, lengths: Any, mask
 
 
 def _lengths(where: str, xp: Namespace, x: Array, lengths: Any, n: int, count: int) -> Array:
-    host = isinstance(lengths, (list, tuple, np.ndarray))
-    if host:
-        lengths = np.asarray(lengths)
+    plain = isinstance(lengths, (list, tuple, np.ndarray))
+    if plain:
+        try:
+            lengths = np.asarray(lengths)
+        except ValueError:
+            raise InputError(f"{where}: lengths must be (N,) integers, found a nested sequence") from None
         lengths = lengths.astype(int) if lengths.shape == (0,) else lengths
-        if lengths.dtype.kind in "iu" and lengths.size and (lengths.min() < 0 or lengths.max() > count):
-            raise InputError(f"{where}: lengths must be in 0..T={count}, found {lengths.tolist()}")
-        kind = lengths.dtype.kind in "iu"
     else:
         resolve(where, {}, {"x": x, "lengths": lengths})
-        kind = is_integer(xp, lengths)
-    if not kind:
+    if not (lengths.dtype.kind in "iu" if plain else is_integer(xp, lengths)):
         raise InputError(f"{where}: lengths must be integers, found {lengths.dtype}")
     check_shape(where, "lengths", "(N,)", lengths, (n,))
-    return from_numpy(lengths, like=x) if host and not is_numpy(xp) else lengths
+    host = on_host(lengths)
+    if host is not None and host.size and (host.min() < 0 or host.max() > count):
+        raise InputError(f"{where}: lengths must be in 0..T={count}, found {host.tolist()}")
+    return from_numpy(lengths, like=x) if plain and not is_numpy(xp) else lengths
 
 
 def check_inner(
@@ -158,16 +168,35 @@ def check_inner(
     return out
 
 
-def positive(where: str, name: str, value: Any, least: int = 1) -> None:
-    """Raise InputError unless `value` is an integer >= least."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def positive(where: str, name: str, value: Any, least: int = 1) -> int:
+    """`value` as an int (np.int64 and the like are integers too); InputError unless it is one, and >= least."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise InputError(f"{where}: {name} must be an integer >= {least}, found {value!r}")
+    return int(value)
+
+
+def keep_positive(config: Any, *names: str, least: int = 1) -> None:
+    """Put `positive` of these attributes in their place in a frozen configuration."""
+    for name in names:
+        object.__setattr__(config, name, positive(type(config).__name__, name, getattr(config, name), least))
 
 
 def fraction(where: str, name: str, value: Any) -> None:
     """Raise InputError unless 0 <= `value` < 1."""
     if not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise InputError(f"{where}: {name} must be in [0, 1), found {value!r}")
+
+
+def need(where: str, name: str, value: Any) -> None:
+    """Raise InputError if `value` is None where an array is needed."""
+    if value is None:
+        raise InputError(f"{where}: {name} must be an array, found None")
+
+
+def flag(where: str, name: str, value: Any) -> None:
+    """Raise InputError unless `value` is True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise InputError(f"{where}: {name} must be True or False, found {value!r}")
 
 
 def check_init(where: str, rng: Any, like: Any) -> None:

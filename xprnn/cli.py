@@ -1,13 +1,14 @@
 """The command line: `python -m xprnn train | sample | info`.
 
-A command is a row of `COMMANDS`: its help, the function that declares its arguments, and the one that runs it and
-returns the exit code. Whatever it needs beyond the standard library it imports when it runs. An `InputError` becomes
-one line on stderr and exit code 2.
+A command is a row of `COMMANDS`: its help, examples, the function that declares its arguments, and the one that runs
+it and returns the exit code. Whatever it needs beyond the standard library it imports when it runs. An `InputError`
+becomes one line on stderr and exit code 2.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import sys
@@ -45,17 +46,25 @@ _positive, _non_negative = _number(float, 0, open_below=True), _number(float, 0)
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("file", nargs="?", help="a UTF-8 text (default: the Python manual's topics in the standard library)")
+    add(
+        "file",
+        nargs="?",
+        metavar="FILE",
+        help="a UTF-8 text (default: the Python manual's topics in the standard library)",
+    )
     add("--out", metavar="DIR", help="where to write (default: xprnn-run, or the first free xprnn-run-2, ...)")
     add("--resume", metavar="DIR", help="go on with the run in DIR, to the last bit as if it had never stopped")
     add("--backend", choices=("auto", "numpy", "cupy"), help="array library (default: auto, CuPy where a GPU is)")
     add("--cell", choices=("elman", "lstm", "gru"), help="recurrent cell (default: elman)")
     add("--hidden", type=_count, metavar="H", help="hidden units of a layer (default: 256)")
     add("--layers", type=_count, metavar="L", help="layers (default: 1)")
+    both = "two directions: restore each character from both sides, instead of predicting the next (1 layer)"
+    add("--bidirectional", action="store_true", default=None, help=both)
     add("--batch", type=_count, metavar="N", help="streams read in parallel (default: 16)")
     add("--window", type=_count, metavar="T", help="steps a gradient reaches back (default: 64)")
     add("--learning-rate", type=_positive, metavar="A", help="Adam's, at its highest (default: 1/H, at most 0.004)")
     add("--seed", type=_natural, help="of the first parameters and of the final sample (default: 0)")
+    add("--threads", type=_count, help="of NumPy's matrix library; more than 1 pays for wide layers only (default: 1)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=_count, help="windows to learn from (default: 7000)")
     length.add_argument("--epochs", type=_positive, help="times to read the text")
@@ -64,7 +73,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("dir", help="the DIR of a run, or a model file")
+    add("dir", metavar="DIR", help="the DIR of a run, or a model file")
     add("--prompt", default="", help="text to go on from (default: a new line)")
     add("--length", type=_natural, default=1000, help="characters to write (default: 1000)")
     add("--temperature", type=_non_negative, default=0.7, help="0: the likeliest; 1: as learnt (default: 0.7)")
@@ -74,7 +83,7 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _info_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help="a model file, or the DIR of a run")
+    parser.add_argument("file", metavar="DIR", help="the DIR of a run, or a model file")
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -137,18 +146,41 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
+_EXAMPLES = """
+  python -m xprnn train
+  python -m xprnn sample xprnn-run --prompt "The "
+  python -m xprnn train --help
+"""
+_TRAIN_EXAMPLES = """
+  python -m xprnn train                                    the manual every Python carries, about two minutes
+  python -m xprnn train book.txt --cell lstm --out book    another text, another cell
+  python -m xprnn train book.txt --layers 2 --minutes 30   by the clock
+  python -m xprnn train book.txt --bidirectional           restore characters instead of writing
+  python -m xprnn train --resume book --steps 20000        go on, or make a finished run longer
+Ctrl-C saves and says how to go on. DIR holds the model, the curve (CSV; PNG where matplotlib is) and the checkpoint.
+"""
+_SAMPLE_EXAMPLES = """
+  python -m xprnn sample book --prompt "Once upon"
+  python -m xprnn sample book --temperature 0.4 --length 5000 > more.txt
+"""
+_INFO_EXAMPLES = """
+  python -m xprnn info book
+  python -m xprnn info model.npz
+"""
 COMMANDS = {
-    "train": ("learn to write from a text", _train_arguments, _train),
-    "sample": ("write text with a trained model", _sample_arguments, _sample),
-    "info": ("say what is in a model file", _info_arguments, _info),
+    "train": ("learn to write from a text, or to restore one", _TRAIN_EXAMPLES, _train_arguments, _train),
+    "sample": ("write text with a trained model", _SAMPLE_EXAMPLES, _sample_arguments, _sample),
+    "info": ("say what is in a model file", _INFO_EXAMPLES, _info_arguments, _info),
 }
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="xprnn", description="Recurrent neural networks on plain arrays.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
-    for name, (text, arguments, _) in COMMANDS.items():
-        arguments(commands.add_parser(name, help=text, description=text.capitalize() + "."))
+    about, raw = "Recurrent neural networks on plain arrays.", argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="xprnn", description=about, epilog="examples:" + _EXAMPLES, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", metavar="|".join(COMMANDS))
+    for name, (text, examples, arguments, _) in COMMANDS.items():
+        about, end = text.capitalize() + ".", "examples:" + examples
+        arguments(commands.add_parser(name, help=text, description=about, epilog=end, formatter_class=raw))
     return parser
 
 
@@ -158,11 +190,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words after the program's name; None: those of this process.
     """
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
     command = args.command
+    if command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without some character of the text shows "?" for it
+        sys.stdout.reconfigure(errors="replace")
     del args.command
     try:
-        return COMMANDS[command][2](args)
+        return COMMANDS[command][3](args)
     except InputError as error:
         problem = " ".join(str(error).split())
     except MemoryError:

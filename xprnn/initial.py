@@ -67,6 +67,9 @@ def draw(
     """
     is_hh = "weight_hh" in name
     if is_hh and spectral_radius is not None:
+        number: Any = spectral_radius
+        if not isinstance(number, (int, float)) or not 0 <= number < float("inf"):
+            raise InputError(f"init: spectral_radius must be a number >= 0, found {spectral_radius!r}")
         return _by_gate(lambda r, s: _radius(r, s, spectral_radius), rng, shape, gates)
     if recipe == "uniform":
         bound = 1.0 / np.sqrt(max(1, hidden))

@@ -1,16 +1,18 @@
 """RNN, LSTM and GRU: the recurrent layer with their cells, and torch's names and shapes for what they hold."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from xprnn.activations import Activation
 from xprnn.arrays import InputError
 from xprnn.cells import Cell, elman, gru, gru_reset_before, lstm
-from xprnn.recurrent import Recurrent, positive
+from xprnn.recurrent import Recurrent, keep_positive
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class RNN(Recurrent):
     """Elman layers: h_t = f(W x_t + b_ih + U h_{t-1} + b_hh).
 
@@ -23,6 +25,25 @@ class RNN(Recurrent):
     """
 
     nonlinearity: Any = "tanh"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int | Sequence[int],
+        num_layers: int = 1,
+        nonlinearity: str | Activation = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        learned_state: bool = False,
+        cell: Cell | None = None,
+    ) -> None:
+        # Written out for torch's order, where the nonlinearity stands in the middle of what all layers share.
+        object.__setattr__(self, "nonlinearity", nonlinearity)
+        shared = (bias, batch_first, dropout, bidirectional)
+        super().__init__(input_size, hidden_size, num_layers, *shared, learned_state=learned_state, cell=cell)
 
     @property
     def core(self) -> Cell:
@@ -52,7 +73,7 @@ class LSTM(Recurrent):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("LSTM", "proj_size", self.proj_size, 0)
+        keep_positive(self, "proj_size", least=0)
         if self.proj_size and self.proj_size >= min(self.sizes):
             raise InputError(
                 f"LSTM: proj_size must be smaller than hidden_size {min(self.sizes)}, found {self.proj_size}"

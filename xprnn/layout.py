@@ -63,7 +63,7 @@ def _column(where: str, layer: Any, name: str, part: Any, n: int, sizes: list[in
     """One of the cell's states for each layer and direction."""
     dirs, count = layer.directions, layer.num_layers
     if isinstance(layer.hidden_size, int):
-        if isinstance(part, (tuple, list)):
+        if part is None or isinstance(part, (tuple, list)):
             raise InputError(f"{where}: state {name} must be one array, found {_found(part)}")
         check_shape(where, f"state {name}", "(L*directions,N,H)", part, (count * dirs, n, sizes[0]))
         return [part[k, ...] for k in range(count * dirs)]

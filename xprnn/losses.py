@@ -3,7 +3,17 @@
 from typing import Any
 
 from xprnn.affine import zeros
-from xprnn.arrays import Array, InputError, Namespace, check_integers, check_shape, device_of, is_integer, resolve
+from xprnn.arrays import (
+    Array,
+    InputError,
+    Namespace,
+    as_index,
+    check_integers,
+    check_shape,
+    device_of,
+    is_integer,
+    resolve,
+)
 
 __all__ = ["cross_entropy", "mse", "softmax"]
 
@@ -30,21 +40,25 @@ def softmax(x: Array, axis: int = 0) -> Array:
            [0.5, 0. ]])
     """
     xp = resolve("softmax", {"x": x})
-    if not -x.ndim <= axis < x.ndim:
+    number: Any = axis
+    if not isinstance(number, int) or not -x.ndim <= axis < x.ndim:
         raise InputError(
             f"softmax: axis must be in {-x.ndim}..{x.ndim - 1} for x of shape {tuple(x.shape)}, found {axis}"
         )
-    return _softmax(xp, x, axis)[0]
+    return softmax_over(xp, x, axis)
 
 
-def _softmax(xp: Namespace, x: Array, axis: int) -> tuple[Array, Array]:
-    """(softmax, log softmax)."""
-    if x.shape[axis] == 0:
-        return x, x
-    shifted = x - xp.max(x, axis=axis, keepdims=True)
+def softmax_over(xp: Namespace, x: Array, axis: int) -> Array:
+    """`softmax` without its checks."""
+    _, e, total = _exponentials(xp, x, axis)
+    return e / total
+
+
+def _exponentials(xp: Namespace, x: Array, axis: int) -> tuple[Array, Array, Array]:
+    """x shifted by its maximum along the axis, its exponential, and the sum of that."""
+    shifted = x - xp.max(x, axis=axis, keepdims=True) if x.shape[axis] else x
     e = xp.exp(shifted)
-    total = xp.sum(e, axis=axis, keepdims=True, dtype=x.dtype)
-    return e / total, shifted - xp.log(total)
+    return shifted, e, xp.sum(e, axis=axis, keepdims=True, dtype=x.dtype)
 
 
 def _weights(where: str, xp: Namespace, like: Array, shape: tuple[int, ...], mask: Any, weights: Any) -> Array:
@@ -74,24 +88,36 @@ def _scale(xp: Namespace, where: str, w: Array, reduction: str) -> Array:
     return xp.where(total != 0, one / xp.where(total != 0, total, one), xp.zeros_like(one))
 
 
-def _wanted(where: str, xp: Namespace, logits: Array, targets: Array, w: Array | None, axis: int) -> Array:
-    """The targets as probabilities of logits' shape; an integer of weight 0 may lie outside the classes."""
-    v, shape = logits.shape[axis], tuple(s for k, s in enumerate(logits.shape) if k != axis)
-    if not is_integer(xp, targets):
-        resolve(where, {"logits": logits, "targets": targets})
-        check_shape(where, "targets", "(one-hot: the shape of logits)", targets, tuple(logits.shape))
-        return targets
+def _classes(where: str, xp: Namespace, logits: Array, targets: Array, w: Array | None, axis: int) -> Array:
+    """Integer targets, checked, with an axis of length 1 for the classes; those of weight 0 may be anything."""
+    shape = tuple(s for k, s in enumerate(logits.shape) if k != axis)
     hint = "(logits without the class axis" + (f" {axis}; the article's layout needs axis=0)" if axis else ")")
     check_shape(where, "targets", hint, targets, shape)
     if w is not None:
         targets = xp.where(w != 0, targets, xp.zeros_like(targets))
-    check_integers(where, "targets", xp, targets, v)
-    classes = xp.reshape(
-        xp.arange(v, dtype=targets.dtype, device=device_of(logits)),
-        tuple(v if k == axis else 1 for k in range(logits.ndim)),
-    )
-    hit = xp.expand_dims(targets, axis=axis) == classes
-    return xp.where(hit, xp.ones_like(logits), xp.zeros_like(logits))
+    check_integers(where, "targets", targets, logits.shape[axis])
+    return xp.expand_dims(as_index(xp, targets), axis=axis)
+
+
+def _of_classes(xp: Namespace, logits: Array, targets: Array, w: Array, axis: int) -> tuple[Array, Array]:
+    """The weighted sum of -log p[target], and its gradient w (p - onehot)."""
+    shifted, e, total = _exponentials(xp, logits, axis)
+    picked = xp.take_along_axis(shifted, targets, axis=axis)
+    value = xp.sum(w * (xp.log(total) - picked), dtype=logits.dtype)
+    v = logits.shape[axis]
+    every = xp.arange(v, dtype=targets.dtype, device=device_of(logits))
+    hit = targets == xp.reshape(every, tuple(v if k == axis else 1 for k in range(logits.ndim)))
+    gradient = e * (w / total)
+    return value, xp.where(hit, gradient - w, gradient)
+
+
+def _of_probabilities(xp: Namespace, logits: Array, wanted: Array, w: Array, axis: int) -> tuple[Array, Array]:
+    """The weighted sum of -wanted log p, and its gradient w (p sum(wanted) - wanted)."""
+    shifted, e, total = _exponentials(xp, logits, axis)
+    # A class that is not wanted has no share, however small its probability: 0 * -inf would be nan.
+    parts = xp.where(wanted != 0, wanted * (shifted - xp.log(total)), xp.zeros_like(e))
+    mass = xp.sum(wanted, axis=axis, keepdims=True, dtype=logits.dtype)
+    return -xp.sum(w * parts, dtype=logits.dtype), (e * (mass / total) - wanted) * w
 
 
 def cross_entropy(
@@ -134,14 +160,13 @@ def cross_entropy(
     some = mask is not None or weights is not None
     if some:  # padding may hold anything, and 0 * nan is nan
         logits = xp.where(xp.expand_dims(w != 0, axis=axis), logits, zeros(xp, (), logits))
-    wanted = _wanted(where, xp, logits, targets, w if some else None, axis)
-    p, logp = _softmax(xp, logits, axis)
-    # A class that is not wanted has no share, however small its probability: 0 * -inf would be nan.
-    parts = xp.where(wanted != 0, wanted * logp, xp.zeros_like(logp))
-    scaled = w * _scale(xp, where, w, reduction)
-    value = -xp.sum(xp.expand_dims(scaled, axis=axis) * parts, dtype=logits.dtype)
-    mass = xp.sum(wanted, axis=axis, keepdims=True, dtype=logits.dtype)
-    return value, (p * mass - wanted) * xp.expand_dims(scaled, axis=axis)
+    scaled = xp.expand_dims(w * _scale(xp, where, w, reduction), axis=axis)
+    if is_integer(xp, targets):
+        classes = _classes(where, xp, logits, targets, w if some else None, axis)
+        return _of_classes(xp, logits, classes, scaled, axis)
+    resolve(where, {"logits": logits, "targets": targets})
+    check_shape(where, "targets", "(one-hot: the shape of logits)", targets, tuple(logits.shape))
+    return _of_probabilities(xp, logits, targets, scaled, axis)
 
 
 def mse(

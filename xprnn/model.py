@@ -1,155 +1,18 @@
-"""The parts around a recurrent layer, and their chain: Linear, Embedding, Sequential, with a layer's verbs.
-
-Every part has init, call, forward, backward, step, config and shapes; a part without a state passes None through.
-"""
+"""Sequential: recurrent layers and the parts around them as one trainable model, which is one more layer."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numpy.random import Generator
 
-from xprnn.affine import affine, affine_back
-from xprnn.arrays import Array, InputError, Params, check_integers, check_shape, from_numpy, is_integer, resolve
-from xprnn.checks import check_init, check_param_shapes, check_params, positive
+from xprnn.around import Around
+from xprnn.arrays import Array, InputError, Params
+from xprnn.checks import check_init, check_params
+from xprnn.dense import Embedding, Linear
 from xprnn.layers import GRU, LSTM, RNN
 from xprnn.stack import Gradients
 
-__all__ = ["Embedding", "Linear", "Sequential", "from_config"]
-
-
-@dataclass(frozen=True)
-class Linear:
-    """The output head: y = x W' + b on the last axis, for all steps at once.
-
-    Args:
-        in_features: H >= 1.
-        out_features: V >= 1.
-        bias: whether b exists.
-
-    >>> import numpy as np
-    >>> head = Linear(3, 2)
-    >>> params = head.init(np.random.default_rng(0), like=np.zeros(0))
-    >>> head(params, np.ones((5, 4, 3)))[0].shape
-    (5, 4, 2)
-    """
-
-    in_features: int
-    out_features: int
-    bias: bool = True
-
-    def __post_init__(self) -> None:
-        positive("Linear", "in_features", self.in_features)
-        positive("Linear", "out_features", self.out_features)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The name and shape of every parameter."""
-        return {"weight": (self.out_features, self.in_features)} | ({"bias": (self.out_features,)} if self.bias else {})
-
-    def init(self, rng: Generator, like: Array) -> Params:
-        """torch's: U(-1/sqrt(in_features), 1/sqrt(in_features))."""
-        check_init("Linear.init", rng, like)
-        bound = 1 / np.sqrt(self.in_features)
-        return {name: from_numpy(rng.uniform(-bound, bound, shape), like) for name, shape in self.shapes().items()}
-
-    def __call__(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Array, None]:
-        """y (..., V) for x (..., H)."""
-        y, _, _ = self.forward(params, x)
-        return y, None
-
-    def forward(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Array, None, Any]:
-        """y (..., V), None, and the tape."""
-        where = "Linear.forward"
-        check_params(where, params, self.shapes())
-        xp = resolve(where, {"x": x, **params})
-        check_param_shapes(where, params, self.shapes())
-        if x.ndim == 0 or x.shape[-1] != self.in_features:
-            raise InputError(
-                f"{where}: x (...,H) must end in {self.in_features} features, found shape {tuple(x.shape)}"
-            )
-        return affine(xp, x, params["weight"], params.get("bias")), None, (xp, params, x)
-
-    def backward(self, tape: Any, dy: Array, dstate: None = None) -> Gradients:
-        """The adjoint of forward."""
-        xp, params, x = tape
-        resolve("Linear.backward", {"params": params["weight"], "dy": dy})
-        check_shape("Linear.backward", "dy", "(the shape of y)", dy, (*x.shape[:-1], self.out_features))
-        dx, dw, db = affine_back(xp, dy, x, params["weight"])
-        return Gradients(dx, None, {"weight": dw, "bias": db} if self.bias else {"weight": dw})
-
-    def step(self, params: Params, x: Array, state: None = None) -> tuple[Array, None]:
-        """One time step: x (N, H) -> y (N, V)."""
-        return self(params, x)
-
-    def config(self) -> dict[str, Any]:
-        """The configuration as JSON-able data."""
-        return {"type": "Linear", "in_features": self.in_features, "out_features": self.out_features, "bias": self.bias}
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """A look-up table: integers (...) -> rows (..., D) of a (V, D) weight.
-
-    Args:
-        num_embeddings: V >= 1.
-        embedding_dim: D >= 1.
-
-    >>> import numpy as np
-    >>> table = Embedding(5, 2)
-    >>> params = table.init(np.random.default_rng(0), like=np.zeros(0))
-    >>> table(params, np.asarray([[1, 4]]))[0].shape
-    (1, 2, 2)
-    """
-
-    num_embeddings: int
-    embedding_dim: int
-
-    def __post_init__(self) -> None:
-        positive("Embedding", "num_embeddings", self.num_embeddings)
-        positive("Embedding", "embedding_dim", self.embedding_dim)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The name and shape of every parameter."""
-        return {"weight": (self.num_embeddings, self.embedding_dim)}
-
-    def init(self, rng: Generator, like: Array) -> Params:
-        """torch's: standard normal."""
-        check_init("Embedding.init", rng, like)
-        return {"weight": from_numpy(rng.standard_normal(self.shapes()["weight"]), like)}
-
-    def __call__(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Array, None]:
-        """The rows (..., D) of the integers x (...)."""
-        y, _, _ = self.forward(params, x)
-        return y, None
-
-    def forward(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Array, None, Any]:
-        """The rows, None, and the tape."""
-        where = "Embedding.forward"
-        check_params(where, params, self.shapes())
-        xp = resolve(where, dict(params), {"x": x})
-        check_param_shapes(where, params, self.shapes())
-        if not is_integer(xp, x):
-            raise InputError(f"{where}: x must be integers in 0..{self.num_embeddings - 1}, found {x.dtype}")
-        check_integers(where, "x", xp, x, self.num_embeddings)
-        table = xp.permute_dims(params["weight"], (1, 0))
-        return affine(xp, x, table, None), None, (xp, table, x)
-
-    def backward(self, tape: Any, dy: Array, dstate: None = None) -> Gradients:
-        """The adjoint of forward; dx is None."""
-        xp, table, x = tape
-        resolve("Embedding.backward", {"params": table, "dy": dy})
-        check_shape("Embedding.backward", "dy", "(the shape of y)", dy, (*x.shape, self.embedding_dim))
-        _, dw, _ = affine_back(xp, dy, x, table)
-        return Gradients(None, None, {"weight": xp.permute_dims(dw, (1, 0))})
-
-    def step(self, params: Params, x: Array, state: None = None) -> tuple[Array, None]:
-        """One time step: integers (N,) -> (N, D)."""
-        return self(params, x)
-
-    def config(self) -> dict[str, Any]:
-        """The configuration as JSON-able data."""
-        return {"type": "Embedding", "num_embeddings": self.num_embeddings, "embedding_dim": self.embedding_dim}
+__all__ = ["Sequential", "from_config"]
 
 
 class Sequential:
@@ -197,7 +60,7 @@ class Sequential:
         return hash(tuple(self.parts.items()))
 
     def _recurrent(self) -> list[str]:
-        return [n for n, p in self.parts.items() if not isinstance(p, (Linear, Embedding))]
+        return [n for n, p in self.parts.items() if not isinstance(p, (Linear, Embedding, Around))]
 
     def _states(self, where: str, state: Any) -> dict[str, Any]:
         names = self._recurrent()
@@ -230,15 +93,27 @@ class Sequential:
         made = {n: p.init(rng, like, **(options if n in names else {})) for n, p in self.parts.items()}
         return {f"{n}.{k}": a for n, own in made.items() for k, a in own.items()}
 
-    def __call__(self, params: Params, x: Array, state: Any = None, **flags: Any) -> tuple[Array, Any]:
-        """Inference through all parts; flags (lengths, mask, reset) go to the recurrent ones."""
+    def __call__(
+        self, params: Params, x: Array, state: Any = None, lengths: Any = None, mask: Any = None, reset: Any = None
+    ) -> tuple[Array, Any]:
+        """Inference through all parts; lengths, mask and reset go to the recurrent ones."""
         own, states = self._own("Sequential", params), self._states("Sequential", state)
         for n, part in self.parts.items():
-            x, states[n] = part(own[n], x, states[n], **flags)
+            x, states[n] = part(own[n], x, states[n], lengths=lengths, mask=mask, reset=reset)
         return x, self._joined(states)
 
-    def forward(self, params: Params, x: Array, state: Any = None, **flags: Any) -> tuple[Array, Any, Any]:
-        """y, the final state, and the tape; flags as in a layer's forward."""
+    def forward(
+        self,
+        params: Params,
+        x: Array,
+        state: Any = None,
+        lengths: Any = None,
+        mask: Any = None,
+        reset: Any = None,
+        **options: Any,
+    ) -> tuple[Array, Any, Any]:
+        """y, the final state, and the tape; lengths, mask, reset and options as in a layer's forward."""
+        flags = {"lengths": lengths, "mask": mask, "reset": reset, **options}
         own, states = self._own("Sequential.forward", params), self._states("Sequential.forward", state)
         tapes = {}
         for n, part in self.parts.items():
@@ -247,6 +122,8 @@ class Sequential:
 
     def backward(self, tape: Any, dy: Array | None, dstate: Any = None) -> Gradients:
         """The adjoint of forward, part by part in reverse order."""
+        if not isinstance(tape, dict) or tape.keys() != self.parts.keys():
+            raise InputError("Sequential.backward: tape must be what this model's forward returned")
         dstates = self._states("Sequential.backward", dstate)
         dx, grads = dy, {}
         for n, part in reversed(self.parts.items()):
@@ -265,7 +142,7 @@ class Sequential:
         return {"type": "Sequential", "parts": {n: p.config() for n, p in self.parts.items()}}
 
 
-_TYPES: dict[str, Callable[..., Any]] = {"RNN": RNN, "LSTM": LSTM, "GRU": GRU, "Linear": Linear, "Embedding": Embedding}
+_TYPES: dict[str, Callable[..., Any]] = {part.__name__: part for part in (RNN, LSTM, GRU, Linear, Embedding, Around)}
 
 
 def from_config(config: Any) -> Any:

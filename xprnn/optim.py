@@ -8,6 +8,7 @@ step number 0, 1, 2, ...
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import cos, pi
+from numbers import Real
 from typing import Any
 
 from xprnn.arrays import Array, InputError, Params, namespace, resolve
@@ -73,7 +74,8 @@ class Optimizer:
         """
         _check_keys(f"{self.name}.update", params, grads)
         _check_state(f"{self.name}.update", self.moments, params, state)
-        rate = self.rate(state["step"]) if callable(self.rate) else self.rate
+        # A Python number: one of NumPy's would widen float32 parameters to its own dtype.
+        rate = float(self.rate(state["step"]) if callable(self.rate) else self.rate)
         step = state["step"] + 1
         out: Params = {}
         moments: dict[str, Params] = {m: {} for m in self.moments}
@@ -109,7 +111,7 @@ def _check_state(where: str, moments: tuple[str, ...], params: Params, state: An
 
 
 def _check_rate(where: str, rate: Any) -> None:
-    if not callable(rate) and not (isinstance(rate, (int, float)) and 0 <= rate < float("inf")):
+    if not callable(rate) and not (isinstance(rate, Real) and 0 <= float(rate) < float("inf")):
         raise InputError(f"{where}: learning_rate must be a number >= 0 or a function of the step, found {rate!r}")
 
 
@@ -214,6 +216,7 @@ def clip_by_value(grads: Params, limit: float) -> Params:
     """
     if not limit > 0:
         raise InputError(f"clip_by_value: limit must be > 0, found {limit!r}")
+    limit = float(limit)
     spaces = {k: resolve("clip_by_value", {k: g}) for k, g in grads.items()}
     return {k: spaces[k].minimum(spaces[k].maximum(g, -limit), limit) for k, g in grads.items()}
 
@@ -242,7 +245,7 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Array]:
     xp = resolve("clip_by_global_norm", dict(grads))
     squares = [xp.sum(g * g, dtype=g.dtype) for g in grads.values()]
     norm = xp.sqrt(xp.sum(xp.stack(squares), dtype=squares[0].dtype))
-    scale = xp.minimum(max_norm / (norm + 1e-6), xp.ones_like(norm))
+    scale = xp.minimum(float(max_norm) / (norm + 1e-6), xp.ones_like(norm))
     return {k: g * scale for k, g in grads.items()}, norm
 
 

@@ -15,11 +15,11 @@ from numpy.random import Generator
 from xprnn import stack
 from xprnn.arrays import Array, InputError, Params, from_numpy
 from xprnn.cells import Cell
-from xprnn.checks import check_init, fraction, positive
+from xprnn.checks import check_init, flag, fraction, keep_positive, positive
 from xprnn.initial import draw
 from xprnn.stack import Gradients, StackTape
 
-__all__ = ["Recurrent", "positive"]
+__all__ = ["Recurrent", "keep_positive"]
 
 State = Any
 
@@ -49,30 +49,28 @@ class Recurrent:
     """
 
     input_size: int
-    hidden_size: int | tuple[int, ...]
+    hidden_size: int | Sequence[int]
     num_layers: int = 1
-    bias: bool = field(default=True, kw_only=True)
-    batch_first: bool = field(default=False, kw_only=True)
-    dropout: float = field(default=0.0, kw_only=True)
-    bidirectional: bool = field(default=False, kw_only=True)
+    bias: bool = True
+    batch_first: bool = False
+    dropout: float = 0.0
+    bidirectional: bool = False
     learned_state: bool = field(default=False, kw_only=True)
     cell: Cell | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         where = type(self).__name__
-        positive(where, "input_size", self.input_size)
-        positive(where, "num_layers", self.num_layers)
+        keep_positive(self, "input_size", "num_layers")
         if isinstance(self.hidden_size, (tuple, list)):
-            object.__setattr__(self, "hidden_size", tuple(self.hidden_size))
-            if len(self.sizes) != self.num_layers:
-                raise InputError(
-                    f"{where}: hidden_size has {len(self.sizes)} entries but num_layers is {self.num_layers}"
-                )
+            sizes = tuple(positive(where, "hidden_size", size) for size in self.hidden_size)
+            object.__setattr__(self, "hidden_size", sizes)
+            if len(sizes) != self.num_layers:
+                raise InputError(f"{where}: hidden_size has {len(sizes)} entries but num_layers is {self.num_layers}")
         else:
-            positive(where, "hidden_size", self.hidden_size)
-        for size in self.sizes:
-            positive(where, "hidden_size", size)
+            keep_positive(self, "hidden_size")
         fraction(where, "dropout", self.dropout)
+        for name in ("bias", "batch_first", "bidirectional", "learned_state"):
+            flag(where, name, getattr(self, name))
         if not isinstance(self.core, Cell):
             raise InputError(f"{where}: cell must be an xprnn.Cell, found {type(self.core).__name__}")
 
@@ -91,7 +89,8 @@ class Recurrent:
     @property
     def sizes(self) -> tuple[int, ...]:
         """H of each layer."""
-        return self.hidden_size if isinstance(self.hidden_size, tuple) else (self.hidden_size,) * self.num_layers
+        h = self.hidden_size
+        return (h,) * self.num_layers if isinstance(h, int) else tuple(h)
 
     @property
     def directions(self) -> int:
@@ -178,7 +177,7 @@ class Recurrent:
         return value
 
     def __call__(
-        self, params: Params, x: Array, state: State = None, *, lengths: Any = None, mask: Any = None, reset: Any = None
+        self, params: Params, x: Array, state: State = None, lengths: Any = None, mask: Any = None, reset: Any = None
     ) -> tuple[Array, State]:
         """Inference: as `forward`, but nothing is kept and nothing is dropped out. Returns y and the final state."""
         y, final, _ = stack.forward(self, params, x, state, lengths=lengths, mask=mask, reset=reset, keep=False)
@@ -189,10 +188,10 @@ class Recurrent:
         params: Params,
         x: Array,
         state: State = None,
-        *,
         lengths: Any = None,
         mask: Any = None,
         reset: Any = None,
+        *,
         rng: Generator | None = None,
         checkpoint: int | str | None = None,
     ) -> tuple[Array, State, StackTape]:
@@ -209,11 +208,13 @@ class Recurrent:
             reset: like mask; where True, the row's state is its initial state again before that step (in the order
                 in which a direction walks), and the gradient goes to the initial state.
             rng: a numpy.random.Generator for dropout; None: no dropout.
-            checkpoint: how to bound the tape: keep the state of every k-th step only (k, an int), of every sqrt(T)-th
-                ("sqrt"), or what fits a number of bytes ("64MiB"), and run the steps between again in `backward`.
+            checkpoint: how to bound the tape: keep the state of every k-th step only (k, an int), of about sqrt(T) / 2
+                steps ("sqrt"; less than 4 MiB is not cut), or what fits a number of bytes ("64MiB"), and run the rest
+                again in `backward`.
 
         Returns:
-            y (T, N, directions*H), the final state shaped like `state`, and the tape for `backward`.
+            y (T, N, directions*H), the final state shaped like `state`, and the tape for `backward`. The tape refers to
+            x, params and state: replace them (as the optimisers do), but write into none before `backward`.
 
         Raises:
             InputError: shapes, dtypes, libraries or devices that don't fit; says which, expected and found.

@@ -8,7 +8,6 @@ when the run is interrupted.
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import math
 import os
@@ -20,15 +19,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from . import store
+from .archive import write_atomically
+from .around import reads_ahead
 from .arrays import Array, InputError, from_numpy, namespace, to_numpy
-from .sample import write
-from .text import Ids, Streams, Vocabulary, counting_bits, default_text, read_text, split, streams
+from .report import picture, report
+from .text import Corpus, Ids, Streams, streams
 from .train import Schedule, Snapshot, backend_array, begin, build, held_out_bits, keep, restore, train
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -45,27 +47,21 @@ class Options:
     cell: str = "elman"
     hidden: int = 256
     layers: int = 1
+    bidirectional: bool = False
     batch: int = 16
     window: int = 64
     learning_rate: float = 0.0
     seed: int = 0
+    threads: int = 1
     steps: int = 7000
     minutes: float | None = None
-
-
-class _Text(NamedTuple):
-    name: str
-    mark: str  # tells one text from another when a run is resumed
-    vocabulary: Vocabulary
-    train: Ids
-    held_out: Ids
 
 
 @dataclass
 class _Run:
     options: Options
     out: Path
-    text: _Text
+    text: Corpus
     like: Any
     model: Any
     now: Snapshot
@@ -81,7 +77,10 @@ class _Run:
         self.held_out = self._here(streams(held_out, max(1, min(32, len(held_out) // 200)), 1))
 
     def _here(self, arrays: tuple[Ids, Ids]) -> tuple[Array, Array]:
-        return from_numpy(arrays[0], like=self.like), from_numpy(arrays[1], like=self.like)
+        inputs, targets = arrays
+        if reads_ahead(self.model):  # each character is restored, the next one has been read
+            targets = inputs
+        return from_numpy(inputs, like=self.like), from_numpy(targets, like=self.like)
 
     def measure(self) -> float:
         bits = held_out_bits(self.model, self.now.params, *self.held_out)
@@ -91,12 +90,13 @@ class _Run:
 
     def save(self, bits: float) -> None:
         about = {"vocabulary": self.text.vocabulary.characters, "held_out_bits": bits, "step": self.now.step}
+        about["task"] = "each character from both sides" if reads_ahead(self.model) else "the next character"
         store.save(self.out / store.MODEL_FILE, self.model, self.now.params, {**about, "text": self.text.name})
         run = {"options": asdict(self.options), "mark": self.text.mark, "curve": self.curve}
         keep(self.out / CHECKPOINT, self.model, self.now, run)
         table = io.StringIO()
         csv.writer(table, lineterminator="\n").writerows([_COLUMNS, *self.curve])
-        store.write_atomically(self.out / "curve.csv", table.getvalue().encode())
+        write_atomically(self.out / "curve.csv", table.getvalue().encode())
 
     def learn(self, bar: Any, caught: list[int]) -> float:
         """Train to the end or until a signal is caught; return the last measured bits per character."""
@@ -127,7 +127,9 @@ def train_command(given: dict[str, Any]) -> int:
         given["file"] = str(Path(given["file"]).absolute())
     run, made = _resumed(given) if "resume" in given else _fresh(given)
     try:
-        return _watch(run)
+        # A step's products are small: a second thread gains little where it is free, and stalls all where it is not.
+        with threadpool_limits(run.options.threads, user_api="blas"):
+            return _watch(run)
     except InputError as error:
         if made and not run.curve:
             with suppress(OSError):
@@ -137,11 +139,11 @@ def train_command(given: dict[str, Any]) -> int:
 
 
 def _fresh(given: dict[str, Any]) -> tuple[_Run, bool]:
-    text = _read(given.get("file"))
+    text = Corpus.read(given.get("file"))
     known = {f.name for f in fields(Options)}
     options = _length(Options(**{k: v for k, v in given.items() if k in known}), given, text)
     array = backend_array(options.backend)
-    model = build(options.cell, len(text.vocabulary), options.hidden, options.layers)
+    model = build(options.cell, len(text.vocabulary), options.hidden, options.layers, options.bidirectional)
     _check_memory(model)
     now = begin(model, np.random.default_rng(options.seed), array)
     out = Path(given["out"]) if "out" in given else _free("xprnn-run")
@@ -160,7 +162,7 @@ def _resumed(given: dict[str, Any]) -> tuple[_Run, bool]:
         mark, curve = kept["mark"], [list(map(float, row)) for row in kept["curve"]]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{out / CHECKPOINT}: damaged ({error})") from None
-    text = _read(options.file)
+    text = Corpus.read(options.file)
     if text.mark != mark:
         raise InputError(f"--resume {out}: {text.name} is not the text this run has learnt from; give FILE")
     array = backend_array(options.backend)
@@ -169,18 +171,7 @@ def _resumed(given: dict[str, Any]) -> tuple[_Run, bool]:
     return _Run(_length(options, given, text), out, text, array, model, now, curve), False
 
 
-def _read(file: str | None) -> _Text:
-    name = "the Python manual's topics" if file is None else file
-    text = default_text() if file is None else read_text(file)
-    vocabulary = Vocabulary.of(text)
-    train_ids, held_out = split(vocabulary.encode(text))
-    if len(held_out) < 2:
-        raise InputError(f"text {name}: too short: {len(text)} characters leave none to hold out; take a longer one")
-    mark = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    return _Text(name, mark, vocabulary, train_ids, held_out)
-
-
-def _length(options: Options, given: dict[str, Any], text: _Text) -> Options:
+def _length(options: Options, given: dict[str, Any], text: Corpus) -> Options:
     if "epochs" in given:
         windows = (len(text.train) - 1) // options.batch // options.window
         return replace(options, steps=max(1, math.ceil(given["epochs"] * windows)), minutes=None)
@@ -245,7 +236,12 @@ def _watch(run: _Run) -> int:
     size = sum(math.prod(shape) for shape in run.model.shapes().values())
     library = namespace(run.like).__name__.rpartition(".")[2]
     print(f"text   {total:,} characters of {text.name}, {len(text.vocabulary)} different; the last tenth is held out")
-    print(f"model  {o.cell}, {o.layers} x {o.hidden} units, {size:,} parameters, {library} {run.like.dtype}")
+    directions = " in each of two directions" if o.bidirectional else ""
+    print(
+        f"model  {o.cell}, {o.layers} x {o.hidden} units{directions}, {size:,} parameters, {library} {run.like.dtype}"
+    )
+    if o.bidirectional:
+        print("task   to restore each character from all before it and, within a window, all after it")
     sys.stdout.flush()
     start, seconds = run.now.step * o.batch * o.window, run.now.seconds
     quiet = {} if sys.stderr.isatty() else {"mininterval": 10.0}
@@ -258,30 +254,7 @@ def _watch(run: _Run) -> int:
         )
         return 130
     rate = (run.now.step * o.batch * o.window - start) / max(run.now.seconds - seconds, 1e-9)
-    _report(run, bits, rate)
+    picture(run.out, run.curve, report(run.model, run.now, text, bits, rate, o.seed))
+    more = "what is in it: python -m xprnn info" if o.bidirectional else "more text: python -m xprnn sample"
+    print(f"saved in {run.out}; {more} {shlex.quote(str(run.out))}")
     return 0
-
-
-def _report(run: _Run, bits: float, rate: float) -> None:
-    text, now = run.text, run.now
-    counts = {n: counting_bits(text.train, text.held_out, len(text.vocabulary), n) for n in (3, 0)}
-    print(f"\nheld-out bits per character ({len(text.held_out):,} characters the run has never learnt from)")
-    print(f"  this network          {bits:.3f}   after {now.seconds:.0f} s, {rate:,.0f} characters a second")
-    print(f"  counting, order 3     {counts[3]:.3f}   each character from the three before it (Witten-Bell)")
-    print(f"  counting, order 0     {counts[0]:.3f}   each character by its frequency alone")
-    prompt = "The " if set("The ") <= set(text.vocabulary.characters) else ""
-    how = {"temperature": 0.6, "rng": np.random.default_rng(run.options.seed)}
-    print(f"\n{prompt}{write(run.model, now.params, text.vocabulary, prompt, 400, **how)}\n")
-    _picture(run, counts)
-    print(f"saved in {run.out}; more text: python -m xprnn sample {shlex.quote(str(run.out))}")
-
-
-def _picture(run: _Run, counts: dict[int, float]) -> None:
-    from .plots import plot_curve
-
-    steps, _, learnt, held_out = (list(column) for column in zip(*run.curve, strict=True))
-    levels = {"counting, order 3": counts[3], "counting, order 0": counts[0]}
-    try:
-        plot_curve(run.out / "curve.png", steps, {"training": learnt, "held out": held_out}, levels)
-    except InputError as error:
-        print(f"no curve.png: {error}")

@@ -1,4 +1,6 @@
-"""Writing text with a trained model: one character at a time, each drawn from what the model expects next."""
+"""Writing text with a trained model, one character at a time, each drawn from what the model expects next; and
+restoring characters of a text with a model that reads both sides of them.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from .around import reads_ahead
 from .arrays import Array, InputError, Params, from_numpy, to_numpy
-from .text import Vocabulary
+from .text import Ids, Vocabulary
 
 
 def generate(
@@ -36,8 +39,13 @@ def generate(
         rng: where the draws come from; None: a generator with seed 0.
 
     Raises:
-        InputError: a temperature below 0, a top_k below 1, or a prompt with unknown characters.
+        InputError: a temperature below 0, a top_k below 1, a prompt with unknown characters, or a bidirectional model.
     """
+    if reads_ahead(model):
+        raise InputError(
+            "generate: a bidirectional model restores characters between known ones; to write, it would have to read"
+            " what it has not written yet: train one without --bidirectional"
+        )
     if not 0 <= temperature < float("inf"):
         raise InputError(f"generate: expected a temperature of 0 or more, found {temperature}")
     if top_k is not None and top_k < 1:
@@ -91,3 +99,28 @@ def choose(logits: Any, temperature: float, top_k: int | None, rng: np.random.Ge
 def write(model: Any, params: Params, vocabulary: Vocabulary, prompt: str = "", length: int = 300, **how: Any) -> str:
     """Return `length` characters that follow `prompt`; other arguments as in `generate`."""
     return "".join(islice(generate(model, params, vocabulary, prompt, **how), length))
+
+
+def fill_in(model: Any, params: Params, ids: Ids, blank: Any, rounds: int = 5) -> Ids:
+    """Return `ids` (T,) with the likeliest characters where `blank`; what stood there is never read.
+
+    At first both directions skip the blanks. Then each blank is restored once more with the others as restored so far,
+    until nothing changes.
+
+    Args:
+        model: from `build(..., bidirectional=True)`.
+        params: its parameters, on any device.
+        ids: (T,) integers.
+        blank: (T,) boolean.
+        rounds: how often at most.
+    """
+    like = next(iter(params.values()))
+    restored = np.where(blank, 0, ids)
+    for round_ in range(rounds):
+        skip = {} if round_ else {"mask": from_numpy(~np.asarray(blank)[:, None], like=like)}
+        logits, _ = model(params, from_numpy(restored[:, None], like=like), **skip)
+        likeliest = np.where(blank, np.argmax(to_numpy(logits)[:, 0, :], axis=-1), ids)
+        if round_ and np.array_equal(likeliest, restored):
+            break
+        restored = likeliest
+    return restored

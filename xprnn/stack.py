@@ -25,6 +25,7 @@ class Gradients(NamedTuple):
 class StackTape:
     """The record of one forward pass of a recurrent layer."""
 
+    layer: Any
     xp: Namespace
     params: Params
     x: Array
@@ -103,13 +104,17 @@ def forward(
             record.append((chain, tape))
         y = outputs[0] if len(outputs) == 1 else xp.concat(outputs, axis=-1)
     out = layout.time_major(layer, xp, y)
-    tape_ = StackTape(xp, params, x, out, record, masks, state is None) if keep else None
+    tape_ = StackTape(layer, xp, params, x, out, record, masks, state is None) if keep else None
     return out, layout.pack(layer, xp, finals), tape_
 
 
-def backward(layer: Any, tape: StackTape, dy: Array | None, dstate: Any, dstates: Sequence[Any] | None) -> Gradients:
+def backward(layer: Any, tape: Any, dy: Array | None, dstate: Any, dstates: Sequence[Any] | None) -> Gradients:
     """See layers.Recurrent.backward."""
-    where, xp = f"{type(layer).__name__}.backward", tape.xp
+    where = f"{type(layer).__name__}.backward"
+    if not isinstance(tape, StackTape) or tape.layer != layer:
+        found = tape.layer if isinstance(tape, StackTape) else type(tape).__name__
+        raise InputError(f"{where}: tape must be what this layer's forward returned, found that of {found}")
+    xp = tape.xp
     dy, dfinal, inner = _cotangents(where, layer, tape, dy, dstate, dstates)
     dinitial: list[Any] = []
     grads: list[Params] = []

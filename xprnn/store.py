@@ -1,65 +1,22 @@
-"""Files: a model and its parameters in one file, read back without trusting it.
+"""Models and states in files: parameters under their names, and all else as JSON in the header.
 
-`.safetensors` is the home format: parameters under their names, and in the header, as JSON, the model's configuration
-and the caller's metadata (a vocabulary, figures). `.npz` is the same for machines with NumPy alone. Neither can run
-code on loading. Every file is written beside its place and then renamed, so a reader sees the old file or the new one.
+A model's file holds its configuration and the caller's metadata (a vocabulary, figures) beside the parameters. How a
+file is written and read, and what is found when it is damaged, is the matter of `archive`.
 """
 
 from __future__ import annotations
 
-import io
-import json
-import math
-import os
-import secrets
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from .arrays import Array, InputError, Params, from_numpy, to_numpy
+from .archive import as_path, opened, read_arrays, read_header, write_arrays
+from .arrays import Array, InputError, Params, from_numpy, resolve, to_numpy
 from .model import from_config
 
-FORMAT = "xprnn"
 MODEL_FILE = "model.safetensors"  # its name in the DIR of a run
-_NPZ_HEADER = "__xprnn__"
-_Shapes = dict[str, tuple[int, ...]]
-_Read = Callable[[str], Any]
-_Opened = tuple[str | None, _Shapes, _Read]
-
-
-class _Contents(NamedTuple):
-    """An open file: header and shapes first, an array only when it is asked for."""
-
-    header: dict[str, Any]
-    shapes: _Shapes
-    read: _Read
-
-
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Put `content` at `path` in one step: whatever happens, no half-written file stays behind.
-
-    Raises:
-        InputError: the place cannot be written.
-    """
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with beside.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        with suppress(OSError):
-            beside.unlink()
 
 
 def save(path: str | Path, model: Any, params: Params, metadata: Mapping[str, Any] | None = None) -> None:
@@ -72,11 +29,18 @@ def save(path: str | Path, model: Any, params: Params, metadata: Mapping[str, An
         metadata: whatever JSON can hold, read back by `load_metadata`.
 
     Raises:
-        InputError: parameters that are not the model's, another file ending, or a place that cannot be written.
+        InputError: parameters that are not the model's, a dtype or metadata that a file cannot hold, another file
+            ending, or a place that cannot be written.
     """
-    path = Path(path)
-    arrays = {name: np.asarray(to_numpy(array), order="C") for name, array in params.items()}
-    _compare(f"save {path}", {name: a.shape for name, a in arrays.items()}, model.shapes())
+    path = as_path("save", path)
+    where = f"save {path}"
+    if isinstance(model, type) or not hasattr(model, "shapes"):
+        raise InputError(f"{where}: model must be a layer or Sequential, found {type(model).__name__}")
+    for name, given in (("params", params), ("metadata", {} if metadata is None else metadata)):
+        if not isinstance(given, Mapping):
+            raise InputError(f"{where}: {name} must be a dict, found {type(given).__name__}")
+    arrays = {name: _host(where, str(name), array) for name, array in params.items()}
+    _compare(where, {name: a.shape for name, a in arrays.items()}, model.shapes())
     write_arrays(path, arrays, {"model": model.config(), "metadata": dict(metadata or {})})
 
 
@@ -93,7 +57,8 @@ def load(path: str | Path, like: Array | None = None) -> tuple[Any, Params]:
     Raises:
         InputError: not a model file, a damaged one, or one whose parameters are missing, too many or of wrong shape.
     """
-    with _opened(path) as file:
+    _check_like("load", like)
+    with opened(path) as file:
         try:
             model = from_config(file.header["model"])
             shapes = model.shapes()
@@ -103,7 +68,7 @@ def load(path: str | Path, like: Array | None = None) -> tuple[Any, Params]:
         arrays = {name: file.read(name) for name in shapes}
     if like is None:
         return model, arrays
-    return model, {name: from_numpy(array, like=like) for name, array in arrays.items()}
+    return model, {name: _moved(path, array, like) for name, array in arrays.items()}
 
 
 def save_state(path: str | Path, state: Any) -> None:
@@ -117,21 +82,25 @@ def save_state(path: str | Path, state: Any) -> None:
         InputError: something else than arrays in tuples and dicts, or a place that cannot be written.
     """
     arrays: Params = {}
+    where = f"save_state {as_path('save_state', path)}"
 
-    def written(value: Any, name: str) -> Any:
+    def written(value: Any) -> Any:
         if isinstance(value, (tuple, list)):
-            return [written(v, f"{name}.{k}") for k, v in enumerate(value)]
+            return [written(v) for v in value]
         if isinstance(value, Mapping):
-            return {str(k): written(v, f"{name}.{k}") for k, v in value.items()}
+            if not all(isinstance(k, str) for k in value):
+                raise InputError(f"{where}: expected dicts with strings as keys, found {list(value)}")
+            return {k: written(v) for k, v in value.items()}
         if value is None:
             return None
         if not hasattr(value, "shape"):
-            raise InputError(f"save_state {path}: expected arrays, tuples and dicts, found {type(value).__name__}")
-        arrays[name] = np.asarray(to_numpy(value), order="C")
+            raise InputError(f"{where}: expected arrays, tuples and dicts, found {type(value).__name__}")
+        # A number names an array: the keys on the way to it, joined, could name another one as well.
+        name = f"state.{len(arrays)}"
+        arrays[name] = _host(where, name, value)
         return name
 
-    header = {"state": written(state, "state")}
-    write_arrays(path, arrays, header)
+    write_arrays(path, arrays, {"state": written(state)})
 
 
 def load_state(path: str | Path, like: Array | None = None) -> Any:
@@ -144,6 +113,7 @@ def load_state(path: str | Path, like: Array | None = None) -> Any:
     Raises:
         InputError: not a file of `save_state`, or a damaged one.
     """
+    _check_like("load_state", like)
     arrays, header = read_arrays(path)
 
     def read(value: Any) -> Any:
@@ -154,7 +124,7 @@ def load_state(path: str | Path, like: Array | None = None) -> Any:
         if value is None:
             return None
         array = arrays[value]
-        return array if like is None else from_numpy(array, like=like)
+        return array if like is None else _moved(path, array, like)
 
     try:
         return read(header["state"])
@@ -174,113 +144,33 @@ def load_metadata(path: str | Path) -> dict[str, Any]:
     return metadata
 
 
-def read_header(path: str | Path) -> dict[str, Any]:
-    """Return the JSON header of a file of ours: "model" and "metadata" for what `save` wrote."""
-    with _opened(path) as file:
-        return file.header
+def _host(where: str, name: str, array: Any) -> Any:
+    if array is None:
+        raise InputError(f"{where}: {name} must be an array, found None")
+    resolve(where, {}, {name: array})
+    try:
+        return np.asarray(to_numpy(array), order="C")
+    except (TypeError, ValueError, RuntimeError):  # torch's bfloat16 has no NumPy dtype
+        raise InputError(f"{where}: {name} is {array.dtype}, which NumPy cannot hold: convert it first") from None
 
 
-def read_arrays(path: str | Path) -> tuple[Params, dict[str, Any]]:
-    """Return all arrays of a file written by `write_arrays`, and its header."""
-    with _opened(path) as file:
-        return {name: file.read(name) for name in file.shapes}, file.header
+def _check_like(where: str, like: Any) -> None:
+    if like is not None:
+        resolve(where, {}, {"like": like})
 
 
-def write_arrays(path: str | Path, arrays: Mapping[str, Any], header: Mapping[str, Any]) -> None:
-    """Write NumPy arrays and a JSON header to a `.safetensors` or `.npz` file, in one step."""
-    path, text = Path(path), json.dumps(header)
-    if path.suffix == ".safetensors":
-        content = safetensors.numpy.save(dict(arrays), {FORMAT: text})
-    elif path.suffix == ".npz":
-        content = _npz({**arrays, _NPZ_HEADER: np.frombuffer(text.encode(), np.uint8)})
-    else:
-        raise InputError(f"{path}: expected a name ending in .safetensors or .npz, found {path.suffix or 'no ending'}")
-    write_atomically(path, content)
-
-
-def _npz(arrays: Mapping[str, Any]) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
-    return buffer.getvalue()
+def _moved(path: str | Path, array: Any, like: Array) -> Array:
+    try:
+        return from_numpy(array, like=like)
+    except TypeError:
+        raise InputError(f"{path}: cannot be loaded as {like.dtype}; load as another dtype and convert") from None
 
 
 def _compare(where: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
     for what, names in (("missing", expected.keys() - found.keys()), ("extra", found.keys() - expected.keys())):
         if names:
-            raise InputError(f"{where}: {what} parameters {', '.join(sorted(names)[:5])} for this model")
+            some = ", ".join(sorted(map(str, names))[:5])
+            raise InputError(f"{where}: {what} parameters {some} for this model")
     for name, shape in expected.items():
         if tuple(found[name]) != tuple(shape):
             raise InputError(f"{where}: {name} has shape {tuple(found[name])}, the model expects {tuple(shape)}")
-
-
-@contextmanager
-def _opened(path: str | Path) -> Iterator[_Contents]:
-    path = Path(path)
-    if path.suffix not in _OPENERS:
-        raise InputError(f"{path}: expected a .safetensors or .npz file")
-    try:
-        with path.open("rb"), _OPENERS[path.suffix](path) as (text, shapes, read):
-            if text is None:
-                raise InputError(f"{path}: not written by xprnn (its header has no {FORMAT!r} entry)")
-            header = json.loads(text)
-            if not isinstance(header, dict):
-                raise ValueError("its header is not a JSON object")
-            yield _Contents(header, shapes, read)
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (safetensors.SafetensorError, zipfile.BadZipFile, ValueError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: damaged, or not a {path.suffix} file ({reason})") from None
-
-
-@contextmanager
-def _open_safetensors(path: Path) -> Iterator[_Opened]:
-    # The library has compared every tensor's extent with the file's length before it hands out a name.
-    with safetensors.safe_open(path, framework="numpy") as file:
-        slices = {name: file.get_slice(name) for name in sorted(file.keys())}
-        for name, part in slices.items():
-            _check_kind(name, part.get_dtype(), ("F16", "F32", "F64", "I32", "I64"))
-        shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-        yield (file.metadata() or {}).get(FORMAT), shapes, file.get_tensor
-
-
-@contextmanager
-def _open_npz(path: Path) -> Iterator[_Opened]:
-    with zipfile.ZipFile(path) as archive:
-        shapes = {}
-        for member in archive.infolist():
-            if member.compress_type != zipfile.ZIP_STORED or member.file_size > path.stat().st_size:
-                raise InputError(f"{path}: not written by xprnn ({member.filename} is compressed)")
-            with archive.open(member) as stream:
-                shapes[member.filename.removesuffix(".npy")] = _npy_shape(stream, member)
-
-        def read(name: str) -> Any:
-            with archive.open(f"{name}.npy") as stream:
-                return np.lib.format.read_array(stream, allow_pickle=False)
-
-        has_header = shapes.pop(_NPZ_HEADER, None) is not None
-        yield read(_NPZ_HEADER).tobytes().decode() if has_header else None, shapes, read
-
-
-def _npy_shape(stream: Any, member: zipfile.ZipInfo) -> tuple[int, ...]:
-    version = np.lib.format.read_magic(stream)
-    if version != (1, 0):
-        raise ValueError(f"{member.filename} has npy version {version}")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-    _check_kind(member.filename, dtype.str[1:], ("f2", "f4", "f8", "i4", "i8", "u1"))
-    if math.prod(shape) * dtype.itemsize != member.file_size - stream.tell():
-        raise ValueError(f"{member.filename} has another length than its shape {shape} needs")
-    return shape
-
-
-def _check_kind(name: str, found: str, known: tuple[str, ...]) -> None:
-    if found not in known:
-        raise ValueError(f"{name} has dtype {found}, expected one of {', '.join(known)}")
-
-
-_OPENERS = {".safetensors": _open_safetensors, ".npz": _open_npz}

@@ -8,10 +8,11 @@ held-out text.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,6 +125,42 @@ def split(ids: Ids, share: float = 0.1) -> tuple[Ids, Ids]:
     return ids[:cut], ids[cut:]
 
 
+class Corpus(NamedTuple):
+    """A text to learn from.
+
+    Args:
+        name: what to call it.
+        mark: tells one text from another when a run is resumed.
+        vocabulary: its characters.
+        train: the part to learn from.
+        held_out: the part never learnt from.
+    """
+
+    name: str
+    mark: str
+    vocabulary: Vocabulary
+    train: Ids
+    held_out: Ids
+
+    @classmethod
+    def read(cls, file: str | None) -> Corpus:
+        """Read `file`; None: the text every Python carries.
+
+        Raises:
+            InputError: as `read_text`, or a text too short to hold anything out.
+        """
+        name = "the Python manual's topics" if file is None else file
+        text = default_text() if file is None else read_text(file)
+        vocabulary = Vocabulary.of(text)
+        train, held_out = split(vocabulary.encode(text))
+        if len(held_out) < 2:
+            raise InputError(
+                f"text {name}: too short: {len(text)} characters leave none to hold out; take a longer one"
+            )
+        mark = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        return cls(name, mark, vocabulary, train, held_out)
+
+
 @dataclass(frozen=True)
 class Streams:
     """N parallel streams of a text, read in windows of T.
@@ -183,7 +220,7 @@ def streams(ids: Ids, batch: int, window: int) -> tuple[Ids, Ids]:
     return np.ascontiguousarray(inputs), np.ascontiguousarray(targets)
 
 
-def counting_bits(train: Ids, held_out: Ids, characters: int, order: int) -> float:
+def counting_bits(train: Ids, held_out: Ids, characters: int, order: int, both_sides: bool = False) -> float:
     r"""Return the bits per character that a table of counts needs for the held-out text.
 
     Witten-Bell interpolation: with n(c, x) the count of x after context c in training, n(c) its sum and u(c) the
@@ -194,6 +231,7 @@ def counting_bits(train: Ids, held_out: Ids, characters: int, order: int) -> flo
         held_out: the integers that follow `train` and are predicted, each from the `order` before it.
         characters: V, the size of the vocabulary.
         order: 0 (how frequent is a character) or more (after the `order` characters before it).
+        both_sides: the context is the `order` characters before and as many after, taken in nearest first.
 
     Returns:
         The mean of -log2 p over the held-out characters.
@@ -205,18 +243,25 @@ def counting_bits(train: Ids, held_out: Ids, characters: int, order: int) -> flo
         raise InputError("counting_bits: expected a held-out text, found no characters")
     text = np.concatenate([train, held_out])
     seen = len(train)
+    counted = max(0, seen - order) if both_sides else seen  # the last ones see held-out characters after them
     context = np.zeros(len(text), dtype=np.int64)
     p = np.full(len(held_out), 1.0 / characters)
-    for k in range(order + 1):
-        if k:
-            earlier = np.concatenate([np.full(k, characters), text[:-k]])[: len(text)]
-            # Renumbered at every order, so that no code can overflow however large V is.
-            context = np.unique(context * (characters + 1) + earlier, return_inverse=True)[1]
+    distances = [d for k in range(1, order + 1) for d in ((k, -k) if both_sides else (k,))]
+    for distance in (0, *distances):
+        if distance:
+            # Renumbered every time, so that no code can overflow however large V is.
+            context = np.unique(context * (characters + 1) + _moved(text, distance, characters), return_inverse=True)[1]
         pairs, pair = np.unique(context * characters + text, return_inverse=True)
-        pair_counts = np.bincount(pair[:seen], minlength=len(pairs))
-        counts = np.bincount(context[:seen], minlength=int(context.max()) + 1)
+        pair_counts = np.bincount(pair[:counted], minlength=len(pairs))
+        counts = np.bincount(context[:counted], minlength=int(context.max()) + 1)
         kinds = np.bincount((pairs // characters)[pair_counts > 0], minlength=len(counts))
         here = context[seen:]
         n, u = counts[here], kinds[here]
         p = np.where(n > 0, (pair_counts[pair[seen:]] + u * p) / np.maximum(n + u, 1), p)
     return float(-np.mean(np.log2(p)))
+
+
+def _moved(ids: Ids, by: int, outside: int) -> Ids:
+    """What stands `by` places before each place (after it, if negative); `outside` beyond the ends."""
+    beyond = np.full(min(abs(by), len(ids)), outside)
+    return np.concatenate([beyond, ids[:-by]] if by > 0 else [ids[-by:], beyond])[: len(ids)]

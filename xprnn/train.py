@@ -5,8 +5,9 @@
         ...                     # `now` is a Snapshot: look at it, save it, stop whenever you like
 
 A step reads one window of T characters in N streams, carries the state of the window before (gradients stop at the
-window's edge), clips the gradient by its global norm and moves by Adam. Snapshots are values: none is changed by
-a later step, and one restored from its file goes on exactly as if nothing had happened.
+window's edge; a reverse direction starts afresh in each), clips the gradient by its global norm and moves by Adam.
+Snapshots are values: none is changed by a later step, and one restored from its file goes on exactly as if nothing had
+happened.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import layers
+from .archive import read_arrays, write_arrays
+from .around import Around, carry, reads_ahead
 from .arrays import Array, InputError, Params, from_numpy, to_numpy
+from .dense import Linear
 from .losses import cross_entropy
-from .model import Linear, Sequential, from_config
+from .model import Sequential, from_config
 from .optim import adam, clip_by_global_norm
-from .store import read_arrays, write_arrays
 from .text import Streams
 
 CELLS = {"elman": "RNN", "lstm": "LSTM", "gru": "GRU"}
@@ -40,10 +43,12 @@ def backend_array(backend: str) -> Array:
     """
     if backend != "numpy":
         try:
-            import cupy
+            from cupy import cuda  # a mere folder called cupy can be imported, but has no cuda
 
-            if cupy.cuda.is_available():
-                return cupy.zeros(1, dtype=np.float32)
+            if cuda.is_available():
+                from cupy import zeros
+
+                return zeros(1, dtype=np.float32)
             problem = "no CUDA GPU found"
         except ImportError:
             problem = 'CuPy is not installed: pip install "xprnn[cuda12]" or "xprnn[cuda13]"'
@@ -52,21 +57,34 @@ def backend_array(backend: str) -> Array:
     return np.zeros(1, dtype=np.float32)
 
 
-def build(cell: str, characters: int, hidden: int, num_layers: int = 1) -> Any:
+def build(cell: str, characters: int, hidden: int, num_layers: int = 1, bidirectional: bool = False) -> Any:
     """Return a character model: one-hot input, a recurrent stack, a linear head.
 
     Args:
         cell: "elman", "lstm" or "gru".
         characters: V, the size of the vocabulary.
-        hidden: H.
-        num_layers: L.
+        hidden: H, of each direction.
+        num_layers: L; 1 where bidirectional.
+        bidirectional: logits at t say which character stands at t, between those before and those after it;
+            without it they say which one comes next.
 
     Raises:
-        InputError: an unknown cell.
+        InputError: an unknown cell, or a stack of bidirectional layers.
+
+    >>> list(build("gru", 40, 16, bidirectional=True).parts)
+    ['rnn', 'around', 'head']
     """
     if cell not in CELLS:
         raise InputError(f"build: expected a cell of {', '.join(CELLS)}, found {cell!r}")
-    rnn = getattr(layers, CELLS[cell])(characters, hidden, num_layers=num_layers)
+    if bidirectional and num_layers > 1:
+        raise InputError(
+            f"build: a bidirectional model has 1 layer, found {num_layers}: the second layer's forward direction would"
+            " see the character it is to predict, through the first one's reverse direction; leave out one of"
+            " --bidirectional and --layers"
+        )
+    rnn = getattr(layers, CELLS[cell])(characters, hidden, num_layers=num_layers, bidirectional=bidirectional)
+    if bidirectional:
+        return Sequential(rnn=rnn, around=Around(hidden), head=Linear(2 * hidden, characters))
     return Sequential(rnn=rnn, head=Linear(hidden, characters))
 
 
@@ -117,22 +135,18 @@ class Snapshot(NamedTuple):
 
 
 def begin(model: Any, rng: np.random.Generator, like: Array) -> Snapshot:
-    """Return the snapshot before the first step, recurrent weights orthogonal.
+    """Return the snapshot before the first step: recurrent weights orthogonal, the others Glorot's, biases zero.
 
-    Orthogonal recurrent weights neither shrink nor stretch a gradient on its way back in time
-    (Saxe et al. 2014; Le et al. 2015): on the default text worth 0.1 bits per character to the Elman network.
+    Orthogonal recurrent weights neither shrink nor stretch a gradient on its way back in time (Saxe et al. 2014).
+    That makes short runs better, not long ones: with H = 256 on the default text, the Elman network is 0.12 and 0.08
+    bits per character (two seeds) ahead of torch's uniform weights after 1500 steps, and level with them after 7000.
 
     Args:
         model: from `build`, or any model with the same verbs.
         rng: where the parameters come from.
         like: gives them namespace, dtype and device.
     """
-    params = dict(model.init(rng, like=like))
-    for name, weight in params.items():
-        if ".weight_hh_" in name:
-            rows, size = weight.shape
-            blocks = [np.linalg.qr(rng.standard_normal((size, size)))[0] for _ in range(rows // size)]
-            params[name] = from_numpy(np.concatenate(blocks), like=weight)
+    params = model.init(rng, like=like, scheme="glorot_orthogonal")
     return Snapshot(0, params, adam(0.0).init(params))
 
 
@@ -169,6 +183,7 @@ def _step(model: Any, now: Snapshot, streams: Streams, schedule: Schedule) -> tu
     _, _, gradients = model.backward(tape, dlogits)
     gradients, _ = clip_by_global_norm(gradients, schedule.clip)
     params, moments = adam(schedule.rate(now)).update(now.params, gradients, now.moments)
+    state = carry(state) if reads_ahead(model) else state
     average = loss if now.loss is None else now.loss + (loss - now.loss) * 0.02
     return Snapshot(now.step + 1, params, moments, state, average), loss
 
@@ -183,7 +198,7 @@ def _look(losses: list[Array], last: int, schedule: Schedule) -> None:
 
 
 def held_out_bits(model: Any, params: Params, inputs: Array, targets: Array) -> float:
-    """Return the mean bits per character for streams (S, N) of inputs and targets, the state carried through.
+    """Return the mean bits per character for streams (S, N) of inputs and targets, the state carried as in training.
 
     >>> import numpy as np
     >>> ids = np.zeros((3, 1), dtype=np.int64)
@@ -196,6 +211,7 @@ def held_out_bits(model: Any, params: Params, inputs: Array, targets: Array) -> 
         stop = min(start + 256, length)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             logits, state = model(params, inputs[start:stop, ...], state)
+            state = carry(state) if reads_ahead(model) else state
             value, _ = cross_entropy(logits, targets[start:stop, ...])
         total += float(to_numpy(value)) * (stop - start)
     return total / length / math.log(2)

@@ -24,7 +24,7 @@ from xprnn.arrays import Array, Params
 from xprnn.cells import Cell
 from xprnn.kernels.plan import plan_of
 from xprnn.kernels.ragged import Rows
-from xprnn.kernels.walk import Squash, Walk, project, room, views
+from xprnn.kernels.walk import Squash, Walk, contiguous, project, room, views
 from xprnn.tape import State, Steps, Tape
 
 __all__ = ["find"]
@@ -44,7 +44,7 @@ def forward(
     """See xprnn.scan.forward, which is the specification."""
     plan, rows = plan_of(cell), Rows.of(x.shape[:2], steps)
     assert plan is not None
-    given, x, initial = x, rows.sort(x, 1), tuple(rows.sort(s, 0) for s in state)
+    given, x, initial = x, rows.sort(contiguous(x), 1), tuple(rows.sort(s, 0) for s in state)
     w = Walk(plan, cell, params, rows, reverse, tuple(rows.sort(s, 0) for s in home))
     count, n = x.shape[:2]
     memory = tuple(np.empty((count + 1, *s.shape), s.dtype) for s in initial)
@@ -69,7 +69,7 @@ def forward(
         y.flags.writeable = False  # the tape lives in this memory
 
     def states() -> State:
-        return tuple(rows.unsort(a, 1) for a in after)
+        return rows.shown(after)
 
     kept = (w, x)
     tape = Tape(backward, np, cell, params, given, state, home, steps, reverse, states, kept, "NumPy in place")
@@ -175,9 +175,11 @@ def backward(
     # C order whatever the caller's: the step's product is written into them.
     pairs = zip(tape.initial, dstate, strict=True)
     ds = [np.zeros(i.shape, i.dtype) if d is None else np.array(rows.sort(d, 0), order="C") for i, d in pairs]
-    injected = [None if d is None else rows.sort(d, 1) for d in (*dstates, *[None] * (len(ds) - len(dstates)))]
+    injected = [
+        None if d is None else rows.sort(contiguous(d), 1) for d in (*dstates, *[None] * (len(ds) - len(dstates)))
+    ]
     if dy is not None:
-        dy = rows.sort(dy, 1)
+        dy = rows.sort(contiguous(dy), 1)
         dy = dy if rows.active is None else np.where(rows.active[..., None], dy, 0)
         injected[0] = dy if injected[0] is None else injected[0] + dy
     make = np.empty if rows.active is None else np.zeros  # a row that sits a step out sends nothing back
@@ -190,13 +192,17 @@ def backward(
     dx, dw, db = affine_back(np, dxg, x, params["weight_ih"])
     grads = {"weight_ih": dw, "weight_hh": np.dot(flat(np, sent.dhg).T, flat(np, before))}
     if "bias_ih" in params:
-        grads |= {"bias_ih": db, "bias_hh": db.copy() if plan.same else flat(np, sent.dhg).sum(axis=0)}
+        grads |= {"bias_ih": db, "bias_hh": db.copy() if plan.same else _sum_rows(sent.dhg)}
     if projected is not None:
         grads["weight_hr"] = np.dot(flat(np, projected).T, flat(np, w.arrays["n0"]))
-    grads |= {name: flat(np, d).sum(axis=0) for name, d in zip(w.cell.vectors, vectors, strict=True)}
+    grads |= {name: _sum_rows(d) for name, d in zip(w.cell.vectors, vectors, strict=True)}
     back = [None if d is None else rows.unsort(d, 0) for d in (*ds, *dhome)]
     dx = None if dx is None else rows.unsort(dx, 1)
     return dx, tuple(back[: len(ds)]), back[len(ds) :], {name: grads[name] for name in params}
+
+
+def _sum_rows(a: Array) -> Array:
+    return np.dot(np.ones(a.shape[0] * a.shape[1], a.dtype), flat(np, a))
 
 
 def _walk_back(w: Walk, ds: list[Array], injected: Sequence[Array | None], sent: _Sent) -> list[Array | None]:

@@ -26,13 +26,16 @@ class Plan(NamedTuple):
 
 @lru_cache(maxsize=256)
 def plan_of(cell: Cell) -> Plan | None:
-    """The cell's plan, or None where it can't be traced."""
+    """The cell's plan, or None where it can't be traced.
+
+    Whatever goes wrong with stand-ins, the generic scan goes on with arrays: if it was the cell's fault, it says so.
+    """
     try:
         half = _forward(cell, sigmoid=True) or _forward(cell, sigmoid=False)
         assert half is not None
         added, squash, forward, saved = half
         return Plan(added, squash, forward, saved, *_back(cell, len(saved)))
-    except UntraceableError:
+    except Exception:
         return None
 
 
@@ -58,6 +61,8 @@ def trace_step(cell: Cell, graph: Graph) -> tuple[tuple[Any, ...], tuple[Any, ..
     """(new states, saved, how many of the first gates are used only as the sum g = x + h)."""
     s, p = graph.inputs("s", len(cell.states)), graph.inputs("p", len(cell.vectors))
     new, saved = cell.over(graph).step(graph.inputs("x", cell.gates), graph.inputs("h", cell.gates), s, p)
+    if any(isinstance(v, Value) and v.boolean for v in (*new, *saved)):
+        raise UntraceableError("a state or saved value that is true or false")
     used = set().union(*(leaves(v) for v in (*new, *saved)))
     added = next((k for k in range(cell.gates) if {f"x{k}", f"h{k}"} & used), cell.gates)
     for k in range(added, cell.gates):
@@ -114,7 +119,7 @@ def _hoist(outputs: Sequence[Any]) -> list[Value]:
         if not isinstance(value, Value) or value.op == "input":
             return
         names = leaves(value)
-        if names and not any(n[0] == "d" for n in names):
+        if names and not value.boolean and not any(n[0] == "d" for n in names):
             found[value] = None
         else:
             for a in value.args:

@@ -52,6 +52,13 @@ class Rows(NamedTuple):
         """`a` with its rows as they came."""
         return a if self.inverse is None else np.take(a, self.inverse, axis=axis)
 
+    def shown(self, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+        """(T, N, .) arrays with their rows as they came, read-only: a tape lives in their memory."""
+        views = tuple(self.unsort(a.view(), 1) for a in arrays)
+        for v in views:
+            v.flags.writeable = False
+        return views
+
     def carry(self, t: int, n: int, arrays: dict[str, Array], after: tuple[Array, ...]) -> None:
         """After step t of the first n rows: rows that sat it out keep their state."""
         assert self.active is not None

@@ -14,7 +14,7 @@ from xprnn.kernels.plan import Plan
 from xprnn.kernels.ragged import Rows
 from xprnn.tape import State
 
-__all__ = ["Squash", "Walk", "look_up", "project", "room", "views"]
+__all__ = ["Squash", "Walk", "contiguous", "look_up", "project", "room", "views"]
 
 _BLOCK_BYTES = 1 << 18  # the hoisted factors of a block should stay in the second-level cache
 _BLOCK_STEPS = 512
@@ -60,6 +60,23 @@ class Walk:
 def views(a: Array, n: int, turned: bool) -> list[Array]:
     """The first n rows of each step of a block, in the order of the walk."""
     return list(a[::-1, :n] if turned else a[:, :n])
+
+
+def contiguous(a: Array) -> Array:
+    """`a` in C order: itself, or a copy. The article's arrays, turned to time-major, have time as their fastest axis.
+
+    Such an array is copied row by row: each is then a plain transpose, which NumPy does five times faster than the
+    whole at once, and every step that would have strided through it is spared that.
+    """
+    if a.flags.c_contiguous:
+        return a
+    out = np.empty(a.shape, a.dtype)
+    if a.ndim == 3 and abs(a.strides[0]) < abs(a.strides[2]):
+        for n in range(a.shape[1]):
+            out[:, n] = a[:, n]
+    else:
+        out[...] = a
+    return out
 
 
 def room(shape: tuple[int, ...], dtype: Any, keep: bool) -> Array:
