@@ -40,6 +40,12 @@ def _number(kind: type[int | float], least: float, open_below: bool = False) -> 
     return convert
 
 
+def _place(text: str) -> str:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"expected a directory, found {text!r}")
+    return text
+
+
 _count, _natural = _number(int, 1), _number(int, 0)
 _positive, _non_negative = _number(float, 0, open_below=True), _number(float, 0)
 
@@ -52,8 +58,14 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a UTF-8 text (default: the Python manual's topics in the standard library)",
     )
-    add("--out", metavar="DIR", help="where to write (default: xprnn-run, or the first free xprnn-run-2, ...)")
-    add("--resume", metavar="DIR", help="go on with the run in DIR, to the last bit as if it had never stopped")
+    where = "where to write; no run may be there yet (default: xprnn-run, or the first free xprnn-run-2, ...)"
+    add("--out", type=_place, metavar="DIR", help=where)
+    add(
+        "--resume",
+        type=_place,
+        metavar="DIR",
+        help="go on with the run in DIR, to the last bit as if it had never stopped",
+    )
     add("--backend", choices=("auto", "numpy", "cupy"), help="array library (default: auto, CuPy where a GPU is)")
     add("--cell", choices=("elman", "lstm", "gru"), help="recurrent cell (default: elman)")
     add("--hidden", type=_count, metavar="H", help="hidden units of a layer (default: 256)")
@@ -157,7 +169,8 @@ _TRAIN_EXAMPLES = """
   python -m xprnn train book.txt --layers 2 --minutes 30   by the clock
   python -m xprnn train book.txt --bidirectional           restore characters instead of writing
   python -m xprnn train --resume book --steps 20000        go on, or make a finished run longer
-Ctrl-C saves and says how to go on. DIR holds the model, the curve (CSV; PNG where matplotlib is) and the checkpoint.
+Ctrl-C saves and says how to go on. DIR holds the model, the checkpoint and the learning curve: curve.csv, and curve.png
+if the plot extra is there (pip install "xprnn[plot]").
 """
 _SAMPLE_EXAMPLES = """
   python -m xprnn sample book --prompt "Once upon"
@@ -177,6 +190,9 @@ COMMANDS = {
 def _parser() -> argparse.ArgumentParser:
     about, raw = "Recurrent neural networks on plain arrays.", argparse.RawDescriptionHelpFormatter
     parser = _Parser(prog="xprnn", description=about, epilog="examples:" + _EXAMPLES, formatter_class=raw)
+    # The front door is open before any of its rooms is; importing it from here would make a circle.
+    version = f"%(prog)s {sys.modules['xprnn'].__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", metavar="|".join(COMMANDS))
     for name, (text, examples, arguments, _) in COMMANDS.items():
         about, end = text.capitalize() + ".", "examples:" + examples

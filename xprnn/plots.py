@@ -10,6 +10,15 @@ from .archive import write_atomically
 from .arrays import InputError
 
 
+def can_plot() -> bool:
+    """Whether matplotlib is installed."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 def plot_curve(
     path: str | Path,
     steps: Sequence[float],

@@ -10,7 +10,7 @@ import numpy as np
 
 from .around import reads_ahead
 from .arrays import InputError
-from .plots import plot_curve
+from .plots import can_plot, plot_curve
 from .sample import fill_in, write
 from .text import Corpus, Ids, Vocabulary, counting_bits
 from .train import Snapshot
@@ -88,7 +88,9 @@ def marked(vocabulary: Vocabulary, ids: Ids, restored: Ids, blank: Any) -> str:
 
 
 def picture(out: Path, curve: Sequence[Sequence[float]], levels: Mapping[str, float]) -> None:
-    """Draw `curve`, rows of (step, seconds, training bits, held-out bits), to curve.png, or say why not."""
+    """Draw `curve`, rows of (step, seconds, training bits, held-out bits), to curve.png, where matplotlib is."""
+    if not can_plot():  # a run says so before it begins
+        return
     steps, _, learnt, held_out = (list(column) for column in zip(*curve, strict=True))
     try:
         plot_curve(out / "curve.png", steps, {"training": learnt, "held out": held_out}, levels)

@@ -29,6 +29,7 @@ from . import store
 from .archive import write_atomically
 from .around import reads_ahead
 from .arrays import Array, InputError, from_numpy, namespace, to_numpy
+from .plots import can_plot
 from .report import picture, report
 from .text import Corpus, Ids, Streams, streams
 from .train import Schedule, Snapshot, backend_array, begin, build, held_out_bits, keep, restore, train
@@ -71,6 +72,7 @@ class _Run:
         o, held_out = self.options, self.text.held_out
         # Wider networks diverge earlier: 0.004 is best for H = 256, but already too much for 512.
         self.schedule = Schedule(o.steps, o.minutes, o.learning_rate or min(0.004, 1 / o.hidden))
+        self.text.check_length(o.batch, o.window)
         inputs, targets = self._here(streams(self.text.train, o.batch, o.window))
         self.streams = Streams(inputs, targets, o.window)
         # Streams of 200 characters or more: what the first characters lack in context is then lost in the mean.
@@ -84,9 +86,20 @@ class _Run:
 
     def measure(self) -> float:
         bits = held_out_bits(self.model, self.now.params, *self.held_out)
-        if not math.isfinite(bits):
-            raise InputError(f"the held-out loss became {bits} at step {self.now.step}; lower --learning-rate")
+        if not math.isfinite(bits) or self._absurd(bits):
+            many = f"{bits:.4g} bits per character" if math.isfinite(bits) else f"{bits}"
+            rate = f"lower --learning-rate (it is {self.schedule.learning_rate:g})"
+            raise InputError(f"the held-out loss became {many} at step {self.now.step}; {rate}")
         return bits
+
+    def _absurd(self, bits: float) -> bool:
+        bound = 2 * math.log2(len(self.text.vocabulary)) + 10
+        if bits <= bound:
+            return False
+        # A last tenth in another alphabet costs as much without anything wrong: then what was learnt costs little.
+        size = max(self.streams.window, 256)
+        learnt = (self.streams.inputs[:size, ...], self.streams.targets[:size, ...])
+        return not held_out_bits(self.model, self.now.params, *learnt) <= bound
 
     def save(self, bits: float) -> None:
         about = {"vocabulary": self.text.vocabulary.characters, "held_out_bits": bits, "step": self.now.step}
@@ -139,6 +152,9 @@ def train_command(given: dict[str, Any]) -> int:
 
 
 def _fresh(given: dict[str, Any]) -> tuple[_Run, bool]:
+    out = Path(given["out"]) if "out" in given else _free("xprnn-run")
+    if any((out / name).exists() for name in (store.MODEL_FILE, CHECKPOINT)):
+        raise InputError(f"--out {out}: already holds a run; take another --out, or --resume {shlex.quote(str(out))}")
     text = Corpus.read(given.get("file"))
     known = {f.name for f in fields(Options)}
     options = _length(Options(**{k: v for k, v in given.items() if k in known}), given, text)
@@ -146,7 +162,6 @@ def _fresh(given: dict[str, Any]) -> tuple[_Run, bool]:
     model = build(options.cell, len(text.vocabulary), options.hidden, options.layers, options.bidirectional)
     _check_memory(model)
     now = begin(model, np.random.default_rng(options.seed), array)
-    out = Path(given["out"]) if "out" in given else _free("xprnn-run")
     run = _Run(options, out, text, array, model, now, [])
     return run, _make_writable(out)
 
@@ -242,6 +257,8 @@ def _watch(run: _Run) -> int:
     )
     if o.bidirectional:
         print("task   to restore each character from all before it and, within a window, all after it")
+    if not can_plot():
+        print('no curve.png will be drawn: it needs matplotlib: pip install "xprnn[plot]"')
     sys.stdout.flush()
     start, seconds = run.now.step * o.batch * o.window, run.now.seconds
     quiet = {} if sys.stderr.isatty() else {"mininterval": 10.0}

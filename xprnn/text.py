@@ -47,13 +47,13 @@ def read_text(path: str | Path) -> str:
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"text {path}: cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError as error:
         raise InputError(
             f"text {path}: expected UTF-8 text, found byte 0x{error.object[error.start]:02x} at position"
             f" {error.start}; convert it to UTF-8 first"
         ) from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero character
+        raise InputError(f"text {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if "\0" in text:
         raise InputError(f"text {path}: expected text, found a binary file (it has zero bytes)")
     if not text:
@@ -155,10 +155,21 @@ class Corpus(NamedTuple):
         train, held_out = split(vocabulary.encode(text))
         if len(held_out) < 2:
             raise InputError(
-                f"text {name}: too short: {len(text)} characters leave none to hold out; take a longer one"
+                f"text {name}: too short: it has {len(text)} characters, and a tenth of them, at least 2, is held out;"
+                " take a longer one"
             )
         mark = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
         return cls(name, mark, vocabulary, train, held_out)
+
+    def check_length(self, batch: int, window: int) -> None:
+        """Raise InputError if the part to learn from is too short for `batch` streams of one window each."""
+        length, needed = len(self.train), batch * window + 1
+        if length < needed:
+            raise InputError(
+                f"text {self.name}: too short: it has {length + len(self.held_out):,} characters; a tenth is held out,"
+                f" which leaves {length:,} to learn from, but {batch} streams of one window of {window} need"
+                f" {needed:,}; take a longer text, or a smaller --batch or --window"
+            )
 
 
 @dataclass(frozen=True)
