@@ -12,10 +12,12 @@ from __future__ import annotations
 import importlib.util
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from backends import Backend, choose
+from quick_run import TEXT
 
 CHOSEN = pytest.StashKey[list[Backend]]()
 MARKERS = (
@@ -113,3 +115,11 @@ def xp(request: pytest.FixtureRequest) -> Iterator[Backend]:
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Seeded by the test's name without its parameters: the same numbers on every backend."""
     return np.random.default_rng(zlib.crc32(request.node.nodeid.partition("[")[0].encode()))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    """A file to learn from."""
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return str(path)

@@ -11,19 +11,10 @@ import time
 
 import numpy as np
 import pytest
+from quick_run import QUICK, TEXT
 
 import xprnn
 from xprnn import cli, run, store, train
-
-TEXT = "It was the best of times, it was the worst of times.\n" * 30
-QUICK = ["--hidden", "8", "--batch", "4", "--window", "16", "--steps", "20", "--backend", "numpy"]
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture

@@ -7,19 +7,10 @@ import sys
 
 import numpy as np
 import pytest
+from quick_run import QUICK, TEXT
 
 import xprnn
 from xprnn import cli, run, store
-
-TEXT = "It was the best of times, it was the worst of times.\n" * 30
-QUICK = ["--hidden", "8", "--batch", "4", "--window", "16", "--steps", "20", "--backend", "numpy"]
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return str(path)
 
 
 @pytest.mark.parametrize("left", [(store.MODEL_FILE,), (run.CHECKPOINT,), (store.MODEL_FILE, run.CHECKPOINT)])

@@ -27,7 +27,7 @@ Grads = list[Params]
 
 @dataclass(frozen=True)
 class ChainTape:
-    """The record of a chain's pass: the scans of one piece, or where each segment started."""
+    """The record of a chain's pass: where each segment started, and the scans of the last one."""
 
     x: Array
     home: list[State]
@@ -60,12 +60,11 @@ class Chain:
     ) -> tuple[Array, list[State], ChainTape | None]:
         """The output, the final states and the tape; `every` is the number of steps between checkpoints, or None."""
         count, rngs = x.shape[0], self.generators(rng)
-        if not keep or every is None or every >= count:
-            before = deepcopy(rngs) if rngs else []
-            y, finals, scans, masks = self._run(x, states, states, steps, rngs, keep)
-            tape = ChainTape(x, states, steps, [(0, count)], [states], [before], scans, masks) if keep else None
-            return y, finals, tape
-        segments = [(t, min(t + every, count)) for t in range(0, count, every)]
+        if not keep:
+            y, finals, _, _ = self._run(x, states, states, steps, rngs, False)
+            return y, finals, None
+        every = every or max(1, count)
+        segments = [(t, min(t + every, count)) for t in range(0, max(1, count), every)]
         if self.reverse:
             segments.reverse()
         tape = ChainTape(x, states, steps, segments, [], [])
@@ -184,18 +183,16 @@ _SMALL = 1 << 22
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def segment_length(where: str, checkpoint: Any, count: int, step_bytes: int, state_bytes: int) -> int | None:
+def segment_length(where: str, checkpoint: Any, count: int, step_bytes: int, state_bytes: int) -> int:
     """How many steps lie between checkpoints.
 
     Args:
         where: the public function, named in errors.
-        checkpoint: None (keep everything), a number of steps, "sqrt" (2 sqrt(T)), or bytes as in "64MiB".
+        checkpoint: a number of steps, "sqrt" (2 sqrt(T)), or bytes as in "64MiB".
         count: T.
         step_bytes: what one step's tape and its adjoint take.
         state_bytes: what the states between two steps take.
     """
-    if checkpoint is None:
-        return None
     if checkpoint == "sqrt":
         # Twice the root costs little memory and halves what cutting costs in time; what takes 4 MiB is not cut at all.
         return max(1, 2 * isqrt(count), _SMALL // max(1, step_bytes))
@@ -210,9 +207,7 @@ def segment_length(where: str, checkpoint: Any, count: int, step_bytes: int, sta
     budget = float(number) * _UNITS[unit]
     # k steps of tape and T/k states fit the budget: k step_bytes + (T/k) state_bytes <= budget, the largest such k.
     least = 2 * sqrt(step_bytes * state_bytes * count)
-    if budget < least or budget < step_bytes + state_bytes * count:
-        need = max(least, 1.0 * step_bytes)
-        if budget < need:
-            raise InputError(f"{where}: checkpoint={checkpoint!r} is too small: at least {ceil(need)} bytes are needed")
+    if budget < (need := max(least, step_bytes)):
+        raise InputError(f"{where}: checkpoint={checkpoint!r} is too small: at least {ceil(need)} bytes are needed")
     root = sqrt(max(0.0, budget * budget - least * least))
     return max(1, int((budget + root) / (2 * max(1, step_bytes))))
