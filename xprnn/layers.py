@@ -38,6 +38,7 @@ class RNN(Recurrent):
         dropout: float = 0.0,
         bidirectional: bool = False,
         *,
+        reverse: bool = False,
         learned_state: bool = False,
         cell: Cell | None = None,
     ) -> None:
@@ -46,7 +47,8 @@ class RNN(Recurrent):
             nonlinearity = name  # one way to say it, so that layers compare equal
         object.__setattr__(self, "nonlinearity", nonlinearity)
         shared = (bias, batch_first, dropout, bidirectional)
-        super().__init__(input_size, hidden_size, num_layers, *shared, learned_state=learned_state, cell=cell)
+        named: dict[str, Any] = {"reverse": reverse, "learned_state": learned_state, "cell": cell}
+        super().__init__(input_size, hidden_size, num_layers, *shared, **named)
 
     @property
     def core(self) -> Cell:
