@@ -17,10 +17,12 @@ class Steps(NamedTuple):
 
     active: Array | None = None  # (T, N) boolean
     reset: Array | None = None  # (T, N) boolean
+    lengths: Array | None = None  # (N,) integers: where given, active is t < lengths and nothing else
 
     def between(self, t0: int, t1: int) -> "Steps":
-        """The steps t0 to t1 - 1."""
-        return Steps(*(None if a is None else a[t0:t1, ...] for a in self))
+        """The steps t0 to t1 - 1; a row that ended before them has a length below 0."""
+        active, reset = (None if a is None else a[t0:t1, ...] for a in (self.active, self.reset))
+        return Steps(active, reset, None if self.lengths is None else self.lengths - t0)
 
 
 @dataclass(frozen=True)
