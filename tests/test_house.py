@@ -50,6 +50,7 @@ ROOMS = {
     "sample": "arrays around text",
     "archive": "arrays",
     "store": "arrays model archive",
+    "interop": "arrays activations around cells checks recurrent layers dense model archive store",
     "train": "arrays around layers dense model losses optim text sample archive",
     "plots": "arrays archive",
     "report": "arrays around text sample train plots",

@@ -37,13 +37,15 @@ class RNN(Recurrent):
         dropout: float = 0.0,
         bidirectional: bool = False,
         *,
+        reverse: bool = False,
         learned_state: bool = False,
         cell: Cell | None = None,
     ) -> None:
         # Written out for torch's order, where the nonlinearity stands in the middle of what all layers share.
         object.__setattr__(self, "nonlinearity", nonlinearity)
         shared = (bias, batch_first, dropout, bidirectional)
-        super().__init__(input_size, hidden_size, num_layers, *shared, learned_state=learned_state, cell=cell)
+        named: dict[str, Any] = {"reverse": reverse, "learned_state": learned_state, "cell": cell}
+        super().__init__(input_size, hidden_size, num_layers, *shared, **named)
 
     @property
     def core(self) -> Cell:
