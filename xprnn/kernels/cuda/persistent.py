@@ -17,7 +17,7 @@ def find(cell: Cell, params: Params, shape: tuple[int, int], steps: Any, capabil
         cell: the cell.
         params: as in the scan; their dtype and the weight's shape (G*H, P) decide.
         shape: (T, N).
-        steps: which rows take part when: `steps.lengths` is given where only lengths decide that.
+        steps: which rows take part when: `steps.lengths` is given where only they (and `steps.start`) decide that.
         capability: the device's, (9, 0) for a Hopper.
     """
     return f"no kernel for {cell.name}"
