@@ -13,6 +13,7 @@ from xprnn.cells import Cell
 from xprnn.dense import Embedding, Linear
 from xprnn.gradcheck import GradientError, NotDifferentiableError, check_gradients, check_layer
 from xprnn.interop import from_torch, to_torch
+from xprnn.kernels import precision
 from xprnn.layers import GRU, LSTM, RNN
 from xprnn.losses import cross_entropy, mse, softmax
 from xprnn.model import Sequential
@@ -54,6 +55,7 @@ __all__ = [
     "load",
     "load_state",
     "mse",
+    "precision",
     "rmsprop",
     "rnn_backward",
     "rnn_cell_backward",
