@@ -58,7 +58,8 @@ ROOMS = {
     "plots": "arrays archive",
     "report": "arrays around text sample train plots",
     "run": "arrays around archive text store train report plots",
-    "cli": "arrays text sample store train run",
+    "bench": "arrays layers archive article",
+    "cli": "arrays text sample store train run bench",
     "__main__": "cli",
 }
 OPTIONAL = {"cupy", "h5py", "jax", "llvmlite", "matplotlib", "numba", "onnx", "onnxruntime", "torch"}

@@ -44,7 +44,7 @@ class Sequential:
     __slots__ = ("parts",)
     parts: dict[str, Any]
 
-    def __init__(self, **parts: Any) -> None:
+    def __init__(self, /, **parts: Any) -> None:
         if not parts:
             raise InputError(
                 "Sequential: at least one part is needed, as in Sequential(rnn=RNN(3, 4), head=Linear(4, 2))"
