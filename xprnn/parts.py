@@ -283,7 +283,7 @@ class Flip(OverTime):
             return flags
         xp = namespace(x)
         steps = self.steps("Flip", xp, self.turned(xp, x), flags)
-        mask, reset = (None if a is None else self.turned(xp, xp.flip(a, axis=0)) for a in steps)
+        mask, reset = (None if a is None else self.turned(xp, xp.flip(a, axis=0)) for a in (steps.active, steps.reset))
         return flags | {"lengths": None, "mask": mask, "reset": reset}
 
     def step(self, params: Params, x: Array, state: None = None) -> tuple[Array, None]:
