@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from engine_cases import cotangents, state_like
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_layers_torch import grads, leaf, pairing
+from torch_networks import made, network, recurrents, several
 
 import xprnn
 from xprnn.arrays import InputError
@@ -23,56 +24,6 @@ def close(have, want):
 def close_states(have, want):
     for a, b in zip(*((s if isinstance(s, tuple) else (s,)) for s in (have, want)), strict=True):
         close(a, b.detach().numpy() if hasattr(b, "detach") else b)
-
-
-@st.composite
-def recurrents(draw):
-    """(the name of a class in torch.nn, its arguments)."""
-    name = draw(st.sampled_from(["RNN", "LSTM", "GRU"]))
-    hidden, layers = draw(st.integers(2, 4)), draw(st.integers(1, 3))
-    arguments = {
-        "input_size": draw(st.integers(1, 4)),
-        "hidden_size": hidden,
-        "num_layers": layers,
-        "bias": draw(st.booleans()),
-        "batch_first": draw(st.booleans()),
-        "bidirectional": draw(st.booleans()),
-        "dropout": draw(st.sampled_from([0.0, 0.25])) if layers > 1 else 0.0,
-    }
-    if name == "RNN":
-        arguments["nonlinearity"] = draw(st.sampled_from(["tanh", "relu"]))
-    if name == "LSTM":
-        arguments["proj_size"] = draw(st.integers(0, hidden - 1))
-    return name, arguments
-
-
-def made(name, arguments, seed=0):
-    import torch
-
-    torch.manual_seed(seed)
-    return getattr(torch.nn, name)(**arguments, dtype=torch.float64)
-
-
-def network(rnn, embedding=0, outputs=0, bias=True):
-    """A module such as people write: Embedding before, Linear behind, either left out where 0."""
-    import torch
-
-    class Network(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            if embedding:
-                self.embed = torch.nn.Embedding(embedding, rnn.input_size, dtype=torch.float64)
-            self.rnn = rnn
-            self.dropout = torch.nn.Dropout(0.5)
-            if outputs:
-                width = (1 + rnn.bidirectional) * (rnn.proj_size or rnn.hidden_size)
-                self.head = torch.nn.Linear(width, outputs, bias=bias, dtype=torch.float64)
-
-        def forward(self, x, state=None):
-            y, state = self.rnn(self.embed(x) if embedding else x, state)
-            return (self.head(y) if outputs else y), state
-
-    return Network().eval()
 
 
 def compare(rng, module, model, params, layer, x):
@@ -102,9 +53,6 @@ def inputs(rng, arguments, embedding=0, T=4, N=3):
     return rng.integers(0, embedding, lead) if embedding else rng.normal(size=(*lead, arguments["input_size"]))
 
 
-several = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
 @several
 @given(recurrents())
 def test_a_layer_of_torch_is_the_layer_here(rng, case):
@@ -132,33 +80,6 @@ def test_a_network_its_state_dict_and_its_arrays_are_one_model(rng, case, embedd
         assert again == xprnn.Sequential(**(model.parts | silent))
         assert all(np.array_equal(read[k], params[k]) for k in params)
         assert read.keys() == params.keys()
-
-
-def rebuilt(state_dict, constructor):
-    """torch's own modules with what to_torch gave."""
-    import torch
-
-    if isinstance(constructor, tuple):
-        name, arguments = constructor
-        module = getattr(torch.nn, name)(**arguments)
-    else:
-        module = torch.nn.ModuleDict({k: getattr(torch.nn, name)(**a) for k, (name, a) in constructor.items()})
-    module.load_state_dict(state_dict)
-    return module
-
-
-@several
-@given(recurrents(), st.sampled_from([0, 7]), st.sampled_from([0, 5]))
-def test_there_and_back_is_exact(case, embedding, outputs):
-    name, arguments = case
-    for source in (made(name, arguments), network(made(name, arguments), embedding, outputs)):
-        model, params = xprnn.from_torch(source)
-        state_dict, constructor = xprnn.to_torch(model, params)
-        module = rebuilt(state_dict, constructor)
-        again, read = xprnn.from_torch(module)
-        assert again == model
-        assert read.keys() == params.keys()
-        assert all(np.array_equal(read[k], params[k]) and read[k].dtype == np.float64 for k in params)
 
 
 def test_arrays_of_every_library(xp, rng, dtype):
@@ -322,38 +243,3 @@ def test_arguments_that_do_not_fit():
         xprnn.from_torch(source, nonlinearity="sigmoid")
     with pytest.raises(InputError, match="batch_first must be True or False, found 3"):
         xprnn.from_torch(source, batch_first=3)
-
-
-REFUSED = {
-    "reset": (xprnn.GRU(3, 4, reset_after=False), "torch has no cell gru_reset_before"),
-    "peepholes": (xprnn.LSTM(3, 4, cell=xprnn.cells.lstm(peepholes=True)), "torch has no cell lstm .*peepholes=True"),
-    "sizes": (xprnn.LSTM(3, (4, 2), 2), r"one hidden_size for all layers, found \[4, 2\]"),
-    "state": (xprnn.LSTM(3, 4, learned_state=True), "no learned_state"),
-    "reverse": (xprnn.LSTM(3, 4, reverse=True), "no reverse alone"),
-    "nonlinearity": (xprnn.RNN(3, 4, nonlinearity="softsign"), "no cell elman f=softsign"),
-    "both": (
-        xprnn.Sequential(a=xprnn.GRU(3, 4, reset_after=False), b=xprnn.Around(2), c=xprnn.RNN(4, 4, reverse=True)),
-        "a: torch has no cell gru_reset_before; b: torch.nn has nothing that Around .*; c: torch's layers have no rev",
-    ),
-    "no model": (3, "model must be a layer or Sequential, found int"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_torch_cannot_have(case):
-    model, message = REFUSED[case]
-    with pytest.raises(InputError, match=message):
-        xprnn.to_torch(model, {})
-
-
-def test_params_of_another_model_are_refused(rng):
-    layer = xprnn.GRU(3, 4)
-    params = layer.init(rng, like=FLOAT64)
-    with pytest.raises(InputError, match="to_torch: params: missing bias_ih_l0"):
-        xprnn.to_torch(layer, {k: v for k, v in params.items() if k != "bias_ih_l0"})
-    with pytest.raises(InputError, match=r"to_torch: weight_ih_l0 must have shape \(12, 3\), found \(12, 4\)"):
-        xprnn.to_torch(layer, {**params, "weight_ih_l0": np.zeros((12, 4))})
-    layer = xprnn.Recurrent(3, 4, cell=xprnn.cells.lstm())
-    _, (name, arguments) = xprnn.to_torch(layer, layer.init(rng, like=FLOAT64))
-    assert name == "LSTM"
-    assert arguments["hidden_size"] == 4
