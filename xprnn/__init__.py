@@ -16,8 +16,10 @@ from xprnn.interop import from_torch, to_torch
 from xprnn.kernels import precision
 from xprnn.layers import GRU, LSTM, RNN
 from xprnn.losses import cross_entropy, mse, softmax
+from xprnn.masks import Hold, Last, Masking
 from xprnn.model import Sequential
 from xprnn.optim import adagrad, adam, adamw, clip_by_global_norm, clip_by_value, rmsprop, sgd
+from xprnn.parts import Apply, Flip, Merge, Part, Softmax
 from xprnn.recurrent import Recurrent
 from xprnn.stack import Gradients
 from xprnn.store import load, load_state, save, save_state
@@ -29,16 +31,24 @@ __all__ = [
     "LSTM",
     "RNN",
     "Activation",
+    "Apply",
     "Around",
     "Cell",
     "Embedding",
+    "Flip",
     "GradientError",
     "Gradients",
+    "Hold",
     "InputError",
+    "Last",
     "Linear",
+    "Masking",
+    "Merge",
     "NotDifferentiableError",
+    "Part",
     "Recurrent",
     "Sequential",
+    "Softmax",
     "activation",
     "activations",
     "adagrad",
