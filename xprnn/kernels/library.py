@@ -1,8 +1,8 @@
 """Compiles printed kernels with numba and keeps the machine code in a folder, so that a later process starts at once.
 
 The folder is XPRNN_CACHE, else `xprnn` in XDG_CACHE_HOME or ~/.cache. A kernel's file is named by a hash of its text,
-of lanes.py and rowdot.py and of numba's version; next to it numba keeps the machine code for each kind of processor. Where the folder
-can't be written, kernels are compiled afresh in each process.
+of lanes.py, rowdot.py and numba's version; next to it numba keeps the machine code for each kind of processor. Where
+the folder can't be written, kernels are compiled afresh in each process.
 """
 
 import hashlib

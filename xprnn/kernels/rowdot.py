@@ -63,9 +63,7 @@ def _sums(typing: Any, w: Any, stride: Any, x: Any, inner: Any, out: Any, rows: 
 
 def _masked_load(module: Any, vector: Any, real: Any, v: int) -> Any:
     """LLVM's load of some lanes; it puts its own mangling in the place of this name's."""
-    kind = ir.FunctionType(
-        vector, [vector.as_pointer(), ir.IntType(32), ir.VectorType(ir.IntType(1), v), vector]
-    )
+    kind = ir.FunctionType(vector, [vector.as_pointer(), ir.IntType(32), ir.VectorType(ir.IntType(1), v), vector])
     name = f"llvm.masked.load.v{v}f{32 if isinstance(real, ir.FloatType) else 64}.p0"
     return cgutils.get_or_insert_function(module, kind, name)
 
@@ -78,9 +76,11 @@ def _crosswise(builder: Any, sums: list[Any], v: int) -> Any:
         return builder.fadd(builder.shuffle_vector(a, b, even), builder.shuffle_vector(a, b, odd))
 
     while v > 1:
-        sums = [pairs(a, b) for a, b in zip(sums[::2], sums[1::2], strict=True)] if len(sums) > 1 else [
-            pairs(sums[0], sums[0])
-        ]
+        sums = (
+            [pairs(a, b) for a, b in zip(sums[::2], sums[1::2], strict=True)]
+            if len(sums) > 1
+            else [pairs(sums[0], sums[0])]
+        )
         v //= 2
     return sums[0]
 

@@ -1,7 +1,7 @@
 """Prints one step of a cell as a compiled function of arrays as they come: for streams, where a call is all there is.
 
-A sequence hands its kernel a table of addresses (source.py); of a single step, asking for the addresses would take
-longer than the step. numba unpacks an array in 50 nanoseconds, so the step takes arrays, and checks their shapes itself:
+A sequence hands its kernel a table of addresses (source.py); for a single step, asking for the addresses would take
+longer than the step. numba unpacks an array in 50 nanoseconds: the step takes arrays, and checks their shapes itself:
 
     kernel(k, D, w, u, [bi, bh], p..., x, s..., y, n...) -> 0, or 1 where something does not fit
 
