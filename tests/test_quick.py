@@ -217,6 +217,40 @@ def test_what_does_not_fit_gets_the_checks_own_words(rng, make, fast):
         agree(layer, *fitting)
 
 
+@WAYS
+def test_a_learned_state_is_checked_though_no_step_needs_it(rng, fast):
+    layer = xprnn.GRU(3, 8, 2, learned_state=True)
+    params, x, state = given(rng, layer, 1)
+    start = params["initial_h"]
+    with compiling(fast):
+        agree(layer, params, x, state)
+        for other in (start[:1], start.astype("float32"), start.tolist(), None):
+            with pytest.raises(xprnn.InputError, match="initial_h"):
+                layer.step(params | {"initial_h": other}, x, state)
+
+
+def copying_cell():
+    """A cell with two states that are one value, and one that passes through."""
+
+    def step(x, h, state, p):
+        y = x[0] + h[0]
+        return (y, y, state[2]), ()
+
+    def back(dstate, saved, state, p):
+        da = dstate[0] + dstate[1]
+        return (da,), (da,), (None, None, dstate[2]), ()
+
+    return xprnn.Cell("copying", 1, lambda xp: (step, back), states=("h", "same", "kept"))
+
+
+@WAYS
+@pytest.mark.parametrize("n", [1, 3])
+def test_states_that_share_a_value_share_no_memory(rng, n, fast):
+    layer = xprnn.Recurrent(3, 5, cell=copying_cell())
+    with compiling(fast):
+        agree(layer, *given(rng, layer, n))
+
+
 @each_layer
 def test_what_only_the_checked_step_takes(rng, make):
     """A list of states, a subclass of an array, a state that is left out, other floats."""
