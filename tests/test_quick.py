@@ -15,7 +15,7 @@ from engine_cases import CASES, MAIN, problem, state_like
 
 import xprnn
 from xprnn import quick, stack
-from xprnn.kernels import compiling, generic_only
+from xprnn.kernels import compiling, generic_only, step
 
 XP = Backend.NUMPY
 WAYS = pytest.mark.parametrize("fast", [pytest.param(True, marks=pytest.mark.needs("numba")), False])
@@ -79,13 +79,16 @@ def test_every_option_is_the_checked_step(rng, name, options, fast):
 def test_a_few_rows_take_the_compiled_way(rng, make, monkeypatch):
     monkeypatch.setattr(quick, "numpy_step", None)  # who calls it falls through to the checked step
     layer = make(5, 19, 2)
-    for n, taken in ((1, True), (quick.FEW, True), (quick.FEW + 1, False)):
+    for n, taken in ((1, True), (step.FEW, True), (step.FEW + 1, False)):
         params, x, state = given(rng, layer, n)
         ids = rng.integers(0, 5, n).astype(np.int32)
         assert (layer._step(params, x, state) is not None) == taken
         assert (layer._step(params, ids, state) is not None) == taken
         with compiling(False):
             assert layer._step(params, x, state) is None
+    large = make(2000, 400)
+    assert large._step(*given(rng, large, 1)) is not None
+    assert large._step(*given(rng, large, 2)) is None
 
 
 @WAYS

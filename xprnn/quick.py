@@ -14,7 +14,7 @@ import numpy as np
 
 from xprnn import kernels
 from xprnn.arrays import Array, Params
-from xprnn.kernels.step import BITS, FEW, Stepped, compiled_step, numpy_step
+from xprnn.kernels.step import BITS, Stepped, compiled_step, numpy_step
 from xprnn.layout import names_of
 from xprnn.scan import step_once
 
@@ -71,7 +71,7 @@ def recurrent_step(layer: Any, prefix: str, count: int) -> Quick | None:
     if layer.bidirectional or layer.reverse or not isinstance(layer.hidden_size, int):
         return None
     its, fast = _stepped(layer, prefix), kernels.fast
-    floats, ways = BITS, dict[tuple[bool, bool | None], Quick]()
+    few, floats, ways = its.few, BITS, dict[tuple[bool, bool | None], Quick]()
 
     def way(integer: bool, one: bool | None) -> Quick:
         """The compiled step, or that in NumPy for one row or for many; made when it is first wanted."""
@@ -86,7 +86,7 @@ def recurrent_step(layer: Any, prefix: str, count: int) -> Quick | None:
         integer, n = x.dtype not in floats, len(x)
         if integer and x.dtype.kind not in "iu":
             return None
-        if n <= FEW and fast():
+        if n <= few and fast():
             try:
                 done = way(integer, None)(params, x, state)
             except (KeyError, TypeError):  # no kernel, or one that takes no such arrays

@@ -20,7 +20,8 @@ from xprnn.kernels.trace import FUNCTIONS, Graph, UntraceableError, Value, nodes
 
 __all__ = ["BITS", "FEW", "Stepped", "compiled_step", "numpy_step"]
 
-FEW = 8  # rows: of more, a BLAS that reads the weights once for all of them is faster
+FEW = 8  # rows: of more, a BLAS that reads the weights once for all of them is faster;
+_LARGE = 1 << 19  # weights: of so many, of more than one row
 BITS = {np.dtype(np.float32): 32, np.dtype(np.float64): 64}
 Step = Callable[[dict[str, Any], Any, Any], Any]
 
@@ -36,6 +37,11 @@ class Stepped(NamedTuple):
     names: tuple[tuple[str, ...], ...]  # of each layer: w, u, biases, vectors, and where it is projected hr
     learned: tuple[str, ...]  # parameters that no step needs
     shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def few(self) -> int:
+        """The most rows that the compiled step is for."""
+        return FEW if self.cell.gates * self.hidden * (self.inputs + self.hidden) < _LARGE else 1
 
     @property
     def widths(self) -> list[int]:
