@@ -18,7 +18,7 @@ from xprnn.kernels.step import BITS, Stepped, compiled_step, numpy_step
 from xprnn.layout import names_of
 from xprnn.scan import step_once
 
-__all__ = ["Quick", "Streams", "chain_step", "embedding_step", "linear_step", "recurrent_step"]
+__all__ = ["Quick", "Streams", "chain_step", "embedding_step", "linear_step", "quick_of", "recurrent_step"]
 
 Quick = Callable[[Params, Array, Any], tuple[Array, Any] | None]
 
@@ -142,6 +142,19 @@ def embedding_step(layer: Any, prefix: str, count: int) -> Quick:
             return (params[w][k : k + 1].copy(), None) if 0 <= k < layer.num_embeddings else None
         fits = x.min(initial=0) >= 0 and x.max(initial=0) < layer.num_embeddings
         return (params[w].take(x, axis=0), None) if fits else None
+
+    return _guarded(count, step)
+
+
+def quick_of(part: Any, prefix: str, count: int) -> Quick | None:
+    """A part's quick step, or where it has none its own step."""
+    if isinstance(part, Streams):
+        return part.quick(prefix, count)
+    names = {name: prefix + name for name in part.shapes()}
+
+    def step(params: Params, x: Array, state: Any) -> tuple[Array, Any] | None:
+        done: tuple[Array, Any] = part.step({short: params[name] for short, name in names.items()}, x, state)
+        return done
 
     return _guarded(count, step)
 
