@@ -167,10 +167,13 @@ class Recurrent:
         check_init(where, rng, like)
         if forget_bias is not None and (self.core.name != "lstm" or not self.bias):
             raise InputError(f"{where}: forget_bias needs an LSTM with biases")
-        return {
-            name: from_numpy(self._draw(rng, name, scheme, spectral_radius, forget_bias), like)
-            for name in self.shapes()
-        }
+        params = {}
+        for name, shape in self.shapes().items():
+            value = self._draw(rng, name, scheme, spectral_radius, forget_bias)
+            # A weight for many classes lies by class: a look-up in torch's order would touch all of it.
+            wide = name == "weight_ih_l0" and shape[1] > shape[0]
+            params[name] = from_numpy(np.asfortranarray(value) if wide else value, like)
+        return params
 
     def _draw(self, rng: Generator, name: str, scheme: str, radius: float | None, forget_bias: float | None) -> Any:
         shape = self.shapes()[name]
