@@ -1,7 +1,7 @@
 """A stand-in for the CuPy module on a machine without a GPU: its arrays are NumPy's inside, its rules are CuPy's.
 
-`install()` puts it into `sys.modules` as `cupy`. What CuPy refuses, it refuses: NumPy arrays among the operands, implicit
-conversions, raw launches on views. What costs a GPU program dearly is written into `LOG`: allocations, waits for the
+`install()` puts it into `sys.modules` as `cupy`. What CuPy refuses, it refuses: NumPy arrays among the operands,
+implicit conversions. What costs a GPU program dearly is written into `LOG`: allocations, waits for the
 device, launches, products. Fresh memory is NaN, and is fenced with NaN on both sides; every address that reaches a
 kernel or a product must lie in memory that is alive and on the current device (standin_cuda.py).
 """
@@ -50,8 +50,10 @@ class Memory:
     def __init__(self) -> None:
         self.starts: list[int] = []
         self.blocks: dict[int, tuple[int, int]] = {}  # start -> (end, device)
+        self.wholes: Any = weakref.WeakValueDictionary()  # start -> the array with its fences
 
     def new(self, shape: Any, dtype: Any) -> np.ndarray:
+        """Fresh memory on the current device."""
         dtype = np.dtype(dtype)
         count = int(np.prod(shape, dtype=np.int64))
         whole = np.empty(count + 2 * FENCE, dtype)
@@ -60,11 +62,12 @@ class Memory:
         start, end = inside.ctypes.data, inside.ctypes.data + count * dtype.itemsize
         bisect.insort(self.starts, start)
         self.blocks[start] = (end, CURRENT[0])
-        weakref.finalize(whole, self._freed, start, whole.ctypes.data, whole.nbytes).atexit = False
+        self.wholes[start] = whole
+        weakref.finalize(whole, self._freed, start).atexit = False
         LOG.append(("alloc", count * dtype.itemsize))
         return inside.reshape(shape)
 
-    def _freed(self, start: int, at: int, size: int) -> None:
+    def _freed(self, start: int) -> None:
         self.starts.remove(start)
         del self.blocks[start]
 
@@ -77,10 +80,11 @@ class Memory:
         if device != CURRENT[0]:
             raise AssertionError(f"{what}: memory of device {device} while device {CURRENT[0]} is current")
 
-    def fences(self, base: np.ndarray) -> None:
-        edge = np.concatenate((base[:FENCE], base[-FENCE:])).view(np.uint8)
-        if (edge != 0xFF).any():
-            raise AssertionError("something wrote beyond the end of an array")
+    def check_fences(self) -> None:
+        """Raise if something wrote beyond the ends of a live array."""
+        for whole in list(self.wholes.values()):
+            for edge in (whole[:FENCE], whole[-FENCE:]):
+                assert (edge.view(np.uint8) == 0xFF).all(), "something wrote beyond the end of an array"
 
 
 MEMORY = Memory()
@@ -105,16 +109,13 @@ class ndarray:  # noqa: N801 - CuPy's name
     T = property(lambda s: wrap(s._inside.T))
     mT = property(lambda s: wrap(s._inside.mT))  # noqa: N815
 
-    @property
-    def device(self) -> Any:
-        return sys.modules["cupy"].cuda.Device(self._device)
+    device = property(lambda s: sys.modules["cupy"].cuda.Device(s._device))
 
-    @property
-    def data(self) -> Any:
-        return _Pointer(self._inside.ctypes.data)
+    data = property(lambda s: _Pointer(s._inside.ctypes.data))
 
     def get(self) -> np.ndarray:
-        sync("get()")
+        """A copy as NumPy's array."""
+        LOG.append(("sync", "get()"))  # asked for in so many words: never refused
         return self._inside.copy()
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
@@ -200,44 +201,45 @@ def lifted(function: Any) -> Any:
     return call
 
 
-_BINARY = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
-for _name in _BINARY:
+def _forward(f: Any) -> Any:
+    return lifted(f)
+
+
+def _swapped(f: Any) -> Any:
+    return lambda a, b: lifted(f)(b, a)
+
+
+def _inplace(f: Any) -> Any:
+    def method(a: ndarray, b: Any) -> ndarray:
+        a._inside[...] = f(a._inside, bare(b))
+        LOG.append(("launch", f.__name__))
+        return a
+
+    return method
+
+
+for _name in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"]:
     _f = getattr(operator, f"{_name}_" if _name in ("and", "or") else _name)
-    setattr(ndarray, f"__{_name}__", (lambda f: lambda a, b: lifted(f)(a, b))(_f))
-    setattr(ndarray, f"__r{_name}__", (lambda f: lambda a, b: lifted(f)(b, a))(_f))
-
-    def _inplace(f: Any) -> Any:
-        def method(a: ndarray, b: Any) -> ndarray:
-            a._inside[...] = f(a._inside, bare(b))
-            return a
-
-        return method
-
-    setattr(ndarray, f"__i{_name}__", _inplace(_f))
-for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
-    setattr(ndarray, f"__{_name}__", (lambda f: lambda a, b: lifted(f)(a, b))(getattr(operator, _name)))
-for _name in ("neg", "abs", "pos", "invert"):
-    setattr(ndarray, f"__{_name}__", (lambda f: lambda a: lifted(f)(a))(getattr(operator, _name)))
-for _name in "all any argmax argmin argsort astype copy cumsum max mean min prod ravel repeat reshape sum take".split():
-    setattr(ndarray, _name, (lambda n: lambda a, *args, **kw: lifted(getattr(np.ndarray, n))(a, *args, **kw))(_name))
-ndarray.transpose = lambda a, *args: lifted(np.ndarray.transpose)(a, *args)
+    for _prefix, _way in (("", _forward), ("r", _swapped), ("i", _inplace)):
+        setattr(ndarray, f"__{_prefix}{_name}__", _way(_f))
+for _name in ["lt", "le", "gt", "ge", "eq", "ne", "neg", "abs", "pos", "invert"]:
+    setattr(ndarray, f"__{_name}__", _forward(getattr(operator, _name)))
+_METHODS = "all any argsort astype copy cumsum max mean min prod ravel repeat reshape sum take transpose"
+for _name in _METHODS.split(" "):
+    setattr(ndarray, _name, _forward(getattr(np.ndarray, _name)))
 ndarray.tolist = lambda a: a.get().tolist()
-ndarray.item = lambda a: a.get().item()
+ndarray.item = lambda a: (sync("item()"), a._inside.item())[1]
 ndarray.__hash__ = object.__hash__
 
 
 def array(obj: Any, dtype: Any = None, copy: bool = True, order: str = "K", **kwargs: Any) -> ndarray:
     """Host data go to the current device here, and only by asking."""
-    inside = obj._inside if isinstance(obj, ndarray) else np.asarray([bare(v) for v in obj] if isinstance(obj, list) else obj)
-    if isinstance(obj, ndarray) and not copy and (dtype is None or obj.dtype == dtype) and order == "K":
+    ours = isinstance(obj, ndarray)
+    if ours and not copy and order == "K" and dtype in (None, obj.dtype):
         return obj
-    inside = bare(obj) if isinstance(obj, ndarray) else inside
-    made = np.array(inside, dtype=dtype, order=order)
-    if order == "K" and not made.flags.c_contiguous:
-        fresh = MEMORY.new(made.shape[::-1], made.dtype).T if made.flags.f_contiguous else MEMORY.new(made.shape, made.dtype)
-        fresh[...] = made
-        return ndarray(fresh, CURRENT[0])
-    fresh = MEMORY.new(made.shape, made.dtype)
+    made = np.asarray(bare(obj) if ours or isinstance(obj, list) else obj, dtype)
+    turned = order == "K" and made.flags.f_contiguous and not made.flags.c_contiguous
+    fresh = MEMORY.new(made.shape[::-1], made.dtype).T if turned else MEMORY.new(made.shape, made.dtype)
     fresh[...] = made
     return ndarray(fresh, CURRENT[0])
 
@@ -265,7 +267,11 @@ def install() -> ModuleType:
         value = getattr(np, name)
         if name.startswith("_") or isinstance(value, ModuleType):
             continue
-        plain = isinstance(value, (type, np.dtype)) or not hasattr(value, "__name__") or name in ("finfo", "iinfo", "issubdtype", "result_type", "can_cast", "isscalar")
+        plain = (
+            isinstance(value, (type, np.dtype))
+            or not hasattr(value, "__name__")
+            or name in ("finfo", "iinfo", "issubdtype", "result_type", "can_cast", "isscalar")
+        )
         setattr(module, name, value if plain else lifted(value))
     for f in (array, empty, ascontiguousarray):
         setattr(module, f.__name__, f)
@@ -279,7 +285,9 @@ def install() -> ModuleType:
         for key in dir(getattr(np, name)):
             value = getattr(getattr(np, name), key)
             if not key.startswith("_") and not isinstance(value, ModuleType):
-                setattr(part, key, lifted(value) if hasattr(value, "__name__") and not isinstance(value, type) else value)
+                setattr(
+                    part, key, lifted(value) if hasattr(value, "__name__") and not isinstance(value, type) else value
+                )
         part.__all__ = [k for k in dir(part) if not k.startswith("_")]
         setattr(module, name, part)
         sys.modules[f"cupy.{name}"] = part

@@ -10,7 +10,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import standin
@@ -31,15 +31,15 @@ class Device:
         self.id = standin.CURRENT[0] if device is None else getattr(device, "id", device)
         self._before: list[int] = []
 
-    def __enter__(self) -> Device:
+    def __enter__(self) -> Self:
         self._before.append(standin.CURRENT[0])
         standin.CURRENT[0] = self.id
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         standin.CURRENT[0] = self._before.pop()
 
-    def __eq__(self, other: Any) -> bool:
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, Device) and other.id == self.id
 
     def __hash__(self) -> int:
@@ -48,9 +48,7 @@ class Device:
     def __repr__(self) -> str:
         return f"<CUDA Device {self.id}>"
 
-    @property
-    def compute_capability(self) -> str:
-        return CAPABILITY[self.id]
+    compute_capability = property(lambda self: CAPABILITY[self.id])
 
 
 # --- cuBLAS: column-major, by address, as in cublasSgemm's manual
@@ -75,11 +73,14 @@ def _tf32(a: np.ndarray) -> np.ndarray:
 
 
 def _gemm(dtype: Any) -> Any:
-    def gemm(handle, ta, tb, m, n, k, alpha, a_at, lda, b_at, ldb, beta, c_at, ldc):  # noqa: PLR0913
+    def gemm(handle, ta, tb, m, n, k, alpha, a_at, lda, b_at, ldb, beta, c_at, ldc):
         assert handle == HANDLE + standin.CURRENT[0], "a handle of another device"
         assert STATE["pointers"] == 0, "scalars are read from the host"
         standin.LOG.append(("gemm", (m, n, k)))
-        scale = [float(np.frombuffer((ctypes.c_char * np.dtype(dtype).itemsize).from_address(p), dtype)[0]) for p in (alpha, beta)]
+        scale = [
+            float(np.frombuffer((ctypes.c_char * np.dtype(dtype).itemsize).from_address(p), dtype)[0])
+            for p in (alpha, beta)
+        ]
         a = _matrix(a_at, *((k, m) if ta else (m, k)), lda, dtype, "gemm's A")
         b = _matrix(b_at, *((n, k) if tb else (k, n)), ldb, dtype, "gemm's B")
         c = _matrix(c_at, m, n, ldc, dtype, "gemm's C")
@@ -116,7 +117,17 @@ def built(code: str) -> ctypes.CDLL:
     stem = Path(FOLDER.name) / hashlib.sha256(code.encode()).hexdigest()[:16]
     source, library = stem.with_suffix(".cpp"), stem.with_suffix(".so")
     source.write_text(f'#include "{HEADER}"\n{code}\n{calls}', encoding="utf-8")
-    flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unused-variable", "-ffp-contract=off"]
+    flags = [
+        "-O1",
+        "-std=c++17",
+        "-shared",
+        "-fPIC",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unused-variable",
+        "-ffp-contract=off",
+    ]
     run = subprocess.run(["g++", *flags, "-o", library, source], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return ctypes.CDLL(str(library))
@@ -140,6 +151,7 @@ class RawModule:
         self.code = code
 
     def get_function(self, name: str) -> Any:
+        """The kernel of this name."""
         return RawKernel(self.code, name)
 
 
@@ -151,6 +163,7 @@ class RawKernel:
         self.struct = dict(KERNEL.findall(code))[name]
 
     def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...]) -> None:
+        """Launch it."""
         (whole,) = args
         assert isinstance(whole, np.ndarray), "by value"
         assert whole.size == 1, "You are trying to pass a numpy.ndarray as a kernel parameter"

@@ -64,6 +64,7 @@ def _choose(cell: Cell, params: Params, shape: Any, steps: Any) -> tuple[Callabl
         return None, f"{GENERIC} (not fused: {why}; not persistent: {config})"
     name = f"{fused.NAME} (not persistent: {config})"
     printed = source.printed(cell, 8 * u.dtype.itemsize)
+    assert printed is not None
     return partial(fused.forward, printed, name), name
 
 

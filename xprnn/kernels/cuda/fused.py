@@ -102,8 +102,8 @@ def _room(printed: Printed, cell: Cell, params: Params, x: Array, steps: Steps, 
     else:
         block = max(1, _BLOCK_BYTES // (n * width * dtype.itemsize))
         gates = empty((count if keep else min(count, block), n, width), dtype)
-    flags = (None if a is None else contiguous(a) for a in (steps.active, steps.reset))
-    return _Kept(printed, contiguous(x), *flags, gates, spare, tuple(before), tuple(after))
+    active, reset = (None if a is None else contiguous(a) for a in (steps.active, steps.reset))
+    return _Kept(printed, contiguous(x), active, reset, gates, spare, tuple(before), tuple(after))
 
 
 def _walk(

@@ -40,12 +40,12 @@ _OPEN = """extern "C" __global__ void {name}(const {struct} a) {{
   const size i = (size)blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= a.N * a.H) return;
   const size r = i >> 32 ? i / a.H : (unsigned)i / (unsigned)a.H, j = i - r * a.H;
-  const size n = a.t * a.N + r, m = n * a.H + j, b = r * a.W + j, x = (n - a.from * a.N) * a.W + j;
+  const size n = a.t * a.N + r, m = n * a.H + j, x = (n - a.from * a.N) * a.W + j;
   const size next = a.turned ? a.t - 1 : a.t + 1;
   const bool more = next >= 0 && next < a.T;
   const bool on = !a.active || a.active[n];
 """
-_MATH = "cos cosh exp expm1 log log1p sin sinh sqrt tanh".split()
+_MATH = ["cos", "cosh", "exp", "expm1", "log", "log1p", "sin", "sinh", "sqrt", "tanh"]
 
 
 class Printed(NamedTuple):
@@ -80,7 +80,7 @@ class _Statements(Body):
         }
 
     @staticmethod
-    def number(number: float) -> str:  # type: ignore[override]
+    def number(number: float) -> str:
         """A constant of the arrays' dtype."""
         number = float(number)
         if number - number == 0:
@@ -136,7 +136,7 @@ def _forward(cell: Cell, bits: int, mixed: bool, new: Any, own: dict[str, Any]) 
 def _read(name: str, mixed: bool) -> str:
     """How `forward_step` reads an input of the traced step."""
     letter, k = name[0], name[1:]
-    gate, product = f"a.X[x + {k} * a.H] + a.K[{k} * a.H + j]", f"a.B[b + {k} * a.H]"
+    gate, product = f"a.X[x + {k} * a.H] + a.K[{k} * a.H + j]", f"a.B[r * a.W + {k} * a.H + j]"
     return {
         "g": f"{gate} + {product}" if mixed else gate,
         "x": gate,
