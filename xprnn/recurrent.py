@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.random import Generator
 
+from xprnn import explain as explaining
 from xprnn import stack
 from xprnn.arrays import Array, InputError, Params, from_numpy
 from xprnn.cells import Cell
 from xprnn.checks import check_init, flag, fraction, keep_positive, positive
-from xprnn.explain import explain
 from xprnn.forms import cell_form
 from xprnn.initial import draw
+from xprnn.quick import Quick, Streams, recurrent_step
 from xprnn.stack import Gradients, StackTape
 
 __all__ = ["Recurrent", "keep_positive"]
@@ -27,7 +28,7 @@ State = Any
 
 
 @dataclass(frozen=True)
-class Recurrent:
+class Recurrent(Streams):
     """A stack of one cell, in one or two directions. RNN, LSTM and GRU are this with their cells.
 
     Args:
@@ -281,11 +282,14 @@ class Recurrent:
         >>> y.shape
         (2, 4)
         """
-        return stack.step(self, params, x, state)
+        done = self._step(params, x, state)
+        return stack.step(self, params, x, state) if done is None else done
 
-    def explain(self, params: Params, x: Array, lengths: Any = None, mask: Any = None, reset: Any = None) -> str:
-        """Which kernel each layer and direction will run on, and why not on a faster one (xprnn.explain)."""
-        return explain(self, params, x, lengths, mask, reset)
+    def quick(self, prefix: str, count: int) -> Quick | None:
+        """The step for NumPy arrays that fit, of parameters under `prefix` in a dict of `count`, or None."""
+        return recurrent_step(self, prefix, count)
+
+    explain = explaining.explain  # its first argument is the layer
 
     def config(self) -> dict[str, Any]:
         """The configuration as JSON-able data; `from_config` reads it back."""
