@@ -63,6 +63,7 @@ class Recurrent(Streams):
     reverse: bool = field(default=False, kw_only=True)
     learned_state: bool = field(default=False, kw_only=True)
     cell: Cell | None = field(default=None, kw_only=True)
+    explain = explaining.explain  # a method: its first argument is the layer
 
     def __post_init__(self) -> None:
         where = type(self).__name__
@@ -288,8 +289,6 @@ class Recurrent(Streams):
     def quick(self, prefix: str, count: int) -> Quick | None:
         """The step for NumPy arrays that fit, of parameters under `prefix` in a dict of `count`, or None."""
         return recurrent_step(self, prefix, count)
-
-    explain = explaining.explain  # its first argument is the layer
 
     def config(self) -> dict[str, Any]:
         """The configuration as JSON-able data; `from_config` reads it back."""
