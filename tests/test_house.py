@@ -62,7 +62,8 @@ ROOMS = {
     "report": "arrays around text sample train plots",
     "run": "arrays around archive text store crew train report plots",
     "bench": "arrays layers archive article",
-    "cli": "arrays text sample store train run bench",
+    "convert": "arrays archive store interop",
+    "cli": "arrays convert text sample store train run bench",
     "__main__": "cli",
 }
 OPTIONAL = {"cupy", "h5py", "jax", "llvmlite", "matplotlib", "numba", "onnx", "onnxruntime", "torch"}
