@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.random import Generator
 
+from xprnn import explain as explaining
 from xprnn import stack
 from xprnn.arrays import Array, InputError, Params, from_numpy
 from xprnn.cells import Cell
@@ -62,6 +63,7 @@ class Recurrent(Streams):
     reverse: bool = field(default=False, kw_only=True)
     learned_state: bool = field(default=False, kw_only=True)
     cell: Cell | None = field(default=None, kw_only=True)
+    explain = explaining.explain  # a method: its first argument is the layer
 
     def __post_init__(self) -> None:
         where = type(self).__name__
