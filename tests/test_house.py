@@ -31,7 +31,7 @@ ROOMS = {
     "scatter": "arrays",
     "affine": "arrays scatter",
     "tape": "arrays cells",
-    "kernels": "arrays activations cells affine tape",
+    "kernels": "arrays activations cells scatter affine tape",
     "scan": "arrays cells affine tape kernels",
     "layout": "arrays affine tape",
     "checks": "arrays affine tape layout",

@@ -171,7 +171,7 @@ class Recurrent(Streams):
         if forget_bias is not None and (self.core.name != "lstm" or not self.bias):
             raise InputError(f"{where}: forget_bias needs an LSTM with biases")
         every = (scheme, spectral_radius, forget_bias)
-        return {name: from_numpy(laid(name, self._draw(rng, name, *every)), like) for name in self.shapes()}
+        return {name: from_numpy(laid(name, self._draw(rng, name, *every), like), like) for name in self.shapes()}
 
     def _draw(self, rng: Generator, name: str, scheme: str, radius: float | None, forget_bias: float | None) -> Any:
         shape = self.shapes()[name]
