@@ -16,6 +16,7 @@ from xprnn import stack
 from xprnn.arrays import Array, InputError, Params, from_numpy
 from xprnn.cells import Cell
 from xprnn.checks import check_init, flag, fraction, keep_positive, positive
+from xprnn.forms import cell_form
 from xprnn.initial import draw
 from xprnn.stack import Gradients, StackTape
 
@@ -283,10 +284,9 @@ class Recurrent:
 
     def config(self) -> dict[str, Any]:
         """The configuration as JSON-able data; `from_config` reads it back."""
-        if self.cell is not None:
+        form = None if self.cell is None else cell_form(self.cell)
+        if self.cell is not None and form is None:
             raise InputError(f"{type(self).__name__}: a layer with a cell of your own has no file form: keep its code")
-        return {"type": type(self).__name__} | {
-            f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v
-            for f in fields(self)
-            if f.name != "cell"
-        }
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "cell"}
+        plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+        return {"type": type(self).__name__} | plain | ({} if form is None else {"cell": form})
