@@ -12,6 +12,7 @@ from xprnn.article import rnn_backward, rnn_cell_backward, rnn_cell_forward, rnn
 from xprnn.cells import Cell
 from xprnn.dense import Embedding, Linear
 from xprnn.gradcheck import GradientError, NotDifferentiableError, check_gradients, check_layer
+from xprnn.interop.onnx_door import from_onnx, to_onnx
 from xprnn.kernels import precision
 from xprnn.layers import GRU, LSTM, RNN
 from xprnn.losses import cross_entropy, mse, softmax
@@ -50,6 +51,7 @@ __all__ = [
     "clip_by_global_norm",
     "clip_by_value",
     "cross_entropy",
+    "from_onnx",
     "load",
     "load_state",
     "mse",
@@ -63,4 +65,5 @@ __all__ = [
     "save_state",
     "sgd",
     "softmax",
+    "to_onnx",
 ]

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from xprnn.arrays import InputError, Params
+from xprnn.interop.onnx_attributes import RECURRENT
 from xprnn.interop.onnx_file import need_onnx, opset_of, tensor
 from xprnn.interop.onnx_math import MATH
 from xprnn.interop.onnx_node import Host, Node, Op
-from xprnn.interop.onnx_recurrent import OPERATORS, RECURRENT, Spec, own_params, spec_of
+from xprnn.interop.onnx_recurrent import OPERATORS, Spec, own_params, spec_of
 from xprnn.interop.onnx_shapes import SHAPES
 
 __all__ = ["OPS", "Block", "Prepared", "compiled"]
@@ -81,7 +82,7 @@ def _block(onnx: Any, graph: Any, opset: int, problems: list[str], top: int = 0)
     required = tuple(n for n in names if n not in weights)
     return Block(
         required, outputs, tuple(nodes), constants, params, prepared, optional,
-        {v.name: _sizes(v) for v in graph.input}, _last(nodes, outputs) if top else (),
+        {v.name: _sizes(v) for v in (*graph.input, *graph.output)}, _last(nodes, outputs) if top else (),
     )  # fmt: skip
 
 

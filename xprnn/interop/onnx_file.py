@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from xprnn.archive import as_path
 from xprnn.arrays import InputError
 
@@ -181,8 +183,8 @@ def _load_external(onnx: Any, name: str, t: Any, folder: Path | None, size: int)
 
 
 def tensor(t: Any) -> Any:
-    """A TensorProto's values as NumPy."""
-    return need_onnx().numpy_helper.to_array(t)
+    """A TensorProto's values as NumPy, a copy: what the package gives may lie in the message and be read-only."""
+    return np.array(need_onnx().numpy_helper.to_array(t))
 
 
 def _first_line(error: BaseException) -> str:

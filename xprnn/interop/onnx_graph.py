@@ -82,8 +82,9 @@ class Graph:
         return out if len(out) != 1 else out[self.outputs[0]]
 
     def _named(self, where: str, arrays: Sequence[Any], named: Mapping[str, Array]) -> dict[str, Array]:
-        if len(arrays) == 1 and isinstance(arrays[0], Mapping):
-            arrays, named = (), {**arrays[0], **named}
+        first = arrays[0] if len(arrays) == 1 else None
+        if isinstance(first, Mapping):
+            arrays, named = (), {**first, **named}
         if len(arrays) > len(self.inputs):
             raise InputError(f"{where}: expected {len(self.inputs)} inputs, found {len(arrays)}")
         given = dict(zip(self.inputs, arrays, strict=False))

@@ -209,9 +209,7 @@ MATH: dict[str, Op] = {
     "ReduceMax": _reduction(lambda xp, x, over, keep: xp.max(x, axis=over, keepdims=keep)),
     "ReduceMin": _reduction(lambda xp, x, over, keep: xp.min(x, axis=over, keepdims=keep)),
     "ReduceProd": _reduction(lambda xp, x, over, keep: xp.prod(x, axis=over, keepdims=keep, dtype=x.dtype)),
-    "ArgMax": Op(
-        _argmax, ("axis", "keepdims", "select_last_index"), check=_not_implemented("select_last_index", 0)
-    ),
+    "ArgMax": Op(_argmax, ("axis", "keepdims", "select_last_index"), check=_not_implemented("select_last_index", 0)),
     "CumSum": Op(_cumsum, ("exclusive", "reverse"), host=(1,)),
     "Softmax": _softmax(log=False),
     "LogSoftmax": _softmax(log=True),

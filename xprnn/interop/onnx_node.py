@@ -20,7 +20,8 @@ __all__ = ["FLOATS", "Context", "Host", "Node", "Op", "affordable", "host_contex
 FLOATS = (1, 10, 11)  # the standard's numbers for float32, float16 and float64
 
 
-class Host(NamedTuple):
+@dataclass(frozen=True)
+class Host:
     """A NumPy array that is not data: it never leaves the host unless data meets it."""
 
     array: Any

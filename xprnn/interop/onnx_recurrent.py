@@ -3,32 +3,26 @@
 A node becomes one layer, or two where its directions have activations of their own. What it computes is then what the
 layer computes: the scan, its kernels and its checks are not written again here.
 
-Sources: the standard's text of RNN, LSTM and GRU (opsets 7, 14, 22). Which constants belong to which activation is not
-said there: as in ONNX Runtime, the lists hold those of the functions that have such a constant, in order.
+Source: the standard's text of RNN, LSTM and GRU (opsets 7, 14, 22).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from xprnn.activations import Activation, activation
 from xprnn.arrays import Array, InputError, Namespace, Params
-from xprnn.cells import Cell, elman, gru, gru_reset_before, lstm
+from xprnn.cells import Cell
 from xprnn.interop.conventions import CONVENTIONS, from_system, gate_order, swap_batch, to_directions
+from xprnn.interop.onnx_attributes import RECURRENT, cells_of
 from xprnn.interop.onnx_node import Context, Host, Node, Op
 from xprnn.recurrent import Recurrent
 
-__all__ = ["RECURRENT", "Spec", "spec_of"]
+__all__ = ["OPERATORS", "Spec", "apply", "own_params", "spec_of"]
 
-RECURRENT = {"RNN": 1, "LSTM": 4, "GRU": 3}  # and their numbers of gates
 _DIRECTIONS = {"forward": (False,), "reverse": (True,), "bidirectional": (False, True)}
-_DEFAULTS = {"RNN": ("Tanh",), "LSTM": ("Sigmoid", "Tanh", "Tanh"), "GRU": ("Sigmoid", "Tanh")}
-_ALPHA = ("affine", "leakyrelu", "thresholdedrelu", "scaledtanh", "hardsigmoid", "elu")
-_BETA = ("affine", "scaledtanh", "hardsigmoid")
 _KNOWN = ("activations", "activation_alpha", "activation_beta", "clip", "direction", "hidden_size", "layout")
 _ATTRS = {
     "RNN": _KNOWN,
@@ -73,34 +67,9 @@ def spec_of(node: Node) -> Spec:
     if node.attrs.get("direction", "forward") not in _DIRECTIONS:
         raise InputError(f"direction={get('direction')!r}")
     reverse = _DIRECTIONS[get("direction", "forward")]
-    clip = get("clip")
-    if clip is not None and not clip > 0:
-        raise InputError(f"clip={clip}: expected a number above 0")
-    functions = _activations(node, len(reverse))
-    options: dict[str, Any] = {"clip": clip}
-    make: Any = {"RNN": elman, "LSTM": lstm}.get(node.op)
-    if node.op == "LSTM":
-        peepholes = len(node.inputs) > 7 and node.inputs[7] != ""
-        options |= {"peepholes": peepholes, "coupled": bool(get("input_forget", 0))}
-    if node.op == "GRU":
-        make = gru if get("linear_before_reset", 0) else gru_reset_before
-    cells = tuple(make(*group, **options) for group in functions)
+    peepholes = len(node.inputs) > 7 and node.inputs[7] != ""
+    cells = cells_of(node.op, node.attrs, peepholes, len(reverse))
     return Spec(node.op, cells, reverse, bool(get("layout", 0)), get("hidden_size"))
-
-
-def _activations(node: Node, directions: int) -> list[Sequence[Activation]]:
-    default = _DEFAULTS[node.op]
-    names = list(node.attrs.get("activations") or default * directions)
-    if len(names) != len(default) * directions:
-        raise InputError(f"activations={names}: expected {len(default) * directions}")
-    alphas = list(node.attrs.get("activation_alpha") or ())
-    betas = list(node.attrs.get("activation_beta") or ())
-    made = []
-    for name in names:
-        alpha = alphas.pop(0) if name.lower() in _ALPHA and alphas else None
-        beta = betas.pop(0) if name.lower() in _BETA and betas else None
-        made.append(activation(name, alpha, beta))
-    return [made[k * len(default) : (k + 1) * len(default)] for k in range(directions)]
 
 
 def _check(node: Node) -> str:
@@ -133,7 +102,7 @@ def check_weights(spec: Spec, given: dict[str, Any]) -> None:
     if spec.hidden is not None and hidden != spec.hidden:
         raise InputError(f"R has shape {shapes['R']}, but hidden_size is {spec.hidden}")
     width = shapes["W"][-1] if len(shapes["W"]) == 3 else 0
-    wanted = {"W": (d, gates * hidden, width), "R": (d, gates * hidden, hidden)}
+    wanted: dict[str, tuple[int, ...]] = {"W": (d, gates * hidden, width), "R": (d, gates * hidden, hidden)}
     wanted |= {"B": (d, 2 * gates * hidden), "P": (d, 3 * hidden)}
     for name, shape in shapes.items():
         if shape != wanted[name] or 0 in shape:
@@ -173,8 +142,8 @@ def apply(
     for layer, own in zip(layers, params, strict=True):
         part = None if start is None else tuple(s[at : at + layer.directions, ...] for s in start)
         at += layer.directions
-        own = {name: own[name] for name in layer.shapes()}
-        y, final = layer(own, x, part if part is None or count > 1 else part[0], lengths=lengths)
+        mine = {name: own[name] for name in layer.shapes()}
+        y, final = layer(mine, x, part if part is None or count > 1 else part[0], lengths=lengths)
         outputs.append(to_directions(xp, y, layer.directions))
         finals.append(final if count > 1 else (final,))
     joined = [outputs, *zip(*finals, strict=True)]

@@ -7,6 +7,7 @@ standard alone (no scatter, no boolean indexing, no negative steps, which torch 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -133,7 +134,7 @@ def _split(at: Context, node: Node, x: Array, sizes: Any = None) -> tuple[Array,
     ends = np.cumsum([0, *parts]).tolist()
     if ends[-1] != x.shape[axis] or min(parts) < 0 or len(parts) != count:
         raise InputError(f"{count} parts of {parts} from an axis of size {x.shape[axis]}")
-    return tuple(x[_cut(x.ndim, axis, slice(a, b))] for a, b in zip(ends[:-1], ends[1:], strict=True))
+    return tuple(x[_cut(x.ndim, axis, slice(a, b))] for a, b in pairwise(ends))
 
 
 def _tile(at: Context, node: Node, x: Array, repeats: Any) -> Array:
