@@ -153,8 +153,8 @@ def _prepare(nodes: list[Node], weights: dict[str, Any], params: Params, problem
         except InputError as error:
             problems.append(f"{node}: {error}")
             continue
-        label = node.name if len(each) == 1 else f"{node.name}.{{}}"
-        keys = tuple({k: f"{label.format(i)}.{k}" for k in own} for i, own in enumerate(each))
+        labels = [node.name] if len(each) == 1 else [f"{node.name}.{i}" for i in range(len(each))]
+        keys = tuple({k: f"{label}.{k}" for k in own} for label, own in zip(labels, each, strict=True))
         params.update({keys[i][k]: a for i, own in enumerate(each) for k, a in own.items()})
         out[node.name] = Prepared(spec, keys)
     return out

@@ -55,6 +55,8 @@ def read_model(source: Any) -> Any:
     else:
         path = as_path("from_onnx", source)
         where, folder, model = str(path), path.parent, _parsed(onnx, path)
+    if any(not isinstance(name, str) for name in _names_in(onnx, model.graph)):
+        raise InputError(f"{where}: damaged: names that are no text")
     for holder in _tensors(onnx, model.graph):
         _check_tensor(onnx, where, holder, folder)
     try:
@@ -114,6 +116,17 @@ def _tensors(onnx: Any, graph: Any) -> Iterator[Any]:
             yield from attribute.tensors
         for inner in subgraphs(onnx, node):
             yield from _tensors(onnx, inner)
+
+
+def _names_in(onnx: Any, graph: Any) -> Iterator[Any]:
+    """Every name; protobuf hands out bytes for what is no UTF-8."""
+    for thing in (*graph.initializer, *graph.input, *graph.output):
+        yield thing.name
+    for node in graph.node:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
+        for inner in subgraphs(onnx, node):
+            yield from _names_in(onnx, inner)
 
 
 def _check_tensor(onnx: Any, where: str, t: Any, folder: Path | None) -> None:

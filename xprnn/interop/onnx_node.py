@@ -53,7 +53,11 @@ class Context:
 
     def put(self, value: Any) -> Array:
         """A value among the data: floats in the dtype of `like`, as all floats of a graph are."""
-        return from_numpy(value.array, self.like) if isinstance(value, Host) else value
+        if not isinstance(value, Host):
+            return value
+        a = value.array
+        # Widened here: torch refuses to do it for an array of no axes.
+        return from_numpy(a.astype(np.int64) if a.dtype.kind == "i" else a, self.like)
 
 
 def host_context(dtype: Any) -> Context:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from xprnn.model import from_config
 
 __all__ = ["OtherGraphError", "recognised"]
 
+# What a graph that is none of ours may make of a stand-in.
+_TROUBLE = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 _PROBES = (1009, 1013)  # sizes for the two free axes: primes, so that products tell them apart
 
 
@@ -31,8 +34,11 @@ def recognised(block: Block, metadata: dict[str, str]) -> tuple[Any, Params]:
     Raises:
         OtherGraphError: not one of ours; says why.
     """
-    pieces = Walk(block).pieces()
-    model, params = from_pieces(pieces)
+    try:
+        pieces = Walk(block).pieces()
+        model, params = from_pieces(pieces)
+    except _TROUBLE as error:
+        raise OtherGraphError(f"it does something of its own ({error})") from None
     hint = _from_metadata(metadata)
     if hint is not None and same(pieces, pieces_of(hint, _blank(hint))):
         return hint, with_structure(hint, pieces)
@@ -72,11 +78,14 @@ class Walk:
                 raise OtherGraphError(f"{node} is control flow")
             try:
                 found = self._node(node)
-            except (ArithmeticError, LookupError, MemoryError, TypeError, ValueError, AttributeError) as error:
+            except _TROUBLE as error:
                 raise OtherGraphError(f"{node} does something of its own ({error})") from None
             self.scope.update(zip(node.outputs, found, strict=False))
         self._outputs()
         self._states()
+        for before, after in pairwise(self.done):
+            if after.inputs != before.outputs * max(1, len(before.ways)):
+                raise OtherGraphError("the sizes of its layers do not fit each other")
         return [replace(p, batch_first=self.time == "1") if p.kind == "rnn" else p for p in self.done]
 
     def _inputs(self) -> None:
