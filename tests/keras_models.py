@@ -71,6 +71,16 @@ NAMES = (
 )
 
 
+def use(keras: Any, dtype: str) -> None:
+    """Let Keras make and compute everything in this dtype."""
+    from keras.src.backend.common import dtypes
+
+    # On JAX some of its operations round float64 to float32, by this table; float64 proves 1e-10.
+    dtypes.BIT64_TO_BIT32_DTYPE["float64"] = "float64"
+    keras.config.set_floatx(dtype)
+    keras.config.set_dtype_policy(dtype)
+
+
 def inputs(rng: np.random.Generator, name: str, dtype: str) -> Any:
     """Numbers, or ids, with holes and whole rows of padding."""
     skipped = np.array([[0, 0, 1, 1, 0], [1, 0, 1, 0, 1], [1, 1, 1, 1, 1]], bool)
@@ -82,7 +92,8 @@ def inputs(rng: np.random.Generator, name: str, dtype: str) -> Any:
 
 def draw(rng: np.random.Generator, model: Any) -> None:
     """Random weights, biases included."""
-    model.set_weights([0.6 * rng.normal(size=w.shape).astype(w.dtype) for w in model.get_weights()])
+    for variable in model.trainable_variables:
+        variable.assign((0.6 * rng.normal(size=variable.shape)).astype(variable.dtype))
 
 
 def flat(tree: Any) -> list[Any]:
@@ -141,11 +152,11 @@ def ask(keras: Any, model: Any, x: Any, rng: np.random.Generator) -> dict[str, A
         return sum((a * c).sum() for a, c in zip(outputs(trained, x), dy, strict=True))
 
     dtrained, *dx = jax.grad(paired, argnums=(0,) if integer else (0, 1))(trained, x)
-    before = model.get_weights()
     for variable, gradient in zip(model.trainable_variables, dtrained, strict=True):
         variable.assign(gradient)
     _, named = xprnn.from_keras(model)
-    model.set_weights(before)
+    for variable, value in zip(model.trainable_variables, trained, strict=True):
+        variable.assign(value)
     found = {f"y{k}": a for k, a in enumerate(y)} | {f"dy{k}": a for k, a in enumerate(dy)} | {"x": x}
     found |= {f"grad.{k}": a for k, a in named.items()}
     return found | ({} if integer else {"dx": np.asarray(dx[0])})

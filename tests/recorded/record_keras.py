@@ -1,4 +1,4 @@
-"""Write the Keras files beside this one: python tests/recorded/record_keras.py (needs keras, jax, h5py).
+"""Write the files in keras_files: python tests/recorded/record_keras.py (needs keras, jax, h5py).
 
 For each model of tests/keras_models.py a .keras file and an .npz of inputs, outputs and gradients, computed by Keras on
 JAX; float64, and one in float32. One more model as .weights.h5 with its architecture in .json.
@@ -12,6 +12,7 @@ from pathlib import Path
 
 os.environ["KERAS_BACKEND"] = "jax"
 HERE = Path(__file__).parent
+FILES = HERE / "keras_files"
 sys.path.insert(0, str(HERE.parent))
 
 import jax  # noqa: E402
@@ -23,17 +24,17 @@ import numpy as np  # noqa: E402
 
 
 def record(name: str, dtype: str) -> None:
-    keras.config.set_floatx(dtype)
+    keras_models.use(keras, dtype)
     rng = np.random.default_rng(len(name))
     model = keras_models.layers_of(keras, name)
     keras_models.draw(rng, model)
     found = keras_models.ask(keras, model, keras_models.inputs(rng, name, dtype), rng)
-    stem = f"keras_{name}" if dtype == "float64" else f"keras_{name}_{dtype}"
-    model.save(HERE / f"{stem}.keras")
-    np.savez(HERE / f"{stem}.npz", **found)
+    stem = name if dtype == "float64" else f"{name}_{dtype}"
+    model.save(FILES / f"{stem}.keras")
+    np.savez(FILES / f"{stem}.npz", **found)
     if name == "lstm_stack" and dtype == "float64":
-        model.save_weights(HERE / f"{stem}.weights.h5")
-        (HERE / f"{stem}.json").write_text(model.to_json(), encoding="utf-8")
+        model.save_weights(FILES / f"{stem}.weights.h5")
+        (FILES / f"{stem}.json").write_text(model.to_json(), encoding="utf-8")
 
 
 if __name__ == "__main__":
