@@ -104,6 +104,8 @@ def _parts(specs: list[Spec], arrays: Arrays, problems: list[str]) -> list[tuple
     made: list[tuple[Part, Any]] = []
     masked, used = False, set[str]()
     for k, spec in enumerate(specs):
+        if not spec.kind:
+            continue
         try:
             own, masked = parts_of_layer(spec, arrays, Flow(masked, k == len(specs) - 1))
         except InputError as error:

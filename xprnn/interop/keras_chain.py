@@ -21,7 +21,7 @@ _DEEPEST = 20
 class Spec(NamedTuple):
     """One layer: its Keras class, its name, its configuration, and where its arrays stand in a weights file."""
 
-    kind: str
+    kind: str  # "" where it is not Keras's own, which has been said
     name: str
     options: dict[str, Any]
     path: str
@@ -71,7 +71,7 @@ def _open(entry: Any, path: str, lead: str, found: list[Spec], problems: list[st
         model = inner_spec(entry, path)
         if model.kind not in MODELS or depth > _DEEPEST:
             raise InputError(f"{model.name} ({model.kind}): expected a Sequential or a functional model")
-        layers = _named(model, path)
+        layers = _named(model, path, problems)
         if model.kind != "Sequential":
             layers = _sorted(model.options, layers, problems)
     except InputError as error:
@@ -84,7 +84,7 @@ def _open(entry: Any, path: str, lead: str, found: list[Spec], problems: list[st
             found.append(spec._replace(name=lead + spec.name))
 
 
-def _named(model: Spec, path: str) -> list[tuple[Any, Spec]]:
+def _named(model: Spec, path: str, problems: list[str]) -> list[tuple[Any, Spec]]:
     """Every layer with its path: classes are counted in the order in which a model has its layers."""
     entries = model.options.get("layers")
     if not isinstance(entries, list):
@@ -94,7 +94,11 @@ def _named(model: Spec, path: str) -> list[tuple[Any, Spec]]:
     for entry in entries:
         if _is_operation(entry):
             continue
-        spec = inner_spec(entry, "")
+        try:
+            spec = inner_spec(entry, "")
+        except InputError as error:
+            problems.append(str(error))
+            spec = Spec("", str(entry.get("name")) if isinstance(entry, dict) else "", {}, "")
         key = snake(spec.kind)
         number, counts[key] = counts.get(key, 0), counts.get(key, 0) + 1
         where = f"{path}/layers/{key}" if path else f"layers/{key}"
