@@ -70,6 +70,13 @@ def jax(session: nox.Session) -> None:
 
 
 @nox.session
+def keras(session: nox.Session) -> None:
+    """Test against live Keras: random architectures, masks, every option; its gradients on JAX."""
+    install(session, "keras")
+    session.run("python", "-m", "pytest", "tests/test_keras_live.py", *session.posargs)
+
+
+@nox.session
 def onnx(session: nox.Session) -> None:
     """Test against ONNX Runtime: ragged batches, activations, clipping, peepholes, both GRUs."""
     install(session, "onnx")

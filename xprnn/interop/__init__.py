@@ -13,6 +13,7 @@ What a system has and the other cannot say is refused, all reasons at once, befo
 function that needs them: importing this room imports none.
 """
 
+from xprnn.interop.keras import from_keras
 from xprnn.interop.torch import ForTorch, from_torch, to_torch
 
-__all__ = ["ForTorch", "from_torch", "to_torch"]
+__all__ = ["ForTorch", "from_keras", "from_torch", "to_torch"]
