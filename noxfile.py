@@ -134,12 +134,10 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure against the article's loop, torch, JAX and ONNX Runtime; memory against T; training beside torch."""
+    """Measure everything beside the article's loop, torch, JAX and ONNX Runtime; `-- --short` takes five minutes."""
     install(session, "bench", extra="fast")
-    session.run("python", "benchmarks/rnn.py", *session.posargs)
-    if not session.posargs:
-        session.run("python", "benchmarks/memory.py")
-        session.run("python", "benchmarks/training.py")
+    files = ["--markdown", "bench.md", "--json", "bench.json", "--png", "bench.png"]
+    session.run("python", "benchmarks/everything.py", *files, *session.posargs)
 
 
 def cuda_version() -> int:
