@@ -14,6 +14,7 @@ function that needs them: importing this room imports none.
 """
 
 from xprnn.interop.keras import from_keras
+from xprnn.interop.onnx_door import from_onnx, to_onnx
 from xprnn.interop.torch import ForTorch, from_torch, to_torch
 
-__all__ = ["ForTorch", "from_keras", "from_torch", "to_torch"]
+__all__ = ["ForTorch", "from_keras", "from_onnx", "from_torch", "to_onnx", "to_torch"]
