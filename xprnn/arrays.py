@@ -25,13 +25,13 @@ __all__ = [
     "check_shape",
     "device_of",
     "from_numpy",
+    "is_cupy",
     "is_integer",
     "is_numpy",
     "is_writeable",
     "namespace",
     "on_host",
     "resolve",
-    "sum_rows_by_id",
     "to_numpy",
 ]
 
@@ -69,6 +69,11 @@ def is_numpy(xp: Namespace) -> bool:
     True
     """
     return bool(array_api_compat.is_numpy_namespace(xp))
+
+
+def is_cupy(xp: Namespace) -> bool:
+    """Whether `xp` is CuPy."""
+    return bool(array_api_compat.is_cupy_namespace(xp))
 
 
 def is_integer(xp: Namespace, array: Array) -> bool:
@@ -155,12 +160,7 @@ def check_shape(where: str, name: str, letters: str, array: Array, expected: Seq
     """
     found = tuple(array.shape)
     if len(found) != len(expected) or any(e is not None and e != f for e, f in zip(expected, found, strict=True)):
-        want = (
-            "("
-            + ", ".join("any" if e is None else str(e) for e in expected)
-            + ("," if len(expected) == 1 else "")
-            + ")"
-        )
+        want = f"({', '.join('any' if e is None else str(e) for e in expected)}{',' * (len(expected) == 1)})"
         raise InputError(f"{where}: {' '.join((name, *letters.split()))} must have shape {want}, found {found}")
 
 
@@ -246,55 +246,6 @@ def to_numpy(array: Array) -> Any:
         return array.detach().cpu().numpy()
     if array_api_compat.is_jax_array(array):
         return np.asarray(array)
-    return (
-        np.from_dlpack(array_api_compat.to_device(array, "cpu"))
-        if not hasattr(array, "_array")
-        else array._array.copy()
-    )
-
-
-def sum_rows_by_id(xp: Namespace, ids: Array, rows: Array, count: int) -> Array:
-    """Scatter-add: out[v] = sum of rows[m] over the m with ids[m] = v. The adjoint of a row look-up.
-
-    The standard has no scatter. Rows are sorted by id, summed within each run of equal ids, and each run's sum is
-    looked up: in NumPy one reduction for each, elsewhere log2(M) shifted additions (a segmented scan), so that rounding
-    stays that of a pairwise sum and no index leaves the device.
-
-    Args:
-        xp: the namespace.
-        ids: (M,) integers in 0..count-1.
-        rows: (M, K).
-        count: number of rows of the result.
-
-    Returns:
-        (count, K).
-
-    >>> sum_rows_by_id(namespace(np.zeros(1)), np.asarray([2, 0, 2]), np.asarray([[1.0], [2.0], [3.0]]), 4)[:, 0]
-    array([2., 0., 4., 0.])
-    """
-    m = rows.shape[0]
-    out = xp.zeros((count, rows.shape[1]), dtype=rows.dtype, device=device_of(rows))
-    if m == 0 or count == 0:
-        return out
-    order = xp.argsort(ids, stable=True)
-    ids, rows = xp.take(ids, order), xp.take(rows, order, axis=0)
-    if is_numpy(xp):
-        starts = np.flatnonzero(np.concatenate((np.ones(1, bool), ids[1:] != ids[:-1])))
-        if m < 256:
-            out[ids[starts]] = np.add.reduceat(rows, starts, axis=0)
-            return out
-        # A reduction for each run of ids: four times as fast as `reduceat`, and ten times as `add.at`.
-        for v, a, b in zip(ids[starts].tolist(), starts.tolist(), [*starts[1:].tolist(), m], strict=True):
-            np.add.reduce(rows[a:b], axis=0, out=out[v])
-        return out
-    shift = 1
-    while shift < m:
-        same = xp.concat((xp.zeros_like(ids[:shift], dtype=xp.bool), ids[shift:] == ids[:-shift]))
-        before = xp.concat((xp.zeros_like(rows[:shift, :]), rows[:-shift, :]))
-        rows = rows + xp.where(same[:, None], before, xp.zeros_like(rows))
-        shift *= 2
-    every = xp.arange(count, dtype=ids.dtype, device=device_of(ids))
-    last = xp.searchsorted(ids, every, side="right") - 1
-    found = (last >= 0) & (xp.take(ids, xp.where(last >= 0, last, xp.zeros_like(last))) == every)
-    sums = xp.take(rows, xp.where(found, last, xp.zeros_like(last)), axis=0)
-    return xp.where(found[:, None], sums, out)
+    if hasattr(array, "_array"):  # array-api-strict's
+        return array._array.copy()
+    return np.from_dlpack(array_api_compat.to_device(array, "cpu"))

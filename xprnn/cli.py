@@ -1,4 +1,4 @@
-"""The command line: `python -m xprnn train | sample | info`.
+"""The command line: `python -m xprnn train | sample | convert | info | run | bench`.
 
 A command is a row of `COMMANDS`: its help, examples, the function that declares its arguments, and the one that runs
 it and returns the exit code. Whatever it needs beyond the standard library it imports when it runs. An `InputError`
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .arrays import InputError
+from .convert.arguments import ROWS
 
 
 class _Parser(argparse.ArgumentParser):
@@ -76,7 +77,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--window", type=_count, metavar="T", help="steps a gradient reaches back (default: 64)")
     add("--learning-rate", type=_positive, metavar="A", help="Adam's, at its highest (default: 1/H, at most 0.004)")
     add("--seed", type=_natural, help="of the first parameters and of the final sample (default: 0)")
-    add("--threads", type=_count, help="of NumPy's matrix library; more than 1 pays for wide layers only (default: 1)")
+    add("--threads", type=_count, help="that share a step, each with some of the streams (default: 1)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=_count, help="windows to learn from (default: 7000)")
     length.add_argument("--epochs", type=_positive, help="times to read the text")
@@ -94,8 +95,23 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     add("--backend", choices=("auto", "numpy", "cupy"), default="numpy", help="array library (default: numpy)")
 
 
-def _info_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="DIR", help="the DIR of a run, or a model file")
+def _shape(text: str) -> tuple[int, ...]:
+    from .bench.short import shape_of
+
+    try:
+        return shape_of(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected D,H,N,T, four positive integers, found {text!r}") from None
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    add, cells, peers = parser.add_argument, ("elman", "lstm", "gru"), ("torch", "jax", "onnxruntime")
+    add("--cell", nargs="+", choices=cells, default=cells, help="recurrent cells (default: all three)")
+    add("--rows", nargs="+", type=_shape, metavar="D,H,N,T", help="sizes: inputs, hidden units, batch, steps")
+    add("--peers", nargs="*", choices=peers, default=peers, help="whom to try (default: all that are installed)")
+    add("--threads", type=_count, default=1, help="of everyone (default: 1)")
+    add("--quick", action="store_true", help="fewer rows and rounds, for a first look")
+    add("--json", metavar="FILE", help="write all figures here too")
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -142,20 +158,10 @@ def _sample(args: argparse.Namespace) -> int:
     return 0
 
 
-def _info(args: argparse.Namespace) -> int:
-    from .store import load, load_metadata
+def _bench(args: argparse.Namespace) -> int:
+    from .bench.short import bench_command
 
-    path = _model_file(args.file)
-    metadata = load_metadata(path)
-    model, params = load(path)
-    print(f"{path}: {sum(int(p.size) for p in params.values()):,} parameters")
-    for name, part in (model.config().get("parts") or {"model": model.config()}).items():
-        print(f"  {name}: {part}")
-    for name, array in params.items():
-        print(f"  {name:24} {tuple(array.shape)!s:16} {array.dtype}")
-    for name, value in metadata.items():
-        print(f"  {name} = {value!r}" if not isinstance(value, str) else f"  {name} = {value[:200]!r}")
-    return 0
+    return bench_command(args.cell, args.rows, args.peers, args.threads, args.quick, args.json)
 
 
 _EXAMPLES = """
@@ -176,14 +182,17 @@ _SAMPLE_EXAMPLES = """
   python -m xprnn sample book --prompt "Once upon"
   python -m xprnn sample book --temperature 0.4 --length 5000 > more.txt
 """
-_INFO_EXAMPLES = """
-  python -m xprnn info book
-  python -m xprnn info model.npz
+_BENCH_EXAMPLES = """
+  python -m xprnn bench                                    under a minute, beside torch, JAX and ONNX Runtime if there
+  python -m xprnn bench --quick --cell lstm
+  python -m xprnn bench --rows 1,16,1,1000 64,128,32,100 --threads 2 --json figures.json
+Everyone's results are compared before the clock starts; the exit code is 1 where they disagree.
 """
 COMMANDS = {
     "train": ("learn to write from a text, or to restore one", _TRAIN_EXAMPLES, _train_arguments, _train),
     "sample": ("write text with a trained model", _SAMPLE_EXAMPLES, _sample_arguments, _sample),
-    "info": ("say what is in a model file", _INFO_EXAMPLES, _info_arguments, _info),
+    "bench": ("say how fast this is here, beside what else is installed", _BENCH_EXAMPLES, _bench_arguments, _bench),
+    **ROWS,
 }
 
 

@@ -60,15 +60,16 @@ def load(path: str | Path, like: Array | None = None) -> tuple[Any, Params]:
     _check_like("load", like)
     with opened(path) as file:
         try:
+            _check_depth(file.header["model"], len(file.shapes))
             model = from_config(file.header["model"])
             shapes = model.shapes()
         except (KeyError, TypeError, AttributeError, InputError) as error:
-            raise InputError(f"{path}: holds no model this xprnn knows ({error})") from None
+            raise InputError(f"{path}: holds no model this xprnn knows ({str(error)[:300]})") from None
         _compare(str(path), file.shapes, shapes)
         arrays = {name: file.read(name) for name in shapes}
     if like is None:
         return model, arrays
-    return model, {name: _moved(path, array, like) for name, array in arrays.items()}
+    return model, {name: moved(str(path), array, like) for name, array in arrays.items()}
 
 
 def save_state(path: str | Path, state: Any) -> None:
@@ -124,7 +125,7 @@ def load_state(path: str | Path, like: Array | None = None) -> Any:
         if value is None:
             return None
         array = arrays[value]
-        return array if like is None else _moved(path, array, like)
+        return array if like is None else moved(str(path), array, like)
 
     try:
         return read(header["state"])
@@ -159,11 +160,26 @@ def _check_like(where: str, like: Any) -> None:
         resolve(where, {}, {"like": like})
 
 
-def _moved(path: str | Path, array: Any, like: Array) -> Array:
+def moved(where: str, array: Any, like: Array) -> Array:
+    """A host array, put where `like` lives, in its dtype.
+
+    Raises:
+        InputError: `like` has a dtype that NumPy does not know.
+    """
     try:
         return from_numpy(array, like=like)
     except TypeError:
-        raise InputError(f"{path}: cannot be loaded as {like.dtype}; load as another dtype and convert") from None
+        raise InputError(f"{where}: cannot be loaded as {like.dtype}; load as another dtype and convert") from None
+
+
+def _check_depth(config: Any, arrays: int) -> None:
+    """Raise InputError for more layers than a file with so many arrays can have, before they take memory."""
+    if isinstance(config, dict):
+        count = config.get("num_layers", 1)
+        if isinstance(count, int) and count > max(1, arrays):
+            raise InputError(f"num_layers is {str(count)[:20]} but there are {arrays} arrays")
+        for part in config.values():
+            _check_depth(part, arrays)
 
 
 def _compare(where: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:

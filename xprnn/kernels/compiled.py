@@ -4,7 +4,7 @@ Between them source.py's kernel walks all steps, products with the weights and a
 back to Python. The rows of a batch are independent of each other: with several threads each walks some of them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,19 +20,39 @@ from xprnn.kernels.table import Kept, Table, address, call, inputs, padded, room
 from xprnn.kernels.threads import Part, each, parts
 from xprnn.tape import State, Steps, Tape
 
-__all__ = ["find"]
+__all__ = ["NAME", "find", "why_not"]
 
+NAME = "compiled by numba"
 _BLOCK_BYTES = 1 << 20  # of a block's projection, which should stay in the second-level cache
 _BLOCK_ROWS = 256  # of a block whose weights' gradients are added up at once
 
 
 def find(cell: Cell, params: Params) -> Callable[..., Any] | None:
     """`forward` where the cell can be compiled and numba is there, else None."""
-    dtype = params["weight_hh"].dtype
-    if dtype not in (np.float32, np.float64) or "weight_hr" in params or not library.available():
+    if why_not(cell, params):
         return None
-    sources = sources_of(cell, 8 * dtype.itemsize)
-    return None if sources is None or not library.works(sources.forward) else partial(_forward, sources)
+    sources = sources_of(cell, _bits(params))
+    assert sources is not None
+    return partial(_forward, sources)
+
+
+def _bits(params: Params) -> int:
+    return 8 * int(params["weight_hh"].dtype.itemsize)
+
+
+def why_not(cell: Cell, params: Params) -> str:
+    """Why `find` has nothing, or ""."""
+    if (dtype := params["weight_hh"].dtype) not in (np.float32, np.float64):
+        return f"{dtype} is neither float32 nor float64"
+    if "weight_hr" in params:
+        return "h is projected by weight_hr"
+    if not library.available():
+        return 'numba is not installed: pip install "xprnn[fast]"'
+    sources = sources_of(cell, _bits(params))
+    if sources is None:
+        return "gates act before their product" if cell.early else "its cell can't be printed as scalar code"
+    works = library.works(sources.forward) and library.works_gemm(_bits(params) // 8)
+    return "" if works else "numba can't compile its cell"
 
 
 # --- forward
@@ -68,7 +88,7 @@ def _forward(
     def states() -> State:
         return rows.shown(after)
 
-    tape = Tape(backward, np, cell, params, x, state, home, steps, reverse, states, kept, "compiled by numba")
+    tape = Tape(backward, np, cell, params, x, state, home, steps, reverse, states, kept, NAME)
     return y, final, tape
 
 
@@ -134,7 +154,7 @@ def _run(
         block = max(1, min(count, _BLOCK_BYTES // max(1, part.rows * z * item)))
         sizes = {"Q": d * z, "U": hidden * z, "P": block * part.rows * z, "B": part.rows * (z - y)}
         sizes |= {"K": z, "L": z - y, "O": 0} | ({} if kept.gates is not None else {"G": width})
-        room, here = room_for(u.dtype, sizes)
+        _room, here = room_for(u.dtype, sizes)
         call(kept.sources.forward, kept.sources.forward_table, table.of(part) | here | {"J": block})
 
     each(walk, parts(rows, count, n, (hidden + d) * width))
@@ -149,7 +169,7 @@ def backward(
 ) -> tuple[Array | None, State, Sequence[Array | None], Params]:
     """See xprnn.scan.backward."""
     kept: Kept = tape.saved
-    params, rows, cell = tape.params, kept.rows, tape.cell
+    params, rows = tape.params, kept.rows
     injected = [None if d is None else rows.sort(d, 1) for d in dstates] or [None] * len(dstate)
     if dy is not None:
         dy = rows.sort(dy, 1)
@@ -164,7 +184,7 @@ def backward(
 def _run_back(
     tape: Tape, dstate: Sequence[Array | None], injected: Sequence[Array | None]
 ) -> tuple[Array | None, list[Array], list[Array | None], Params]:
-    """The time loop, in reverse order: the adjoints of x, of the first states, of the home states, of the parameters."""
+    """The time loop, in reverse order: the adjoints of x, first states, home states, parameters."""
     kept, params, u = tape.saved, tape.params, tape.params["weight_hh"]
     (count, n), (width, hidden), item = kept.x.shape[:2], u.shape, u.itemsize
     table = Table({"turned": int(tape.reverse), "go": library.gemm(item).address})
@@ -226,10 +246,10 @@ def _adjoints(
         if sent is None:
             table.read(f"I{k}", room["nothing"])
         else:
-            sent = _in_rows(sent, dtype)
-            a, b = sent.strides[:2]
-            table.keep(sent)
-            table.point(f"I{k}", address(sent), b)
+            there = _in_rows(sent, dtype)
+            a, b = there.strides[:2]
+            table.keep(there)
+            table.point(f"I{k}", address(there), b)
             table.entries |= {f"a{k}": a // dtype.itemsize, f"b{k}": b // dtype.itemsize}
     for slot, a in kept.spare.items():
         table.point(slot, address(a), row)

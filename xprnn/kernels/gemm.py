@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit
 
 from xprnn.kernels import tiles
-from xprnn.kernels.lanes import LANES32, LANES64, f32, f64, features, load, shift, store
+from xprnn.kernels.lanes import LANES32, LANES64, features, load, shift, store
 
 # The sums of a tile's rows, two vectors each, must fit the registers: 32 of them, or 16 on x86 without AVX-512.
 ROWS = 4 if features.get("sse2") and not features.get("avx512f") else 8
@@ -47,9 +47,9 @@ def _product(lanes: int) -> Any:
             if left < wide:
                 target, target_stride = edge, w
             while k == 0 or k < inner:
-                some, rest = block if block < inner - k else inner - k, shift(panel, k * wide)
+                some, rest = min(inner - k, block), shift(panel, k * wide)
                 for r in range(0, n, height):
-                    rows = height if height < n - r else n - r
+                    rows = min(n - r, height)
                     if left < wide:
                         given, stride = shift(edge, ROWS * w), 0
                     x = shift(a, r * lda + k)
@@ -64,8 +64,16 @@ def _product(lanes: int) -> Any:
     return product
 
 
-def _packs(lanes: int, zero: Any) -> Any:
-    w, move = 2 * lanes, tiles.move(ROWS)
+@_compile
+def _clear(panel, inner, first, wide, zero):  # type: ignore[no-untyped-def]
+    """Set the columns of a panel from the first on."""
+    for k in range(inner if first < wide else 0):
+        for j in range(first, wide):
+            store(panel, k * wide + j, 1, zero)
+
+
+def _pack_right(lanes: int, zero: Any) -> Any:
+    w = 2 * lanes
 
     @_compile
     def pack_right(src, across, down, inner, columns, out, room, first):  # type: ignore[no-untyped-def]
@@ -73,7 +81,7 @@ def _packs(lanes: int, zero: Any) -> Any:
         for p in range(0, columns, w):
             left = columns - p
             wide = w if left > lanes else lanes
-            to, count = shift(out, p * room + first * wide), left if left < wide else wide
+            to, count = shift(out, p * room + first * wide), min(wide, left)
             if down == 1:
                 for k in range(inner):
                     for j in range(count):
@@ -81,17 +89,21 @@ def _packs(lanes: int, zero: Any) -> Any:
             else:
                 for k0 in range(0, inner, 32):
                     for j in range(count):
-                        for k in range(k0, k0 + 32 if k0 + 32 < inner else inner):
+                        for k in range(k0, min(inner, k0 + 32)):
                             store(to, k * wide + j, 1, load(src, k * across + (p + j) * down, 0))
-            for k in range(inner if count < wide else 0):
-                for j in range(count, wide):
-                    store(to, k * wide + j, 1, zero)
+            _clear(to, inner, count, wide, zero)
+
+    return pack_right
+
+
+def _pack_left(zero: Any) -> Any:
+    move = tiles.move(ROWS)
 
     @_compile
     def pack_left(src, stride, n, columns, out, room, first, sums):  # type: ignore[no-untyped-def]
         """(n, columns) into groups of ROWS columns, each (room, ROWS), rows `first`...; their sums are added up."""
         for r0 in range(0, n, 8):
-            r1 = r0 + 8 if r0 + 8 < n else n
+            r1 = min(n, r0 + 8)
             for i in range(0, columns, ROWS):
                 to = shift(out, i * room + first * ROWS)
                 for r in range(r0, r1):
@@ -106,7 +118,7 @@ def _packs(lanes: int, zero: Any) -> Any:
                 for i in range(columns):
                     store(sums, i, 2, load(sums, i, 2) + load(src, r * stride + i, 0))
 
-    return pack_right, pack_left
+    return pack_left
 
 
 def _gradient(lanes: int, item: int) -> Any:
@@ -120,8 +132,13 @@ def _gradient(lanes: int, item: int) -> Any:
         for i0 in range(0, rows, some):
             for p in range(0, columns, w):
                 wide = w if columns - p > lanes else lanes
-                for i in range(i0, i0 + some if i0 + some < rows else rows, ROWS):
-                    to, stride, given, given_stride = shift(out, i * columns + p), columns, shift(start, i * lds + p), lds
+                for i in range(i0, min(rows, i0 + some), ROWS):
+                    to, stride, given, given_stride = (
+                        shift(out, i * columns + p),
+                        columns,
+                        shift(start, i * lds + p),
+                        lds,
+                    )
                     whole = i + ROWS <= rows and p + wide <= columns
                     if not whole:
                         to, stride, given, given_stride = edge, w, shift(edge, ROWS * w), 0
@@ -131,8 +148,8 @@ def _gradient(lanes: int, item: int) -> Any:
                         one(shift(left, i * room), shift(b, p * room), inner, to, stride, given, given_stride)
                     if not whole:
                         here, there = shift(out, i * columns + p), shift(start, i * lds + p)
-                        height = ROWS if ROWS < rows - i else rows - i
-                        _add_edge(edge, w, here, columns, there, lds, height, wide if wide < columns - p else columns - p)
+                        height = min(rows - i, ROWS)
+                        _add_edge(edge, w, here, columns, there, lds, height, min(columns - p, wide))
 
     return gradient
 
@@ -142,8 +159,10 @@ def source(bits: int) -> str:
     return _SOURCE.format(bits=bits)
 
 
-product32, gradient32, (pack_right32, pack_left32) = _product(LANES32), _gradient(LANES32, 4), _packs(LANES32, np.float32(0))
-product64, gradient64, (pack_right64, pack_left64) = _product(LANES64), _gradient(LANES64, 8), _packs(LANES64, np.float64(0))
+product32, product64 = _product(LANES32), _product(LANES64)
+gradient32, gradient64 = _gradient(LANES32, 4), _gradient(LANES64, 8)
+pack_right32, pack_right64 = _pack_right(LANES32, np.float32(0)), _pack_right(LANES64, np.float64(0))
+pack_left32, pack_left64 = _pack_left(np.float32(0)), _pack_left(np.float64(0))
 _SOURCE = '''"""Written by xprnn; it may be deleted at any time."""
 from xprnn.kernels.gemm import gradient{bits} as gradient, pack_left{bits} as pack_left
 from xprnn.kernels.gemm import pack_right{bits} as pack_right, product{bits} as product

@@ -1,8 +1,8 @@
 """Compiles printed kernels with numba and keeps the machine code in a folder, so that a later process starts at once.
 
 The folder is XPRNN_CACHE, else `xprnn` in XDG_CACHE_HOME or ~/.cache. A kernel's file is named by a hash of its text,
-of the modules it is built from and of numba's version; next to it numba keeps the machine code for each kind of processor. Where the folder
-can't be written, kernels are compiled afresh in each process.
+of the modules it is built from and of numba's version; next to it numba keeps the machine code for each kind of
+processor. Where the folder can't be written, kernels are compiled afresh in each process.
 """
 
 import hashlib
@@ -16,8 +16,9 @@ from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-__all__ = ["available", "compiled", "gemm", "lanes", "tile_rows", "works"]
+__all__ = ["available", "compiled", "gemm", "lanes", "tile_rows", "works", "works_gemm"]
 
+_PARTS = ("lanes", "rowdot", "tiles", "gemm")  # the modules whose functions kernels are built from
 _TYPE = "void(int64[::1])"
 _GEMM = f"int64({', '.join(['int64'] * 12)})"
 _OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
@@ -38,11 +39,21 @@ def available() -> bool:
 
 
 @lru_cache(maxsize=1024)
-def works(source: str) -> bool:
+def works(source: str, signature: str = _TYPE) -> bool:
     """Whether a kernel can be compiled; it is, and kept."""
     try:
-        compiled(source)
+        compiled(source, signature)
     except Exception:  # whatever LLVM or numba stumble over, there is a kernel that needs neither
+        return False
+    return True
+
+
+@cache
+def works_gemm(item: int) -> bool:
+    """Whether the products for numbers of so many bytes can be compiled; they are, and kept."""
+    try:
+        gemm(item)
+    except Exception:
         return False
     return True
 
@@ -61,16 +72,16 @@ def folder() -> Path | None:
 @cache
 def _mark() -> bytes:
     """What a kernel depends on beside its own text."""
-    parts = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("lanes", "tiles", "gemm")]
+    parts = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in _PARTS]
     return b"".join(parts) + importlib.metadata.version("numba").encode()
 
 
 @lru_cache(maxsize=1024)
-def compiled(source: str) -> Callable[[Any], None]:
-    """The machine code of a printed kernel: call it with a table of int64."""
+def compiled(source: str, signature: str = _TYPE) -> Callable[..., Any]:
+    """The machine code of a printed kernel: call it with a table of int64, or what its signature says."""
     from numba import njit
 
-    kernel: Callable[[Any], None] = _made(source, partial(njit, _TYPE, **_OPTIONS))
+    kernel: Callable[..., Any] = _made(source, partial(njit, signature, **_OPTIONS))
     return kernel
 
 

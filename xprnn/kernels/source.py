@@ -6,19 +6,19 @@ what belongs to a block stays in the cache. Each step is the recurrent product (
 one loop over rows and units that does all of the cell's maths in one pass over memory. With W = G*H, `cut` = H times
 the gates of which only x + h is used, and Y, Z the widths of panels for these and for all gates, forward:
 
-    A (T,N,D)  x, or, with D = 0, `ids` (T,N) of WI's rows             WI, WH, BI, BH  the parameters
-    Q, U       both weights in panels                                  K (Z,), L (Z-Y,)  the biases, L where h stays apart
-    P (J,R,Z)  a block's x W' + K, and then x W' + h U' + K            B (R,Z-Y)  h U' + L where it stays apart
-    G (T,N,W)  the first saved values; Vj (T,N,H) the others           pk (H,)  the cell's vectors
-    Ck (N,H)   the running state k                                     Ek (N,H)  where a reset leads
-    Mk (T,N,H) the states after each step                              Sk (T,N,H) before it, where resets make them differ
+    A (T,N,D)  x, or, with D = 0, `ids` (T,N) of WI's rows           WI, WH, BI, BH  the parameters
+    Q, U       both weights in panels                                K (Z,), L (Z-Y,)  biases, L where h stays apart
+    P (J,R,Z)  a block's x W' + K, and then x W' + h U' + K          B (R,Z-Y)  h U' + L where it stays apart
+    G (T,N,W)  the first saved values; Vj (T,N,H) the others         pk (H,)  the cell's vectors
+    Ck (N,H)   the running state k                                   Ek (N,H)  where a reset leads
+    Mk (T,N,H) the states after each step                            Sk (T,N,H) before it, where a reset changes them
 
-and backward, where the adjoint of h before a step is B + R, so that no pass is needed to add the two:
+and backward, where the adjoint of h before a step is B + R0, so that no pass is needed to add the two:
 
-    X (J,R,W)  a block's dx, (T,N,W) with D = 0; Y likewise dh, or X   B (R,Hz)  the product with U   R0 (N,H)  the direct path
-    Dk (N,H)   the other states' adjoints     Ek (N,H) those of the home states     Pk (N,H) those of the vectors
-    Ik         what the caller sends into state k at each step, by strides          G, Vj, Mk, Sk  the tape
-    LA, LB     a block's factors of the weights' gradients, packed     GI, GU, SI, SH  gradients of the parameters, DX of x
+    X (J,R,W)  a block's dx, (T,N,W) with D = 0; Y dh, or X          B (R,Hz), R0 (N,H)  dh U, and what comes directly
+    Dk (N,H)   the other states' adjoints                            Ek, Pk (N,H)  those of home states and vectors
+    LA, LB     a block's factors of the weights' gradients, packed   GI, GU, SI, SH  gradients of weights and biases
+    Ik         what the caller sends into state k, by strides        G, Vj, Mk, Sk  the tape; DX (T,N,D) goes out
 """
 
 from functools import lru_cache
@@ -30,7 +30,7 @@ from xprnn.kernels.scalar import Body, literal
 from xprnn.kernels.text import Text, gradient, pack_left, pack_right, product
 from xprnn.kernels.trace import Graph
 
-__all__ = ["Sources", "sources_of"]
+__all__ = ["Sources", "slots_of", "sources_of"]
 
 _NUMBERS = ["T", "N", "R", "H", "W", "D", "J", "go", "turned", "some", "resets"]
 
@@ -67,7 +67,7 @@ def sources_of(cell: Cell, bits: int) -> Sources | None:
 def _forward(cell: Cell) -> tuple[Text, int, tuple[str, ...]]:
     new, saved, added = trace_step(cell, graph := Graph())
     states, vectors = range(len(cell.states)), range(len(cell.vectors))
-    slots, own = _slots(cell, graph, new, saved)
+    slots, own = slots_of(cell, graph, new, saved)
     spare = [slot for slot in own if slot[0] == "V"]
     pointers = ["A", "WI", "WH", "BI", "BH", "Q", "U", "P", "B", "K", "L", "O", "G"]
     pointers += [*(f"{c}{k}" for c in "CEMS" for k in states), *spare, *(f"p{k}" for k in vectors)]
@@ -118,10 +118,9 @@ def _weights(out: Text) -> None:
 def _project(out: Text) -> None:
     """P = x W' + K for a block: a product, or rows of W' looked up."""
     out.add(2, "if D > 0:", "    for s in range(groups):")
-    args = ["D", "Q, 0", "P, s * R * Z", "Z", "K, 0", "0", "many", "D"]
-    out.add(4, product("A, (t0 + s) * N * D", *args, "Y"))
-    args[1], args[2], args[4] = "Q, Y * D", "P, s * R * Z + Y", "K, Y"
-    out.add(4, "if Y < Z:", "    " + product("A, (t0 + s) * N * D", *args, "Z - Y"))
+    for start, span in (("0", "Y"), ("Y", "Z - Y")):
+        x, panels, to = "A, (t0 + s) * N * D", f"Q, {start} * D", f"P, s * R * Z + {start}"
+        out.add(4, product(x, "D", panels, to, "Z", f"K, {start}", "0", "many", "D", span))
     out.add(2, "else:", "    for s in range(m):", "        for r in range(R):")
     out.add(5, "v, z = load(ids, (t0 + s) * N + r, ANY) * W, (s * R + r) * Z")
     for span, to in (("cut", "j"), ("cut, W", "Y - cut + j")):
@@ -129,7 +128,7 @@ def _project(out: Text) -> None:
         out.add(5, f"for j in range({span}):", "    " + out.store("P", f"z + {to}", value))
 
 
-def _slots(
+def slots_of(
     cell: Cell, graph: Graph, new: tuple[Any, ...], saved: tuple[Any, ...]
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Where each saved value lies, and those that need a place of their own: the first of them beside the gates."""
@@ -171,7 +170,9 @@ def _backward(cell: Cell, slots: tuple[str, ...]) -> tuple[Text, bool]:
     others = [k for k in states if k]
     sent = {k: out.load(f"I{k}", f"t * a{k} + r * b{k} + j") for k in states}
     passed = [out.store(f"D{k}", "r * H + j", f"{out.load(f'D{k}', 'r * H + j')} + {sent[k]}") for k in others]
-    idle = [out.store(c, f"(z + r) * W + {k} * H + j", literal(0.0)) for c in "XY"[: 2 - same] for k in range(cell.gates)]
+    idle = [
+        out.store(c, f"(z + r) * W + {k} * H + j", literal(0.0)) for c in "XY"[: 2 - same] for k in range(cell.gates)
+    ]
     out.add(1, "if D > 0:", "    " + pack_right("WI, 0", "D", "1", "W", "D", "Q, 0"))
     out.add(1, pack_right("WH, 0", "H", "1", "W", "H", "U, 0"))
     out.blocks(turned=False)

@@ -76,7 +76,9 @@ def _call(number: int, *args: str) -> str:
     return f"invoke(go, ({', '.join([str(number), *args, *['0'] * (11 - len(args))])}))"
 
 
-def product(a: str, lda: str, b: str, out: str, ldo: str, start: str, lds: str, n: str, inner: str, columns: str) -> str:
+def product(
+    a: str, lda: str, b: str, out: str, ldo: str, start: str, lds: str, n: str, inner: str, columns: str
+) -> str:
     """out = start + a b; see gemm.py, and so below. Matrices are `name, index`."""
     return _call(0, _at(a), lda, _at(b), _at(out), ldo, _at(start), lds, n, inner, columns, _at("O, 0"))
 

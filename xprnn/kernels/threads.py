@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -42,7 +43,7 @@ def _cores() -> int:
 
 
 def allowed() -> int:
-    """How many threads a product may use: as many as NumPy's BLAS, so that `threadpool_limits` and OMP_NUM_THREADS count.
+    """How many threads a product may use: as many as NumPy's BLAS, so that limits set for that one count here, too.
 
     >>> from threadpoolctl import threadpool_limits
     >>> with threadpool_limits(1):
@@ -64,7 +65,7 @@ def parts(rows: Rows, count: int, n: int, weights: int) -> list[Part]:
     work = np.cumsum(np.full(n, count) if rows.active is None else rows.active.sum(axis=0))
     ends = [int(np.searchsorted(work, work[-1] * k / threads)) + 1 for k in range(1, threads)]
     cuts = sorted({0, *(min(n, -(-end // _GROUP) * _GROUP) for end in ends), n})
-    return [Part(a, b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [Part(a, b - a) for a, b in pairwise(cuts)]
 
 
 def each(walk: Callable[[Part], Result], those: list[Part]) -> list[Result]:

@@ -69,7 +69,7 @@ class _Tile:
             self.fetch(k)
 
     def fetch(self, k: Any) -> None:
-        """Ask for two pieces of what comes after this panel or, `packed`, for the start of a row of what is added to."""
+        """Ask for two pieces of what comes after this panel or, `packed`, of the rows that the next tile adds to."""
         b = self.builder
         if self.packed:
             row = b.urem(b.udiv(k, _long(UNROLL)), _long(self.rows))
