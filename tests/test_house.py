@@ -67,7 +67,7 @@ ROOMS = {
     "cli": "arrays convert text sample store train run bench",
     "__main__": "cli",
 }
-OPTIONAL = {"cupy", "h5py", "jax", "llvmlite", "matplotlib", "numba", "onnx", "onnxruntime", "torch"}
+OPTIONAL = {"cupy", "h5py", "jax", "keras", "llvmlite", "matplotlib", "numba", "onnx", "onnxruntime", "torch"}
 TOP_LEVEL = {
     "LICENSE",
     "README.md",

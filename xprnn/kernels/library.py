@@ -5,12 +5,9 @@ of the modules it is built from and of numba's version; next to it numba keeps t
 processor. Where the folder can't be written, kernels are compiled afresh in each process.
 """
 
-import hashlib
-import importlib.metadata
 import importlib.util
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -72,6 +69,8 @@ def folder() -> Path | None:
 @cache
 def _mark() -> bytes:
     """What a kernel depends on beside its own text."""
+    import importlib.metadata  # here, as below, because it takes every process's time that has no numba too
+
     parts = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in _PARTS]
     return b"".join(parts) + importlib.metadata.version("numba").encode()
 
@@ -110,6 +109,9 @@ def _imported(path: Path) -> Any:
 
 def _written(source: str) -> Path | None:
     """The file that holds exactly this text, or None."""
+    import hashlib
+    import tempfile
+
     where = folder()
     if where is None:
         return None
