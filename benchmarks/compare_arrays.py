@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import article
 import numpy as np
 from compare_problem import LEAK, D, H, MissingError, N, Problem, T, figures, names_with, off, problem, takes, to_numpy
 from compare_rows import Peer
@@ -114,12 +113,15 @@ class Article(Peer):
 
     def __init__(self) -> None:
         super().__init__(ragged="rnn")
-        self.version = ""
+        sys.path.insert(0, str(Path(__file__).parent.parent))
+        from xprnn.bench import article
+
+        self.module, self.version = article, ""
         self.has = MissingError(f"has {', '.join(n for n in dir(article) if n.startswith(('rnn_f', 'rnn_b', 'soft')))}")
 
     def takes(self) -> MissingError:
         """The arguments of its layer."""
-        return takes(article.rnn_forward, hide=("zeros",))
+        return takes(self.module.rnn_forward, hide=("zeros",))
 
     def run(self, p: Problem, array: Any = None) -> dict[str, Any]:
         """rnn_forward and rnn_backward."""
@@ -130,16 +132,16 @@ class Article(Peer):
         array, a = array or self.array, p.arrays
         parameters = {"Wax": a["W"], "Waa": a["U"], "ba": a["b"][:, None], "Wya": np.ones_like(a["U"][:1])}
         parameters = {k: array(v) for k, v in (parameters | {"by": np.ones_like(a["b"][:1, None])}).items()}
-        y, _, caches = article.rnn_forward(array(a["x"].T), array(a["h0"].T), parameters, np.float64)
+        y, _, caches = self.module.rnn_forward(array(a["x"].T), array(a["h0"].T), parameters, np.float64)
         da = p.u.T.copy()
         da[:, :, -1:] += p.v.T[:, :, None]  # the final state is the last of the states
-        g = article.rnn_backward(array(da), caches, np.float64)
+        g = self.module.rnn_backward(array(da), caches, np.float64)
         found = {"y": y.T, "h": y.T[-1], "dx": g["dx"].T, "dh0": g["da0"].T}
         return found | {"dW": g["dWax"], "dU": g["dWaa"], "db": g["dba"][:, 0]}
 
     def softmax_of(self, x: Any) -> Any:
         """Shifted by the maximum of the whole array."""
-        return article.softmax(x)
+        return self.module.softmax(x)
 
     def sizes(self) -> str:
         """There is one layer."""
@@ -158,7 +160,7 @@ class Article(Peer):
         p = problem("rnn", given=True)
         a = p.arrays
         weights = {"Wax": a["W"], "Waa": a["U"], "ba": a["b"][:, None], "Wya": a["U"], "by": a["b"][:, None]}
-        article.rnn_forward(a["x"].T, a["h0"][:1].T, weights)
+        self.module.rnn_forward(a["x"].T, a["h0"][:1].T, weights)
         return "no (used for every row)"
 
     def returned(self, p: Problem) -> list[Any]:

@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import machine
 import numpy as np
 
 import xprnn
+from xprnn.bench import machine
 from xprnn.bptt import gradients, windows
 
 BUDGET = "4MiB"

@@ -14,38 +14,24 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import machine
-import report
-
-HERE = Path(__file__).parent
-GRID = [  # D, H, N, T
-    (1, 16, 1, 1000),
-    (27, 50, 1, 100),
-    (27, 100, 32, 50),
-    (64, 128, 32, 100),
-    (128, 256, 64, 100),
-    (256, 512, 128, 50),
-    (512, 1024, 64, 50),
-]
 QUICK = 5  # rows
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """D,H,N,T."""
-    shape = tuple(int(part) for part in text.split(","))
-    if len(shape) != 4 or min(shape) < 1:
-        raise argparse.ArgumentTypeError(f"expected D,H,N,T, four positive integers, found {text!r}")
-    return shape
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
+    from xprnn.bench.short import shape_of
+
+    def numbers(text: str) -> tuple[int, ...]:
+        try:
+            return shape_of(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{error}, found {text!r}") from None
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--cell", nargs="+", choices=("elman", "lstm", "gru"), default=["elman"], help="default: elman")
@@ -61,74 +47,37 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(task: dict[str, Any], run: dict[str, Any]) -> int:
-    """Run one measuring process and collect what it says; returns its exit code."""
-    allowed = machine.cores()
-    machine.pin(allowed[: task["threads"]])  # the child inherits it
-    command = [sys.executable, str(HERE / "worker.py")]
-    env = machine.measuring_environment(task["threads"])
-    try:
-        child = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    finally:
-        machine.pin(allowed)
-    assert child.stdin is not None
-    assert child.stdout is not None
-    with child, child.stdin as stdin:
-        stdin.write(json.dumps(task))
-        stdin.close()
-        for line in child.stdout:
-            heard = json.loads(line)
-            if "machine" in heard:
-                # The child sees only the cores it is pinned to.
-                run["machines"].append(heard["machine"] | {"cores": len(allowed)})
-            elif "note" in heard:
-                run["notes"] += [heard["note"]] if heard["note"] not in run["notes"] else []
-            else:
-                run["rows"].append(heard["row"])
-                progress(heard["row"])
-    return child.returncode
-
-
-def progress(row: dict[str, Any]) -> None:
-    """One short line on standard error."""
-    core = row["seconds"]["core"]
-    wrong = f"  DISAGREE: {'; '.join(row['disagree'])}" if row["disagree"] else ""
-    where = f"{row['cell']} {tuple(row['shape'])} {row['pass']}, {row['threads']} thread(s)"
-    aside = "disturbed" if report.disturbed(row) else f"{row['set_aside']} set aside"
-    print(
-        f"{where}: {1e3 * core['median']:.3g} ms, {core['rounds']} rounds ({aside}){wrong}",
-        file=sys.stderr,
-        flush=True,
-    )
-
-
 def main() -> int:
     """Measure, print, write."""
-    args = arguments()
     if importlib.util.find_spec("xprnn") is None:
         print("xprnn is not installed: pip install -e .", file=sys.stderr)
         return 2
+    from picture import picture
+
+    from xprnn.bench import machine, measure, tables
+    from xprnn.bench.problem import GRID
+
+    args = arguments()
     shapes = args.shape or GRID[: QUICK if args.quick else None]
     seconds = args.seconds or (40 if args.quick else 270) * len(args.cell)
-    run: dict[str, Any] = {"order": args.order, "machines": [], "notes": [], "rows": []}
+    run = measure.new_run(args.order)
     available = len(machine.cores())
     threads = [k for k in args.threads if 1 <= k <= available]
     run["notes"] += [f"{k} threads: left out, {available} core(s) here" for k in args.threads if k not in threads]
     least, most = (3, 15) if args.quick else (5, 80)
     start, failed = time.monotonic(), False
     for k in threads:
-        task = {"threads": k, "cells": args.cell, "shapes": shapes, "peers": args.peers, "order": args.order}
-        task |= {"published": args.published, "seconds": seconds / len(threads), "least": least, "most": most}
-        code = measure(task, run)
+        task: dict[str, Any] = measure.TASK | {"threads": k, "cells": args.cell, "shapes": shapes, "peers": args.peers}
+        task |= {"order": args.order, "published": args.published, "seconds": seconds / len(threads)}
+        code = measure.collect(task | {"least": least, "most": most}, run, measure.progress)
         failed = failed or code != 0
-        run["notes"] += [f"{k} thread(s): the measuring process ended early, exit code {code}"] if code else []
     run["wall_seconds"] = time.monotonic() - start
     if run["rows"]:
-        print(report.tables(run))
+        print(tables.tables(run))
     if args.json:
         args.json.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     if args.png and run["rows"]:
-        print(report.picture(run, args.png) or f"wrote {args.png}", file=sys.stderr)
+        print(picture(run, args.png) or f"wrote {args.png}", file=sys.stderr)
     return 1 if failed or not run["rows"] or any(row["disagree"] for row in run["rows"]) else 0
 
 

@@ -143,7 +143,7 @@ def run(step, layer, params, x, state, *, lengths=None, mask=None, reset=None):
                     w,
                     x[:, n],
                     tuple(s[n] for s in start),
-                    d == 1,
+                    d == 1 or layer.reverse,
                     T if lengths is None else lengths[n],
                     None if mask is None else mask[:, n],
                     None if reset is None else reset[:, n],

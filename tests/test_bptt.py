@@ -53,8 +53,9 @@ def passed(xp: Any, layer: Any, given: Any, checkpoint: Any) -> list[Any]:
         ({}, False),
         ({"num_layers": 2, "dropout": 0.3}, True),
         ({"num_layers": 2, "bidirectional": True, "dropout": 0.3}, True),
+        ({"num_layers": 2, "reverse": True, "dropout": 0.3}, True),
     ],
-    ids=["one", "stack", "both ways"],
+    ids=["one", "stack", "both ways", "reverse"],
 )
 @pytest.mark.parametrize("name", LAYERS)
 def test_checkpoints_change_memory_and_nothing_else(xp, rng, name, options, ragged):

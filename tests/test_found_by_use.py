@@ -105,7 +105,7 @@ def test_the_tape_cannot_be_written_through_its_views(rng):
             view[...] = 9
 
 
-@pytest.mark.parametrize("options", [{"batch_first": True}, {"bidirectional": True}])
+@pytest.mark.parametrize("options", [{"batch_first": True}, {"bidirectional": True}, {"reverse": True}])
 def test_windows_need_a_model_that_walks_forward_in_time(options):
     layer = xprnn.RNN(3, 4, **options)
     chunk = np.zeros((4, 4, 3)), np.zeros((4, 4, layer.output_size))

@@ -12,6 +12,7 @@ from xprnn.article import rnn_backward, rnn_cell_backward, rnn_cell_forward, rnn
 from xprnn.cells import Cell
 from xprnn.dense import Embedding, Linear
 from xprnn.gradcheck import GradientError, NotDifferentiableError, check_gradients, check_layer
+from xprnn.kernels import precision
 from xprnn.layers import GRU, LSTM, RNN
 from xprnn.losses import cross_entropy, mse, softmax
 from xprnn.model import Sequential
@@ -52,6 +53,7 @@ __all__ = [
     "load",
     "load_state",
     "mse",
+    "precision",
     "rmsprop",
     "rnn_backward",
     "rnn_cell_backward",

@@ -25,6 +25,7 @@ __all__ = [
     "check_shape",
     "device_of",
     "from_numpy",
+    "is_cupy",
     "is_integer",
     "is_numpy",
     "is_writeable",
@@ -69,6 +70,11 @@ def is_numpy(xp: Namespace) -> bool:
     True
     """
     return bool(array_api_compat.is_numpy_namespace(xp))
+
+
+def is_cupy(xp: Namespace) -> bool:
+    """Whether `xp` is CuPy."""
+    return bool(array_api_compat.is_cupy_namespace(xp))
 
 
 def is_integer(xp: Namespace, array: Array) -> bool:
@@ -155,12 +161,7 @@ def check_shape(where: str, name: str, letters: str, array: Array, expected: Seq
     """
     found = tuple(array.shape)
     if len(found) != len(expected) or any(e is not None and e != f for e, f in zip(expected, found, strict=True)):
-        want = (
-            "("
-            + ", ".join("any" if e is None else str(e) for e in expected)
-            + ("," if len(expected) == 1 else "")
-            + ")"
-        )
+        want = f"({', '.join('any' if e is None else str(e) for e in expected)}{',' * (len(expected) == 1)})"
         raise InputError(f"{where}: {' '.join((name, *letters.split()))} must have shape {want}, found {found}")
 
 
@@ -246,11 +247,9 @@ def to_numpy(array: Array) -> Any:
         return array.detach().cpu().numpy()
     if array_api_compat.is_jax_array(array):
         return np.asarray(array)
-    return (
-        np.from_dlpack(array_api_compat.to_device(array, "cpu"))
-        if not hasattr(array, "_array")
-        else array._array.copy()
-    )
+    if hasattr(array, "_array"):  # array-api-strict's
+        return array._array.copy()
+    return np.from_dlpack(array_api_compat.to_device(array, "cpu"))
 
 
 def sum_rows_by_id(xp: Namespace, ids: Array, rows: Array, count: int) -> Array:

@@ -130,7 +130,7 @@ def gradients(
         WindowGradients(value, dparams, state); value and dparams are None in burn-in.
 
     Raises:
-        InputError: a model that reads batch-first or in both directions.
+        InputError: a model that reads batch-first, in reverse or in both directions.
 
     >>> import numpy as np, xprnn
     >>> model, rng = xprnn.RNN(2, 3), np.random.default_rng(0)
@@ -144,7 +144,7 @@ def gradients(
     35
     """
     for part in getattr(model, "parts", {"": model}).values():
-        for name in ("batch_first", "bidirectional"):
+        for name in ("batch_first", "bidirectional", "reverse"):
             if getattr(part, name, False):
                 raise InputError(f"bptt.gradients: windows walk forward in time, time first: the model has {name}=True")
     if window.target is None:

@@ -19,12 +19,12 @@ Gate orders are torch's: LSTM i,f,g,o; GRU r,z,n.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from xprnn.activations import Activation, activation
 from xprnn.arrays import InputError
+from xprnn.forms import in_files
 
 __all__ = ["Cell", "Pointwise", "elman", "gru", "gru_reset_before", "lstm"]
 
@@ -54,6 +54,7 @@ class Cell:
             reset_after=False): `build` then returns two functions more, `early(x, h, state, p) -> values, q` and
             its adjoint `early_back(dvalues, dq, values, state, p) -> dx, dstate, dp`; the other gates' product is
             q U', and `step` receives `values` in the place of the first E entries of x.
+        options: what its factory here was given, for files (forms.cell_form); None for a cell of your own.
 
     >>> leak = Cell("leak", 1, lambda xp: (
     ...     lambda x, h, s, p: ((0.9 * s[0] + 0.1 * (x[0] + h[0]),), ()),
@@ -69,6 +70,7 @@ class Cell:
     states: tuple[str, ...] = ("h",)
     vectors: tuple[str, ...] = ()
     early: int = 0
+    options: tuple[tuple[str, Any], ...] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         gates: Any = self.gates
@@ -97,7 +99,7 @@ def _slopes(saved: Values, gates: int, clip: float | None) -> Callable[[int, Any
     return lambda k, slope: slope * inside[k]
 
 
-@cache
+@in_files
 def elman(f: Activation | str = "tanh", clip: float | None = None) -> Cell:
     """The Elman (simple) cell: h' = f(x W' + b_ih + h U' + b_hh).
 
@@ -125,7 +127,7 @@ def elman(f: Activation | str = "tanh", clip: float | None = None) -> Cell:
     return Cell("elman", 1, build)
 
 
-@cache
+@in_files
 def lstm(
     gate: Activation | str = "sigmoid",
     candidate: Activation | str = "tanh",
@@ -200,7 +202,7 @@ def _lstm_back(slope: Sequence[Any], clip: float | None, peepholes: bool, couple
     return back
 
 
-@cache
+@in_files
 def gru(gate: Activation | str = "sigmoid", candidate: Activation | str = "tanh", clip: float | None = None) -> Cell:
     """The GRU cell of torch and cuDNN, reset after the product: h' = n + z*(h - n), n = tanh(x_n + r*h_n).
 
@@ -239,7 +241,7 @@ def gru(gate: Activation | str = "sigmoid", candidate: Activation | str = "tanh"
     return Cell("gru", 3, build)
 
 
-@cache
+@in_files
 def gru_reset_before(
     gate: Activation | str = "sigmoid", candidate: Activation | str = "tanh", clip: float | None = None
 ) -> Cell:

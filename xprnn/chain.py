@@ -90,7 +90,7 @@ class Chain:
             y, final, tape = scan.forward(
                 self.cell, params, y, state, steps, home=home[k], xp=self.xp, reverse=self.reverse, keep=keep
             )
-            mask = dropout_mask(rngs[k], self.dropout, y) if k < len(rngs) else None
+            mask = dropout_mask(rngs[k], self.dropout, y, self.reverse) if k < len(rngs) else None
             y = y if mask is None else y * mask
             finals.append(final)
             scans.append(tape)
@@ -174,9 +174,13 @@ def _add(a: Array | None, b: Array | None) -> Array | None:
     return b if a is None else a if b is None else a + b
 
 
-def dropout_mask(rng: Generator, p: float, y: Array) -> Array:
-    """Zeros with probability p, else 1/(1-p), like y: drawn on the host, the same numbers for every array library."""
-    return from_numpy((rng.random(tuple(y.shape)) >= p) / (1 - p), like=y)
+def dropout_mask(rng: Generator, p: float, y: Array, reverse: bool = False) -> Array:
+    """Zeros with probability p, else 1/(1-p), like y: drawn on the host, the same numbers for every array library.
+
+    Steps are drawn in the order of the walk, so that segments of any length get the same ones.
+    """
+    drawn = rng.random(tuple(y.shape))
+    return from_numpy(((drawn[::-1] if reverse else drawn) >= p) / (1 - p), like=y)
 
 
 _SMALL = 1 << 22

@@ -126,7 +126,7 @@ def steps_of(where: str, layer: Any, xp: Namespace, x: Array, lengths: Any, mask
         active = within if active is None else within & active
         # Past its end a row keeps the state of its last valid step, whatever the flags there say.
         reset = None if reset is None else reset & within
-    return Steps(active, reset)
+    return Steps(active, reset, lengths if mask is None else None)
 
 
 def _lengths(where: str, xp: Namespace, x: Array, lengths: Any, n: int, count: int) -> Array:

@@ -1,4 +1,4 @@
-"""The command line: `python -m xprnn train | sample | info`.
+"""The command line: `python -m xprnn train | sample | info | bench`.
 
 A command is a row of `COMMANDS`: its help, examples, the function that declares its arguments, and the one that runs
 it and returns the exit code. Whatever it needs beyond the standard library it imports when it runs. An `InputError`
@@ -98,6 +98,25 @@ def _info_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="DIR", help="the DIR of a run, or a model file")
 
 
+def _shape(text: str) -> tuple[int, ...]:
+    from .bench.short import shape_of
+
+    try:
+        return shape_of(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected D,H,N,T, four positive integers, found {text!r}") from None
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    add, cells, peers = parser.add_argument, ("elman", "lstm", "gru"), ("torch", "jax", "onnxruntime")
+    add("--cell", nargs="+", choices=cells, default=cells, help="recurrent cells (default: all three)")
+    add("--rows", nargs="+", type=_shape, metavar="D,H,N,T", help="sizes: inputs, hidden units, batch, steps")
+    add("--peers", nargs="*", choices=peers, default=peers, help="whom to try (default: all that are installed)")
+    add("--threads", type=_count, default=1, help="of everyone (default: 1)")
+    add("--quick", action="store_true", help="fewer rows and rounds, for a first look")
+    add("--json", metavar="FILE", help="write all figures here too")
+
+
 def _train(args: argparse.Namespace) -> int:
     from .run import train_command
 
@@ -158,6 +177,12 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from .bench.short import bench_command
+
+    return bench_command(args.cell, args.rows, args.peers, args.threads, args.quick, args.json)
+
+
 _EXAMPLES = """
   python -m xprnn train
   python -m xprnn sample xprnn-run --prompt "The "
@@ -180,9 +205,16 @@ _INFO_EXAMPLES = """
   python -m xprnn info book
   python -m xprnn info model.npz
 """
+_BENCH_EXAMPLES = """
+  python -m xprnn bench                                    under a minute, beside torch, JAX and ONNX Runtime if there
+  python -m xprnn bench --quick --cell lstm
+  python -m xprnn bench --rows 1,16,1,1000 64,128,32,100 --threads 2 --json figures.json
+Everyone's results are compared before the clock starts; the exit code is 1 where they disagree.
+"""
 COMMANDS = {
     "train": ("learn to write from a text, or to restore one", _TRAIN_EXAMPLES, _train_arguments, _train),
     "sample": ("write text with a trained model", _SAMPLE_EXAMPLES, _sample_arguments, _sample),
+    "bench": ("say how fast this is here, beside what else is installed", _BENCH_EXAMPLES, _bench_arguments, _bench),
     "info": ("say what is in a model file", _INFO_EXAMPLES, _info_arguments, _info),
 }
 

@@ -7,6 +7,7 @@ from typing import Any
 from xprnn.activations import Activation
 from xprnn.arrays import InputError
 from xprnn.cells import Cell, elman, gru, gru_reset_before, lstm
+from xprnn.forms import activation_form
 from xprnn.recurrent import Recurrent, keep_positive
 
 __all__ = ["GRU", "LSTM", "RNN"]
@@ -37,13 +38,17 @@ class RNN(Recurrent):
         dropout: float = 0.0,
         bidirectional: bool = False,
         *,
+        reverse: bool = False,
         learned_state: bool = False,
         cell: Cell | None = None,
     ) -> None:
         # Written out for torch's order, where the nonlinearity stands in the middle of what all layers share.
+        if isinstance(nonlinearity, Activation) and isinstance(name := activation_form(nonlinearity), str):
+            nonlinearity = name  # one way to say it, so that layers compare equal
         object.__setattr__(self, "nonlinearity", nonlinearity)
         shared = (bias, batch_first, dropout, bidirectional)
-        super().__init__(input_size, hidden_size, num_layers, *shared, learned_state=learned_state, cell=cell)
+        named: dict[str, Any] = {"reverse": reverse, "learned_state": learned_state, "cell": cell}
+        super().__init__(input_size, hidden_size, num_layers, *shared, **named)
 
     @property
     def core(self) -> Cell:
@@ -52,9 +57,10 @@ class RNN(Recurrent):
 
     def config(self) -> dict[str, Any]:
         """The configuration as JSON-able data; `from_config` reads it back."""
-        if not isinstance(self.nonlinearity, str):
+        form = activation_form(self.nonlinearity)
+        if form is None:
             raise InputError("RNN: a nonlinearity of your own has no file form: keep its code")
-        return super().config()
+        return super().config() | {"nonlinearity": form}
 
 
 @dataclass(frozen=True)

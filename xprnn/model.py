@@ -9,7 +9,9 @@ from xprnn.around import Around
 from xprnn.arrays import Array, InputError, Params
 from xprnn.checks import check_init, check_params
 from xprnn.dense import Embedding, Linear
+from xprnn.forms import activation_of, cell_of
 from xprnn.layers import GRU, LSTM, RNN
+from xprnn.recurrent import Recurrent
 from xprnn.stack import Gradients
 
 __all__ = ["Sequential", "from_config"]
@@ -142,7 +144,8 @@ class Sequential:
         return {"type": "Sequential", "parts": {n: p.config() for n, p in self.parts.items()}}
 
 
-_TYPES: dict[str, Callable[..., Any]] = {part.__name__: part for part in (RNN, LSTM, GRU, Linear, Embedding, Around)}
+_KINDS = (RNN, LSTM, GRU, Recurrent, Linear, Embedding, Around)
+_TYPES: dict[str, Callable[..., Any]] = {part.__name__: part for part in _KINDS}
 
 
 def from_config(config: Any) -> Any:
@@ -164,6 +167,10 @@ def from_config(config: Any) -> Any:
         return Sequential(**{str(n): from_config(p) for n, p in parts.items()})
     if kind not in _TYPES:
         raise InputError(f"from_config: type must be one of Sequential, {', '.join(_TYPES)}, found {kind!r}")
+    if options.get("cell") is not None:
+        options["cell"] = cell_of(options["cell"])
+    if isinstance(options.get("nonlinearity"), dict):
+        options["nonlinearity"] = activation_of(options["nonlinearity"])
     try:
         return _TYPES[kind](**options)
     except TypeError as error:

@@ -16,6 +16,7 @@ from xprnn import stack
 from xprnn.arrays import Array, InputError, Params, from_numpy
 from xprnn.cells import Cell
 from xprnn.checks import check_init, flag, fraction, keep_positive, positive
+from xprnn.forms import cell_form
 from xprnn.initial import draw
 from xprnn.stack import Gradients, StackTape
 
@@ -36,6 +37,8 @@ class Recurrent:
         batch_first: x and y are (N, T, .) instead of (T, N, .); states never are.
         dropout: probability 0 <= p < 1 of zeroing each output of every layer but the last, in `forward` with an `rng`.
         bidirectional: a second direction in every layer; y is the two side by side.
+        reverse: walk each row from its last valid step to its first: y stays in time order, the final state is the
+            one at step 0, and parameter names have no suffix. Not together with bidirectional.
         learned_state: the state that `state=None` stands for is a parameter, "initial_h" (and "initial_c"),
             (L*directions, H), instead of zero.
         cell: what happens in a step; RNN, LSTM and GRU choose their own.
@@ -55,6 +58,7 @@ class Recurrent:
     batch_first: bool = False
     dropout: float = 0.0
     bidirectional: bool = False
+    reverse: bool = field(default=False, kw_only=True)
     learned_state: bool = field(default=False, kw_only=True)
     cell: Cell | None = field(default=None, kw_only=True)
 
@@ -69,8 +73,10 @@ class Recurrent:
         else:
             keep_positive(self, "hidden_size")
         fraction(where, "dropout", self.dropout)
-        for name in ("bias", "batch_first", "bidirectional", "learned_state"):
+        for name in ("bias", "batch_first", "bidirectional", "reverse", "learned_state"):
             flag(where, name, getattr(self, name))
+        if self.reverse and self.bidirectional:
+            raise InputError(f"{where}: reverse is one direction and bidirectional is both: choose one of them")
         if not isinstance(self.core, Cell):
             raise InputError(f"{where}: cell must be an xprnn.Cell, found {type(self.core).__name__}")
 
@@ -265,7 +271,7 @@ class Recurrent:
             y (N, H) and the next state.
 
         Raises:
-            InputError: a bidirectional layer, which needs the whole sequence; or anything that doesn't fit.
+            InputError: a bidirectional or reverse layer, which needs the whole sequence; or what doesn't fit.
 
         >>> import numpy as np, xprnn
         >>> layer = xprnn.RNN(3, 4)
@@ -278,10 +284,9 @@ class Recurrent:
 
     def config(self) -> dict[str, Any]:
         """The configuration as JSON-able data; `from_config` reads it back."""
-        if self.cell is not None:
+        form = None if self.cell is None else cell_form(self.cell)
+        if self.cell is not None and form is None:
             raise InputError(f"{type(self).__name__}: a layer with a cell of your own has no file form: keep its code")
-        return {"type": type(self).__name__} | {
-            f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v
-            for f in fields(self)
-            if f.name != "cell"
-        }
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "cell"}
+        plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+        return {"type": type(self).__name__} | plain | ({} if form is None else {"cell": form})

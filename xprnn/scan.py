@@ -57,7 +57,7 @@ def forward(
         # What stands in padding must not reach a product, where even 0 * nan is nan.
         mask = steps.active[..., None] if x.ndim == 3 else steps.active
         x = xp.where(mask, x, xp.zeros_like(x))
-    run = kernels.find(xp, cell, params) or _forward
+    run = kernels.find(xp, cell, params, x.shape[:2], steps) or _forward
     home = state if home is None else home
     result: tuple[Array, State, Tape | None] = run(
         cell, params, x, state, steps, home=home, xp=xp, reverse=reverse, keep=keep
@@ -191,7 +191,7 @@ def _forward(
     tape = None
     if keep:
         tape = Tape(
-            _backward, xp, cell, params, x, initial, home, steps, reverse, lambda: states, records, "generic scan"
+            _backward, xp, cell, params, x, initial, home, steps, reverse, lambda: states, records, kernels.GENERIC
         )
     return y, state, tape
 

@@ -51,7 +51,7 @@ class StackTape:
 def _chains(layer: Any, xp: Namespace, params: Params) -> list[Chain]:
     own = layout.own_params(layer, params)
     if not layer.bidirectional:
-        return [Chain(xp, layer.core, own, dropout=layer.dropout)]
+        return [Chain(xp, layer.core, own, reverse=layer.reverse, dropout=layer.dropout)]
     return [Chain(xp, layer.core, [p], reverse=bool(i % 2)) for i, p in enumerate(own)]
 
 
@@ -179,8 +179,9 @@ def _cotangents(where: str, layer: Any, tape: StackTape, dy: Any, dstate: Any, d
 def step(layer: Any, params: Params, x: Array, state: Any) -> tuple[Array, Any]:
     """See layers.Recurrent.step."""
     where = f"{type(layer).__name__}.step"
-    if layer.bidirectional:
-        raise InputError(f"{where}: a bidirectional layer needs the whole sequence: call the layer instead")
+    if layer.bidirectional or layer.reverse:
+        kind = "bidirectional" if layer.bidirectional else "reverse"
+        raise InputError(f"{where}: a {kind} layer needs the whole sequence: call the layer instead")
     xp = checks.check_call(where, layer, params, x, state, "N")
     states = layout.unpack(where, layer, xp, params, x.shape[0], state)
     y, finals = x, []

@@ -60,6 +60,7 @@ def load(path: str | Path, like: Array | None = None) -> tuple[Any, Params]:
     _check_like("load", like)
     with opened(path) as file:
         try:
+            _check_depth(file.header["model"], len(file.shapes))
             model = from_config(file.header["model"])
             shapes = model.shapes()
         except (KeyError, TypeError, AttributeError, InputError) as error:
@@ -164,6 +165,16 @@ def _moved(path: str | Path, array: Any, like: Array) -> Array:
         return from_numpy(array, like=like)
     except TypeError:
         raise InputError(f"{path}: cannot be loaded as {like.dtype}; load as another dtype and convert") from None
+
+
+def _check_depth(config: Any, arrays: int) -> None:
+    """Raise InputError for more layers than a file with so many arrays can have, before they take memory."""
+    if isinstance(config, dict):
+        count = config.get("num_layers", 1)
+        if isinstance(count, int) and count > max(1, arrays):
+            raise InputError(f"num_layers is {str(count)[:20]} but there are {arrays} arrays")
+        for part in config.values():
+            _check_depth(part, arrays)
 
 
 def _compare(where: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -17,10 +17,13 @@ class Steps(NamedTuple):
 
     active: Array | None = None  # (T, N) boolean
     reset: Array | None = None  # (T, N) boolean
+    lengths: Array | None = None  # (N,) integers: where given, active is start + t < lengths and nothing else
+    start: int = 0
 
     def between(self, t0: int, t1: int) -> "Steps":
         """The steps t0 to t1 - 1."""
-        return Steps(*(None if a is None else a[t0:t1, ...] for a in self))
+        active, reset = (None if a is None else a[t0:t1, ...] for a in (self.active, self.reset))
+        return Steps(active, reset, self.lengths, self.start + t0)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from xprnn.kernels.table import Kept, address, call, common_entries, packed_pane
 from xprnn.kernels.walk import look_up
 from xprnn.tape import State, Steps, Tape
 
-__all__ = ["find"]
+__all__ = ["NAME", "find", "why_not"]
 
+NAME = "compiled by numba"
 _Made = tuple[Kept, dict[str, int]]
 _BLOCK_BYTES = 1 << 22  # of the projection
 _BLOCK_ROWS = 1024  # at least: a product of fewer rows is slow
@@ -29,11 +30,29 @@ _BLOCK_ROWS = 1024  # at least: a product of fewer rows is slow
 
 def find(cell: Cell, params: Params) -> Callable[..., Any] | None:
     """`forward` where the cell can be compiled and numba is there, else None."""
-    dtype = params["weight_hh"].dtype
-    if dtype not in (np.float32, np.float64) or "weight_hr" in params or not library.available():
+    if why_not(cell, params):
         return None
-    sources = sources_of(cell, 8 * dtype.itemsize)
-    return None if sources is None or not library.works(sources.forward) else partial(_forward, sources)
+    sources = sources_of(cell, _bits(params))
+    assert sources is not None
+    return partial(_forward, sources)
+
+
+def _bits(params: Params) -> int:
+    return 8 * int(params["weight_hh"].dtype.itemsize)
+
+
+def why_not(cell: Cell, params: Params) -> str:
+    """Why `find` has nothing, or ""."""
+    if (dtype := params["weight_hh"].dtype) not in (np.float32, np.float64):
+        return f"{dtype} is neither float32 nor float64"
+    if "weight_hr" in params:
+        return "h is projected by weight_hr"
+    if not library.available():
+        return 'numba is not installed: pip install "xprnn[fast]"'
+    sources = sources_of(cell, _bits(params))
+    if sources is None:
+        return "gates act before their product" if cell.early else "its cell can't be printed as scalar code"
+    return "" if library.works(sources.forward) else "numba can't compile its cell"
 
 
 # --- forward
@@ -69,7 +88,7 @@ def _forward(
     def states() -> State:
         return rows.shown(after)
 
-    tape = Tape(backward, np, cell, params, x, state, home, steps, reverse, states, kept, "compiled by numba")
+    tape = Tape(backward, np, cell, params, x, state, home, steps, reverse, states, kept, NAME)
     return y, final, tape
 
 

@@ -27,12 +27,21 @@ from xprnn.kernels.ragged import Rows
 from xprnn.kernels.walk import Squash, Walk, contiguous, project, room, views
 from xprnn.tape import State, Steps, Tape
 
-__all__ = ["find"]
+__all__ = ["NAME", "find", "why_not"]
+
+NAME = "NumPy in place"
 
 
 def find(cell: Cell) -> Callable[..., Any] | None:
     """`forward` where the cell can be traced, else None."""
-    return forward if cell.early == 0 and plan_of(cell) is not None else None
+    return None if why_not(cell) else forward
+
+
+def why_not(cell: Cell) -> str:
+    """Why `find` has nothing, or ""."""
+    if cell.early:
+        return "gates act before their product"
+    return "its cell can't be traced" if plan_of(cell) is None else ""
 
 
 # --- forward
@@ -72,7 +81,7 @@ def forward(
         return rows.shown(after)
 
     kept = (w, x)
-    tape = Tape(backward, np, cell, params, given, state, home, steps, reverse, states, kept, "NumPy in place")
+    tape = Tape(backward, np, cell, params, given, state, home, steps, reverse, states, kept, NAME)
     return y, final, tape
 
 

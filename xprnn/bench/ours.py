@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
-import article
 import numpy as np
-from problem import Contender, Problem
 
-import xprnn
+from xprnn import article as own_functions
+from xprnn.bench import article
+from xprnn.bench.problem import Contender, Problem
+from xprnn.layers import GRU, LSTM, RNN
 
-__all__ = ["core", "door", "loop"]
+__all__ = ["LAYERS", "core", "door", "loop"]
 
-LAYERS = {"elman": xprnn.RNN, "lstm": xprnn.LSTM, "gru": xprnn.GRU}
+LAYERS = {"elman": RNN, "lstm": LSTM, "gru": GRU}
 
 
 def core(problem: Problem) -> Contender:
@@ -59,8 +59,7 @@ def _article(name: str, module: Any, problem: Problem, **options: Any) -> Conten
 
 def door(problem: Problem) -> Contender:
     """xprnn.rnn_forward and rnn_backward."""
-    functions: ModuleType = xprnn
-    return _article("door", functions, problem)
+    return _article("door", own_functions, problem)
 
 
 def loop(problem: Problem, published: bool = False) -> Contender:

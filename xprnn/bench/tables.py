@@ -1,14 +1,21 @@
-"""Tables, means and a picture of what rnn.py measured. `python benchmarks/report.py FILE.json` prints a saved run."""
+"""Tables and means of what was measured, in markdown."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-from pathlib import Path
 from typing import Any
 
-__all__ = ["best_peer", "geometric_means", "picture", "tables"]
+__all__ = [
+    "TITLES",
+    "aligned",
+    "best_peer",
+    "disturbed",
+    "geometric_means",
+    "groups",
+    "shortfalls",
+    "streams_table",
+    "tables",
+]
 
 Row = dict[str, Any]
 OWN = ("core", "door")
@@ -25,7 +32,8 @@ CAPTION = (
     "Float32; milliseconds, median ± half the interquartile range, contenders interleaved round by round. In brackets: "
     "the peer's time over the core's (/ over the door's): above 1, xprnn is faster. The door and the article also "
     "compute y_pred (n_y = n_x), the others don't. GEMM rate: the core's matrix products alone, against NumPy's own "
-    "rate on a 2048 cube in the same run. Disturbed: other processes kept the cores busy; such rows count in no mean. "
+    "rate on a 2048 cube in the same run. Everyone's results are compared before the clock starts: who disagrees is "
+    "refused. Disturbed: other processes kept the cores busy; such rows count in no mean. "
     "Arrays in the article's layout are {order}-ordered."
 )
 CELLS = {"elman": "Elman (xprnn.RNN)", "lstm": "LSTM (xprnn.LSTM)", "gru": "GRU (xprnn.GRU)"}
@@ -43,7 +51,7 @@ def best_peer(row: Row, us: str = "core") -> float:
 
 def disturbed(row: Row) -> bool:
     """Whether other processes kept the cores busy nearly all the time."""
-    return row["set_aside"] < 0
+    return int(row["set_aside"]) < 0
 
 
 def groups(rows: list[Row]) -> dict[tuple[str, int], list[Row]]:
@@ -94,16 +102,17 @@ def _cell(row: Row, name: str) -> str:
 def table(rows: list[Row]) -> list[str]:
     """One markdown table: milliseconds, and in brackets how many times faster ours is."""
     names = [n for n in TITLES if any(n in r["seconds"] for r in rows)]
-    heads = ["(D, H, N, T)", "pass", *(TITLES[n] for n in names), "of GEMM rate"]
+    heads = ["(D, H, N, T)", "pass", *(TITLES[n] for n in names), "best peer / core", "of GEMM rate"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         shape = f"({', '.join(map(str, row['shape']))})" if row["pass"] == "forward" else ""
         share = f"{100 * row['gemm_share']:.0f}%"
         what = row["pass"] + " (disturbed)" * disturbed(row)
-        cells = [shape, what, *(_cell(row, n) for n in names), share]
+        best = best_peer(row)
+        cells = [shape, what, *(_cell(row, n) for n in names), "" if math.isnan(best) else f"{best:.2f}", share]
         lines.append("| " + " | ".join(cells) + " |")
         if row["disagree"] and row["pass"] != "forward":
-            lines.append(f"| | **DISAGREE: {'; '.join(row['disagree'])}** |" + " |" * (len(heads) - 2))
+            lines.append(f"| | **refused: {'; '.join(row['disagree'])}** |" + " |" * (len(heads) - 2))
     return lines
 
 
@@ -118,18 +127,32 @@ def means_line(rows: list[Row]) -> list[str]:
     return lines
 
 
-def tables(run: dict[str, Any]) -> str:
-    """The whole report, in markdown."""
+def shortfalls(rows: list[Row]) -> list[str]:
+    """A line for each undisturbed row in which a framework is faster: by how much, and which."""
     lines = []
+    for row in rows:
+        ratio = best_peer(row)
+        if disturbed(row) or not ratio < 1:
+            continue
+        ratios = {k: v for k, v in row["times_faster"]["core"].items() if not k.startswith("article")}
+        who = TITLES[min(ratios, key=lambda k: ratios[k])]
+        what = f"{row['cell']} {tuple(row['shape'])} {row['pass']}, {row['threads']} thread(s)"
+        lines.append(f"- {what}: {ratio:.2f} × {who} (takes {100 / ratio - 100:.0f}% longer)")
+    return lines
+
+
+def described(run: dict[str, Any]) -> list[str]:
+    """Machine, versions, BLAS, notes."""
     first = run["machines"][0]
     versions = ", ".join(f"{k} {v}" for k, v in first["versions"].items())
-    lines.append(
-        f"{first['processor']}, {first['cores']} cores, {first['system']}; Python {first['python']}, {versions}"
-    )
+    lines = [f"{first['processor']}, {first['cores']} cores, {first['system']}; Python {first['python']}, {versions}"]
     lines += [f"- {m['threads']} thread(s): BLAS {m['blas']}; load at the start {m['load']}" for m in run["machines"]]
-    lines += [f"- {note}" for note in run["notes"]]
-    lines.append("")
-    lines.append(CAPTION.format(order=run["order"]))
+    return lines + [f"- {note}" for note in run["notes"]]
+
+
+def tables(run: dict[str, Any]) -> str:
+    """The whole report, in markdown."""
+    lines = [*described(run), "", CAPTION.format(order=run["order"])]
     for (cell, threads), rows in groups(run["rows"]).items():
         rate = sorted(r["gemm_rate"] for r in rows)[len(rows) // 2] / 1e9
         lines += ["", f"### {CELLS[cell]}, {threads} thread{'s' * (threads > 1)} (GEMM {rate:.0f} GF/s)", ""]
@@ -137,34 +160,48 @@ def tables(run: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def picture(run: dict[str, Any], file: Path) -> str:
-    """Write a PNG of the ratios; returns why not, or ""."""
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        return "no picture: matplotlib is not installed"
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    some = groups(run["rows"])
-    passes = list(dict.fromkeys(r["pass"] for r in run["rows"]))
-    figure, axes = plt.subplots(len(some), len(passes), squeeze=False, figsize=(6.5 * len(passes), 3.4 * len(some)))
-    for line, ((cell, threads), rows) in zip(axes, some.items(), strict=True):
-        for ax, which in zip(line, passes, strict=True):
-            mine = [r for r in rows if r["pass"] == which]
-            labels = ["\n".join(map(str, r["shape"])) for r in mine]
-            for k in (n for n in TITLES if n in mine[0]["times_faster"]["core"]):
-                ax.plot(labels, [r["times_faster"]["core"].get(k, math.nan) for r in mine], "o-", label=TITLES[k])
-            ax.axhline(1, color="black", linewidth=1)
-            ax.set(yscale="log", title=f"{cell}, {threads} thread(s), {which}", ylabel="times faster than")
-            ax.legend(fontsize="small")
-    figure.supxlabel("D, H, N, T")
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
-    return ""
+def streams_table(streams: list[dict[str, Any]]) -> list[str]:
+    """Microseconds a step, one line for each size."""
+    names = [n for n in TITLES if any(n in s["microseconds"] for s in streams)]
+    heads = ["cell", "H", *(f"{TITLES[n]}, p50 / p99 / p99.9" for n in names), "best peer / core"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for s in streams:
+        seen = s["microseconds"]
+        cells = [" / ".join(_number(seen[n][q]) for q in seen[n]) if n in seen else "" for n in names]
+        peers = [v["p50"] for n, v in seen.items() if n != "core"]
+        ratio = f"{min(peers) / seen['core']['p50']:.2f}" if peers and "core" in seen else ""
+        lines.append("| " + " | ".join([s["cell"], str(s["hidden"]), *cells, ratio]) + " |")
+        if s["disagree"]:
+            lines.append(f"| | **refused: {'; '.join(s['disagree'])}** |" + " |" * (len(heads) - 2))
+    return lines
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path)
-    print(tables(json.loads(parser.parse_args().file.read_text(encoding="utf-8"))))
+def aligned(text: str) -> str:
+    """Markdown for a terminal: the columns of each table are made equally wide."""
+    out: list[str] = []
+    block: list[list[str]] = []
+    for line in [*text.splitlines(), ""]:
+        if line.startswith("|"):
+            block.append([cell.strip() for cell in line.strip("|").split("|")])
+            continue
+        if block:
+            out += _padded(block)
+            block = []
+        out.append(line)
+    return "\n".join(out[:-1])
+
+
+def _padded(block: list[list[str]]) -> list[str]:
+    wide = [max((len(c) for c in column if len(column) == len(block)), default=0) for column in _columns(block)]
+    lines = []
+    for row in block:
+        rule = set("".join(row)) == {"-"}
+        cells = ["-" * w for w in wide] if rule else [c.ljust(w) for c, w in zip(row, wide, strict=False)]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _columns(block: list[list[str]]) -> list[list[str]]:
+    # A remark across the table makes no column wider.
+    rows = [row for row in block if not any(c.startswith("**") for c in row)]
+    return [[*column, *[""] * (len(block) - len(rows))] for column in zip(*rows, strict=True)]

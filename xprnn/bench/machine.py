@@ -61,7 +61,7 @@ def _blas() -> str:
     """The BLAS that NumPy runs here, its kernel and its threads."""
     import numpy as np
 
-    build = np.show_config("dicts")["Build Dependencies"]["blas"]  # type: ignore[index, call-overload]
+    build = np.show_config("dicts")["Build Dependencies"]["blas"]
     text = f"{build['name']} {build['version']}"
     try:
         from threadpoolctl import threadpool_info
@@ -83,8 +83,7 @@ def _version(package: str) -> str:
 
 def describe() -> dict[str, Any]:
     """Processor, cores, system, load and versions; call it before a peer is imported."""
-    import xprnn  # a source tree on the path need not be an installed package
-
+    own = sys.modules["xprnn"].__version__  # a source tree on the path need not be an installed package
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
     return {
         "processor": _processor(),
@@ -93,5 +92,5 @@ def describe() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "load": load,
         "blas": _blas(),
-        "versions": {"xprnn": xprnn.__version__} | {p: v for p in PACKAGES if (v := _version(p))},
+        "versions": {"xprnn": own} | {p: v for p in PACKAGES if (v := _version(p))},
     }

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-__all__ = ["GATES", "Contender", "Problem"]
+__all__ = ["GATES", "GRID", "Contender", "Problem"]
 
-Array = np.ndarray
+Array: TypeAlias = "np.ndarray[Any, Any]"
 GATES = {"elman": 1, "lstm": 4, "gru": 3}
+GRID = [  # D, H, N, T
+    (1, 16, 1, 1000),
+    (27, 50, 1, 100),
+    (27, 100, 32, 50),
+    (64, 128, 32, 100),
+    (128, 256, 64, 100),
+    (256, 512, 128, 50),
+    (512, 1024, 64, 50),
+]
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ class Problem:
         return {"forward": forward, "both": 3 * forward}
 
     def _turned(self, a: Array) -> Array:
-        return np.array(a.T, order=self.order)  # type: ignore[call-overload]
+        return np.asfortranarray(a.T) if self.order == "F" else np.ascontiguousarray(a.T)
 
     def article(self) -> tuple[Array, Array, Array, dict[str, Array]]:
         """x (n_x, m, T), a0 (n_a, m), da (n_a, m, T) and the article's parameters, with n_y = n_x outputs."""

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from problem import Contender, Problem
 
-__all__ = ["PEERS", "missing", "peers"]
+from xprnn.bench.problem import Contender, Problem
+
+__all__ = ["PEERS", "missing", "onnx_session", "peers"]
 
 # What must be importable for each; in the order of the tables' columns.
 PEERS = {"torch": ("torch",), "jax": ("jax",), "onnxruntime": ("onnxruntime", "onnx")}
@@ -130,8 +131,8 @@ def _jax(problem: Problem, threads: int) -> Contender:
 ONNX_GATES = {"elman": (0,), "lstm": (0, 3, 1, 2), "gru": (1, 0, 2)}
 
 
-def _onnxruntime(problem: Problem, threads: int) -> Contender:
-    """The ONNX operator in a model of its own: inference only."""
+def onnx_session(problem: Problem, threads: int, outputs: list[str]) -> Any:
+    """The ONNX operator in a model of its own: inputs X, initial_h and initial_c; outputs among Y, Y_h, Y_c."""
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
@@ -146,17 +147,25 @@ def _onnxruntime(problem: Problem, threads: int) -> Contender:
     kind = {"elman": "RNN", "lstm": "LSTM", "gru": "GRU"}[problem.cell]
     names = ("initial_h", "initial_c")[: len(problem.state)]
     options = {"linear_before_reset": 1} if kind == "GRU" else {}
-    node = helper.make_node(kind, ["X", "W", "R", "B", "", *names], ["Y"], hidden_size=h, **options)
+    every = [k if k in outputs else "" for k in ("Y", "Y_h", "Y_c")[: 1 + len(names)]]
+    node = helper.make_node(kind, ["X", "W", "R", "B", "", *names], every, hidden_size=h, **options)
     inputs = {"X": (t, n, d)} | dict.fromkeys(names, (1, n, h))
     infos = [helper.make_tensor_value_info(k, TensorProto.FLOAT, s) for k, s in inputs.items()]
-    out = helper.make_tensor_value_info("Y", TensorProto.FLOAT, (t, 1, n, h))
+    shapes = {"Y": (t, 1, n, h), "Y_h": (1, n, h), "Y_c": (1, n, h)}
+    out = [helper.make_tensor_value_info(k, TensorProto.FLOAT, shapes[k]) for k in outputs]
     stored = [numpy_helper.from_array(v, k) for k, v in weights.items()]
-    graph = helper.make_graph([node], "row", infos, [out], stored)
+    graph = helper.make_graph([node], "row", infos, out, stored)
     # Old enough for every runtime in use; the operators have not changed in what is asked of them here.
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8)
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads, settings.inter_op_num_threads = threads, 1
-    session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+
+
+def _onnxruntime(problem: Problem, threads: int) -> Contender:
+    """Inference only."""
+    session = onnx_session(problem, threads, ["Y"])
+    names = ("initial_h", "initial_c")[: len(problem.state)]
     feed = {"X": problem.x} | {k: s[None] for k, s in zip(names, problem.state, strict=True)}
 
     def forward() -> Any:

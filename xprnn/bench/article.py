@@ -6,19 +6,20 @@ zeros (`zeros=np.float64`) its whole backward pass runs in float64 whatever the 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 __all__ = ["rnn_backward", "rnn_forward"]
 
-Array = np.ndarray
+Array: TypeAlias = "np.ndarray[Any, Any]"
 
 
 def softmax(x: Array) -> Array:
     """Columns that sum to 1."""
     e = np.exp(x - np.max(x))
-    return e / e.sum(axis=0)
+    share: Array = e / e.sum(axis=0)
+    return share
 
 
 def rnn_cell_forward(xt: Array, a_prev: Array, parameters: dict[str, Array]) -> tuple[Array, Array, Any]:
