@@ -286,6 +286,9 @@ static void launch(void (*run)(const u64*), const u64* args, int clusters, size_
       f.warp = &m.warps[i / 32], f.thread = i % NT, f.stack.reset(new char[STACK]);
     }
     run_cluster();
+    for (Block& b : m.blocks)
+      for (auto& at : b.barriers)
+        if (!*error && at.second.bytes) snprintf(error, 200, "cluster %d: a barrier waits for bytes at the end", c);
     if (!*error && !m.mail.empty()) snprintf(error, 200, "cluster %d: messages nobody received", c);
   }
 }

@@ -24,6 +24,9 @@ SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", 
 SCHEDULES = 5  # of persistent_host.h; seed % SCHEDULES chooses
 
 
+FENCE = 1 << 16  # bytes on each side of an array
+
+
 class HostError(Exception):
     """What the machine found wrong with a kernel's run."""
 
@@ -54,20 +57,43 @@ def library(options: tuple[str, ...], text: str, extra: tuple[str, ...]) -> Any:
     return ctypes.CDLL(str(out))
 
 
+class Fenced:
+    """An argument's numbers in memory with NaN around them, where a stray read shows and a stray write is seen."""
+
+    def __init__(self, a: Any) -> None:
+        assert a.flags.c_contiguous
+        assert a.dtype in (np.float32, np.uint8)
+        self.given, edge = a, FENCE // a.itemsize
+        self.whole = np.full(FENCE * 2 + a.nbytes, 0xFF, np.uint8).view(a.dtype)
+        self.inside = self.whole[edge : edge + a.size]
+        self.inside[...] = a.ravel()
+        self.address = self.inside.ctypes.data
+
+    def back(self) -> None:
+        """Hand over what a kernel wrote."""
+        bytes_ = self.whole.view(np.uint8)
+        if (bytes_[:FENCE] != 0xFF).any() or (bytes_[-FENCE:] != 0xFF).any():
+            raise HostError("a write outside of an array")
+        if self.given.flags.writeable:
+            self.given[...] = self.inside.reshape(self.given.shape)
+        elif not np.array_equal(self.given.ravel(), self.inside, equal_nan=True):
+            raise HostError("a write into an argument that is only read")
+
+
 def launcher(seed: int, mutate: Callable[[str], str] = lambda text: text, extra: tuple[str, ...] = ()) -> Any:
     """What takes the place of `persistent.launch`."""
 
     def launch(config: persistent.Config, name: str, clusters: int, args: tuple[Any, ...]) -> None:
-        for a in args:
-            if isinstance(a, np.ndarray):
-                assert a.flags.c_contiguous
-                assert a.dtype in (np.float32, np.uint8)
-        values = [0 if a is None else a if isinstance(a, int) else a.ctypes.data for a in args]
+        fenced = [Fenced(a) if isinstance(a, np.ndarray) else None for a in args]
+        values = [f.address if f else a or 0 for f, a in zip(fenced, args, strict=True)]
         table, error = (ctypes.c_uint64 * len(values))(*values), ctypes.create_string_buffer(256)
         which = persistent.KERNELS.index(name)
         run = library(config.options(), source(mutate), extra).xp_host_run
         run(which, table, clusters, ctypes.c_long(config.shared_bytes(bool(which))), ctypes.c_uint(seed), error)
         if error.value:
             raise HostError(f"{name} {config}, seed {seed}: {error.value.decode()}")
+        for f in fenced:
+            if f:
+                f.back()
 
     return launch

@@ -73,20 +73,32 @@ struct Slice {
 #pragma unroll
       for (int b = 0; b < B; ++b) sum[r][b] = 0.f;
 #pragma unroll
-    for (int k = 0; k < CHUNKS; ++k) {
+    for (int k = 0; k < KR; ++k) {
+      float v[B][V];
+#pragma unroll
+      for (int b = 0; b < B; ++b) xp_read(v[b], in + b * K + (k * 32 + lane) * V);
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) add(sum[r], held[k][r], v);
+    }
+#pragma unroll 1  // a chunk at a time: the registers are taken
+    for (int k = KR; k < CHUNKS; ++k) {
       float v[B][V];
 #pragma unroll
       for (int b = 0; b < B; ++b) xp_read(v[b], in + b * K + (k * 32 + lane) * V);
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
         float w[V];
-        if (k >= KR) xp_read(w, rest + ((k - KR) * ROWS + r) * V * NT);
-#pragma unroll
-        for (int i = 0; i < V; ++i)
-#pragma unroll
-          for (int b = 0; b < B; ++b) sum[r][b] = fmaf(k < KR ? held[k < KR ? k : 0][r][i] : w[i], v[b][i], sum[r][b]);
+        xp_read(w, rest + ((k - KR) * ROWS + r) * V * NT);
+        add(sum[r], w, v);
       }
     }
+  }
+
+  XP_MEMBER static void add(float (&sum)[B], const float (&w)[V], const float (&v)[B][V]) {
+#pragma unroll
+    for (int i = 0; i < V; ++i)
+#pragma unroll
+      for (int b = 0; b < B; ++b) sum[b] = fmaf(w[i], v[b][i], sum[b]);
   }
 };
 
@@ -218,6 +230,7 @@ XP_KERNEL xp_forward(const float* __restrict__ weight, const float* __restrict__
   }
   exchange.open(me.thread);
   xp_cluster_sync();
+#pragma unroll 1
   for (int i = 0; i < T; ++i) {
     const wide t = first + way * i;
     if (i > 0) exchange.wait(i - 1);
@@ -241,7 +254,7 @@ XP_KERNEL xp_forward(const float* __restrict__ weight, const float* __restrict__
         for (int k = 0; k < SAVED; ++k) saved[(t * M + me.row) * SAVED * H + (wide)k * H + me.unit] = s[k];
     }
   }
-  xp_cluster_sync();  // no block leaves while others may still write to it
+  xp_cluster_sync();  // all messages were awaited: this only makes it plain that none finds its block gone
 }
 
 // What the adjoint of one step reads.
@@ -287,6 +300,7 @@ XP_KERNEL xp_backward(const float* __restrict__ weight, const float* __restrict_
   }
   exchange.open(me.thread);
   xp_cluster_sync();
+#pragma unroll 1
   for (int i = 0; i < T; ++i) {
     const wide t = first + way * i;
     exchange.expect(i, me.thread);
