@@ -12,11 +12,14 @@ from xprnn.article import rnn_backward, rnn_cell_backward, rnn_cell_forward, rnn
 from xprnn.cells import Cell
 from xprnn.dense import Embedding, Linear
 from xprnn.gradcheck import GradientError, NotDifferentiableError, check_gradients, check_layer
+from xprnn.interop import from_torch, to_torch
 from xprnn.kernels import precision
 from xprnn.layers import GRU, LSTM, RNN
 from xprnn.losses import cross_entropy, mse, softmax
+from xprnn.masks import Hold, Last, Masking
 from xprnn.model import Sequential
 from xprnn.optim import adagrad, adam, adamw, clip_by_global_norm, clip_by_value, rmsprop, sgd
+from xprnn.parts import Apply, Flip, Merge, Part, Softmax
 from xprnn.recurrent import Recurrent
 from xprnn.stack import Gradients
 from xprnn.store import load, load_state, save, save_state
@@ -28,16 +31,24 @@ __all__ = [
     "LSTM",
     "RNN",
     "Activation",
+    "Apply",
     "Around",
     "Cell",
     "Embedding",
+    "Flip",
     "GradientError",
     "Gradients",
+    "Hold",
     "InputError",
+    "Last",
     "Linear",
+    "Masking",
+    "Merge",
     "NotDifferentiableError",
+    "Part",
     "Recurrent",
     "Sequential",
+    "Softmax",
     "activation",
     "activations",
     "adagrad",
@@ -50,6 +61,7 @@ __all__ = [
     "clip_by_global_norm",
     "clip_by_value",
     "cross_entropy",
+    "from_torch",
     "load",
     "load_state",
     "mse",
@@ -63,4 +75,5 @@ __all__ = [
     "save_state",
     "sgd",
     "softmax",
+    "to_torch",
 ]

@@ -11,16 +11,21 @@ from xprnn.checks import check_init, check_params
 from xprnn.dense import Embedding, Linear
 from xprnn.forms import activation_of, cell_of
 from xprnn.layers import GRU, LSTM, RNN
+from xprnn.masks import Hold, Last, Masking
+from xprnn.parts import Apply, Flip, Merge, Part, Softmax
 from xprnn.recurrent import Recurrent
 from xprnn.stack import Gradients
 
 __all__ = ["Sequential", "from_config"]
 
+_Flags = dict[str, Any]
+
 
 class Sequential:
     """A chain of named parts that is itself a part: its parameters are "name.parameter".
 
-    Its state is that of its recurrent part; with several, a dict from their names to theirs.
+    Its state is that of its recurrent part; with several, a dict from their names to theirs. A mask found by one part
+    (Masking) holds for the parts after it.
 
     Args:
         parts: name=part, in order.
@@ -39,7 +44,7 @@ class Sequential:
     __slots__ = ("parts",)
     parts: dict[str, Any]
 
-    def __init__(self, **parts: Any) -> None:
+    def __init__(self, /, **parts: Any) -> None:
         if not parts:
             raise InputError(
                 "Sequential: at least one part is needed, as in Sequential(rnn=RNN(3, 4), head=Linear(4, 2))"
@@ -62,7 +67,7 @@ class Sequential:
         return hash(tuple(self.parts.items()))
 
     def _recurrent(self) -> list[str]:
-        return [n for n, p in self.parts.items() if not isinstance(p, (Linear, Embedding, Around))]
+        return [n for n, p in self.parts.items() if not _stateless(p)]
 
     def _states(self, where: str, state: Any) -> dict[str, Any]:
         names = self._recurrent()
@@ -99,10 +104,18 @@ class Sequential:
         self, params: Params, x: Array, state: Any = None, lengths: Any = None, mask: Any = None, reset: Any = None
     ) -> tuple[Array, Any]:
         """Inference through all parts; lengths, mask and reset go to the recurrent ones."""
+        x, final, _ = self._call(params, x, state, {"lengths": lengths, "mask": mask, "reset": reset})
+        return x, final
+
+    def _call(self, params: Params, x: Any, state: Any, flags: _Flags) -> tuple[Any, Any, _Flags]:
         own, states = self._own("Sequential", params), self._states("Sequential", state)
         for n, part in self.parts.items():
-            x, states[n] = part(own[n], x, states[n], lengths=lengths, mask=mask, reset=reset)
-        return x, self._joined(states)
+            if isinstance(part, Sequential):
+                x, states[n], flags = part._call(own[n], x, states[n], flags)
+                continue
+            y, states[n] = part(own[n], x, states[n], **flags)
+            x, flags = y, _following(part, x, flags)
+        return x, self._joined(states), flags
 
     def forward(
         self,
@@ -115,12 +128,21 @@ class Sequential:
         **options: Any,
     ) -> tuple[Array, Any, Any]:
         """y, the final state, and the tape; lengths, mask, reset and options as in a layer's forward."""
-        flags = {"lengths": lengths, "mask": mask, "reset": reset, **options}
+        x, final, tape, _ = self._forward(
+            params, x, state, {"lengths": lengths, "mask": mask, "reset": reset, **options}
+        )
+        return x, final, tape
+
+    def _forward(self, params: Params, x: Any, state: Any, flags: _Flags) -> tuple[Any, Any, Any, _Flags]:
         own, states = self._own("Sequential.forward", params), self._states("Sequential.forward", state)
         tapes = {}
         for n, part in self.parts.items():
-            x, states[n], tapes[n] = part.forward(own[n], x, states[n], **flags)
-        return x, self._joined(states), tapes
+            if isinstance(part, Sequential):
+                x, states[n], tapes[n], flags = part._forward(own[n], x, states[n], flags)
+                continue
+            y, states[n], tapes[n] = part.forward(own[n], x, states[n], **flags)
+            x, flags = y, _following(part, x, flags)
+        return x, self._joined(states), tapes, flags
 
     def backward(self, tape: Any, dy: Array | None, dstate: Any = None) -> Gradients:
         """The adjoint of forward, part by part in reverse order."""
@@ -144,7 +166,18 @@ class Sequential:
         return {"type": "Sequential", "parts": {n: p.config() for n, p in self.parts.items()}}
 
 
-_KINDS = (RNN, LSTM, GRU, Recurrent, Linear, Embedding, Around)
+def _stateless(part: Any) -> bool:
+    if isinstance(part, Sequential):
+        return all(_stateless(p) for p in part.parts.values())
+    return isinstance(part, (Linear, Embedding, Around, Part))
+
+
+def _following(part: Any, x: Any, flags: _Flags) -> _Flags:
+    """The lengths, mask, reset and options for the parts after this one: its own unless it says otherwise."""
+    return part.following(x, flags) if hasattr(part, "following") else flags
+
+
+_KINDS = (RNN, LSTM, GRU, Recurrent, Linear, Embedding, Around, Masking, Hold, Last, Flip, Merge, Apply, Softmax)
 _TYPES: dict[str, Callable[..., Any]] = {part.__name__: part for part in _KINDS}
 
 
@@ -169,8 +202,9 @@ def from_config(config: Any) -> Any:
         raise InputError(f"from_config: type must be one of Sequential, {', '.join(_TYPES)}, found {kind!r}")
     if options.get("cell") is not None:
         options["cell"] = cell_of(options["cell"])
-    if isinstance(options.get("nonlinearity"), dict):
-        options["nonlinearity"] = activation_of(options["nonlinearity"])
+    for name in ("nonlinearity", "f"):
+        if isinstance(options.get(name), dict):
+            options[name] = activation_of(options[name])
     try:
         return _TYPES[kind](**options)
     except TypeError as error:

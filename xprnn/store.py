@@ -69,7 +69,7 @@ def load(path: str | Path, like: Array | None = None) -> tuple[Any, Params]:
         arrays = {name: file.read(name) for name in shapes}
     if like is None:
         return model, arrays
-    return model, {name: _moved(path, array, like) for name, array in arrays.items()}
+    return model, {name: moved(str(path), array, like) for name, array in arrays.items()}
 
 
 def save_state(path: str | Path, state: Any) -> None:
@@ -125,7 +125,7 @@ def load_state(path: str | Path, like: Array | None = None) -> Any:
         if value is None:
             return None
         array = arrays[value]
-        return array if like is None else _moved(path, array, like)
+        return array if like is None else moved(str(path), array, like)
 
     try:
         return read(header["state"])
@@ -160,11 +160,16 @@ def _check_like(where: str, like: Any) -> None:
         resolve(where, {}, {"like": like})
 
 
-def _moved(path: str | Path, array: Any, like: Array) -> Array:
+def moved(where: str, array: Any, like: Array) -> Array:
+    """A host array, put where `like` lives, in its dtype.
+
+    Raises:
+        InputError: `like` has a dtype that NumPy does not know.
+    """
     try:
         return from_numpy(array, like=like)
     except TypeError:
-        raise InputError(f"{path}: cannot be loaded as {like.dtype}; load as another dtype and convert") from None
+        raise InputError(f"{where}: cannot be loaded as {like.dtype}; load as another dtype and convert") from None
 
 
 def _check_depth(config: Any, arrays: int) -> None:

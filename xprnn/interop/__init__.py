@@ -12,3 +12,7 @@ What a system has and the other cannot say is refused, all reasons at once, befo
 `conventions` holds the gate orders and layouts, and nothing else does. The optional libraries are imported by the
 function that needs them: importing this room imports none.
 """
+
+from xprnn.interop.torch import ForTorch, from_torch, to_torch
+
+__all__ = ["ForTorch", "from_torch", "to_torch"]

@@ -1,0 +1,58 @@
+"""Networks of torch, drawn by hypothesis, and modules such as people write around them."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+several = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@st.composite
+def recurrents(draw):
+    """(the name of a class in torch.nn, its arguments)."""
+    name = draw(st.sampled_from(["RNN", "LSTM", "GRU"]))
+    hidden, layers = draw(st.integers(2, 4)), draw(st.integers(1, 3))
+    arguments = {
+        "input_size": draw(st.integers(1, 4)),
+        "hidden_size": hidden,
+        "num_layers": layers,
+        "bias": draw(st.booleans()),
+        "batch_first": draw(st.booleans()),
+        "bidirectional": draw(st.booleans()),
+        "dropout": draw(st.sampled_from([0.0, 0.25])) if layers > 1 else 0.0,
+    }
+    if name == "RNN":
+        arguments["nonlinearity"] = draw(st.sampled_from(["tanh", "relu"]))
+    if name == "LSTM":
+        arguments["proj_size"] = draw(st.integers(0, hidden - 1))
+    return name, arguments
+
+
+def made(name, arguments, seed=0):
+    import torch
+
+    torch.manual_seed(seed)
+    return getattr(torch.nn, name)(**arguments, dtype=torch.float64)
+
+
+def network(rnn, embedding=0, outputs=0, bias=True):
+    """A module such as people write: Embedding before, Linear behind, either left out where 0."""
+    import torch
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            if embedding:
+                self.embed = torch.nn.Embedding(embedding, rnn.input_size, dtype=torch.float64)
+            self.rnn = rnn
+            self.dropout = torch.nn.Dropout(0.5)
+            if outputs:
+                width = (1 + rnn.bidirectional) * (rnn.proj_size or rnn.hidden_size)
+                self.head = torch.nn.Linear(width, outputs, bias=bias, dtype=torch.float64)
+
+        def forward(self, x, state=None):
+            y, state = self.rnn(self.embed(x) if embedding else x, state)
+            return (self.head(y) if outputs else y), state
+
+    return Network().eval()
