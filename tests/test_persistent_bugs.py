@@ -63,7 +63,7 @@ def caught(monkeypatch, rng, config, mutate):
     want = outcome(p, None)
     for seed in range(2 * host.SCHEDULES):
         try:
-            far = differences(on_host(monkeypatch, p, config, seed=seed, mutate=mutate), want)
+            far = differences(on_host(monkeypatch, p, config, seed=seed, mutate=mutate, extra=("-w",)), want)
         except host.HostError as error:
             return str(error)
         if far:
