@@ -1,117 +1,129 @@
-"""Characters a second while learning to write: xprnn's training step beside torch's, the same model and windows.
+"""Characters a second while learning to write: xprnn's training step beside torch's (eager) and JAX's (jitted).
 
-    python benchmarks/training.py [--cell elman|lstm|gru] [--rounds N]
+    python benchmarks/training.py [--cell elman lstm gru] [--rounds N] [--batch N ...]
 
-Each round is one window for each contender, in turn: forward, cross-entropy, backward, clipping by global norm, Adam.
-The losses of the first windows are compared (float32), so that both do the same work. One thread each.
+The text job of `python -m xprnn train`: one-hot input, a recurrent layer, a linear head, cross-entropy, clipping by
+global norm, Adam, the state carried from window to window, float32; the same text, windows and first parameters for
+all. The losses of the first windows are compared. Each contender runs in a process of its own, with one thread on one
+core and with two on two; in turns of half a second, round by round. training_steps.py is what each of them does.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
-import time
-from collections.abc import Callable
+import sys
+from pathlib import Path
 from typing import Any
 
-import machine
-import numpy as np
+from training_steps import FIRST, H, T, make
+from turns import Player, rounds, serve
 
-import xprnn
-from xprnn.text import Vocabulary, default_text
+from xprnn.bench import machine
 
-CELLS = {"elman": ("RNN", xprnn.RNN), "lstm": ("LSTM", xprnn.LSTM), "gru": ("GRU", xprnn.GRU)}
-H, RATE, NORM = 256, 2e-3, 1.0
-Step = Callable[[Any, Any], float]
-
-
-def ours(cell: str, v: int, params: dict[str, Any], n: int) -> Step:
-    """One training step of xprnn, the state carried."""
-    model = xprnn.Sequential(rnn=CELLS[cell][1](v, H), head=xprnn.Linear(H, v))
-    optimizer = xprnn.adam(RATE)
-    kept: dict[str, Any] = {"params": params, "moments": optimizer.init(params), "state": None}
-
-    def step(x: Any, target: Any) -> float:
-        y, kept["state"], tape = model.forward(kept["params"], x, kept["state"])
-        value, dy = xprnn.cross_entropy(y, target)
-        grads, _ = xprnn.clip_by_global_norm(model.backward(tape, dy).dparams, NORM)
-        kept["params"], kept["moments"] = optimizer.update(kept["params"], grads, kept["moments"])
-        return float(value)
-
-    return step
+NAMES = {"xprnn": "xprnn", "torch": "torch, eager", "jax": "JAX, jitted, optax"}
+SCRIPT = __file__
+CLOSE = 1e-3  # of the loss, over the first windows
 
 
-def torchs(cell: str, v: int, params: dict[str, Any], n: int) -> Step:
-    """The same in torch: one-hot rows, nn.RNN and nn.Linear, eager."""
-    import torch
-
-    torch.set_num_threads(1)
-    rnn, head = getattr(torch.nn, CELLS[cell][0])(v, H), torch.nn.Linear(H, v)
-    rnn.load_state_dict({k[4:]: torch.tensor(a) for k, a in params.items() if k.startswith("rnn.")})
-    head.load_state_dict({k[5:]: torch.tensor(a) for k, a in params.items() if k.startswith("head.")})
-    every = [*rnn.parameters(), *head.parameters()]
-    optimizer = torch.optim.Adam(every, RATE)
-    kept: dict[str, Any] = {"state": None}
-    one_hot = torch.eye(v)
-
-    def step(x: Any, target: Any) -> float:
-        y, state = rnn(one_hot[torch.from_numpy(x)], kept["state"])
-        kept["state"] = tuple(s.detach() for s in state) if isinstance(state, tuple) else state.detach()
-        loss = torch.nn.functional.cross_entropy(head(y).reshape(-1, v), torch.from_numpy(target).reshape(-1))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(every, NORM)
-        optimizer.step()
-        return float(loss.detach())
-
-    return step
-
-
-def measure(cell: str, n: int, window: int, rounds: int) -> str:
-    """A row of the table."""
-    text = default_text()
-    ids = np.asarray(Vocabulary.of(text).encode(text))[: n * (len(text) // n)].reshape(n, -1).T.copy()
-    v = len(set(text))
-    model = xprnn.Sequential(rnn=CELLS[cell][1](v, H), head=xprnn.Linear(H, v))
-    params = model.init(np.random.default_rng(0), like=np.zeros(0, np.float32))
-    makers = {"xprnn": ours, "torch": torchs}
-    steps = {name: make(cell, v, params, n) for name, make in makers.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for k in range(rounds):
-        t = (k * window) % (ids.shape[0] - window - 1)
-        x, target = ids[t : t + window], ids[t + 1 : t + window + 1]
-        losses = {}
-        for name, step in steps.items():
-            start = time.perf_counter()
-            losses[name] = step(x, target)
-            times[name].append(time.perf_counter() - start)
-        if k < 5 and abs(losses["xprnn"] - losses["torch"]) > 1e-3 * losses["torch"]:
-            raise SystemExit(f"window {k}: the losses differ, {losses}: these are not the same model")
-    rate = {name: n * window / statistics.median(seen[5:]) for name, seen in times.items()}
-    ratios = [b / a for a, b in zip(times["xprnn"][5:], times["torch"][5:], strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    return (
-        f"| {cell} | {n} | {window} | {rate['xprnn']:,.0f} | {rate['torch']:,.0f} "
-        f"| {statistics.median(ratios):.2f} ({low:.2f} to {high:.2f}) |"
-    )
+def measure(cell: str, n: int, threads: list[int], count: int, seconds: float) -> dict[str, Any]:
+    """A row: characters a second of each contender with each number of threads."""
+    players: dict[str, Player] = {}
+    wrong = []
+    try:
+        for who in NAMES:
+            for k in threads:
+                try:
+                    players[f"{who} {k}"] = Player(SCRIPT, {"who": who, "cell": cell, "batch": n}, k)
+                except RuntimeError as error:  # not installed, say: its own message stands on standard error
+                    wrong.append(f"{who}, {k} thread(s): {error}")
+        wanted = players[f"xprnn {threads[0]}"].said
+        for name in list(players):
+            losses = players[name].said
+            if max(abs(a - b) for a, b in zip(losses, wanted, strict=True)) > CLOSE * wanted[0]:
+                wrong.append(f"{name} thread(s): refused, its first losses are {losses}, xprnn's {wanted}")
+                players.pop(name).close()
+        times = rounds(players, count, seconds)
+    finally:
+        for player in players.values():
+            player.close()
+    rate = {name: [n * T / t for t in seen] for name, seen in times.items()}
+    return {"cell": cell, "batch": n, "rates": rate, "disagree": wrong, "losses": wanted}
 
 
-def main() -> None:
+def best(row: dict[str, Any], who: str, threads: list[int]) -> tuple[float, int] | None:
+    """Median characters a second with the better number of threads, and that number."""
+    rates = {k: statistics.median(v) for k in threads if (v := row["rates"].get(f"{who} {k}"))}
+    return max(((rate, k) for k, rate in rates.items()), default=None)
+
+
+def goals(rows: list[dict[str, Any]], threads: list[int]) -> list[dict[str, Any]]:
+    """Each row against the faster peer, everyone with as many threads as suit it."""
+    out = []
+    for row in rows:
+        found = {who: b for who in NAMES if (b := best(row, who, threads))}
+        rivals = {who: b[0] for who, b in found.items() if who != "xprnn"}
+        if rivals:
+            who = max(rivals, key=lambda k: rivals[k])
+            what = f"training, {row['cell']}, batch {row['batch']}, up to {threads[-1]} cores, against {NAMES[who]}"
+            out.append({"what": what, "value": found["xprnn"][0] / rivals[who], "least": 1.0})
+    return out
+
+
+def table(rows: list[dict[str, Any]], threads: list[int]) -> list[str]:
+    """Markdown: characters a second, and the ratio to each peer with the same number of threads."""
+    heads = ["cell", "N", "threads", *NAMES.values()]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row in rows:
+        for k in threads:
+            cells = []
+            for who in NAMES:
+                seen = row["rates"].get(f"{who} {k}")
+                if not seen:
+                    cells.append("")
+                    continue
+                pairs = zip(row["rates"][f"xprnn {k}"], seen, strict=True)
+                low, ratio, high = statistics.quantiles([a / b for a, b in pairs], n=4)
+                note = "" if who == "xprnn" else f" ({ratio:.2f}; {low:.2f} to {high:.2f})"
+                cells.append(f"{statistics.median(seen):,.0f}{note}")
+            lines.append(f"| {row['cell']} | {row['batch']} | {k} | {' | '.join(cells)} |")
+        lines += [f"| | **{remark}** |" + " |" * (len(heads) - 2) for remark in row["disagree"]]
+    return lines
+
+
+def main() -> int:
     """Measure and print."""
+    if "--play" in sys.argv:
+        serve(make)
+        return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cell", nargs="*", choices=CELLS, default=list(CELLS))
-    parser.add_argument("--rounds", type=int, default=60)
+    add = parser.add_argument
+    add("--cell", nargs="+", choices=("elman", "lstm", "gru"), default=["elman", "lstm", "gru"])
+    add("--batch", nargs="+", type=int, default=[16, 32], metavar="N", help="default: 16 32")
+    add("--threads", nargs="+", type=int, default=[1, 2], metavar="COUNT", help="default: 1 2")
+    add("--rounds", type=int, default=7)
+    add("--seconds", type=float, default=0.5, help="of a turn; default: 0.5")
+    add("--json", type=Path, metavar="FILE", help="write all figures")
     args = parser.parse_args()
-    from threadpoolctl import threadpool_limits
-
-    print("\n".join(f"{k}: {value}" for k, value in machine.describe().items()))
-    print(f"\nH = {H}, Adam, global norm {NORM}, float32, one thread; ratio: median of the rounds, and quartiles\n")
-    print("| cell | N | window | xprnn, characters/s | torch, characters/s | ratio |\n|---|---|---|---|---|---|")
-    with threadpool_limits(1):
-        for cell in args.cell:
-            for n in (16, 32):
-                print(measure(cell, n, 64, args.rounds), flush=True)
+    threads = [k for k in args.threads if k <= len(machine.cores())]
+    rows = []
+    for cell in args.cell:
+        for n in args.batch:
+            rows.append(measure(cell, n, threads, args.rounds, args.seconds))
+            print(f"{cell}, N = {n}: measured", file=sys.stderr, flush=True)
+    run = {"machine": machine.describe(), "rows": rows, "goals": goals(rows, threads)}
+    print(
+        f"Characters a second, the text job: H = {H}, windows of {T}, float32. Medians of {args.rounds} turns; in "
+        "brackets how many times faster xprnn is with the same number of threads: median of the rounds, quartiles. "
+        f"The losses of the first {FIRST} windows agree.\n",
+        *table(rows, threads),
+        sep="\n",
+    )
+    if args.json:
+        args.json.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    return 1 if any(row["disagree"] for row in rows) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

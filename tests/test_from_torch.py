@@ -114,6 +114,31 @@ def test_cells_are_layers_of_one(rng, name, cell):
     assert model.parts["cell"] == layer
 
 
+def test_activations_and_softmax_are_parts(rng):
+    import torch
+
+    nn = torch.nn
+    torch.manual_seed(3)
+    between = [nn.Tanh(), nn.Sigmoid(), nn.ReLU(), nn.Softsign(), nn.Softplus(), nn.LeakyReLU(0.2), nn.ELU(0.7)]
+    chain = [nn.Sequential(nn.Linear(4, 4, dtype=torch.float64), f) for f in between]
+    module = nn.Sequential(*chain, nn.Dropout(0.3), nn.Identity(), nn.LogSoftmax(dim=-1)).eval()
+    model, params = xprnn.from_torch(module)
+    x = torch.tensor(rng.normal(size=(5, 3, 4)))
+    close(model(params, x.numpy())[0], module(x).detach().numpy())
+    state_dict, constructor = xprnn.to_torch(model, params)
+    rebuilt = nn.Sequential(*(getattr(nn, name)(**arguments) for name, arguments in constructor.values()))
+    rebuilt.load_state_dict(dict(zip(rebuilt.state_dict(), state_dict.values(), strict=True)))
+    close(rebuilt(x).detach().numpy(), module(x).detach().numpy())
+    assert model.parts["9"] == xprnn.Softmax(log=True)
+    for odd, why in (
+        (nn.Softmax(dim=1), "runs along axis 1"),
+        (nn.Softplus(2.0), "has constants"),
+        (nn.GELU(), "has no co"),
+    ):
+        with pytest.raises(InputError, match=f"1 .*: {why}"):
+            xprnn.from_torch(nn.Sequential(nn.Linear(4, 4), odd))
+
+
 def test_half_precision(rng):
     import torch
 

@@ -53,6 +53,8 @@ REFUSED = {
         xprnn.Sequential(a=xprnn.GRU(3, 4, reset_after=False), b=xprnn.Around(2), c=xprnn.RNN(4, 4, reverse=True)),
         "a: torch has no cell gru_reset_before; b: torch.nn has nothing that Around .*; c: torch's layers have no rev",
     ),
+    "activation": (xprnn.Apply(xprnn.activation("hardsigmoid")), "torch.nn has no activation hardsigmoid"),
+    "two constants": (xprnn.Apply(xprnn.activation("leakyrelu", 0.1, 0.3)), "no activation leakyrelu"),
     "no model": (3, "model must be a layer or Sequential, found int"),
 }
 

@@ -157,7 +157,7 @@ def opened(path: str | Path) -> Iterator[Contents]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except _DAMAGES as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise InputError(f"{path}: damaged, or not a {path.suffix} file ({reason})") from None
 
 
@@ -208,7 +208,12 @@ def _npy_shape(stream: Any, member: zipfile.ZipInfo) -> tuple[int, ...]:
     version = np.lib.format.read_magic(stream)
     if version != (1, 0):
         raise ValueError(f"{member.filename} has npy version {version}")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    try:
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    except Exception as error:  # on a damaged header it raises whatever its parts do: SyntaxError, TokenError, ...
+        raise ValueError(f"{member.filename}: {error}") from None
+    if not all(0 <= n < 2**62 for n in shape):
+        raise ValueError(f"{member.filename} has shape {str(shape)[:100]}")
     _check_kind(member.filename, dtype.str[1:], ("f2", "f4", "f8", "i4", "i8", "u1"))
     if math.prod(shape) * dtype.itemsize != member.file_size - stream.tell():
         raise ValueError(f"{member.filename} has another length than its shape {shape} needs")

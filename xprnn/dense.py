@@ -12,6 +12,7 @@ from numpy.random import Generator
 from xprnn.affine import affine, affine_back
 from xprnn.arrays import Array, InputError, Params, check_integers, check_shape, from_numpy, is_integer, resolve
 from xprnn.checks import check_init, check_param_shapes, check_params, keep_positive, need
+from xprnn.quick import Quick, Streams, embedding_step, linear_step
 from xprnn.stack import Gradients
 
 __all__ = ["Embedding", "Linear"]
@@ -25,7 +26,7 @@ def check_tape(where: str, tape: Any) -> tuple[Any, Any, Any]:
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(Streams):
     """The output head: y = x W' + b on the last axis, for all steps at once.
 
     Args:
@@ -86,7 +87,12 @@ class Linear:
 
     def step(self, params: Params, x: Array, state: None = None) -> tuple[Array, None]:
         """One time step: x (N, H) -> y (N, V)."""
-        return self(params, x)
+        done = self._step(params, x, state)
+        return self(params, x) if done is None else done
+
+    def quick(self, prefix: str, count: int) -> Quick:
+        """The step for NumPy arrays that fit, of parameters under `prefix` in a dict of `count`."""
+        return linear_step(self, prefix, count)
 
     def config(self) -> dict[str, Any]:
         """The configuration as JSON-able data."""
@@ -94,7 +100,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Embedding:
+class Embedding(Streams):
     """A look-up table: integers (...) -> rows (..., D) of a (V, D) weight.
 
     Args:
@@ -152,7 +158,12 @@ class Embedding:
 
     def step(self, params: Params, x: Array, state: None = None) -> tuple[Array, None]:
         """One time step: integers (N,) -> (N, D)."""
-        return self(params, x)
+        done = self._step(params, x, state)
+        return self(params, x) if done is None else done
+
+    def quick(self, prefix: str, count: int) -> Quick:
+        """The step for NumPy arrays that fit, of parameters under `prefix` in a dict of `count`."""
+        return embedding_step(self, prefix, count)
 
     def config(self) -> dict[str, Any]:
         """The configuration as JSON-able data."""

@@ -13,6 +13,7 @@ from xprnn.forms import activation_of, cell_of
 from xprnn.layers import GRU, LSTM, RNN
 from xprnn.masks import Hold, Last, Masking
 from xprnn.parts import Apply, Flip, Merge, Part, Softmax
+from xprnn.quick import Quick, Streams, chain_step, quick_of
 from xprnn.recurrent import Recurrent
 from xprnn.stack import Gradients
 
@@ -21,7 +22,7 @@ __all__ = ["Sequential", "from_config"]
 _Flags = dict[str, Any]
 
 
-class Sequential:
+class Sequential(Streams):
     """A chain of named parts that is itself a part: its parameters are "name.parameter".
 
     Its state is that of its recurrent part; with several, a dict from their names to theirs. A mask found by one part
@@ -41,7 +42,6 @@ class Sequential:
     ['head.bias', 'head.weight', 'rnn.bias_hh_l0']
     """
 
-    __slots__ = ("parts",)
     parts: dict[str, Any]
 
     def __init__(self, /, **parts: Any) -> None:
@@ -156,10 +156,18 @@ class Sequential:
 
     def step(self, params: Params, x: Array, state: Any = None) -> tuple[Array, Any]:
         """Streaming: one time step through all parts."""
+        done = self._step(params, x, state)
+        if done is not None:
+            return done
         own, states = self._own("Sequential.step", params), self._states("Sequential.step", state)
         for n, part in self.parts.items():
             x, states[n] = part.step(own[n], x, states[n])
         return x, self._joined(states)
+
+    def quick(self, prefix: str, count: int) -> Quick | None:
+        """The step for NumPy arrays that fit, of parameters under `prefix` in a dict of `count`, or None."""
+        steps = {n: quick_of(p, f"{prefix}{n}.", count) for n, p in self.parts.items()}
+        return None if None in steps.values() else chain_step(steps, self._recurrent())
 
     def config(self) -> dict[str, Any]:
         """The configuration as JSON-able data."""

@@ -11,7 +11,7 @@ from math import cos, pi
 from numbers import Real
 from typing import Any
 
-from xprnn.arrays import Array, InputError, Params, namespace, resolve
+from xprnn.arrays import Array, InputError, Params, is_numpy, namespace, resolve
 
 __all__ = [
     "Optimizer",
@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 Rate = float | Callable[[int], float]
+_BLOCK = 1 << 15  # entries of a parameter updated at a time
 OptState = dict[str, Any]  # "step": int, and moment name -> dict keyed like params
 
 
@@ -82,10 +83,28 @@ class Optimizer:
         xp = namespace(next(iter(params.values()))) if params else None
         for key, p in params.items():
             old = tuple(state[m][key] for m in self.moments)
-            out[key], new = self.rule(xp, p, grads[key], old, rate, step)
+            out[key], new = _in_blocks(self.rule, xp, p, grads[key], old, rate, step)
             for m, value in zip(self.moments, new, strict=True):
                 moments[m][key] = value
         return out, {"step": step, **moments}
+
+
+def _in_blocks(
+    rule: Callable[..., Any], xp: Any, p: Array, g: Array, old: tuple[Array, ...], rate: float, step: int
+) -> tuple[Array, tuple[Array, ...]]:
+    """The rule, which is elementwise, block by block: what it keeps for a moment then stays in the cache."""
+    if not is_numpy(xp) or p.size <= _BLOCK:
+        return rule(xp, p, g, old, rate, step)  # type: ignore[no-any-return]
+    flat = [xp.ascontiguousarray(a).reshape(-1) for a in (p, g, *old)]
+    new = [xp.empty(p.shape, dtype=p.dtype) for _ in range(1 + len(old))]
+    rows = [a.reshape(-1) for a in new]
+    for start in range(0, p.size, _BLOCK):
+        cut = slice(start, start + _BLOCK)
+        some, grad, *before = (a[cut] for a in flat)
+        first, more = rule(xp, some, grad, tuple(before), rate, step)
+        for row, value in zip(rows, (first, *more), strict=True):
+            row[cut] = value
+    return new[0], tuple(new[1:])
 
 
 def _check_keys(where: str, params: Params, grads: Params) -> None:
@@ -179,10 +198,11 @@ def _adam(name: str, learning_rate: Rate, b1: float, b2: float, eps: float, deca
     def rule(xp: Any, p: Array, g: Array, old: Any, rate: float, step: int) -> Any:
         m = b1 * old[0] + (1 - b1) * g
         v = b2 * old[1] + (1 - b2) * (g * g)
-        # Bias corrections are scalars of the step: on the host, no array is read.
-        root = xp.sqrt(v) * (1 / (1 - b2**step) ** 0.5) + eps
+        # Bias corrections are scalars of the step: on the host, no array is read. With c that of the root,
+        # m / (c sqrt(v) + eps) = (m / c) / (sqrt(v) + eps / c), one pass less.
+        c = 1 / (1 - b2**step) ** 0.5
         kept = p if not decay else p * (1 - rate * decay)
-        return kept - (rate / (1 - b1**step)) * m / root, (m, v)
+        return kept - (rate / (1 - b1**step) / c) * m / (xp.sqrt(v) + eps / c), (m, v)
 
     return Optimizer(name, ("mean", "square"), rule, learning_rate)
 
@@ -243,7 +263,8 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Array]:
     if not grads:
         raise InputError("clip_by_global_norm: grads must hold at least one array, found none")
     xp = resolve("clip_by_global_norm", dict(grads))
-    squares = [xp.sum(g * g, dtype=g.dtype) for g in grads.values()]
+    # A row's own product with itself, then the sum: no array of squares is made.
+    squares = [xp.sum(xp.vecdot(g, g) if g.ndim else g * g, dtype=g.dtype) for g in grads.values()]
     norm = xp.sqrt(xp.sum(xp.stack(squares), dtype=squares[0].dtype))
     scale = xp.minimum(float(max_norm) / (norm + 1e-6), xp.ones_like(norm))
     return {k: g * scale for k, g in grads.items()}, norm

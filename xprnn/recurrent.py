@@ -18,6 +18,7 @@ from xprnn.cells import Cell
 from xprnn.checks import check_init, flag, fraction, keep_positive, positive
 from xprnn.forms import cell_form
 from xprnn.initial import draw
+from xprnn.quick import Quick, Streams, recurrent_step
 from xprnn.stack import Gradients, StackTape
 
 __all__ = ["Recurrent", "keep_positive"]
@@ -26,7 +27,7 @@ State = Any
 
 
 @dataclass(frozen=True)
-class Recurrent:
+class Recurrent(Streams):
     """A stack of one cell, in one or two directions. RNN, LSTM and GRU are this with their cells.
 
     Args:
@@ -280,7 +281,12 @@ class Recurrent:
         >>> y.shape
         (2, 4)
         """
-        return stack.step(self, params, x, state)
+        done = self._step(params, x, state)
+        return stack.step(self, params, x, state) if done is None else done
+
+    def quick(self, prefix: str, count: int) -> Quick | None:
+        """The step for NumPy arrays that fit, of parameters under `prefix` in a dict of `count`, or None."""
+        return recurrent_step(self, prefix, count)
 
     def config(self) -> dict[str, Any]:
         """The configuration as JSON-able data; `from_config` reads it back."""

@@ -29,6 +29,7 @@ from . import store
 from .archive import write_atomically
 from .around import reads_ahead
 from .arrays import Array, InputError, from_numpy, namespace, to_numpy
+from .crew import keep_memory
 from .plots import can_plot
 from .report import picture, report
 from .text import Corpus, Ids, Streams, streams
@@ -115,7 +116,7 @@ class _Run:
         """Train to the end or until a signal is caught; return the last measured bits per character."""
         characters, before = self.options.batch * self.options.window, self.schedule.progress(self.now)
         bits = self.curve[-1][-1] if self.curve else math.nan
-        for now in train(self.model, self.now, self.streams, self.schedule):
+        for now in train(self.model, self.now, self.streams, self.schedule, self.options.threads):
             self.now, progress = now, self.schedule.progress(now)
             bar.total = round(characters * now.step / progress)
             bar.update(characters)
@@ -140,8 +141,9 @@ def train_command(given: dict[str, Any]) -> int:
         given["file"] = str(Path(given["file"]).absolute())
     run, made = _resumed(given) if "resume" in given else _fresh(given)
     try:
-        # A step's products are small: a second thread gains little where it is free, and stalls all where it is not.
-        with threadpool_limits(run.options.threads, user_api="blas"):
+        # A step's products are small: BLAS threads gain little where they are free, and stall all where they are not.
+        keep_memory()
+        with threadpool_limits(1, user_api="blas"):
             return _watch(run)
     except InputError as error:
         if made and not run.curve:

@@ -64,7 +64,7 @@ def load(path: str | Path, like: Array | None = None) -> tuple[Any, Params]:
             model = from_config(file.header["model"])
             shapes = model.shapes()
         except (KeyError, TypeError, AttributeError, InputError) as error:
-            raise InputError(f"{path}: holds no model this xprnn knows ({error})") from None
+            raise InputError(f"{path}: holds no model this xprnn knows ({str(error)[:300]})") from None
         _compare(str(path), file.shapes, shapes)
         arrays = {name: file.read(name) for name in shapes}
     if like is None:

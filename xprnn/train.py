@@ -25,6 +25,7 @@ from . import layers
 from .archive import read_arrays, write_arrays
 from .around import Around, carry, reads_ahead
 from .arrays import Array, InputError, Params, from_numpy, to_numpy
+from .crew import Crew
 from .dense import Linear
 from .losses import cross_entropy
 from .model import Sequential, from_config
@@ -150,7 +151,7 @@ def begin(model: Any, rng: np.random.Generator, like: Array) -> Snapshot:
     return Snapshot(0, params, adam(0.0).init(params))
 
 
-def train(model: Any, start: Snapshot, streams: Streams, schedule: Schedule) -> Iterator[Snapshot]:
+def train(model: Any, start: Snapshot, streams: Streams, schedule: Schedule, threads: int = 1) -> Iterator[Snapshot]:
     """Learn, and yield a snapshot after every step.
 
     Args:
@@ -158,34 +159,44 @@ def train(model: Any, start: Snapshot, streams: Streams, schedule: Schedule) -> 
         start: from `begin`, `restore`, or an earlier iteration.
         streams: the text, on the parameters' device.
         schedule: when to end, and the learning rate until then.
+        threads: that share each step (crew.py), for NumPy arrays; the gradients are the same up to rounding.
 
     Raises:
         InputError: the loss is not a number any more. It is looked at every tenth step and at the end.
     """
     now, began, pending = start, time.monotonic() - start.seconds, list[Array]()
-    while schedule.progress(now) < 1:
-        # A loss that overflows is found below and named with its step; NumPy's warning would say less.
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            now, loss = _step(model, now, streams, schedule)
-        now = now._replace(seconds=time.monotonic() - began)
-        pending.append(loss)
-        if len(pending) == _LOOK_EVERY or schedule.progress(now) >= 1:
-            _look(pending, now.step, schedule)
-            pending.clear()
-        yield now
+    with Crew(threads) as crew:
+        while schedule.progress(now) < 1:
+            # A loss that overflows is found below and named with its step; NumPy's warning would say less.
+            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+                now, loss = learn(model, now, *streams.at(now.step), schedule, crew, now.step % streams.windows == 0)
+            now = now._replace(seconds=time.monotonic() - began)
+            pending.append(loss)
+            if len(pending) == _LOOK_EVERY or schedule.progress(now) >= 1:
+                _look(pending, now.step, schedule)
+                pending.clear()
+            yield now
 
 
-def _step(model: Any, now: Snapshot, streams: Streams, schedule: Schedule) -> tuple[Snapshot, Array]:
-    fresh = now.step % streams.windows == 0
-    x, targets = streams.at(now.step)
-    logits, state, tape = model.forward(now.params, x, None if fresh else now.state)
-    loss, dlogits = cross_entropy(logits, targets)
-    _, _, gradients = model.backward(tape, dlogits)
+def learn(
+    model: Any, now: Snapshot, x: Array, targets: Array, schedule: Schedule, crew: Crew, fresh: bool = False
+) -> tuple[Snapshot, Array]:
+    """Return the snapshot after one step, and the loss of its window.
+
+    Args:
+        model: as for `train`.
+        now: the snapshot before.
+        x, targets: (T, N) integers.
+        schedule: the learning rate and the bound on the gradient.
+        crew: who does the work.
+        fresh: whether the state starts anew.
+    """
+    loss, gradients, state = crew.gradients(model, now.params, x, targets, None if fresh else now.state)
     gradients, _ = clip_by_global_norm(gradients, schedule.clip)
     params, moments = adam(schedule.rate(now)).update(now.params, gradients, now.moments)
     state = carry(state) if reads_ahead(model) else state
     average = loss if now.loss is None else now.loss + (loss - now.loss) * 0.02
-    return Snapshot(now.step + 1, params, moments, state, average), loss
+    return now._replace(step=now.step + 1, params=params, moments=moments, state=state, loss=average), loss
 
 
 def _look(losses: list[Array], last: int, schedule: Schedule) -> None:

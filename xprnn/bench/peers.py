@@ -10,7 +10,7 @@ import numpy as np
 
 from xprnn.bench.problem import Contender, Problem
 
-__all__ = ["PEERS", "missing", "onnx_session", "peers"]
+__all__ = ["PEERS", "jax_steps", "missing", "onnx_session", "peers"]
 
 # What must be importable for each; in the order of the tables' columns.
 PEERS = {"torch": ("torch",), "jax": ("jax",), "onnxruntime": ("onnxruntime", "onnx")}
@@ -67,7 +67,7 @@ def _torch(problem: Problem, threads: int) -> Contender:
     return Contender("torch", forward, both, results)
 
 
-def _jax_steps(cell: str) -> Callable[..., Any]:
+def jax_steps(cell: str) -> Callable[..., Any]:
     """(state, x's projection, h's projection) -> state, in torch's gate order."""
     import jax
     import jax.numpy as jnp
@@ -92,7 +92,7 @@ def _jax(problem: Problem, threads: int) -> Contender:
     """A jitted lax.scan, the input's projection hoisted out of it; compiled before the clock starts."""
     import jax
 
-    step = _jax_steps(problem.cell)
+    step = jax_steps(problem.cell)
 
     def run(p: Any, x: Any, state: Any) -> Any:
         ut = p["weight_hh"].T

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from xprnn.arrays import Array, InputError, Params
 from xprnn.dense import Embedding, Linear
 from xprnn.model import Sequential
+from xprnn.parts import Apply, Softmax
 from xprnn.store import moved
 
 __all__ = ["Entry", "Part", "arrange", "assemble", "refuse"]
@@ -43,17 +44,28 @@ def refuse(where: str, problems: Sequence[str]) -> None:
         raise InputError(f"{where}: {'; '.join(problems[:20])}{more}")
 
 
-def _width_in(layer: Any) -> int:
+def _width_in(layer: Any, given: int | None) -> int | None:
     """Features that a layer takes; 0 for an Embedding, which takes integers and must stand first."""
     if isinstance(layer, Embedding):
         return 0
+    if isinstance(layer, (Apply, Softmax)):
+        return given
     return int(layer.in_features if isinstance(layer, Linear) else layer.input_size)
 
 
-def _width_out(layer: Any) -> int:
+def _width_out(layer: Any, given: int | None) -> int | None:
     if isinstance(layer, Embedding):
         return layer.embedding_dim
+    if isinstance(layer, (Apply, Softmax)):
+        return given
     return int(layer.out_features if isinstance(layer, Linear) else layer.output_size)
+
+
+def _fitting(part: Part, width: int | None) -> Iterator[tuple[Any, int | None]]:
+    """What the part can be behind so many features, None for the beginning, and the features it gives out."""
+    for layer in part.layers:
+        if width is None or _width_in(layer, width) == width:
+            yield layer, _width_out(layer, width)
 
 
 def _chains(parts: Sequence[Part], width: int | None) -> Iterator[list[tuple[Part, Any]]]:
@@ -61,10 +73,9 @@ def _chains(parts: Sequence[Part], width: int | None) -> Iterator[list[tuple[Par
     if not parts:
         yield []
         return
-    for layer in parts[0].layers:
-        if width is None or _width_in(layer) == width:
-            for rest in _chains(parts[1:], _width_out(layer)):
-                yield [(parts[0], layer), *rest]
+    for layer, out in _fitting(parts[0], width):
+        for rest in _chains(parts[1:], out):
+            yield [(parts[0], layer), *rest]
 
 
 def _any_order(parts: Sequence[Part], width: int | None) -> Iterator[list[tuple[Part, Any]]]:
@@ -73,15 +84,16 @@ def _any_order(parts: Sequence[Part], width: int | None) -> Iterator[list[tuple[
         yield []
         return
     for k, part in enumerate(parts):
-        for layer in part.layers:
-            if width is None or _width_in(layer) == width:
-                for rest in _any_order([*parts[:k], *parts[k + 1 :]], _width_out(layer)):
-                    yield [(part, layer), *rest]
+        for layer, out in _fitting(part, width):
+            for rest in _any_order([*parts[:k], *parts[k + 1 :]], out):
+                yield [(part, layer), *rest]
 
 
 def _said(parts: Sequence[Part]) -> str:
     def one(layer: Any) -> str:
-        return f"{type(layer).__name__} {_width_in(layer) or 'integers'} -> {_width_out(layer)}"
+        if isinstance(layer, (Apply, Softmax)):
+            return type(layer).__name__
+        return f"{type(layer).__name__} {_width_in(layer, None) or 'integers'} -> {_width_out(layer, None)}"
 
     return ", ".join(f"{part.name} ({' or '.join(one(layer) for layer in part.layers)})" for part in parts)
 
@@ -107,7 +119,7 @@ def arrange(where: str, parts: Sequence[Part], order: Sequence[str] | None, sort
             raise InputError(f"{where}: order must name {', '.join(named)}, found {', '.join(map(str, order))}")
         parts, sorted_ = [named[name] for name in order], False
     found = [] if sorted_ and len(parts) > 1 else _some(_chains(parts, None))
-    if not found and order is None and len(parts) <= MOST:
+    if not found and order is None and len(parts) <= MOST and all(part.entries for part in parts):
         found = _some(_any_order(parts, None))
     if len(found) == 1:
         return found[0]

@@ -11,16 +11,12 @@ from typing import Any, NamedTuple
 
 from xprnn.archive import as_path
 from xprnn.arrays import Array, InputError, Params, resolve, to_numpy
-from xprnn.cells import elman, gru, lstm
 from xprnn.checks import check_param_shapes, check_params
-from xprnn.dense import Embedding, Linear
-from xprnn.forms import cell_form
 from xprnn.interop.parts import Entry, Part, arrange, assemble, refuse
 from xprnn.interop.statedict import compare, parts_of
+from xprnn.interop.torch_modules import constructor, layer_of, reasons
 from xprnn.interop.weights import entries_of, need_torch, of_file
-from xprnn.layers import GRU, LSTM, RNN
 from xprnn.model import Sequential
-from xprnn.recurrent import Recurrent
 
 __all__ = ["ForTorch", "from_torch", "to_torch"]
 
@@ -35,11 +31,11 @@ def from_torch(
 ) -> tuple[Any, Params]:
     """A network that torch has trained, as a model of xprnn and its parameters.
 
-    Read are nn.RNN, LSTM (with proj_size), GRU, their cells (as a layer of one), nn.Embedding and nn.Linear, one behind
-    the other; nn.Dropout and nn.Identity are left out. A module that holds them may be any: its parts are taken to run
-    in the order of their definition if their widths allow it, else in the only order that they do. What its own
-    `forward` does between them cannot be seen: compare outputs once. Linear is applied to every step. Weights that are
-    shared (tied) become two.
+    Read are nn.RNN, LSTM (with proj_size), GRU, their cells (as a layer of one), nn.Embedding, nn.Linear and the
+    activations, one behind the other; nn.Dropout and nn.Identity are left out. A module that holds them may be any: its
+    parts are taken to run in the order of their definition if their widths allow it, else in the only order that they
+    do. What its own `forward` does between them cannot be seen, nor in a state_dict an activation: compare outputs
+    once. Linear is applied to every step. Weights that are shared (tied) become two.
 
     Args:
         source: an nn.Module; a state_dict, name -> torch tensor or NumPy array; or the path of a `.safetensors`, `.pt`
@@ -109,7 +105,7 @@ def _parts_of_module(where: str, module: Any) -> list[Part]:
 
 
 def _part(path: str, leaf: Any, own: dict[str, Entry]) -> Part:
-    layer = _layer_of(leaf)
+    layer = layer_of(leaf)
     end = "_l0" if isinstance(leaf, sys.modules["torch"].nn.RNNCellBase) else ""
     own = {f"{key}{end}": entry for key, entry in own.items()}
     compare(own, layer)
@@ -135,32 +131,6 @@ def _is_recurrent(module: Any) -> bool:
     return isinstance(module, (nn.RNNBase, nn.RNNCellBase))
 
 
-def _layer_of(module: Any) -> Any:
-    """The layer for one module.
-
-    Raises:
-        InputError: there is none.
-    """
-    nn = sys.modules["torch"].nn
-    if isinstance(module, nn.Embedding):
-        if module.max_norm is not None:
-            raise InputError("max_norm changes the weights while it runs, which Embedding here does not")
-        return Embedding(module.num_embeddings, module.embedding_dim)
-    if isinstance(module, nn.Linear):
-        return Linear(module.in_features, module.out_features, bias=module.bias is not None)
-    names = {nn.RNN: RNN, nn.LSTM: LSTM, nn.GRU: GRU, nn.RNNCell: RNN, nn.LSTMCell: LSTM, nn.GRUCell: GRU}
-    kind = next((ours for theirs, ours in names.items() if isinstance(module, theirs)), None)
-    if kind is None:
-        raise InputError("has no counterpart here")
-    shared = ("num_layers", "bias", "batch_first", "dropout", "bidirectional", "nonlinearity")
-    options = {name: getattr(module, name) for name in shared if hasattr(module, name)}
-    if getattr(module, "proj_size", 0):
-        options["proj_size"] = module.proj_size
-    if kind is not RNN:
-        options.pop("nonlinearity", None)
-    return kind(module.input_size, module.hidden_size, **options)
-
-
 class ForTorch(NamedTuple):
     """What torch needs to go on: parameters, and how to make the modules that take them."""
 
@@ -172,7 +142,8 @@ def to_torch(model: Any, params: Params) -> ForTorch:
     """A model and its parameters for torch.
 
     Args:
-        model: RNN, LSTM, GRU (or a Recurrent with one of their cells), Linear, Embedding, or a Sequential of them.
+        model: RNN, LSTM, GRU (or a Recurrent with one of their cells), Linear, Embedding, Apply, Softmax,
+            or a Sequential of them.
         params: its parameters, of any array library.
 
     Returns:
@@ -194,53 +165,16 @@ def to_torch(model: Any, params: Params) -> ForTorch:
     if isinstance(model, type) or not hasattr(model, "shapes"):
         raise InputError(f"{where}: model must be a layer or Sequential, found {type(model).__name__}")
     parts = model.parts if isinstance(model, Sequential) else {"": model}
-    refuse(where, [f"{name}: {why}" if name else why for name, part in parts.items() for why in _reasons(part)])
+    refuse(where, [f"{name}: {why}" if name else why for name, part in parts.items() for why in reasons(part)])
     check_params(where, params, model.shapes())
     resolve(where, dict(params))
     check_param_shapes(where, params, model.shapes())
     torch = need_torch(where)
     tensors = {name: _tensor(torch, array) for name, array in params.items()}
     dtype = next(iter(tensors.values())).dtype
-    made = {name: _constructor(part, dtype) for name, part in parts.items()}
+    made = {name: constructor(part, dtype) for name, part in parts.items()}
     return ForTorch(tensors, made if isinstance(model, Sequential) else made[""])
 
 
 def _tensor(torch: Any, array: Array) -> Any:
     return array.detach().clone() if isinstance(array, torch.Tensor) else torch.tensor(to_numpy(array))
-
-
-_CLASSES = {"elman": "RNN", "lstm": "LSTM", "gru": "GRU"}
-
-
-def _reasons(part: Any) -> list[str]:
-    """Why torch cannot have this part."""
-    if isinstance(part, (Linear, Embedding)):
-        return []
-    if not isinstance(part, Recurrent):
-        return [f"torch.nn has nothing that {type(part).__name__} could become"]
-    reasons = []
-    if part.core not in (elman("tanh"), elman("relu"), lstm(), gru()):
-        options = cell_form(part.core) or {}
-        detail = " ".join(
-            f"{k}={v}" for k, v in options.items() if k != "type" and part.core.name != "gru_reset_before"
-        )
-        reasons.append(f"torch has no cell {part.core.name} {detail}".rstrip())
-    if len(set(part.sizes)) > 1:
-        reasons.append(f"torch has one hidden_size for all layers, found {list(part.sizes)}")
-    if part.learned_state:
-        reasons.append("torch's layers have no learned_state")
-    if part.reverse:
-        reasons.append("torch's layers have no reverse alone")
-    return reasons
-
-
-def _constructor(part: Any, dtype: Any) -> tuple[str, dict[str, Any]]:
-    if not isinstance(part, Recurrent):
-        return type(part).__name__, {k: v for k, v in part.config().items() if k != "type"} | {"dtype": dtype}
-    shared = ("num_layers", "bias", "batch_first", "dropout", "bidirectional")
-    arguments = {"input_size": part.input_size, "hidden_size": part.sizes[0]} | {k: getattr(part, k) for k in shared}
-    if part.core.name == "elman":
-        arguments["nonlinearity"] = "tanh" if part.core is elman("tanh") else "relu"
-    if part.projection:
-        arguments["proj_size"] = part.projection
-    return _CLASSES[part.core.name], arguments | {"dtype": dtype}

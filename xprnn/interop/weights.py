@@ -101,7 +101,7 @@ def _of_safetensors(path: Path) -> dict[str, Entry]:
     except InputError:
         raise
     except (safetensors.SafetensorError, ValueError, OSError) as error:
-        raise InputError(f"{path}: damaged, or not a .safetensors file ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{path}: damaged, or not a .safetensors file ({str(error)[:300]})") from None
 
     def entry(name: str, kind: str, shape: tuple[int, ...]) -> Entry:
         return Entry(shape, _SAFETENSORS.get(kind, kind.lower()), lambda: _tensor(path, name, kind, shape))

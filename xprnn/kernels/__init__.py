@@ -13,7 +13,7 @@ from typing import Any
 from xprnn.arrays import InputError, Namespace, Params, is_cupy, is_numpy
 from xprnn.cells import Cell
 
-__all__ = ["GENERIC", "compiling", "explain", "fast", "find", "generic_only", "precision", "tf32"]
+__all__ = ["GENERIC", "compiling", "explain", "fast", "find", "generic", "generic_only", "precision", "tf32"]
 
 GENERIC = "generic scan"
 
@@ -42,6 +42,11 @@ def compiling(allowed: bool) -> Iterator[None]:
         yield
     finally:
         _fast.reset(token)
+
+
+def generic() -> bool:
+    """Whether every pass is to take the generic scan."""
+    return _generic.get()
 
 
 @contextmanager

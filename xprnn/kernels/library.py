@@ -1,8 +1,8 @@
 """Compiles printed kernels with numba and keeps the machine code in a folder, so that a later process starts at once.
 
 The folder is XPRNN_CACHE, else `xprnn` in XDG_CACHE_HOME or ~/.cache. A kernel's file is named by a hash of its text,
-of lanes.py and of numba's version; next to it numba keeps the machine code for each kind of processor. Where the folder
-can't be written, kernels are compiled afresh in each process.
+of lanes.py, rowdot.py and numba's version; next to it numba keeps the machine code for each kind of processor. Where
+the folder can't be written, kernels are compiled afresh in each process.
 """
 
 import hashlib
@@ -37,10 +37,10 @@ def available() -> bool:
 
 
 @lru_cache(maxsize=1024)
-def works(source: str) -> bool:
+def works(source: str, signature: str = _TYPE) -> bool:
     """Whether a kernel can be compiled; it is, and kept."""
     try:
-        compiled(source)
+        compiled(source, signature)
     except Exception:  # whatever LLVM or numba stumble over, there is a kernel that needs neither
         return False
     return True
@@ -60,25 +60,25 @@ def folder() -> Path | None:
 @cache
 def _mark() -> bytes:
     """What a kernel depends on beside its own text."""
-    lanes = Path(__file__).with_name("lanes.py").read_bytes()
-    return lanes + importlib.metadata.version("numba").encode()
+    parts = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("lanes", "rowdot"))
+    return parts + importlib.metadata.version("numba").encode()
 
 
 @lru_cache(maxsize=1024)
-def compiled(source: str) -> Callable[[Any], None]:
-    """The machine code of a printed kernel: call it with a table of int64."""
+def compiled(source: str, signature: str = _TYPE) -> Callable[..., Any]:
+    """The machine code of a printed kernel: call it with a table of int64, or what its signature says."""
     from numba import njit
 
     path = _written(source)
     if path is not None:
         try:
-            kernel: Callable[[Any], None] = njit(_TYPE, cache=True, **_OPTIONS)(_imported(path).kernel)
+            kernel: Callable[..., Any] = njit(signature, cache=True, **_OPTIONS)(_imported(path).kernel)
         except Exception:  # a damaged cache may fail in any way, and is only a cache
             path = None
     if path is None:
         scope: dict[str, Any] = {}
         exec(source, scope)  # printed by source.py, from a finite list of names
-        kernel = njit(_TYPE, **_OPTIONS)(scope["kernel"])
+        kernel = njit(signature, **_OPTIONS)(scope["kernel"])
     return kernel
 
 

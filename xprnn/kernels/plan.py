@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from xprnn.cells import Cell
 from xprnn.kernels.trace import Graph, Program, UntraceableError, Value, leaves, nodes, program
 
-__all__ = ["Plan", "plan_of", "trace_back", "trace_step"]
+__all__ = ["Plan", "plan_of", "squashed", "trace_back", "trace_step"]
 
 
 class Plan(NamedTuple):
@@ -43,7 +43,7 @@ def _forward(cell: Cell, *, sigmoid: bool) -> tuple[int, tuple[str, ...], Progra
     """The forward half of a plan; None if sigmoids remain that only a squash could have taken."""
     graph = Graph(sigmoid=sigmoid)
     new, saved, added = trace_step(cell, graph)
-    gates = _squash(graph, [*new, *saved], added) if cell.gates > 1 else []
+    gates = squashed(graph, [*new, *saved], added) if cell.gates > 1 else []
     if sigmoid and any(v.op == "sigmoid" and not any(v is g for g in gates) for v in nodes([*new, *saved])):
         return None
     squash = tuple(v.op for v in gates)
@@ -88,7 +88,7 @@ def trace_back(cell: Cell, saved: int) -> tuple[list[tuple[str, Any]], bool, boo
     return outputs, same, dprev[0] is not None
 
 
-def _squash(graph: Graph, outputs: Sequence[Any], added: int) -> list[Value]:
+def squashed(graph: Graph, outputs: Sequence[Any], added: int) -> list[Value]:
     """For each added gate the one tanh or sigmoid that takes it; empty unless that holds for all."""
     found = []
     every = nodes(outputs)

@@ -1,0 +1,118 @@
+"""One-hot input by look-up: what a vocabulary of 5000 costs beside one of 50.
+
+    python benchmarks/onehot.py [--rounds N]
+
+T, N and H of the text job; classes drawn evenly, which touches more of the table than words of a text do. The layer
+with integers for x, and Sequential with an Embedding of H features before it; forward, and forward+backward. Beside
+them what a dense gradient cannot do without: an array of zeros like the table, and Adam's pass over all of it.
+One BLAS thread, the two vocabularies in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import xprnn
+from xprnn.bench import machine, timing
+from xprnn.bench.ours import LAYERS
+
+SIZES = (50, 5000)
+T, N, H = 64, 16, 256
+LIMIT = 1.1
+
+
+def passes(model: Any, v: int) -> dict[str, Callable[[], Any]]:
+    """forward and forward+backward on classes 0..v-1."""
+    rng = np.random.default_rng(0)
+    params = model.init(rng, like=np.zeros(0, np.float32))
+    ids = rng.integers(0, v, (T, N))
+    y, _ = model(params, ids)
+    dy = rng.standard_normal(y.shape, dtype=np.float32)
+
+    def both() -> Any:
+        _, _, tape = model.forward(params, ids)
+        return model.backward(tape, dy)
+
+    return {"forward": lambda: model(params, ids), "forward+backward": both}
+
+
+def dense(rows: int, v: int) -> dict[str, Callable[[], Any]]:
+    """What belongs to a gradient of the table's shape, whoever computes it."""
+    optimizer, table = xprnn.adam(1e-3), {"w": np.ones((rows, v), np.float32)}
+    moments = optimizer.init(table)
+
+    def zeros() -> Any:
+        a = np.empty((rows, v), np.float32)
+        a.fill(0)
+        return a
+
+    return {"zeros like the table": zeros, "Adam": lambda: optimizer.update(table, table, moments)}
+
+
+def measure(count: int) -> list[dict[str, Any]]:
+    """Milliseconds at both sizes, and the ratio of each round."""
+    rows = []
+    for cell, kind in LAYERS.items():
+        makers: dict[str, Callable[[int], Any]] = {
+            f"{cell}, integers": lambda v, kind=kind: passes(kind(v, H), v),
+            f"{cell}, Embedding": lambda v, kind=kind: passes(
+                xprnn.Sequential(embed=xprnn.Embedding(v, H), rnn=kind(H, H)), v
+            ),
+            f"{cell}, beside it": lambda v, cell=cell: dense({"elman": 1, "gru": 3, "lstm": 4}[cell] * H, v),
+        }
+        for what, make in makers.items():
+            small, large = (make(v) for v in SIZES)
+            for which, call in small.items():
+                calls = {"small": call, "large": large[which]}
+                times, _ = timing.interleave(calls, 0.0, count, count, 0.0)
+                ratio = timing.paired_ratio(times["large"], times["small"])
+                seconds = {k: timing.summary(t) for k, t in times.items()}
+                rows.append({"what": what, "pass": which, "seconds": seconds, "ratio": ratio})
+        print(f"{cell}: measured", file=sys.stderr, flush=True)
+    return rows
+
+
+def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every pass of a layer or model."""
+    return [
+        {"what": f"one-hot, V=5000 over V=50, {r['what']}, {r['pass']}", "value": r["ratio"], "most": LIMIT}
+        for r in rows
+        if "beside" not in r["what"]
+    ]
+
+
+def report(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown."""
+    lines = [f"One-hot input by look-up, T={T}, N={N}, H={H}, float32, one thread; milliseconds.", ""]
+    lines += [f"| | pass | V={SIZES[0]} | V={SIZES[1]} | ratio |", "|---|---|---|---|---|"]
+    for r in rows:
+        small, large = (f"{1e3 * r['seconds'][k]['median']:.3g}" for k in ("small", "large"))
+        lines.append(f"| {r['what']} | {r['pass']} | {small} | {large} | {r['ratio']:.2f} |")
+    return lines
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    args = parser.parse_args()
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1):
+        rows = measure(args.rounds)
+    run = {"machine": machine.describe(), "rows": rows, "goals": goals(rows)}
+    print(*report(rows), sep="\n")
+    if args.json:
+        args.json.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""One step of a stream through a layer's stack, on NumPy arrays: printed for a layer's names and sizes.
+
+Both ways to go return None where the arguments don't fit; the caller then asks those who can say why. The compiled way
+hands the arrays to step_source.py's kernel, which checks them. The other checks and computes with plain NumPy calls:
+for one row the arrays have no row axis, which halves what a call costs, and as in the in-place scan the gates that are
+all tanh or sigmoid of their sum take one tanh together.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from xprnn.cells import Cell
+from xprnn.kernels import library
+from xprnn.kernels.plan import squashed, trace_step
+from xprnn.kernels.step_source import step_source
+from xprnn.kernels.trace import FUNCTIONS, Graph, UntraceableError, Value, nodes
+
+__all__ = ["BITS", "FEW", "Stepped", "compiled_step", "numpy_step"]
+
+FEW = 8  # rows: of more, a BLAS that reads the weights once for all of them is faster;
+_LARGE = 1 << 19  # weights: of so many, of more than one row
+BITS = {np.dtype(np.float32): 32, np.dtype(np.float64): 64}
+Step = Callable[[dict[str, Any], Any, Any], Any]
+
+
+class Stepped(NamedTuple):
+    """A layer, as far as a step of it goes."""
+
+    cell: Cell
+    bias: bool
+    inputs: int  # D
+    hidden: int  # H
+    projection: int  # P, or 0
+    names: tuple[tuple[str, ...], ...]  # of each layer: w, u, biases, vectors, and where it is projected hr
+    learned: tuple[str, ...]  # parameters that no step needs
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def few(self) -> int:
+        """The most rows that the compiled step is for."""
+        return FEW if self.cell.gates * self.hidden * (self.inputs + self.hidden) < _LARGE else 1
+
+    @property
+    def widths(self) -> list[int]:
+        """Of each state."""
+        return [self.projection or self.hidden, *[self.hidden] * (len(self.cell.states) - 1)]
+
+
+@lru_cache(maxsize=1024)
+def _code(source: str) -> Any:
+    return compile(source, "<xprnn step>", "exec")
+
+
+def _made(lines: list[str], scope: dict[str, Any]) -> Step:
+    """The function of these lines, printed here from a finite list of names."""
+    scope = {"empty": np.empty, "ndarray": np.ndarray, "bits": BITS, **scope}
+    exec(_code("\n    ".join(("def step(params, x, state):", *lines))), scope)
+    step: Step = scope["step"]
+    return step
+
+
+def _head(its: Stepped, integer: bool) -> list[str]:
+    """The number of rows, the dtype, the states before."""
+    before = [f"s{k}" for k in range(len(its.widths))]
+    lines = ["n = len(x)", f"dtype = params[{its.names[0][1]!r}].dtype" if integer else "dtype = x.dtype"]
+    if len(before) == 1:
+        return [*lines, "s0 = state"]
+    return [*lines, "if state.__class__ is not tuple: return None", f"{', '.join(before)} = state"]
+
+
+def _fit(its: Stepped, names: tuple[str, ...]) -> list[str]:
+    """Checks of parameters that are at hand under no other name."""
+    lines = []
+    for name in names:
+        lines += [f"p = params[{name!r}]", _unless("p", str(its.shapes[name]))]
+    return lines
+
+
+def _unless(name: str, shape: str) -> str:
+    test = f"{name}.__class__ is not ndarray or {name}.dtype != dtype or {name}.shape != {shape}"
+    return f"if {test}: return None"
+
+
+def _result(its: Stepped) -> str:
+    after = [f"n{k}" for k in range(len(its.widths))]
+    return after[0] if len(after) == 1 else f"({', '.join(after)})"
+
+
+# --- compiled
+
+
+class _Kernels(dict[Any, Any]):
+    """dtype -> its kernel, looked for once."""
+
+    def __init__(self, its: Stepped, integer: bool) -> None:
+        self.its, self.integer = its, integer
+
+    def __missing__(self, dtype: Any) -> Any:
+        its = self.its
+        printed = step_source(its.cell, BITS[dtype], its.bias, self.integer)
+        if printed is None or not library.works(*printed):
+            raise KeyError(dtype)
+        self[dtype] = library.compiled(*printed)
+        return self[dtype]
+
+
+def compiled_step(its: Stepped, integer: bool) -> Step | None:
+    """The step by a compiled kernel, or None where there can be none."""
+    if not library.available() or its.projection or step_source(its.cell, 32, its.bias, integer) is None:
+        return None
+    scope = {"first": _Kernels(its, integer), "later": _Kernels(its, False), "long": np.int64}
+    count, after = len(its.names), [f"n{k}" for k in range(len(its.widths))]
+    lines = [*_head(its, integer), *_fit(its, its.learned), "kernel = first[dtype]"]
+    lines += ["x = x.astype(long, casting='safe', copy=False)"] if integer else []
+    lines += [f"y = empty((n, {its.hidden}), dtype)"]
+    lines += [f"{name} = empty(({count}, n, {its.hidden}), dtype)" for name in after]
+    states = ", ".join(f"s{k}" for k in range(len(after)))
+    x, d = "x", its.inputs
+    for k, names in enumerate(its.names):
+        weights = ", ".join(f"params[{name!r}]" for name in names)
+        # A row is read before it is written: y may well be x.
+        lines += [f"if kernel({k}, {d}, {weights}, {x}, {states}, y, {', '.join(after)}): return None"]
+        lines += ["kernel = later[dtype]"] if integer and k == 0 and count > 1 else []
+        x, d = "y", its.hidden
+    return _made([*lines, f"return y, {_result(its)}"], scope)
+
+
+# --- NumPy
+
+
+class _Squash(dict[Any, Any]):
+    """dtype -> how the added gates become tanh or sigmoid in one call: sigmoid(x) = tanh(x/2)/2 + 1/2."""
+
+    def __init__(self, squash: tuple[str, ...], hidden: int) -> None:
+        self.squash, self.hidden = squash, hidden
+
+    def __missing__(self, dtype: Any) -> Any:
+        half = np.repeat(np.asarray([0.5 if op == "sigmoid" else 1.0 for op in self.squash], dtype), self.hidden)
+        self[dtype] = half, 1 - half
+        return self[dtype]
+
+
+def numpy_step(its: Stepped, integer: bool, one: bool, once: Callable[..., Any]) -> Step:
+    """The step in NumPy, of one row or of any number; by `once` for each layer where the cell can't be traced."""
+    traced = _traced(its.cell)
+    print_layer = None if traced is None else _Layer(its, one, *traced)
+    row = "[0]" if one and print_layer else ""
+    lines, count = [*_head(its, integer), "if dtype not in bits: return None"], len(its.names)
+    lines += _input_fits(its, integer, one)
+    lines += [_unless(f"s{k}", f"({count}, n, {w})") for k, w in enumerate(its.widths)]
+    lines += _fit(its, its.learned)
+    for k, names in enumerate(its.names):
+        for j, name in enumerate(names):
+            lines += [f"w{j}_{k} = params[{name!r}]", _unless(f"w{j}_{k}", str(its.shapes[name]))]
+    lines += ["half, offset = squash[dtype]"] if print_layer and print_layer.mixed else []
+    lines += [f"x = x{row}"]
+    if count > 1:
+        lines += [f"n{k} = empty(({count}, n, {w}), dtype)" for k, w in enumerate(its.widths)]
+    for k in range(count):
+        lines += [f"r{i} = s{i}[{k}]{row}" for i in range(len(its.widths))]
+        lines += print_layer.lines(k, integer and k == 0) if print_layer else _unprinted(its, k)
+        lines += [f"n{i}[{k}] = e{i}" for i in range(len(its.widths))] if count > 1 else []
+        lines += ["x = e0"]
+    if count == 1:
+        lines += ["x = e0.copy()", *(f"n{i} = e{i}.reshape(1, n, {w})" for i, w in enumerate(its.widths))]
+    lines += [f"return x.reshape(n, {its.widths[0]}), {_result(its)}"]
+    squash = _Squash(traced[1] if traced else (), its.hidden)
+    return _made(lines, {**FUNCTIONS, "where": np.where, "inf": np.inf, "nan": np.nan, "once": once, "squash": squash})
+
+
+def _input_fits(its: Stepped, integer: bool, one: bool) -> list[str]:
+    """x is (n, D) of the parameters' dtype, or (n,) integers below D."""
+    if not integer:
+        return [f"if x.shape != (n, {its.inputs}): return None"]
+    low, high = ("x.item()", "x.item()") if one else ("x.min(initial=0)", "x.max(initial=0)")
+    return [f"if x.ndim != 1 or {low} < 0 or {high} >= {its.inputs}: return None"]
+
+
+def _unprinted(its: Stepped, k: int) -> list[str]:
+    """A layer by the generic step."""
+    short = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if its.bias else []), *its.cell.vectors, "weight_hr"]
+    weights = ", ".join(f"{name!r}: w{j}_{k}" for j, name in enumerate(short[: len(its.names[k])]))
+    states = range(len(its.widths))
+    new = ", ".join(f"e{i}" for i in states)
+    copies = [f"e{i} = e{i}.copy()" for i in states]
+    return [f"{new}, = once({{{weights}}}, x, ({', '.join(f'r{i}' for i in states)},))", *copies]
+
+
+_Traced = tuple[tuple[Value, ...], tuple[str, ...], int]
+
+
+@lru_cache(maxsize=256)
+def _traced(cell: Cell) -> _Traced | None:
+    """The new states, how each added gate is squashed, and how many are added; None where the cell can't be traced."""
+    if cell.early:
+        return None
+    try:
+        return _trace(cell, sigmoid=True) or _trace(cell, sigmoid=False)
+    except Exception:  # whatever goes wrong with stand-ins, the generic step goes on, and says so if it was the cell
+        return None
+
+
+def _trace(cell: Cell, *, sigmoid: bool) -> _Traced | None:
+    new, _, added = trace_step(cell, graph := Graph(sigmoid=sigmoid))
+    gates = squashed(graph, new, added)
+    if sigmoid and any(v.op == "sigmoid" and not any(v is g for g in gates) for v in nodes(new)):
+        return None
+    squash = tuple(v.op for v in gates)
+    for k, gate in enumerate(gates):
+        gate.op, gate.args, gate.name = "input", (), f"a{k}"
+    if any(not isinstance(v, Value) for v in new):
+        raise UntraceableError("a state that is a number")
+    return new, squash, added
+
+
+class _Layer:
+    """Prints the arithmetic of one layer: x, r0, r1, ... -> e0, e1, ..."""
+
+    def __init__(self, its: Stepped, one: bool, new: tuple[Value, ...], squash: tuple[str, ...], added: int) -> None:
+        self.its, self.one, self.new, self.squash, self.added = its, one, new, squash, added
+        self.mixed, self.whole = "sigmoid" in squash, added == its.cell.gates
+
+    def _cut(self, a: str, first: int, last: int) -> str:
+        lead, h = "" if self.one else ":, ", self.its.hidden
+        return f"{a}[{lead}{first * h}:{last * h}]"
+
+    def _product(self, w: str, x: str) -> str:
+        return f"{w}.dot({x})" if self.one else f"{x}.dot({w}.T)"
+
+    def lines(self, k: int, integer: bool) -> list[str]:
+        """Those of layer k; with integers, x is the numbers of one-hot classes."""
+        look_up = f"w0_{k}[:, x].copy()" if self.one else f"w0_{k}.take(x, axis=1).T.copy()"
+        lines = [f"a = {look_up if integer else self._product(f'w0_{k}', 'x')}"]
+        lines += [f"h = {self._product(f'w1_{k}', 'r0')}", *self._sums(k)]
+        if self.squash:
+            lines += ["multiply(t, half, t)"] * self.mixed + ["tanh(t, t)"]
+            lines += ["multiply(t, half, t)", "add(t, offset, t)"] * self.mixed
+        known: dict[Value, str] = {}
+        first = 4 if self.its.bias else 2
+        names = [self._name(v, k, first, known, lines) for v in self.new]
+        for i, (name, value) in enumerate(zip(names, self.new, strict=True)):
+            own = value.op != "input" and name not in names[:i]
+            lines.append(f"e{i} = {name}" if own else f"e{i} = {name}.copy()")
+        if self.its.projection:
+            lines.append(f"e0 = {self._product(f'w{len(self.its.names[k]) - 1}_{k}', 'e0')}")
+        return lines
+
+    def _sums(self, k: int) -> list[str]:
+        """The biases, and the gates that are only added as t, a part of a."""
+        lines = ["add(a, h, a)", "t = a"] if self.whole else []
+        if self.its.bias:
+            lines += [f"add(a, w2_{k}, a)", f"add(a, w3_{k}, a)" if self.whole else f"add(h, w3_{k}, h)"]
+        if self.added and not self.whole:
+            lines += [f"t = {self._cut('a', 0, self.added)}", f"add(t, {self._cut('h', 0, self.added)}, t)"]
+        return lines
+
+    def _name(self, value: Any, k: int, first: int, known: dict[Value, str], lines: list[str]) -> str:
+        """Where a traced value is; what it needs is printed first, each value once."""
+        if not isinstance(value, Value):
+            return repr(float(value))
+        if value not in known:
+            if value.op == "input":
+                letter, j = value.name[0], int(value.name[1:])
+                if letter in "sp":
+                    return f"r{j}" if letter == "s" else f"w{first + j}_{k}"
+                text = self._cut("h" if letter == "h" else "a", j, j + 1)
+            else:
+                text = f"{value.op}({', '.join([self._name(v, k, first, known, lines) for v in value.args])})"
+            known[value] = f"v{len(known)}"
+            lines.append(f"{known[value]} = {text}")
+        return known[value]

@@ -1,0 +1,183 @@
+"""One time step of a stream on NumPy arrays that need no words: for all else it returns None, and the checks speak.
+
+`stack.step` resolves, checks, unpacks and packs for any array library and explains what does not fit; that costs twenty
+times the step. A quick step does the same work for what a stream holds at every step: plain arrays of one dtype, in the
+right shapes. Nothing is remembered between two steps but a layer's names and sizes, so a parameter that was replaced or
+written into is seen at once, and threads may share all of it.
+"""
+
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+
+from xprnn import kernels
+from xprnn.arrays import Array, Params
+from xprnn.kernels.step import BITS, Stepped, compiled_step, numpy_step
+from xprnn.layout import names_of
+from xprnn.scan import step_once
+
+__all__ = ["Quick", "Streams", "chain_step", "embedding_step", "linear_step", "quick_of", "recurrent_step"]
+
+Quick = Callable[[Params, Array, Any], tuple[Array, Any] | None]
+
+
+class Streams:
+    """What has a step: keeps its own quick step, made at its first step, out of copies and pickles."""
+
+    def quick(self, prefix: str, count: int) -> Quick | None:
+        """The quick step on parameters under `prefix` in a dict of `count` parameters; None if there is none."""
+        raise NotImplementedError
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The name and shape of every parameter."""
+        raise NotImplementedError
+
+    @cached_property
+    def _step(self) -> Quick:
+        return self.quick("", len(self.shapes())) or (lambda params, x, state: None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_step"}
+
+
+def _plain(a: Array, shape: tuple[int, ...], dtype: Any) -> bool:
+    return a.__class__ is np.ndarray and a.dtype == dtype and a.shape == shape
+
+
+def _all_plain(params: Params, shapes: tuple[tuple[str, tuple[int, ...]], ...], dtype: Any) -> bool:
+    """Whether the parameters are plain arrays of this dtype, in these shapes."""
+    return all(_plain(params[name], shape, dtype) for name, shape in shapes)
+
+
+def _guarded(count: int, run: Quick) -> Quick:
+    """`run` for plain arrays outside of the generic scan; it may raise or return None where something doesn't fit."""
+    ndarray, generic = np.ndarray, kernels.generic
+
+    def step(params: Params, x: Array, state: Any) -> tuple[Array, Any] | None:
+        if x.__class__ is not ndarray or params.__class__ is not dict or len(params) != count or generic():
+            return None
+        try:
+            return run(params, x, state)
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError):  # a name, a kind or a shape
+            return None
+
+    return step
+
+
+def recurrent_step(layer: Any, prefix: str, count: int) -> Quick | None:
+    """The quick step of a recurrent layer: compiled for a few rows, or else in NumPy."""
+    if layer.bidirectional or layer.reverse or not isinstance(layer.hidden_size, int):
+        return None
+    its, fast = _stepped(layer, prefix), kernels.fast
+    few, floats, ways = its.few, BITS, dict[tuple[bool, bool | None], Quick]()
+
+    def way(integer: bool, one: bool | None) -> Quick:
+        """The compiled step, or that in NumPy for one row or for many; made when it is first wanted."""
+        found = ways.get((integer, one))
+        if found is None:
+            once = partial(step_once, np, its.cell)
+            made = compiled_step(its, integer) if one is None else numpy_step(its, integer, one, once)
+            found = ways[integer, one] = made or (lambda params, x, state: None)
+        return found
+
+    def step(params: Params, x: Array, state: Any) -> tuple[Array, Any] | None:
+        integer, n = x.dtype not in floats, len(x)
+        if integer and x.dtype.kind not in "iu":
+            return None
+        if n <= few and fast():
+            try:
+                done = way(integer, None)(params, x, state)
+            except (KeyError, TypeError):  # no kernel, or one that takes no such arrays
+                done = None
+            if done is not None:
+                return done
+        return way(integer, n == 1)(params, x, state)
+
+    return _guarded(count, step)
+
+
+def _stepped(layer: Any, prefix: str) -> Stepped:
+    core, (shapes, names) = layer.core, names_of(layer)
+    short = ["weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if layer.bias else ()), *core.vectors]
+    short += ["weight_hr"] if layer.projection else []
+    found = tuple(tuple(prefix + own[name] for name in short) for own in names)
+    learned = tuple(prefix + name for name in shapes if name.startswith("initial_"))
+    shapes = {prefix + name: shape for name, shape in shapes.items()}
+    return Stepped(core, layer.bias, layer.input_size, layer.hidden_size, layer.projection, found, learned, shapes)
+
+
+# --- and what stands around them
+
+
+def linear_step(layer: Any, prefix: str, count: int) -> Quick:
+    """The quick step of a Linear."""
+    shapes = tuple((prefix + name, shape) for name, shape in layer.shapes().items())
+    w, b = prefix + "weight", prefix + "bias" if layer.bias else None
+
+    def step(params: Params, x: Array, state: Any) -> tuple[Array, None] | None:
+        dtype = x.dtype
+        if dtype not in BITS or x.ndim != 2 or x.shape[1] != layer.in_features or not _all_plain(params, shapes, dtype):
+            return None
+        y = np.dot(params[w], x[0]) if len(x) == 1 else np.dot(x, params[w].T)
+        if b is not None:
+            np.add(y, params[b], y)
+        return y.reshape(len(x), -1), None
+
+    return _guarded(count, step)
+
+
+def embedding_step(layer: Any, prefix: str, count: int) -> Quick:
+    """The quick step of an Embedding."""
+    w = prefix + "weight"
+    shapes = ((w, layer.shapes()["weight"]),)
+
+    def step(params: Params, x: Array, state: Any) -> tuple[Array, None] | None:
+        dtype, n = params[w].dtype, len(x)
+        if dtype not in BITS or x.dtype.kind not in "iu" or x.ndim != 1 or not _all_plain(params, shapes, dtype):
+            return None
+        if n == 1:
+            k = x.item()
+            return (params[w][k : k + 1].copy(), None) if 0 <= k < layer.num_embeddings else None
+        fits = x.min(initial=0) >= 0 and x.max(initial=0) < layer.num_embeddings
+        return (params[w].take(x, axis=0), None) if fits else None
+
+    return _guarded(count, step)
+
+
+def quick_of(part: Any, prefix: str, count: int) -> Quick | None:
+    """A part's quick step, or where it has none its own step."""
+    if isinstance(part, Streams):
+        return part.quick(prefix, count)
+    names = {name: prefix + name for name in part.shapes()}
+
+    def step(params: Params, x: Array, state: Any) -> tuple[Array, Any] | None:
+        done: tuple[Array, Any] = part.step({short: params[name] for short, name in names.items()}, x, state)
+        return done
+
+    return _guarded(count, step)
+
+
+def chain_step(steps: dict[str, Any], recurrent: list[str]) -> Quick:
+    """The quick step of parts in a row, of which these have a state: one its own, several a dict of theirs."""
+    only = recurrent[0] if len(recurrent) == 1 else None
+    every = [(name, step, name in recurrent) for name, step in steps.items()]
+
+    def step(params: Params, x: Array, state: Any) -> tuple[Array, Any] | None:
+        if only is None and not (state is None if not recurrent else state.__class__ is dict):
+            return None
+        if recurrent and only is None and len(state) != len(recurrent):
+            return None
+        after = {}
+        for name, part, kept in every:
+            before = None if not kept else state if only is not None else state.get(name)
+            done = part(params, x, before)
+            if done is None:
+                return None
+            x, after[name] = done
+        if only is not None:
+            return x, after[only]
+        return x, {name: after[name] for name in recurrent} or None
+
+    return step
