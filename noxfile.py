@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
+from pathlib import Path
 
 import nox
 
@@ -73,6 +74,15 @@ def onnx(session: nox.Session) -> None:
     """Test against ONNX Runtime: ragged batches, activations, clipping, peepholes, both GRUs."""
     install(session, "onnx")
     session.run("python", "-m", "pytest", "tests/test_onnx_oracle.py", *session.posargs)
+
+
+@nox.session
+def cuda(session: nox.Session) -> None:
+    """Test the CUDA kernels without a GPU: NVIDIA's compiler, and a stand-in for CuPy that runs them on the host."""
+    install(session, "cuda")
+    tests = sorted(str(path) for path in Path("tests").glob("test_cuda*.py"))
+    args = ["-m", "pytest", "-q", "--backend", "cupy:standin", *tests, *session.posargs]
+    session.run("python", *args, env={"XPRNN_NVRTC": "required"})
 
 
 @nox.session(venv_backend="none")

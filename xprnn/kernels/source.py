@@ -26,7 +26,7 @@ from xprnn.kernels.plan import trace_back, trace_step
 from xprnn.kernels.scalar import Body, literal
 from xprnn.kernels.trace import Graph, UntraceableError
 
-__all__ = ["Sources", "sources_of"]
+__all__ = ["Sources", "slots_of", "sources_of"]
 
 _HEAD = '''"""Written by xprnn for the cell {cell!r}; it may be deleted at any time."""
 import math
@@ -119,7 +119,7 @@ class _Text:
 def _forward(cell: Cell) -> tuple[_Text, int, tuple[str, ...]]:
     new, saved, added = trace_step(cell, graph := Graph())
     states, vectors = range(len(cell.states)), range(len(cell.vectors))
-    slots, own = _slots(cell, graph, new, saved)
+    slots, own = slots_of(cell, graph, new, saved)
     spare = [slot for slot in own if slot[0] == "V"]
     pointers = ["X", "U", "B", "K", "L", *(f"{c}{k}" for c in "CEMS" for k in states), *spare]
     pointers += [f"p{k}" for k in vectors]
@@ -150,7 +150,7 @@ def _forward(cell: Cell) -> tuple[_Text, int, tuple[str, ...]]:
     return out, added, slots
 
 
-def _slots(
+def slots_of(
     cell: Cell, graph: Graph, new: tuple[Any, ...], saved: tuple[Any, ...]
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Where each saved value lies, and those that need a place of their own: the first of them where the gates were."""
