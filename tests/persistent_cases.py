@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import persistent_host as host
-import pytest
+from array_api_compat import array_namespace
 
 from xprnn import cells, scan
 from xprnn.kernels import generic_only
-from xprnn.kernels.cuda import persistent
+from xprnn.kernels.cuda import clusters, persistent
+from xprnn.kernels.cuda.clusters import Config, configurations
 from xprnn.tape import Steps
 
 CELLS = {"tanh": cells.elman("tanh"), "relu": cells.elman("relu"), "gru": cells.gru(), "lstm": cells.lstm()}
@@ -31,8 +32,8 @@ class Problem(NamedTuple):
     dstates: tuple[Any, ...] = ()
 
 
-def config_for(cell: str, units: int, rows: int) -> persistent.Config:
-    (found,) = [c for c in persistent.configurations() if (c.cell, c.units, c.rows) == (cell, units, rows)]
+def config_for(cell: str, units: int, rows: int) -> Config:
+    (found,) = [c for c in configurations() if (c.cell, c.units, c.rows) == (cell, units, rows)]
     return found
 
 
@@ -48,7 +49,7 @@ def problem(
     bias: bool = True,
     injected: bool = False,
 ) -> Problem:
-    D, gates, states = 5, persistent.GATES[cell], len(CELLS[cell].states)
+    D, gates, states = 5, clusters.CELLS[cell], len(CELLS[cell].states)
 
     def draw(*shape: int, scale: float = 1.0) -> Any:
         return (scale * rng.normal(size=shape)).astype(np.float32)
@@ -67,28 +68,44 @@ def problem(
     )
 
 
-def outcome(p: Problem, config: persistent.Config | None) -> dict[str, Any]:
+def outcome(p: Problem, config: Config | None = None, **settings: Any) -> dict[str, Any]:
     """Every result and gradient; by the generic scan in float64 where there is no configuration."""
-    dtype = np.float64 if config is None else np.float32
-    params = {k: v.astype(dtype) for k, v in p.params.items()}
-    x, dy, *rest = (a.astype(dtype) for a in (p.x, p.dy, *p.state, *p.dstate, *p.dstates))
+    if config is None:
+        return _by_generic(p)
+    import cupy
+
+    params = {k: cupy.asarray(v) for k, v in p.params.items()}
+    x, dy, *rest = (cupy.asarray(a) for a in (p.x, p.dy, *p.state, *p.dstate, *p.dstates))
     k = len(p.state)
     state, dstate, dstates = tuple(rest[:k]), tuple(rest[k : 2 * k]), tuple(rest[2 * k :])
-    run = scan.forward
-    if config is not None:
-        run = lambda *a, **o: persistent.forward(config, *a, home=state, **o)  # noqa: E731
-    with generic_only():
-        y, final, tape = run(p.cell, params, x, state, p.steps, xp=np, reverse=p.reverse, keep=True)
+    steps = p.steps if p.steps.active is None else Steps(cupy.asarray(p.steps.active))
+    namespace = array_namespace(x)
+    with host.settings(**settings):
+        y, final, tape = persistent.forward(
+            config, p.cell, params, x, state, steps, home=state, xp=namespace, reverse=p.reverse, keep=True
+        )
         dx, dinitial, _, dparams = scan.backward(tape, dy, dstate, dstates)
+    found = _named(y, final, tape.states(), dx, dinitial, dparams)
+    return {name: a.get() for name, a in found.items()}
+
+
+def _by_generic(p: Problem) -> dict[str, Any]:
+    params = {k: v.astype(np.float64) for k, v in p.params.items()}
+    x, dy, *rest = (a.astype(np.float64) for a in (p.x, p.dy, *p.state, *p.dstate, *p.dstates))
+    k = len(p.state)
+    with generic_only():
+        y, final, tape = scan.forward(
+            p.cell, params, x, tuple(rest[:k]), p.steps, xp=np, reverse=p.reverse, keep=True
+        )
+        dx, dinitial, _, dparams = scan.backward(tape, dy, tuple(rest[k : 2 * k]), tuple(rest[2 * k :]))
+    return _named(y, final, tape.states(), dx, dinitial, dparams)
+
+
+def _named(y: Any, final: Any, states: Any, dx: Any, dinitial: Any, dparams: Any) -> dict[str, Any]:
     named = {"y": y, "dx": dx, **dparams}
-    for name, values in {"final": final, "dinitial": dinitial, "states": tape.states()}.items():
+    for name, values in {"final": final, "dinitial": dinitial, "states": states}.items():
         named |= {f"{name} {i}": v for i, v in enumerate(values)}
     return named
-
-
-def on_host(monkeypatch: pytest.MonkeyPatch, p: Problem, config: persistent.Config, seed: int, **options: Any) -> Any:
-    monkeypatch.setattr(persistent, "launch", host.launcher(seed, **options))
-    return outcome(p, config)
 
 
 def differences(got: dict[str, Any], want: dict[str, Any]) -> dict[str, float]:

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import persistent_host as host
 import pytest
-from persistent_cases import CELLS, config_for, differences, on_host, outcome, problem
+from persistent_cases import CELLS, config_for, differences, outcome, problem
 
-from xprnn.kernels.cuda import persistent
+from xprnn.kernels.cuda.clusters import configurations
 
-pytestmark = pytest.mark.skipif(not host.has_compiler(), reason="needs g++")
+pytestmark = pytest.mark.needs("cupy")
 # A cluster of one block and of several, in every cell: where shapes and schedules are varied.
 SMALL = [("tanh", 64, 2), ("tanh", 256, 2), ("relu", 256, 1), ("gru", 64, 1), ("gru", 128, 2), ("lstm", 128, 2)]
 
@@ -23,85 +23,53 @@ def named(config):
     return f"{config.cell}-{config.units}-{config.rows}"
 
 
-@pytest.mark.parametrize("config", persistent.configurations(), ids=named)
-def test_every_configuration(rng, monkeypatch, config):
+@pytest.mark.parametrize("config", configurations(), ids=named)
+def test_every_configuration(rng, config):
     """Idle units, a last cluster that is not full, ragged rows; forwards or in reverse."""
-    number = persistent.configurations().index(config)
+    number = configurations().index(config)
     large = config.blocks == 16
     H, N = config.units - 3 - 8 * (number % 3), 1 + config.rows * (1 if large else 2)
     p = problem(rng, config.cell, H, N, 3 if large else 5, ragged=True, reverse=bool(number % 2))
-    assert differences(on_host(monkeypatch, p, config, seed=number), outcome(p, None)) == {}
+    assert differences(outcome(p, config, seed=number), outcome(p)) == {}
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("T", [1, 2, 7])
 @pytest.mark.parametrize(("cell", "units", "rows"), SMALL)
-def test_shapes(rng, monkeypatch, cell, units, rows, T, ragged, reverse):
+def test_shapes(rng, cell, units, rows, T, ragged, reverse):
     config = config_for(cell, units, rows)
     for N, H in ((1, units), (rows, units - 1), (rows + 1, units // 2 + 3)):
         p = problem(rng, cell, H, N, T, ragged=ragged, reverse=reverse)
-        assert differences(on_host(monkeypatch, p, config, seed=N + T), outcome(p, None)) == {}, (N, H)
+        assert differences(outcome(p, config, seed=N + T), outcome(p)) == {}, (N, H)
 
 
 @pytest.mark.parametrize(("cell", "units", "rows"), SMALL)
-def test_no_order_of_events_changes_a_bit(rng, monkeypatch, cell, units, rows):
+def test_no_order_of_events_changes_a_bit(rng, cell, units, rows):
     config = config_for(cell, units, rows)
     p = problem(rng, cell, units, 2 * rows, 6, ragged=True)
-    first = on_host(monkeypatch, p, config, seed=0)
-    assert differences(first, outcome(p, None)) == {}
+    first = outcome(p, config, seed=0)
+    assert differences(first, outcome(p)) == {}
     for seed in range(1, 3 * host.SCHEDULES):
-        again = on_host(monkeypatch, p, config, seed=seed)
+        again = outcome(p, config, seed=seed)
         assert all(np.array_equal(again[k], first[k]) for k in first), seed
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_no_biases_and_adjoints_of_every_state(rng, monkeypatch, cell):
+def test_no_biases_and_adjoints_of_every_state(rng, cell):
     config = config_for(cell, 128, 2)
     for ragged in (False, True):
         p = problem(rng, cell, 100, 3, 4, ragged=ragged, bias=False, injected=True)
-        assert differences(on_host(monkeypatch, p, config, seed=2), outcome(p, None)) == {}
+        assert differences(outcome(p, config, seed=2), outcome(p)) == {}
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_inference_keeps_nothing_and_equals_training(rng, monkeypatch, cell):
-    config, p = config_for(cell, 64, 1), problem(rng, cell, 60, 2, 4, ragged=True, reverse=True)
-    monkeypatch.setattr(persistent, "launch", host.launcher(1))
-    run = [
-        persistent.forward(
-            config, p.cell, p.params, p.x, p.state, p.steps, home=p.state, xp=np, reverse=True, keep=keep
-        )
-        for keep in (False, True)
-    ]
-    assert run[0][2] is None
-    assert np.array_equal(run[0][0], run[1][0])
-    assert all(np.array_equal(a, b) for a, b in zip(run[0][1], run[1][1], strict=True))
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_a_tape_replays_and_nothing_given_is_written_to(rng, monkeypatch, cell):
-    config, p = config_for(cell, 64, 2), problem(rng, cell, 50, 3, 4, ragged=True)
-    for a in (*p.params.values(), p.x, *p.state, p.dy, *p.dstate):
-        a.flags.writeable = False
-    monkeypatch.setattr(persistent, "launch", host.launcher(3))
-    y, _, tape = persistent.forward(
-        config, p.cell, p.params, p.x, p.state, p.steps, home=p.state, xp=np, reverse=False, keep=True
-    )
-    first = tape.back(tape, p.dy, p.dstate)
-    y[...] = np.nan  # the caller's own
-    again = tape.back(tape, p.dy, p.dstate)
-    assert np.array_equal(first[0], again[0])
-    assert all(np.array_equal(first[3][k], again[3][k]) for k in p.params)
-    assert tape.back(tape, None, (None,) * len(p.state))[0].any() == np.False_
-
-
-def test_not_a_number_stays_one(rng, monkeypatch):
+def test_not_a_number_stays_one(rng):
     """A NaN in one row reaches that row's results and nobody else's."""
     for cell in CELLS:
         config, p = config_for(cell, 128, 2), problem(rng, cell, 128, 2, 3)
         x = p.x.copy()
         x[1, 0, 0] = np.nan
-        clean, got = (on_host(monkeypatch, q, config, seed=1)["y"] for q in (p, p._replace(x=x)))
+        clean, got = (outcome(q, config, seed=1)["y"] for q in (p, p._replace(x=x)))
         assert np.isnan(got[1:, 0]).all(), cell
         assert np.array_equal(got[:, 1], clean[:, 1])
         assert np.array_equal(got[0], clean[0])
@@ -110,14 +78,15 @@ def test_not_a_number_stays_one(rng, monkeypatch):
 SANITIZED = """
 import sys
 sys.path.insert(0, {tests!r})
-import numpy as np, pytest
+import standin
+standin.install()
+import numpy as np
 import persistent_host as host
-from persistent_cases import config_for, differences, on_host, outcome, problem
+from persistent_cases import config_for, differences, outcome, problem
 for cell, units, rows, H, N in (("lstm", 64, 2, 41, 3), ("tanh", 256, 2, 201, 3)):
-    with pytest.MonkeyPatch.context() as patch:
-        p = problem(np.random.default_rng(0), cell, H, N, 3, ragged=True)
-        got = on_host(patch, p, config_for(cell, units, rows), seed=2, extra=host.SANITIZED)
-        assert differences(got, outcome(p, None)) == {{}}
+    p = problem(np.random.default_rng(0), cell, H, N, 3, ragged=True)
+    got = outcome(p, config_for(cell, units, rows), seed=2, extra=host.SANITIZED)
+    assert differences(got, outcome(p)) == {{}}
 print("clean")
 """
 

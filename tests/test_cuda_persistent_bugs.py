@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import persistent_host as host
 import pytest
-from persistent_cases import config_for, differences, on_host, outcome, problem
+from persistent_cases import config_for, differences, outcome, problem
 
-pytestmark = pytest.mark.skipif(not host.has_compiler(), reason="needs g++")
+pytestmark = pytest.mark.needs("cupy")
 
 SEVERAL, ONE = ("tanh", 256, 2), ("tanh", 64, 2)  # blocks of the cluster
 FORWARD_WAIT, BACKWARD_WAIT = "if (i > 0) exchange.wait(i - 1);", "    exchange.wait(i);\n"
@@ -57,13 +57,13 @@ ARITHMETIC = {
 }  # fmt: skip
 
 
-def caught(monkeypatch, rng, config, mutate):
+def caught(rng, config, mutate):
     """How the first schedule that shows it does: a message, or the arrays that differ."""
     p = problem(rng, config.cell, config.units * 5 // 8, 2 * config.rows + 1, 6, ragged=True, reverse=True)
-    want = outcome(p, None)
+    want = outcome(p)
     for seed in range(2 * host.SCHEDULES):
         try:
-            far = differences(on_host(monkeypatch, p, config, seed=seed, mutate=mutate, extra=("-w",)), want)
+            far = differences(outcome(p, config, seed=seed, mutate=mutate, extra=("-w",)), want)
         except host.HostError as error:
             return str(error)
         if far:
@@ -72,12 +72,12 @@ def caught(monkeypatch, rng, config, mutate):
 
 
 @pytest.mark.parametrize("bug", {**SYNCHRONISATION, **ARITHMETIC})
-def test_planted_bugs_are_caught(rng, monkeypatch, bug):
+def test_planted_bugs_are_caught(rng, bug):
     where, old, new = {**SYNCHRONISATION, **ARITHMETIC}[bug]
     assert old in host.source(), "the line to spoil is gone from the source"
-    assert caught(monkeypatch, rng, config_for(*where), lambda text: text.replace(old, new)) is not None
+    assert caught(rng, config_for(*where), lambda text: text.replace(old, new)) is not None
 
 
-def test_the_kernels_themselves_pass(rng, monkeypatch):
+def test_the_kernels_themselves_pass(rng):
     for where in (SEVERAL, ONE, ("gru", 128, 2), ("lstm", 128, 2)):
-        assert caught(monkeypatch, rng, config_for(*where), lambda text: text) is None
+        assert caught(rng, config_for(*where), lambda text: text) is None

@@ -198,9 +198,10 @@ struct Item {
 #define HAS_C 0
 #endif
 
-XP_KERNEL xp_forward(const float* __restrict__ weight, const float* __restrict__ bn, const float* __restrict__ x,
-                     const unsigned char* __restrict__ active, float* h, float* c, float* saved, int T, int M, int H,
-                     int reverse) {
+// bias (G,H): what is added to x; bn (H): the GRU's bias that r multiplies; null for none.
+XP_KERNEL xp_forward(const float* __restrict__ weight, const float* __restrict__ bias, const float* __restrict__ bn,
+                     const float* __restrict__ x, const unsigned char* __restrict__ active, float* h, float* c,
+                     float* saved, int T, int M, int H, int reverse) {
   const Item me(M, H);
   Slice<G * RT, HP, KF> u;
   Exchange<1> exchange = {xp_shared() + u.SHARED, (u64*)(xp_shared() + u.SHARED + 2 * B * HP)};
@@ -215,7 +216,7 @@ XP_KERNEL xp_forward(const float* __restrict__ weight, const float* __restrict__
     exchange.at(1)[i] = row < M && k < H ? h[before * MH + (wide)row * H + k] : 0.f;
   }
   State state = {0.f, 0.f};
-  float bias = 0.f, xt[G], ahead[G] = {};
+  float added[G] = {}, inner = 0.f, xt[G], ahead[G] = {};
   bool on, on_ahead = true;
   const auto fetch = [&](wide t) {
 #pragma unroll
@@ -225,7 +226,9 @@ XP_KERNEL xp_forward(const float* __restrict__ weight, const float* __restrict__
   if (me.real) {
     state.h = h[before * MH + place];
     if (HAS_C) state.c = c[before * MH + place];
-    if (CELL == GRU && bn) bias = bn[me.unit];
+    if (bias)
+      for (int g = 0; g < G; ++g) added[g] = bias[g * H + me.unit];
+    if (CELL == GRU && bn) inner = bn[me.unit];
     fetch(first);
   }
   exchange.open(me.thread);
@@ -236,12 +239,12 @@ XP_KERNEL xp_forward(const float* __restrict__ weight, const float* __restrict__
     if (i > 0) exchange.wait(i - 1);
     if (i + 1 < T) exchange.expect(i, me.thread);
 #pragma unroll
-    for (int g = 0; g < G; ++g) xt[g] = ahead[g];
+    for (int g = 0; g < G; ++g) xt[g] = ahead[g] + added[g];
     on = on_ahead;
     if (me.real && i + 1 < T) fetch(t + way);  // on its way while this step multiplies
     float p[G], s[SAVED + 1];
     product(p, u, exchange.at(i + 1), me.lane);
-    const State next = step(xt, p, state, bias, s);
+    const State next = step(xt, p, state, inner, s);
     if (on) state = next;
     const float out[1] = {state.h};
     if (i + 1 < T) exchange.send(i, out, me.unit0, me.lane);

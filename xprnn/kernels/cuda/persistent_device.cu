@@ -2,7 +2,7 @@
 //
 // tests/persistent_host.h gives the same names on a CPU, so that the kernels' own source runs there.
 
-#define XP_DEV static __device__ __forceinline__
+#define XP_DEV [[maybe_unused]] static __device__ __forceinline__
 #define XP_MEMBER __device__ __forceinline__
 #define XP_KERNEL extern "C" __global__ void __cluster_dims__(CL, 1, 1) __launch_bounds__(NT, 1)
 
