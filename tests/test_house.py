@@ -36,8 +36,8 @@ ROOMS = {
     "checks": "arrays affine tape layout",
     "chain": "arrays cells affine tape scan",
     "stack": "arrays tape layout checks scan chain",
-    "quick": "arrays kernels layout scan",
     "explain": "arrays kernels layout checks",
+    "quick": "arrays kernels layout scan",
     "around": "arrays checks stack",
     "initial": "arrays",
     "recurrent": "arrays cells checks forms initial quick stack explain",
@@ -62,7 +62,8 @@ ROOMS = {
     "report": "arrays around text sample train plots",
     "run": "arrays around archive text store crew train report plots",
     "bench": "arrays layers archive article",
-    "cli": "arrays text sample store train run bench",
+    "convert": "arrays archive store interop",
+    "cli": "arrays convert text sample store train run bench",
     "__main__": "cli",
 }
 OPTIONAL = {"cupy", "h5py", "jax", "llvmlite", "matplotlib", "numba", "onnx", "onnxruntime", "torch"}

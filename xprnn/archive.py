@@ -88,6 +88,15 @@ def read_header(path: str | Path) -> dict[str, Any]:
         return file.header
 
 
+def is_ours(path: str | Path) -> bool:
+    """Whether a `.safetensors` file says that xprnn wrote it; False for one that cannot be read."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return FORMAT in (file.metadata() or {})
+    except (OSError, ValueError, safetensors.SafetensorError):
+        return False
+
+
 def read_arrays(path: str | Path) -> tuple[Params, dict[str, Any]]:
     """Return all arrays of a file written by `write_arrays`, and its header."""
     with opened(path) as file:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.random import Generator
 
+from xprnn import explain as explaining
 from xprnn import stack
 from xprnn.arrays import Array, InputError, Params, from_numpy
 from xprnn.cells import Cell
 from xprnn.checks import check_init, flag, fraction, keep_positive, positive
-from xprnn.explain import explain
 from xprnn.forms import cell_form
 from xprnn.initial import draw
 from xprnn.quick import Quick, Streams, recurrent_step
@@ -63,6 +63,7 @@ class Recurrent(Streams):
     reverse: bool = field(default=False, kw_only=True)
     learned_state: bool = field(default=False, kw_only=True)
     cell: Cell | None = field(default=None, kw_only=True)
+    explain = explaining.explain  # a method: its first argument is the layer
 
     def __post_init__(self) -> None:
         where = type(self).__name__
@@ -288,10 +289,6 @@ class Recurrent(Streams):
     def quick(self, prefix: str, count: int) -> Quick | None:
         """The step for NumPy arrays that fit, of parameters under `prefix` in a dict of `count`, or None."""
         return recurrent_step(self, prefix, count)
-
-    def explain(self, params: Params, x: Array, lengths: Any = None, mask: Any = None, reset: Any = None) -> str:
-        """Which kernel each layer and direction will run on, and why not on a faster one (xprnn.explain)."""
-        return explain(self, params, x, lengths, mask, reset)
 
     def config(self) -> dict[str, Any]:
         """The configuration as JSON-able data; `from_config` reads it back."""
