@@ -16,6 +16,7 @@ from xprnn.tape import Steps
 
 CELLS = {"tanh": cells.elman("tanh"), "relu": cells.elman("relu"), "gru": cells.gru(), "lstm": cells.lstm()}
 RELATIVE = 1e-6  # of each array's norm: float32 sums of up to 1024 products, over up to 7 steps
+DX = 3e-6  # NumPy's float32 product that gives dx sums up to 4 * 512 terms that mostly cancel
 
 
 class Problem(NamedTuple):
@@ -63,9 +64,7 @@ def problem(
         active = np.arange(T)[:, None] < lengths
     several = tuple(draw(T, N, H) for _ in range(states)) if injected else ()
     initial, last = (tuple(draw(N, H) for _ in range(states)) for _ in range(2))
-    return Problem(
-        CELLS[cell], params, draw(T, N, D), initial, Steps(active), reverse, draw(T, N, H), last, several
-    )
+    return Problem(CELLS[cell], params, draw(T, N, D), initial, Steps(active), reverse, draw(T, N, H), last, several)
 
 
 def outcome(p: Problem, config: Config | None = None, **settings: Any) -> dict[str, Any]:
@@ -94,9 +93,7 @@ def _by_generic(p: Problem) -> dict[str, Any]:
     x, dy, *rest = (a.astype(np.float64) for a in (p.x, p.dy, *p.state, *p.dstate, *p.dstates))
     k = len(p.state)
     with generic_only():
-        y, final, tape = scan.forward(
-            p.cell, params, x, tuple(rest[:k]), p.steps, xp=np, reverse=p.reverse, keep=True
-        )
+        y, final, tape = scan.forward(p.cell, params, x, tuple(rest[:k]), p.steps, xp=np, reverse=p.reverse, keep=True)
         dx, dinitial, _, dparams = scan.backward(tape, dy, tuple(rest[k : 2 * k]), tuple(rest[2 * k :]))
     return _named(y, final, tape.states(), dx, dinitial, dparams)
 
@@ -113,4 +110,4 @@ def differences(got: dict[str, Any], want: dict[str, Any]) -> dict[str, float]:
     assert got.keys() == want.keys()
     assert all(got[k].shape == want[k].shape and got[k].dtype == np.float32 for k in want)
     far = {k: float(np.linalg.norm(got[k] - want[k]) / (np.linalg.norm(want[k]) or 1.0)) for k in want}
-    return {k: d for k, d in far.items() if not d <= RELATIVE}
+    return {k: d for k, d in far.items() if not d <= (DX if k == "dx" else RELATIVE)}

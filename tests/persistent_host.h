@@ -116,6 +116,7 @@ XP_DEV float* xp_shared() { return (float*)M_->now->warp->block->memory.get(); }
 XP_DEV int xp_thread() { return M_->now->thread; }
 XP_DEV int xp_rank() { return M_->now->warp->block->rank; }
 XP_DEV int xp_cluster() { return M_->cluster; }
+XP_DEV int xp_opaque(int v) { return v; }
 XP_DEV void xp_block_sync() { gather(M_->now->warp->block->sync, BLOCK_SYNC); }
 XP_DEV void xp_cluster_sync() { gather(M_->sync, CLUSTER_SYNC); }
 

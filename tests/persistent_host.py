@@ -95,6 +95,7 @@ class Kernel:
         self.kernel = SimpleNamespace(ptr=self)
 
     def __call__(self, grid: Any, block: Any, args: tuple[Any, ...], *, shared_mem: int) -> None:
+        """Launch it."""
         blocks, threads = self.defined["CL"], self.defined["NT"]
         assert block == (threads,)
         assert grid[0] % blocks == 0

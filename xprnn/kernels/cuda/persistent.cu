@@ -58,10 +58,14 @@ struct Slice {
 #pragma unroll
     for (int k = 0; k < KR; ++k)
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r)
+      for (int i = 0; i < V; ++i) {
+        const int column = xp_opaque((k * 32 + thread % 32) * V + i);  // else addresses take the registers
 #pragma unroll
-        for (int i = 0; i < V; ++i) held[k][r][i] = at(r, (k * 32 + thread % 32) * V + i);
+        for (int r = 0; r < ROWS; ++r) held[k][r][i] = at(r, column);
+      }
+#pragma unroll 1
     for (int k = KR; k < CHUNKS; ++k)
+#pragma unroll 1
       for (int r = 0; r < ROWS; ++r)
         for (int i = 0; i < V; ++i) rest[((k - KR) * ROWS + r) * V * NT + i] = at(r, (k * 32 + thread % 32) * V + i);
   }

@@ -26,6 +26,7 @@ __all__ = ["KERNELS", "NAME", "find", "forward", "launch", "refused", "source"]
 
 NAME = "CUDA persistent"
 KERNELS = ("xp_forward", "xp_backward")
+_SAVED = 4  # of a GRU's or LSTM's step, as persistent_cells.cu has it
 _PORTABLE_CLUSTER = 8
 _NON_PORTABLE_CLUSTERS = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
 
@@ -108,34 +109,45 @@ def forward(
 ) -> tuple[Array, State, Tape | None]:
     """See xprnn.scan.forward, which is the specification."""
     with device_of(x):
-        (count, n), u, gates = x.shape[:2], contiguous(params["weight_hh"]), CELLS[config.cell]
-        hidden, dtype, x = u.shape[1], u.dtype, contiguous(x)
-        xg = empty((count, n, gates * hidden), dtype)
-        with products(dtype) as p:
-            project(p, xp, xg, x, params["weight_ih"])
-        memory = [empty((count + 1, n, hidden), dtype) for _ in state]
-        first, last = (count, 0) if reverse else (0, count)
-        for m, s in zip(memory, state, strict=True):
-            m[first, ...] = s
-        h, c = memory[0], memory[1] if len(memory) > 1 else None
-        saved = empty((count, n, 4, hidden), dtype) if keep and gates > 1 else None
-        active = None if steps.active is None else contiguous(steps.active)
-        pointers = (u, *_biases(config, params, hidden), xg, active, h, c, saved)
+        (count, n), hidden = x.shape[:2], params["weight_hh"].shape[1]
+        kept = _room(config, contiguous(x), state, steps, reverse, keep)
+        pointers = _given(config, params, kept.x, xp)
+        pointers += kept.active, kept.h, kept.c, kept.saved
         launch(config, KERNELS[0], ceil(n / config.rows), (*pointers, count, n, hidden, int(reverse)))
+        memory = [m for m in (kept.h, kept.c) if m is not None]
         after = tuple(m[:-1] if reverse else m[1:] for m in memory)
-        final = tuple(copy(m[last, ...]) for m in memory)
+        final = tuple(copy(m[0 if reverse else -1, ...]) for m in memory)
         # Whoever works in place on what comes out must not reach the tape.
-        y = copy(after[0]) if keep and active is None else after[0]
-        if active is not None:
-            y = xp.where(active[..., None], y, xp.zeros_like(y))
+        y = copy(after[0]) if keep and kept.active is None else after[0]
+        if kept.active is not None:
+            y = xp.where(kept.active[..., None], y, xp.zeros_like(y))
     if not keep:
         return y, final, None
 
     def states() -> State:
         return tuple(copy(a) for a in after)
 
-    kept = _Kept(config, x, h, c, saved, active)
     return y, final, Tape(_backward, xp, cell, params, x, state, home, steps, reverse, states, kept, NAME)
+
+
+def _room(config: Config, x: Array, state: State, steps: Steps, reverse: bool, keep: bool) -> _Kept:
+    """What the kernel writes to, with the initial states in their places."""
+    (count, n), (_, hidden), dtype = x.shape[:2], state[0].shape, state[0].dtype
+    memory = [empty((count + 1, n, hidden), dtype) for _ in state]
+    for m, s in zip(memory, state, strict=True):
+        m[count if reverse else 0, ...] = s
+    h, c = memory if len(memory) > 1 else (*memory, None)
+    saved = empty((count, n, _SAVED, hidden), dtype) if keep and CELLS[config.cell] > 1 else None
+    return _Kept(config, x, h, c, saved, None if steps.active is None else contiguous(steps.active))
+
+
+def _given(config: Config, params: Params, x: Array, xp: Namespace) -> tuple[Array | None, ...]:
+    """The weight, the biases and the projected input."""
+    u = contiguous(params["weight_hh"])
+    xg = empty((*x.shape[:2], u.shape[0]), u.dtype)
+    with products(u.dtype) as p:
+        project(p, xp, xg, x, params["weight_ih"])
+    return u, *_biases(config, params, u.shape[1]), xg
 
 
 def _biases(config: Config, params: Params, hidden: int) -> tuple[Array | None, Array | None]:
@@ -161,7 +173,19 @@ def _backward(
         dxg = empty((count, n, u.shape[0]), dtype)
         dhg = empty(dxg.shape, dtype) if config.cell == "gru" else dxg
         dcs, dc = (given[1], ds[1]) if len(ds) > 1 else (None, None)
-        pointers = (u, kept.saved, kept.h, kept.c, kept.active, given[0], dcs, ds[0], dc, dxg, None if dhg is dxg else dhg)
+        pointers = (
+            u,
+            kept.saved,
+            kept.h,
+            kept.c,
+            kept.active,
+            given[0],
+            dcs,
+            ds[0],
+            dc,
+            dxg,
+            None if dhg is dxg else dhg,
+        )
         launch(config, KERNELS[1], ceil(n / config.rows), (*pointers, count, n, hidden, int(tape.reverse)))
         dx, grads = gradients(p, xp, params, kept.x, dxg)
         du = grads["weight_hh"] = empty(u.shape, dtype)

@@ -17,6 +17,9 @@ XP_DEV int xp_rank() { u32 r; asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=
 XP_DEV int xp_cluster() { return (int)blockIdx.x / CL; }
 XP_DEV u32 xp_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
+// The same number, of which the compiler knows nothing.
+XP_DEV int xp_opaque(int v) { asm volatile("" : "+r"(v)); return v; }
+
 // All threads of the block, of the cluster. The second waits for memory and belongs outside of time loops.
 XP_DEV void xp_block_sync() { __syncthreads(); }
 XP_DEV void xp_cluster_sync() {
