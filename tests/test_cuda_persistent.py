@@ -25,7 +25,7 @@ def named(config):
 
 @pytest.mark.parametrize("config", [c for c in configurations() if c.cell != "relu" or c.units == 256], ids=named)
 def test_every_configuration(rng, config):
-    """Idle units, a last cluster that is not full, ragged rows; forwards or in reverse. relu is tanh but for two lines."""
+    """Idle units, a last cluster that is not full, ragged rows; forwards or in reverse. relu is tanh but for a line."""
     number = configurations().index(config)
     large = config.blocks == 16
     H, N = config.units - 3 - 8 * (number % 3), 1 + config.rows * (1 if large else 2)

@@ -28,9 +28,10 @@ ROOMS = {
     "activations": "arrays",
     "forms": "arrays activations",
     "cells": "arrays activations forms",
-    "affine": "arrays",
+    "scatter": "arrays",
+    "affine": "arrays scatter",
     "tape": "arrays cells",
-    "kernels": "arrays activations cells affine tape",
+    "kernels": "arrays activations cells scatter affine tape",
     "scan": "arrays cells affine tape kernels",
     "layout": "arrays affine tape",
     "checks": "arrays affine tape layout",
@@ -42,7 +43,7 @@ ROOMS = {
     "initial": "arrays",
     "recurrent": "arrays cells checks forms initial quick stack explain",
     "layers": "arrays activations forms cells recurrent",
-    "dense": "arrays affine checks quick stack",
+    "dense": "arrays affine checks quick scatter stack",
     "parts": "arrays activations forms tape checks stack",
     "masks": "arrays checks stack parts",
     "model": "arrays forms checks quick stack around dense recurrent layers parts masks",
@@ -66,7 +67,7 @@ ROOMS = {
     "cli": "arrays convert text sample store train run bench",
     "__main__": "cli",
 }
-OPTIONAL = {"cupy", "h5py", "jax", "llvmlite", "matplotlib", "numba", "onnx", "onnxruntime", "torch"}
+OPTIONAL = {"cupy", "h5py", "jax", "keras", "llvmlite", "matplotlib", "numba", "onnx", "onnxruntime", "torch"}
 TOP_LEVEL = {
     "LICENSE",
     "README.md",

@@ -11,7 +11,6 @@ import io
 import json
 import math
 import os
-import secrets
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -68,7 +67,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         InputError: the place cannot be written.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    beside = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
         with beside.open("xb") as file:
             file.write(content)

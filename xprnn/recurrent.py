@@ -18,7 +18,7 @@ from xprnn.arrays import Array, InputError, Params, from_numpy
 from xprnn.cells import Cell
 from xprnn.checks import check_init, flag, fraction, keep_positive, positive
 from xprnn.forms import cell_form
-from xprnn.initial import draw
+from xprnn.initial import draw, laid
 from xprnn.quick import Quick, Streams, recurrent_step
 from xprnn.stack import Gradients, StackTape
 
@@ -170,10 +170,8 @@ class Recurrent(Streams):
         check_init(where, rng, like)
         if forget_bias is not None and (self.core.name != "lstm" or not self.bias):
             raise InputError(f"{where}: forget_bias needs an LSTM with biases")
-        return {
-            name: from_numpy(self._draw(rng, name, scheme, spectral_radius, forget_bias), like)
-            for name in self.shapes()
-        }
+        every = (scheme, spectral_radius, forget_bias)
+        return {name: from_numpy(laid(name, self._draw(rng, name, *every), like), like) for name in self.shapes()}
 
     def _draw(self, rng: Generator, name: str, scheme: str, radius: float | None, forget_bias: float | None) -> Any:
         shape = self.shapes()[name]

@@ -5,12 +5,9 @@ of lanes.py, rowdot.py and numba's version; next to it numba keeps the machine c
 the folder can't be written, kernels are compiled afresh in each process.
 """
 
-import hashlib
-import importlib.metadata
 import importlib.util
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import cache, lru_cache
 from pathlib import Path
@@ -60,6 +57,8 @@ def folder() -> Path | None:
 @cache
 def _mark() -> bytes:
     """What a kernel depends on beside its own text."""
+    import importlib.metadata  # here, as below, because it takes every process's time that has no numba too
+
     parts = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("lanes", "rowdot"))
     return parts + importlib.metadata.version("numba").encode()
 
@@ -95,6 +94,9 @@ def _imported(path: Path) -> Any:
 
 def _written(source: str) -> Path | None:
     """The file that holds exactly this text, or None."""
+    import hashlib
+    import tempfile
+
     where = folder()
     if where is None:
         return None

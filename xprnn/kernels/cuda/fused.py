@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from xprnn.affine import flat
-from xprnn.arrays import Array, Namespace, Params, as_index, device_of, sum_rows_by_id
+from xprnn.arrays import Array, Namespace, Params, as_index, device_of
 from xprnn.cells import Cell
 from xprnn.kernels.cuda.device import (
     Products,
@@ -23,6 +23,7 @@ from xprnn.kernels.cuda.device import (
     zeros,
 )
 from xprnn.kernels.cuda.source import Printed
+from xprnn.scatter import sum_rows_by_id
 from xprnn.tape import State, Steps, Tape
 
 __all__ = ["NAME", "forward", "gradients", "project"]
