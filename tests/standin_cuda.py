@@ -7,6 +7,7 @@ import hashlib
 import re
 import subprocess
 import tempfile
+import time
 from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -50,7 +51,20 @@ class Device:
     def __repr__(self) -> str:
         return f"<CUDA Device {self.id}>"
 
+    attributes = property(lambda self: {"ClockRate": 1_980_000, "MultiProcessorCount": 132})
     compute_capability = property(lambda self: CAPABILITY[self.id])
+
+
+class Event:
+    """`cupy.cuda.Event`: everything is done at once here, so the host's clock tells the time."""
+
+    def record(self) -> None:
+        """Now."""
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        """Wait."""
+        standin.LOG.append(("sync", "event"))
 
 
 # --- cuBLAS: column-major, by address, as in cublasSgemm's manual
@@ -199,6 +213,12 @@ def module() -> ModuleType:
     made: Any = ModuleType("cupy.cuda")
     made.Device = Device
     made.is_available = lambda: True
+    made.Event = Event
+    made.get_elapsed_time = lambda start, stop: 1e3 * (stop.at - start.at)
+    made.get_current_stream = Event
+    made.runtime = SimpleNamespace(
+        getDeviceProperties=lambda device: {"name": b"stand-in"}, driverGetVersion=lambda: 13000
+    )
     made.get_cublas_handle = lambda: HANDLE + standin.CURRENT[0]
     made.driver = SimpleNamespace(
         CUDADriverError=CUDADriverError,
