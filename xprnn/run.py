@@ -250,7 +250,7 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _watch(run: _Run) -> int:
-    o, text = run.options, run.text
+    o, text, plots = run.options, run.text, can_plot()  # a slow import: not after the first line
     total = len(text.train) + len(text.held_out)
     size = sum(math.prod(shape) for shape in run.model.shapes().values())
     library = namespace(run.like).__name__.rpartition(".")[2]
@@ -261,7 +261,7 @@ def _watch(run: _Run) -> int:
     )
     if o.bidirectional:
         print("task   to restore each character from all before it and, within a window, all after it")
-    if not can_plot():
+    if not plots:
         print('no curve.png will be drawn: it needs matplotlib: pip install "xprnn[plot]"')
     sys.stdout.flush()
     start, seconds = run.now.step * o.batch * o.window, run.now.seconds
