@@ -96,6 +96,10 @@ LOOKALIKES = {
         [lstm("x", name="1", lens="lengths"), squeezed("1"), *SECOND, ("Identity", ["y2"], ["y"], {})],
         "lengths of its own",
     ),
+    "lengths from outside for one layer alone": (
+        [lstm("x", name="1", lens="rows"), squeezed("1"), *SECOND, ("Identity", ["y2"], ["y"], {})],
+        "its layers see different lengths",
+    ),
     "a matrix product alone": ([("MatMul", ["x", "M"], ["y"], {})], "no recurrent operator"),
 }
 STATES = {
@@ -129,6 +133,7 @@ def built(nodes, arrays, states):
     used = {name for _, inputs, _, _ in nodes for name in inputs}
     inputs = [helper.make_tensor_value_info("x", 1, [T, N, D])]
     inputs += [helper.make_tensor_value_info("s", 1, [2, N, H])] if states else []
+    inputs += [helper.make_tensor_value_info("rows", 6, [N])] if "rows" in used else []
     kept = [numpy_helper.from_array(a, k) for k, a in arrays.items() if k in used]
     outputs = [helper.make_tensor_value_info("y", 1, ["any"])]
     graph = helper.make_graph(made, "g", inputs, outputs, kept)
@@ -145,6 +150,7 @@ def test_lookalikes_stay_graphs(rng, name):
     assert reason in graph.reason
     data = {"x": rng.standard_normal((T, N, D)).astype(np.float32)}
     data |= {"s": rng.standard_normal((2, N, H)).astype(np.float32)} if name in STATES else {}
+    data |= {"rows": np.asarray([1, 5, 2, 3], np.int32)} if "from outside" in name else {}
     del model.graph.output[0].type.tensor_type.shape.dim[:]
     np.testing.assert_allclose(graph(params, data), answer(model, data), rtol=0, atol=1e-6)
 
