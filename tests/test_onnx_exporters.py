@@ -21,12 +21,24 @@ FILES = sorted(RECORDED.glob("onnx_*.onnx"))
 # Where the graph is one of ours: the model that must come out of it.
 OWN = {
     "keras_lstm_dense": (xprnn.LSTM(3, 4, batch_first=True), xprnn.Linear(4, 2, bias=False)),
+    "keras_lstm_last": (
+        xprnn.LSTM(3, 4, batch_first=True),
+        xprnn.Last(batch_first=True),
+        xprnn.Linear(4, 2, bias=False),
+        xprnn.Softmax(),
+    ),
     "torch_new_lstm_2_layers_bidirectional": (
         xprnn.LSTM(3, 4, 2, batch_first=True, bidirectional=True),
         xprnn.Linear(8, 2),
     ),
     "torch_new_lstm_states": (xprnn.LSTM(3, 4, 2), xprnn.Linear(4, 2)),
     "torch_new_gru_embedding": (xprnn.Embedding(11, 3), xprnn.GRU(3, 4, bias=False), xprnn.Linear(4, 2)),
+    "torch_new_gru_last_softmax": (
+        xprnn.GRU(3, 4, batch_first=True),
+        xprnn.Last(batch_first=True),
+        xprnn.Linear(4, 2),
+        xprnn.Softmax(),
+    ),
     "torch_old_rnn": (xprnn.RNN(3, 4), xprnn.Linear(4, 2)),
     "torch_old_rnn_relu_2_layers_bidirectional": (
         xprnn.RNN(3, 4, 2, nonlinearity="relu", bidirectional=True),

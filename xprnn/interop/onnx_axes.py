@@ -93,9 +93,10 @@ class Given:
 
 @dataclass(frozen=True)
 class Final:
-    """Final states of recurrent pieces."""
+    """Final states of recurrent pieces, h or c."""
 
     pieces: tuple[int, ...]
+    state: str
 
 
 def start_of(value: Any) -> Any:
