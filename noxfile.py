@@ -140,6 +140,14 @@ def bench(session: nox.Session) -> None:
     session.run("python", "benchmarks/everything.py", *files, *session.posargs)
 
 
+@nox.session(default=False, venv_backend="none")
+def gpu_bench(session: nox.Session) -> None:
+    """Measure the CUDA kernels beside PyTorch's cuDNN, with the CuPy and torch that nox's own Python has."""
+    if not cuda_version():
+        session.skip("no CUDA device: skipped")
+    session.run(sys.executable, "benchmarks/gpu.py", *session.posargs, external=True)
+
+
 def cuda_version() -> int:
     """The driver's CUDA version (13000 is 13.0), or 0 where there is no driver or no device."""
     try:

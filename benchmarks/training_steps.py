@@ -13,7 +13,7 @@ from xprnn.crew import Crew, keep_memory
 from xprnn.text import Vocabulary, default_text
 from xprnn.train import Schedule, Snapshot, learn
 
-__all__ = ["FIRST", "H", "T", "make"]
+__all__ = ["FIRST", "LOOK", "NORM", "RATE", "H", "Step", "T", "batches", "make"]
 
 KINDS = {"elman": "RNN", "lstm": "LSTM", "gru": "GRU"}
 H, T, RATE, NORM = 256, 64, 2e-3, 1.0

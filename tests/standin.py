@@ -14,7 +14,7 @@ import sys
 import weakref
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -279,6 +279,7 @@ def install() -> ModuleType:
     module.result_type = lambda *args: np.result_type(*(a.dtype if isinstance(a, ndarray) else a for a in args))
     module.ndarray = ndarray
     module.cuda = standin_cuda.module()
+    module.get_default_memory_pool = lambda: SimpleNamespace(free_all_blocks=lambda: None)
     module.RawModule, module.RawKernel = standin_cuda.RawModule, standin_cuda.RawKernel
     for name in ("linalg", "fft"):
         part = ModuleType(f"cupy.{name}")

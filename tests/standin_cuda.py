@@ -7,6 +7,7 @@ import hashlib
 import re
 import subprocess
 import tempfile
+import time
 from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -15,6 +16,8 @@ from typing import Any, Self
 import numpy as np
 import standin
 from numpy.lib.stride_tricks import as_strided
+
+from xprnn.kernels.cuda import persistent
 
 HEADER = Path(__file__).with_name("standin.h")
 KERNEL = re.compile(r'extern "C" __global__ void (\w+)\(const (\w+) a\)')
@@ -48,7 +51,20 @@ class Device:
     def __repr__(self) -> str:
         return f"<CUDA Device {self.id}>"
 
+    attributes = property(lambda self: {"ClockRate": 1_980_000, "MultiProcessorCount": 132})
     compute_capability = property(lambda self: CAPABILITY[self.id])
+
+
+class Event:
+    """`cupy.cuda.Event`: everything is done at once here, so the host's clock tells the time."""
+
+    def record(self) -> None:
+        """Now."""
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        """Wait."""
+        standin.LOG.append(("sync", "event"))
 
 
 # --- cuBLAS: column-major, by address, as in cublasSgemm's manual
@@ -148,10 +164,14 @@ class RawModule:
     """`cupy.RawModule`."""
 
     def __init__(self, *, code: str, options: tuple[str, ...] = ()) -> None:
-        self.code = code
+        self.code, self.options = code, options
 
     def get_function(self, name: str) -> Any:
         """The kernel of this name."""
+        if name in persistent.KERNELS:
+            import persistent_host
+
+            return persistent_host.Kernel(name, self.options)
         return RawKernel(self.code, name)
 
 
@@ -180,12 +200,31 @@ class RawKernel:
         getattr(built(self.code), f"run_{self.name}")(copy, grid[0], block[0], self.turn % 2)
 
 
+class CUDADriverError(RuntimeError):
+    """`cupy.cuda.driver.CUDADriverError`."""
+
+
+class CompileException(Exception):  # noqa: N818 - CuPy's name
+    """`cupy.cuda.compiler.CompileException`."""
+
+
 def module() -> ModuleType:
     """`cupy.cuda`."""
     made: Any = ModuleType("cupy.cuda")
     made.Device = Device
     made.is_available = lambda: True
+    made.Event = Event
+    made.get_elapsed_time = lambda start, stop: 1e3 * (stop.at - start.at)
+    made.get_current_stream = Event
+    made.runtime = SimpleNamespace(
+        getDeviceProperties=lambda device: {"name": b"stand-in"}, driverGetVersion=lambda: 13000
+    )
     made.get_cublas_handle = lambda: HANDLE + standin.CURRENT[0]
+    made.driver = SimpleNamespace(
+        CUDADriverError=CUDADriverError,
+        funcSetAttribute=lambda function, name, value: function.attributes.__setitem__(name, value),
+    )
+    made.compiler = SimpleNamespace(CompileException=CompileException)
     made.cublas = SimpleNamespace(
         sgemm=_gemm(np.float32),
         dgemm=_gemm(np.float64),
