@@ -12,7 +12,7 @@ from typing import Any
 from xprnn.archive import as_path
 from xprnn.arrays import Array, InputError, Params, resolve
 from xprnn.interop.keras_chain import Spec, chain_of
-from xprnn.interop.keras_file import Arrays, opened, read_config
+from xprnn.interop.keras_file import Arrays, damaged, opened, read_config
 from xprnn.interop.keras_layers import Flow, parts_of_layer
 from xprnn.interop.parts import Part, assemble, refuse
 from xprnn.recurrent import Recurrent
@@ -89,8 +89,8 @@ def _read(where: str, path: Path, config: dict[str, Any] | None, like: Array | N
                 "or save the model as .keras"
             )
         problems: list[str] = []
-        specs = chain_of(found, problems)
-        parts = _parts(specs, arrays, problems)
+        with damaged(where):
+            parts = _parts(chain_of(found, problems), arrays, problems)
         refuse(where, problems)
         if not parts:
             raise InputError(f"{where}: nothing in it computes anything")

@@ -44,13 +44,16 @@ def inner_spec(entry: Any, path: str) -> Spec:
     Raises:
         InputError: no such description, or a class that is not Keras's own: its code is not run.
     """
-    if not isinstance(entry, dict) or not isinstance(entry.get("config"), dict):
+    if not isinstance(entry, dict):
         raise InputError("expected a layer's class_name and config")
     kind, home, own = entry.get("class_name"), str(entry.get("module", "keras")), entry.get("registered_name")
-    name = str(entry["config"].get("name", kind))
+    options = entry.get("config")
+    name = str(options.get("name", kind) if isinstance(options, dict) else kind)[:80]
     if not isinstance(kind, str) or home.partition(".")[0] != "keras" or own not in (None, kind):
         raise InputError(f"{name} ({own or kind}) is not a layer of Keras's own, and code is never run")
-    return Spec(kind, name, entry["config"], path)
+    if not isinstance(options, dict):
+        raise InputError(f"{name}: expected a layer's class_name and config")
+    return Spec(kind, name, options, path)
 
 
 def chain_of(config: dict[str, Any], problems: list[str]) -> list[Spec]:

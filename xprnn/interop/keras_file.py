@@ -13,7 +13,7 @@ import io
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ import numpy as np
 from xprnn.arrays import InputError
 from xprnn.interop.parts import Entry
 
-__all__ = ["Arrays", "opened", "read_config"]
+__all__ = ["Arrays", "damaged", "opened", "read_config"]
 
 CONFIG, WEIGHTS = "config.json", "model.weights.h5"
-MOST_JSON = 1 << 26
-MOST_TIMES = 100  # a compressed member may unpack to so many times its size
+MOST_JSON = 1 << 24
+MOST_TIMES = {CONFIG: 100, WEIGHTS: 20}  # a compressed member may unpack to so many times its size
 _DAMAGE = (
     OSError,
     EOFError,
@@ -53,7 +53,7 @@ def _need_h5py(where: str) -> Any:
 
 
 @contextmanager
-def _damaged(where: str) -> Iterator[None]:
+def damaged(where: str) -> Iterator[None]:
     """Whatever a library makes of a damaged file, said as one error."""
     try:
         yield
@@ -72,7 +72,7 @@ def _member(where: str, archive: zipfile.ZipFile, name: str) -> bytes:
     info = found[0]
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise InputError(f"{where}: {name} is compressed in a way that Keras doesn't use (method {info.compress_type})")
-    if info.file_size > MOST_TIMES * max(info.compress_size, 1000):
+    if info.file_size > MOST_TIMES[name] * max(info.compress_size, 1000):
         raise InputError(f"{where}: {name} claims {info.file_size} bytes of {info.compress_size}: not unpacked")
     if name == CONFIG and info.file_size > MOST_JSON:
         raise InputError(f"{where}: {name} claims {info.file_size} bytes, at most {MOST_JSON} are read")
@@ -112,7 +112,7 @@ def read_config(where: str, config: Any) -> dict[str, Any]:
     where = f"{where}: config {path}"
     if data[:2] != b"PK":
         return _parsed(where, data)
-    with _damaged(where), zipfile.ZipFile(io.BytesIO(data)) as archive:
+    with damaged(where), zipfile.ZipFile(io.BytesIO(data)) as archive:
         return _parsed(where, _member(where, archive, CONFIG))
 
 
@@ -124,7 +124,7 @@ class Arrays:
 
     def layers(self) -> list[str]:
         """The names of the layers in it, for hints."""
-        with _damaged(self.where):
+        with damaged(self.where):
             found = self.file.get("layers", default={})
             return sorted(str(name) for name in list(found)[:20])
 
@@ -138,7 +138,7 @@ class Arrays:
         Raises:
             InputError: missing or more ones, another shape or dtype, or what is not a plain array of the file.
         """
-        with _damaged(f"{self.where}: {path}"):
+        with damaged(f"{self.where}: {path}"):
             group = self._group(f"{path}/vars")
             if len(group) != len(shapes):
                 raise InputError(f"{path}: expected {len(shapes)} arrays, found {len(group)}")
@@ -181,7 +181,7 @@ class Arrays:
             raise InputError(f"{path}: claims {size} bytes that are not in the file")
 
         def read() -> Any:
-            with _damaged(f"{self.where}: {path}"):
+            with damaged(f"{self.where}: {path}"):
                 return np.asarray(data[()], dtype=dtype.newbyteorder("="))
 
         return Entry(found, dtype.name, read)
@@ -192,7 +192,7 @@ def opened(where: str, path: Path, config: dict[str, Any] | None) -> Iterator[tu
     """The architecture (the one given where the file has none) and the arrays of a .keras or .weights.h5 file."""
     h5py = _need_h5py(where)
     source: Any = path
-    with _damaged(where):
+    with damaged(where):
         if path.is_dir():
             raise InputError(f"{where}: is a directory: save the model as one .keras file")
         size = path.stat().st_size
@@ -205,14 +205,10 @@ def opened(where: str, path: Path, config: dict[str, Any] | None) -> Iterator[tu
                 config = _parsed(f"{where}: {CONFIG}", _member(where, archive, CONFIG))
                 data = _member(where, archive, WEIGHTS)
             source, size = io.BytesIO(data), len(data)
-        found = _open(where, h5py, source)
+        found = h5py.File(source, "r")
     with found:
-        if "model_config" in found.attrs or "layer_names" in found.attrs:
+        with damaged(where):
+            old = "model_config" in found.attrs or "layer_names" in found.attrs
+        if old:
             raise InputError(f"{where}: is an .h5 file of Keras 2: load it there and save it as .keras")
         yield config, Arrays(where, h5py, found, size)
-
-
-def _open(where: str, h5py: Any, source: Any) -> Any:
-    made: Callable[..., Any] = h5py.File
-    with _damaged(where):
-        return made(source, "r")

@@ -34,8 +34,8 @@ def activation_named(value: Any) -> Activation:
         value = inner.kind
     if value is None:
         value = "linear"
-    if value not in _KNOWN:
-        raise InputError(f"activation {value!r} has no counterpart here, only {', '.join(_KNOWN)} have")
+    if not isinstance(value, str) or value not in _KNOWN:
+        raise InputError(f"activation {str(value)[:40]!r} has no counterpart here, only {', '.join(_KNOWN)} have")
     return activation(*_KNOWN[value])
 
 
