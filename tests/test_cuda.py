@@ -96,6 +96,16 @@ def test_class_numbers_and_inner_cotangents(xp, rng, dtype, name):
     xp.assert_close((y, got.dstate, got.dparams), (want_y, want.dstate, want.dparams), condition=200)
 
 
+@pytest.mark.parametrize(("m", "k", "v"), [(1, 1, 1), (7, 3, 5), (300, 5, 2), (40, 2, 90)])
+def test_rows_summed_by_class(xp, rng, dtype, m, k, v):
+    from xprnn.kernels.cuda.scatter import summed_by_class
+
+    ids, rows = rng.integers(0, v, size=m).astype(np.uint8), rng.normal(size=(m, k)).astype(dtype)
+    want = np.zeros((k, v))
+    np.add.at(want.T, ids, rows.astype("float64"))
+    xp.assert_close(summed_by_class(xp.xp, xp.asarray(ids), xp.asarray(rows), v), want.astype(dtype), condition=2)
+
+
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("name", ["rnn", "lstm", "gru", "leaky"])
 def test_blocks_of_steps_and_of_rows_are_the_whole(xp, rng, monkeypatch, name, keep):
