@@ -17,6 +17,8 @@ import numpy as np
 import standin
 from numpy.lib.stride_tricks import as_strided
 
+from xprnn.kernels.cuda import persistent
+
 HEADER = Path(__file__).with_name("standin.h")
 KERNEL = re.compile(r'extern "C" __global__ void (\w+)\(const (\w+) a\)')
 STRUCT = re.compile(r"struct (\w+) \{(.*?)\};", re.DOTALL)
@@ -162,10 +164,14 @@ class RawModule:
     """`cupy.RawModule`."""
 
     def __init__(self, *, code: str, options: tuple[str, ...] = ()) -> None:
-        self.code = code
+        self.code, self.options = code, options
 
     def get_function(self, name: str) -> Any:
         """The kernel of this name."""
+        if name in persistent.KERNELS:
+            import persistent_host
+
+            return persistent_host.Kernel(name, self.options)
         return RawKernel(self.code, name)
 
 
@@ -194,6 +200,14 @@ class RawKernel:
         getattr(built(self.code), f"run_{self.name}")(copy, grid[0], block[0], self.turn % 2)
 
 
+class CUDADriverError(RuntimeError):
+    """`cupy.cuda.driver.CUDADriverError`."""
+
+
+class CompileException(Exception):  # noqa: N818 - CuPy's name
+    """`cupy.cuda.compiler.CompileException`."""
+
+
 def module() -> ModuleType:
     """`cupy.cuda`."""
     made: Any = ModuleType("cupy.cuda")
@@ -206,6 +220,11 @@ def module() -> ModuleType:
         getDeviceProperties=lambda device: {"name": b"stand-in"}, driverGetVersion=lambda: 13000
     )
     made.get_cublas_handle = lambda: HANDLE + standin.CURRENT[0]
+    made.driver = SimpleNamespace(
+        CUDADriverError=CUDADriverError,
+        funcSetAttribute=lambda function, name, value: function.attributes.__setitem__(name, value),
+    )
+    made.compiler = SimpleNamespace(CompileException=CompileException)
     made.cublas = SimpleNamespace(
         sgemm=_gemm(np.float32),
         dgemm=_gemm(np.float64),

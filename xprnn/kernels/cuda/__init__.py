@@ -16,6 +16,7 @@ from xprnn.arrays import Params, device_of
 from xprnn.cells import Cell
 from xprnn.kernels import GENERIC, fast
 from xprnn.kernels.cuda import fused, persistent, source
+from xprnn.kernels.cuda.clusters import Config
 
 __all__ = ["capability", "explain", "find", "fused_only"]
 
@@ -55,7 +56,7 @@ def _choose(cell: Cell, params: Params, shape: Any, steps: Any) -> tuple[Callabl
     u = params["weight_hh"]
     if why := _unfit(params, shape):
         return None, f"{GENERIC} ({why})"
-    config = "ruled out by fused_only"
+    config: Config | str = "ruled out by fused_only"
     if not _fused.get():
         config = persistent.find(cell, params, tuple(shape), steps, capability(int(device_of(u).id)))
         if not isinstance(config, str):

@@ -26,7 +26,7 @@ from xprnn.kernels.cuda.scatter import summed_by_class
 from xprnn.kernels.cuda.source import Printed
 from xprnn.tape import State, Steps, Tape
 
-__all__ = ["NAME", "forward"]
+__all__ = ["NAME", "forward", "gradients", "project"]
 
 NAME = "CUDA fused steps"
 
@@ -127,7 +127,7 @@ def _walk(
         starts = range(0, count, size)
         for t0 in reversed(starts) if reverse else starts:
             t1 = min(t0 + size, count)
-            _project(p, xp, kept.gates[: t1 - t0], kept.x[t0:t1], params["weight_ih"])
+            project(p, xp, kept.gates[: t1 - t0], kept.x[t0:t1], params["weight_ih"])
             launch = launches(run, printed.forward, values | {"from": t0}, n * hidden)
             for t in range(t1 - 1, t0 - 1, -1) if reverse else range(t0, t1):
                 multiply(out_at + (t - t0) * out_step, h_at + t * h_step, u_at)
@@ -158,7 +158,7 @@ def _biases(params: Params, cut: int, like: Array) -> dict[str, Array]:
     return {"K": first, "L": zeros(like.shape[:1], like.dtype) if b_hh is None else contiguous(b_hh)}
 
 
-def _project(p: Products, xp: Namespace, out: Array, x: Array, w: Array) -> None:
+def project(p: Products, xp: Namespace, out: Array, x: Array, w: Array) -> None:
     """out (T, N, W) = x W', for all steps at once; a look-up where x holds class numbers."""
     if x.dtype.kind in "iu":
         look_up(flat(xp, out), contiguous(w.T), x.reshape(-1))
@@ -187,7 +187,7 @@ def backward(
             row = kept.reset[-1 if tape.reverse else 0, :, None]
             dhome = [e + xp.where(row, d, xp.zeros_like(d)) for e, d in zip(dhome, ds, strict=True)]
             ds = [xp.where(row, xp.zeros_like(d), d) for d in ds]
-        dx, grads = _gradients(p, xp, params, kept.x, dxg)
+        dx, grads = gradients(p, xp, params, kept.x, dxg)
         du = grads["weight_hh"] = empty(u.shape, dtype)
         p.summed(du, flat(xp, dhg), flat(xp, kept.before[0]))
         if "bias_ih" in params:
@@ -224,7 +224,7 @@ def _walk_back(
         multiply(d_at, from_at + t * step, u_at)
 
 
-def _gradients(p: Products, xp: Namespace, params: Params, x: Array, dxg: Array) -> tuple[Array | None, Params]:
+def gradients(p: Products, xp: Namespace, params: Params, x: Array, dxg: Array) -> tuple[Array | None, Params]:
     """dx (None for class numbers), and the gradient of weight_ih."""
     w, d = contiguous(params["weight_ih"]), flat(xp, dxg)
     if x.dtype.kind in "iu":
