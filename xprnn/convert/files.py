@@ -36,7 +36,7 @@ class Found(NamedTuple):
     @property
     def is_graph(self) -> bool:
         """Whether it is a general ONNX graph, which is only run."""
-        return not hasattr(self.model, "config")
+        return hasattr(self.model, "reason")
 
 
 def read_model(place: str | Path, like: Array | None = None, **hints: Any) -> Found:
