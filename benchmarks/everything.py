@@ -56,11 +56,12 @@ def measure(part: Part, short: bool, folder: Path) -> dict[str, Any]:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     figures = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     out = {"text": done.stdout.strip(), "figures": figures, "seconds": time.monotonic() - start}
+    out["undecided"] = figures.get("undecided", [])
     return out | {"code": done.returncode, "goals": figures.get("goals", []), "title": part.title}
 
 
 def missed(goal: dict[str, Any]) -> bool:
-    """Whether a figure is beyond its bound; one that is no number is."""
+    """Whether a figure is beyond its bound; what is no number is."""
     return not (goal["value"] >= goal["least"] if "least" in goal else goal["value"] <= goal["most"])
 
 
@@ -72,6 +73,9 @@ def shortfalls(parts: dict[str, dict[str, Any]]) -> list[str]:
     for goal in short:
         bound = f"at least {goal['least']}" if "least" in goal else f"at most {goal['most']}"
         lines.append(f"- {goal['what']}: {goal['value']:.2f}, {bound} wanted")
+    lines += [
+        f"- {what}: not judged, other processes kept the cores busy" for p in parts.values() for what in p["undecided"]
+    ]
     failed = [f"- **{part['title']}: ended with code {part['code']}**" for part in parts.values() if part["code"]]
     return lines + failed
 

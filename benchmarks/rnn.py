@@ -74,7 +74,7 @@ def main() -> int:
         code = measure.collect(task | {"least": least, "most": most}, run, measure.progress)
         failed = failed or code != 0
     run["wall_seconds"] = time.monotonic() - start
-    run["goals"] = tables.goals(run["rows"])
+    run["goals"], run["undecided"] = tables.goals(run["rows"]), tables.undecided(run["rows"])
     if run["rows"]:
         print(tables.tables(run))
     if args.json:

@@ -39,6 +39,13 @@ def layers_of(keras: Any, name: str) -> Any:
             L.Bidirectional(L.GRU(2), merge_mode="mul"),
             L.Dense(2, activation="tanh"),
         ],
+        "masks_go_on": lambda: [
+            rows,
+            L.Masking(),
+            L.Bidirectional(L.GRU(3, return_sequences=True), merge_mode="ave"),
+            L.LSTM(2, return_sequences=True, zero_output_for_mask=True, activation="leaky_relu"),
+            L.Dense(2, activation="log_softmax"),
+        ],
         "stacked_cells": lambda: [
             rows,
             L.Masking(),
@@ -66,6 +73,7 @@ NAMES = (
     "lstm_stack",
     "gru_masked_backwards",
     "bidirectional",
+    "masks_go_on",
     "stacked_cells",
     "pair_with_states",
 )

@@ -83,6 +83,7 @@ def test_goals_name_the_row_the_peer_and_the_figure():
         },
     ]
     assert not tables.goals([row(1.0, {"article": 0.5})])
+    assert tables.undecided(rows) == ["gru (2, 3, 2, 4) forward, 1 thread(s)"]
 
 
 def test_a_paired_ratio_is_the_median_of_the_rounds_own():
@@ -243,8 +244,8 @@ def test_the_report_names_what_falls_short_and_by_how_much(monkeypatch):
     grid = [{"what": "ahead", "value": 1.2, "least": 1.0}, {"what": "behind", "value": 0.75, "least": 1.0}]
     more = [{"what": "slow", "value": 62.0, "most": 50.0}, {"what": "broken", "value": float("nan"), "most": 1.0}]
     parts = {
-        "grid": {"goals": grid, "code": 0, "title": "Grid"},
-        "imports": {"goals": more, "code": 3, "title": "Import"},
+        "grid": {"goals": grid, "code": 0, "title": "Grid", "undecided": ["a row"]},
+        "imports": {"goals": more, "code": 3, "title": "Import", "undecided": []},
     }
     assert everything.shortfalls(parts) == [
         "1 of 4 goals are met.",
@@ -252,5 +253,6 @@ def test_the_report_names_what_falls_short_and_by_how_much(monkeypatch):
         "- behind: 0.75, at least 1.0 wanted",
         "- slow: 62.00, at most 50.0 wanted",
         "- broken: nan, at most 1.0 wanted",
+        "- a row: not judged, other processes kept the cores busy",
         "- **Import: ended with code 3**",
     ]

@@ -77,7 +77,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--window", type=_count, metavar="T", help="steps a gradient reaches back (default: 64)")
     add("--learning-rate", type=_positive, metavar="A", help="Adam's, at its highest (default: 1/H, at most 0.004)")
     add("--seed", type=_natural, help="of the first parameters and of the final sample (default: 0)")
-    add("--threads", type=_count, help="that share a step, each with some of the streams (default: 1)")
+    add("--threads", type=_count, help="that share a step (default: one a core, and for 8 streams or more)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=_count, help="windows to learn from (default: 7000)")
     length.add_argument("--epochs", type=_positive, help="times to read the text")

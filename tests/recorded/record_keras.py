@@ -1,4 +1,4 @@
-"""Write the files in keras_files: python tests/recorded/record_keras.py (needs keras, jax, h5py).
+"""Write the files in keras_files: python tests/recorded/record_keras.py [NAME...] (needs keras, jax, h5py).
 
 For each model of tests/keras_models.py a .keras file and an .npz of inputs, outputs and gradients, computed by Keras on
 JAX; float64, and one in float32. One more model as .weights.h5 with its architecture in .json.
@@ -38,6 +38,7 @@ def record(name: str, dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    for name in keras_models.NAMES:
+    for name in sys.argv[1:] or keras_models.NAMES:
         record(name, "float64")
-    record("lstm_stack", "float32")
+    if not sys.argv[1:]:
+        record("lstm_stack", "float32")

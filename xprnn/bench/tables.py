@@ -15,6 +15,7 @@ __all__ = [
     "groups",
     "streams_table",
     "tables",
+    "undecided",
 ]
 
 Row = dict[str, Any]
@@ -145,6 +146,11 @@ def goals(rows: list[Row]) -> list[dict[str, Any]]:
             what = f"{cell}, geometric mean of {which}, {threads} thread(s), against the best peer"
             out.append({"what": what, "value": means["best peer"], "least": MEANS[cell]})
     return out
+
+
+def undecided(rows: list[Row]) -> list[str]:
+    """The disturbed rows: they say nothing either way."""
+    return [f"{r['cell']} {tuple(r['shape'])} {r['pass']}, {r['threads']} thread(s)" for r in rows if disturbed(r)]
 
 
 def described(run: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ import io
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -205,14 +205,10 @@ def opened(where: str, path: Path, config: dict[str, Any] | None) -> Iterator[tu
                 config = _parsed(f"{where}: {CONFIG}", _member(where, archive, CONFIG))
                 data = _member(where, archive, WEIGHTS)
             source, size = io.BytesIO(data), len(data)
-        found = _open(where, h5py, source)
+        found = h5py.File(source, "r")
     with found:
-        if "model_config" in found.attrs or "layer_names" in found.attrs:
+        with damaged(where):
+            old = "model_config" in found.attrs or "layer_names" in found.attrs
+        if old:
             raise InputError(f"{where}: is an .h5 file of Keras 2: load it there and save it as .keras")
         yield config, Arrays(where, h5py, found, size)
-
-
-def _open(where: str, h5py: Any, source: Any) -> Any:
-    made: Callable[..., Any] = h5py.File
-    with damaged(where):
-        return made(source, "r")

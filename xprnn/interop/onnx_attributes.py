@@ -14,7 +14,7 @@ from xprnn.arrays import InputError
 from xprnn.cells import Cell, elman, gru, gru_reset_before, lstm
 from xprnn.forms import activation_of
 
-__all__ = ["RECURRENT", "attributes_of", "cells_of"]
+__all__ = ["FUNCTIONS", "RECURRENT", "attributes_of", "cells_of", "function_of", "operator_of"]
 
 RECURRENT = {"RNN": 1, "LSTM": 4, "GRU": 3}  # and their numbers of gates
 _DEFAULTS = {"RNN": ("Tanh",), "LSTM": ("Sigmoid", "Tanh", "Tanh"), "GRU": ("Sigmoid", "Tanh")}
@@ -102,3 +102,38 @@ def _functions(chosen: list[Activation]) -> dict[str, Any]:
             constants[constant].append(float(values[constant] or 0.0))
     out: dict[str, Any] = {"activations": names}
     return out | {f"activation_{k}": v for k, v in constants.items() if v}
+
+
+# Activations that are operators of their own, with the constants that they have there.
+FUNCTIONS = {
+    "Tanh": (),
+    "Sigmoid": (),
+    "Relu": (),
+    "Softplus": (),
+    "Softsign": (),
+    "Elu": ("alpha",),
+    "LeakyRelu": ("alpha",),
+    "ThresholdedRelu": ("alpha",),
+    "HardSigmoid": ("alpha", "beta"),
+}
+
+
+def function_of(op: str, attrs: dict[str, Any]) -> Activation:
+    """The activation that an operator of its own computes: their defaults are the same.
+
+    >>> function_of("HardSigmoid", {"beta": 0.25}).alpha
+    0.2
+    """
+    return activation(op, **{key: attrs[key] for key in FUNCTIONS[op] if key in attrs})
+
+
+def operator_of(f: Activation) -> tuple[str, dict[str, Any]] | None:
+    """The operator that computes an activation, and its attributes; None where there is none.
+
+    >>> operator_of(activation("elu", 0.5)), operator_of(activation("affine"))
+    (('Elu', {'alpha': 0.5}), None)
+    """
+    found = {op.lower(): op for op in FUNCTIONS}.get(f.name)
+    if found is None or activation(f.name, f.alpha, f.beta) != f:
+        return None
+    return found, {key: float(getattr(f, key)) for key in FUNCTIONS[found]}

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from xprnn.activations import activation
 from xprnn.around import Around
 from xprnn.arrays import InputError, Params, to_numpy
 from xprnn.checks import check_param_shapes, check_params
 from xprnn.dense import Embedding, Linear
 from xprnn.interop.conventions import to_system
-from xprnn.interop.onnx_attributes import attributes_of
+from xprnn.interop.onnx_attributes import attributes_of, operator_of
 from xprnn.interop.onnx_file import need_onnx
 from xprnn.interop.onnx_pieces import Piece, pieces_of
+from xprnn.masks import Last
 from xprnn.model import Sequential
+from xprnn.parts import Apply, Part, Softmax
 from xprnn.recurrent import Recurrent
 
 __all__ = ["exported"]
@@ -28,7 +32,7 @@ _WHOLE = np.iinfo(np.int32).max  # the length that stands for: to the end
 def exported(model: Any, params: Params, *, lengths: bool, optional: bool, dtype: str) -> Any:
     """The ModelProto of a model, checked; see to_onnx."""
     onnx, where = need_onnx(), "to_onnx"
-    _refuse(where, model, dtype, optional)
+    _refuse(where, model, dtype, lengths, optional)
     check_params(where, params, model.shapes())
     check_param_shapes(where, params, model.shapes())
     host = {name: np.asarray(to_numpy(a), dtype) for name, a in params.items()}
@@ -39,14 +43,15 @@ def exported(model: Any, params: Params, *, lengths: bool, optional: bool, dtype
     return proto
 
 
-def _refuse(where: str, model: Any, dtype: str, optional: bool) -> None:
-    if not isinstance(model, (Sequential, Recurrent, Linear, Embedding)):
+def _refuse(where: str, model: Any, dtype: str, lengths: bool, optional: bool) -> None:
+    if not isinstance(model, (Sequential, Recurrent, Linear, Embedding, Part)):
         raise InputError(f"{where}: model must be a layer or Sequential, found {type(model).__name__}")
     if dtype not in ("float32", "float64"):
         raise InputError(f"{where}: dtype must be float32 or float64, found {dtype!r}")
     parts = model.parts if isinstance(model, Sequential) else {type(model).__name__: model}
     reasons = [f"{name}: {reason}" for name, part in parts.items() if (reason := _reason(part))]
     recurrent = [p for p in parts.values() if isinstance(p, Recurrent)]
+    reasons += _order(list(parts.items()), lengths)
     if len({p.batch_first for p in recurrent}) > 1:
         reasons.append("some parts are batch_first and some are not")
     if any(isinstance(p, Embedding) for p in list(parts.values())[1:]):
@@ -59,10 +64,30 @@ def _refuse(where: str, model: Any, dtype: str, optional: bool) -> None:
         raise InputError(f"{where}: ONNX's operators cannot express this model: {'; '.join(reasons)}")
 
 
+def _order(parts: list[tuple[str, Any]], lengths: bool) -> list[str]:
+    """What is said against the places of parts that take the last step."""
+    out = []
+    for (_, before), (name, part) in pairwise([("", None), *parts]):
+        if not isinstance(part, Last):
+            continue
+        forward = isinstance(before, Recurrent) and not before.bidirectional and not before.reverse
+        if lengths and not forward:
+            out.append(f"{name}: with lengths, Last must stand behind a recurrent layer that walks forward")
+        if any(isinstance(p, (Recurrent, Last)) for n, p in parts[[n for n, _ in parts].index(name) + 1 :]):
+            out.append(f"{name}: behind Last there is no time to walk in")
+        if any(isinstance(p, Recurrent) and p.batch_first != part.batch_first for _, p in parts):
+            out.append(f"{name}: its batch_first is not that of the recurrent layers")
+    return out
+
+
 def _reason(part: Any) -> str:
     if isinstance(part, Around):
         return "Around, which moves its two directions apart"
-    if isinstance(part, (Linear, Embedding)):
+    if isinstance(part, (Linear, Embedding, Softmax)):
+        return ""
+    if isinstance(part, Apply):
+        return "" if operator_of(activation(part.f)) else f"{part.f!r} is no operator of its own"
+    if isinstance(part, Last) and part.walk == "forward" and part.valid:
         return ""
     if not isinstance(part, Recurrent):
         return f"{type(part).__name__} is no part that ONNX has an operator for"
@@ -85,7 +110,8 @@ class _Writer:
         parts = model.parts.values() if isinstance(model, Sequential) else [model]
         self.recurrent = [p for p in parts if isinstance(p, Recurrent)]
         self.batch_first = self.recurrent[0].batch_first
-        self.lens = ""
+        self.lens = self.final = ""
+        self.timed = True
 
     def node(self, op: str, inputs: list[str], output: str | list[str], name: str = "", **attrs: Any) -> str:
         """Add a node; the name of its first output."""
@@ -96,7 +122,7 @@ class _Writer:
     def weight(self, name: str, array: Any) -> str:
         """Add a constant; its name."""
         if all(w.name != name for w in self.weights):
-            self.weights.append(self.onnx.numpy_helper.from_array(np.ascontiguousarray(array), name))
+            self.weights.append(self.onnx.numpy_helper.from_array(np.asarray(array, order="C"), name))
         return name
 
     def numbers(self, *values: int) -> str:
@@ -115,12 +141,13 @@ class _Writer:
         y, k = "x", 0
         while k < len(pieces):
             same = [p for p in pieces[k:] if p.kind == "rnn" and p.name == pieces[k].name]
-            y = self._stack(same, y) if pieces[k].kind == "rnn" else self._dense(pieces[k], y)
+            does = {"rnn": self._stack, "part": self._part}.get(pieces[k].kind, self._dense)
+            y = does(same or pieces[k : k + 1], y)
             k += len(same) or 1
         self.node("Identity", [y], "y")
-        last = pieces[-1]
-        width = last.outputs * max(1, len(last.ways))
-        outputs = [make.make_tensor_value_info("y", self.kind, [*lead, width]), *self.outputs]
+        last = next(p for p in reversed(pieces) if p.kind != "part")
+        shape = [*(lead if self.timed else ["N"]), last.outputs * max(1, len(last.ways))]
+        outputs = [make.make_tensor_value_info("y", self.kind, shape), *self.outputs]
         graph = make.make_graph(self.nodes, "xprnn", [x, *self.inputs], outputs, self.weights)
         proto = make.make_model(graph, opset_imports=[make.make_opsetid("", OPSET)], ir_version=IR)
         proto.producer_name = "xprnn"
@@ -139,7 +166,21 @@ class _Writer:
             self.node("Expand", ["T_int32", "N"], "whole")
             self.lens = self.node("Min", ["lengths", "whole"], "row_lengths")
 
-    def _dense(self, piece: Piece, x: str) -> str:
+    def _part(self, pieces: list[Piece], x: str) -> str:
+        """What has no parameters."""
+        part, name = pieces[0].part, pieces[0].name
+        if isinstance(part, Softmax):
+            return self.node("LogSoftmax" if part.log else "Softmax", [x], f"{name}.y", axis=-1)
+        if isinstance(part, Apply):
+            op, constants = operator_of(activation(part.f)) or ("", {})
+            return self.node(op, [x], f"{name}.y", "", **constants)
+        self.timed, last = False, self.weight("last", np.asarray(-1, np.int64))
+        if self.lengths:  # what a row's last step put out is its final state
+            return self.node("Gather", [self.final, last], f"{name}.y", axis=0)
+        return self.node("Gather", [x, last], f"{name}.y", axis=int(self.batch_first))
+
+    def _dense(self, pieces: list[Piece], x: str) -> str:
+        piece = pieces[0]
         prefix = f"{piece.name or piece.kind}."
         if piece.kind == "embedding":
             return self.node("Gather", [self.weight(prefix + "weight", piece.own["weight"]), x], prefix + "rows")
@@ -159,6 +200,7 @@ class _Writer:
             x, ends = self._layer(f"{name or 'rnn'}/l{k}", piece, x, [starts[s][k] for s in states])
             for s, end in zip(states, ends, strict=True):
                 finals[s].append(end)
+        self.final = finals["h"][-1]
         for s in states:
             self._final(prefix, s, pieces, finals[s])
         return self.node("Transpose", [x], f"{name}.batch_first", perm=[1, 0, 2]) if self.batch_first else x

@@ -105,6 +105,6 @@ def _float_of(inputs: list[Any]) -> Any:
 def affordable(node: Node, shape: Any) -> tuple[int, ...]:
     """`shape` as a tuple; InputError if an array of it cannot be wanted."""
     out = tuple(int(d) for d in shape)
-    if any(d < 0 for d in out) or math.prod(out) > 1 << 31:
-        raise InputError(f"{node}: makes an array of shape {out}: at most 2^31 elements")
+    if any(d < 0 for d in out) or math.prod(out) > 1 << 28:
+        raise InputError(f"{node}: makes an array of shape {out}: at most 2^28 elements")
     return out

@@ -14,6 +14,7 @@ from xprnn.cells import elman, gru, gru_reset_before, lstm
 from xprnn.dense import Embedding, Linear
 from xprnn.layers import GRU, LSTM, RNN
 from xprnn.model import Sequential
+from xprnn.parts import Part
 from xprnn.recurrent import Recurrent
 
 __all__ = ["Piece", "from_pieces", "pieces_of", "same", "with_structure"]
@@ -25,8 +26,8 @@ class Piece:
 
     Args:
         name: of the part that it belongs to, "" where the network has but one.
-        kind: "embedding", "linear" or "rnn".
-        inputs, outputs: V and D, H and V, or D and H.
+        kind: "embedding", "linear", "rnn" or "part".
+        inputs, outputs: V and D, H and V, or D and H; 0 of a part that takes any number of features.
         bias: whether there is one.
         cell: the Cell of a recurrent layer.
         ways: its directions: for each, whether it walks from the end.
@@ -34,6 +35,7 @@ class Piece:
         batch_first: whether x and y are (N, T, .).
         own: a recurrent layer's arrays by the names of a layer of its own ("weight_ih_l0", "weight_ih_l0_reverse",
             "initial_h" (directions, H)...), else weight and bias.
+        part: one without parameters: Apply, Softmax or Last.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Piece:
     ways: tuple[bool, ...] = ()
     learned: bool = False
     batch_first: bool = False
+    part: Any = None
 
 
 def same(a: Sequence[Piece], b: Sequence[Piece]) -> bool:
@@ -58,7 +61,8 @@ def _sense(piece: Piece) -> tuple[Any, ...]:
     cell: Any = piece.cell
     if cell is not None and cell.options is not None:
         cell = (cell.name, _rounded(dict(cell.options)))
-    return (replace(piece, name="", own={}, cell=None), cell)
+    part = None if piece.part is None else _rounded(piece.part.config())
+    return (replace(piece, name="", own={}, cell=None, part=None), cell, part)
 
 
 def _rounded(value: Any) -> Any:
@@ -68,7 +72,7 @@ def _rounded(value: Any) -> Any:
 
 
 def pieces_of(model: Any, params: Params) -> list[Piece]:
-    """The pieces of a layer or Sequential (parts: Embedding, Linear and recurrent layers without a projection)."""
+    """The pieces of a layer or Sequential (of Embedding, Linear, recurrent layers without a projection, and parts)."""
     parts = model.parts if isinstance(model, Sequential) else {"": model}
     out = []
     for name, part in parts.items():
@@ -78,6 +82,8 @@ def pieces_of(model: Any, params: Params) -> list[Piece]:
             out.append(Piece(name, "embedding", part.num_embeddings, part.embedding_dim, False, own))
         elif isinstance(part, Linear):
             out.append(Piece(name, "linear", part.in_features, part.out_features, part.bias, own))
+        elif isinstance(part, Part):
+            out.append(Piece(name, "part", 0, 0, False, {}, part=part))
         else:
             out += _layers(name, part, own)
     return out
@@ -120,13 +126,16 @@ def from_pieces(pieces: Sequence[Piece]) -> tuple[Any, Params]:
     parts: dict[str, Any] = {}
     params: Params = {}
     for group in groups:
-        name = _free(group[0].name or {"embedding": "embed", "rnn": "rnn", "linear": "head"}[group[0].kind], parts)
+        name = _free(group[0].name or _NAMES.get(group[0].kind) or type(group[0].part).__name__.lower(), parts)
         parts[name] = _part(group)
         params |= {f"{name}.{k}": a for k, a in _own(parts[name], group).items()}
     if len(parts) == 1 and groups[0][0].kind == "rnn":
         (name,) = parts
         return parts[name], {k.removeprefix(f"{name}."): a for k, a in params.items()}
     return Sequential(**parts), params
+
+
+_NAMES = {"embedding": "embed", "rnn": "rnn", "linear": "head"}
 
 
 def _free(name: str, taken: dict[str, Any]) -> str:
@@ -163,6 +172,8 @@ def _own(part: Any, group: Sequence[Piece]) -> Params:
 
 def _part(group: Sequence[Piece]) -> Any:
     first = group[0]
+    if first.kind == "part":
+        return first.part
     if first.kind == "embedding":
         return Embedding(first.inputs, first.outputs)
     if first.kind == "linear":

@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 
 from xprnn.arrays import Params
-from xprnn.interop.onnx_axes import Data, Final, Given, Group, OtherGraphError, Sizes, start_of
+from xprnn.interop.onnx_attributes import FUNCTIONS
+from xprnn.interop.onnx_axes import Data, Final, Given, Group, OtherGraphError, start_of
 from xprnn.interop.onnx_compile import OPS, Block
 from xprnn.interop.onnx_node import Host, Node, host_context
 from xprnn.interop.onnx_pieces import Piece, from_pieces, pieces_of, same, with_structure
+from xprnn.interop.onnx_plumbing import Plumbing, identifier
+from xprnn.masks import Last
 from xprnn.model import from_config
 
 __all__ = ["OtherGraphError", "recognised"]
@@ -57,14 +60,13 @@ def _blank(model: Any) -> Params:
     return {name: np.broadcast_to(np.float32(0), shape) for name, shape in model.shapes().items()}
 
 
-class Walk:
+class Walk(Plumbing):
     """One walk through the graph; `done` are the pieces found so far."""
 
     def __init__(self, block: Block) -> None:
-        self.block, self.done = block, list[Piece]()
-        self.sizes = Sizes()
+        super().__init__()
+        self.block = block
         self.lengths: set[Any] = set()
-        self.time: str | None = None
         self.starts: list[list[Any]] = []
         self.source = ""
         self.scope: dict[str, Any] = dict(block.constants)
@@ -83,10 +85,16 @@ class Walk:
             self.scope.update(zip(node.outputs, found, strict=False))
         self._outputs()
         self._states()
-        for before, after in pairwise(self.done):
+        for before, after in pairwise(p for p in self.done if p.kind != "part"):
             if after.inputs != before.outputs * max(1, len(before.ways)):
                 raise OtherGraphError("the sizes of its layers do not fit each other")
-        return [replace(p, batch_first=self.time == "1") if p.kind == "rnn" else p for p in self.done]
+        return [self._laid_out(p) for p in self.done]
+
+    def _laid_out(self, piece: Piece) -> Piece:
+        """With the axes of the input."""
+        if isinstance(piece.part, Last):
+            return replace(piece, part=Last(batch_first=self.time == "1"))
+        return replace(piece, batch_first=self.time == "1") if piece.kind == "rnn" else piece
 
     def _inputs(self) -> None:
         if not self.block.inputs:
@@ -117,7 +125,7 @@ class Walk:
         if all(v is None or isinstance(v, Host) for v in values):
             found = OPS[node.op](host_context(np.float32), node, values)
             return tuple(v if isinstance(v, Host) else Host(np.asarray(v)) for v in found)
-        does = getattr(self, f"_on_{node.op.lower()}", None)
+        does = self._function if node.op in FUNCTIONS else getattr(self, f"_on_{node.op.lower()}", None)
         if does is None:
             raise OtherGraphError(f"{node} is none of the plumbing around recurrent layers")
         out = does(node, *values)
@@ -125,8 +133,6 @@ class Walk:
 
     def _own_weight(self, node: Node, k: int) -> bool:
         return node.name in self.block.prepared and k in (1, 2, 3, 7)
-
-    # -- recurrent operators ---------------------------------------------------------------------------------------
 
     def _recurrent(self, node: Node, values: list[Any]) -> tuple[Any, ...]:
         x, rest = values[0], values[1:] + [None] * (7 - len(values))
@@ -143,17 +149,13 @@ class Walk:
         scope = node.name.strip("/").split("/")[0] if "/" in node.name.strip("/") else ""
         at = len(self.done)
         self.done.append(
-            Piece(_identifier(scope), "rnn", width, hidden, "bias_ih_l0" in own, own, spec.cells[0], spec.reverse)
+            Piece(identifier(scope), "rnn", width, hidden, "bias_ih_l0" in own, own, spec.cells[0], spec.reverse)
         )
         self.starts.append([at, *rest[4 : 4 + len(spec.cells[0].states)]])
         self.sizes.update({f"d{at}": len(spec.reverse), f"h{at}": hidden})
         d, h = (f"d{at}",), (f"h{at}",)
         axes = (batch, time, d, h) if spec.batch_first else (time, d, batch, h)
-        return (Data(at, axes), Final((at,)), Final((at,)))
-
-    def _last(self, x: Any) -> bool:
-        """Whether x is what the last piece wrote."""
-        return isinstance(x, Data) and x.piece == len(self.done) - 1
+        return (Data(at, axes), Final((at,), "h"), Final((at,), "c"))
 
     def _lengths(self, node: Node, value: Any) -> str | None:
         if isinstance(value, Host):
@@ -162,98 +164,6 @@ class Walk:
             raise OtherGraphError(f"{node} has lengths of its own")
         return None if value is None else value.name
 
-    # -- plumbing --------------------------------------------------------------------------------------------------
-
-    def _on_identity(self, node: Node, x: Any) -> Any:
-        return x
-
-    def _on_dropout(self, node: Node, x: Any, *rest: Any) -> Any:
-        return x
-
-    def _on_cast(self, node: Node, x: Any) -> Any:
-        return x
-
-    def _on_shape(self, node: Node, x: Data) -> Host:
-        return self.sizes.shape(node, x)
-
-    def _on_transpose(self, node: Node, x: Data) -> Data:
-        return self.sizes.transpose(node, x)
-
-    def _on_squeeze(self, node: Node, x: Data, axes: Host | None = None) -> Data:
-        return self.sizes.squeeze(node, x, axes)
-
-    def _on_reshape(self, node: Node, x: Data, shape: Host) -> Data:
-        return self.sizes.reshape(node, x, shape)
-
-    def _on_gather(self, node: Node, table: Any, ids: Any) -> Data:
-        whole = isinstance(table, Host) and table.array.ndim == 2 and table.array.dtype.kind == "f"
-        if not whole or not self._last(ids) or self.done or node.attrs.get("axis", 0) != 0:
-            raise OtherGraphError(f"{node} picks steps or features")
-        at, name = len(self.done), _part_name(node.inputs[0])
-        self.sizes[f"h{at}"] = table.array.shape[1]
-        self.done.append(
-            Piece(
-                name, "embedding", int(table.array.shape[0]), int(table.array.shape[1]), False, {"weight": table.array}
-            )
-        )
-        return Data(at, (*ids.axes, (f"h{at}",)))
-
-    def _linear(self, node: Node, x: Any, weight: Any, bias: Any, name: str) -> Data:
-        if not isinstance(weight, Host) or weight.array.ndim != 2 or not self._last(x):
-            raise OtherGraphError(f"{node} is no product with a weight")
-        at = len(self.done)
-        own = {"weight": np.ascontiguousarray(weight.array.T)}
-        own |= {} if bias is None else {"bias": bias.array.reshape(-1)}
-        self.sizes[f"h{at}"] = weight.array.shape[1]
-        wide, narrow = weight.array.shape
-        self.done.append(Piece(name, "linear", wide, narrow, bias is not None, own))
-        return Data(at, (*x.axes[:-1], (f"h{at}",)))
-
-    def _on_matmul(self, node: Node, x: Any, weight: Any) -> Data:
-        return self._linear(node, x, weight, None, _part_name(node.inputs[1]))
-
-    def _on_gemm(self, node: Node, x: Any, weight: Any, bias: Any = None) -> Data:
-        get = node.attrs.get
-        if get("transA", 0) or get("alpha", 1.0) != 1 or get("beta", 1.0) != 1 or not isinstance(weight, Host):
-            raise OtherGraphError(f"{node} is no product with a weight")
-        weight = Host(weight.array.T) if get("transB", 0) else weight
-        return self._linear(node, x, weight, bias, _part_name(node.inputs[1]))
-
-    def _on_add(self, node: Node, a: Any, b: Any) -> Data:
-        x, bias = (a, b) if isinstance(a, Data) else (b, a)
-        piece = self.done[-1] if self.done else None
-        fits = isinstance(bias, Host) and piece is not None and bias.array.shape == (piece.outputs,)
-        if piece is None or not fits or not self._last(x) or piece.kind != "linear" or piece.bias:
-            raise OtherGraphError(f"{node} adds something else than a bias")
-        name = _part_name(node.inputs[0 if x is b else 1]) or piece.name
-        self.done[-1] = replace(piece, name=name, bias=True, own=piece.own | {"bias": bias.array})
-        return x
-
-    # -- states and lengths ----------------------------------------------------------------------------------------
-
-    def _on_slice(self, node: Node, s: Any, *cuts: Any) -> Given:
-        given = [c.array.reshape(-1).tolist() for c in cuts]
-        if not isinstance(s, Given) or given[2:] not in ([[0]], [[0], [1]]):
-            raise OtherGraphError(f"{node} cuts data")
-        (start,), (stop,) = given[:2]
-        return replace(s, start=s.start + start, stop=min(s.start + stop, s.stop))
-
-    def _on_expand(self, node: Node, s: Given, shape: Any) -> Given:
-        return s
-
-    def _on_min(self, node: Node, *values: Any) -> Given:
-        found = [v for v in values if isinstance(v, Given)]
-        if len(found) != 1 or found[0].start or len(values) > 2:
-            raise OtherGraphError(f"{node} is none of the plumbing around recurrent layers")
-        return found[0]
-
-    def _on_concat(self, node: Node, *finals: Any) -> Final:
-        if node.attrs["axis"] != 0 or not all(isinstance(f, Final) for f in finals):
-            raise OtherGraphError(f"{node} joins data")
-        return Final(tuple(k for f in finals for k in f.pieces))
-
-    # -- ends ------------------------------------------------------------------------------------------------------
-
     def _outputs(self) -> None:
         kinds = [self.scope[name] for name in self.block.outputs]
         data = [v for v in kinds if isinstance(v, Data)]
@@ -261,8 +171,9 @@ class Walk:
             raise OtherGraphError("it has no recurrent operator")
         if len(data) != 1 or not self._last(data[0]) or len(self.lengths) != 1:
             raise OtherGraphError("its outputs are not the last layer's, or its layers see different lengths")
-        axes = data[0].axes
-        if len(axes) != 3 or axes[:2] != (("0",), ("1",)):
+        axes, batch = data[0].axes, ("0" if self.time == "1" else "1",)
+        wanted = (batch,) if any(isinstance(p.part, Last) for p in self.done) else (("0",), ("1",))
+        if axes[:-1] != wanted:
             raise OtherGraphError("its output is not laid out as its input is")
         if any(not isinstance(v, (Data, Final)) for v in kinds):
             raise OtherGraphError("it has outputs of other kinds")
@@ -286,13 +197,3 @@ class Walk:
                     blank = np.zeros((d, piece.outputs), weight.dtype)
                     piece.own[f"initial_{state}"] = blank if start is None else start
             self.done[at] = replace(piece, learned=learned)
-
-
-def _part_name(name: str) -> str:
-    """The module that a weight belongs to, as torch calls it: "head" for "head.weight"."""
-    part = name.rpartition(".")[0] if name.rpartition(".")[2] in ("weight", "bias") else ""
-    return _identifier(part)
-
-
-def _identifier(name: str) -> str:
-    return name if name.isidentifier() else ""
