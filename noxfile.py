@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
+from pathlib import Path
 
 import nox
 
@@ -69,10 +70,27 @@ def jax(session: nox.Session) -> None:
 
 
 @nox.session
+def keras(session: nox.Session) -> None:
+    """Test against live Keras: random architectures, masks, every option; its gradients on JAX."""
+    install(session, "keras")
+    session.run("python", "-m", "pytest", "tests/test_keras_live.py", *session.posargs)
+
+
+@nox.session
 def onnx(session: nox.Session) -> None:
-    """Test against ONNX Runtime: ragged batches, activations, clipping, peepholes, both GRUs."""
+    """Test against ONNX Runtime: cells, every operator of ONNX graphs, models written and read back."""
     install(session, "onnx")
-    session.run("python", "-m", "pytest", "tests/test_onnx_oracle.py", *session.posargs)
+    tests = sorted(str(path) for path in Path("tests").glob("test_onnx_*.py"))
+    session.run("python", "-m", "pytest", "--backend", "numpy", *tests, *session.posargs)
+
+
+@nox.session
+def cuda(session: nox.Session) -> None:
+    """Test the CUDA kernels without a GPU: NVIDIA's compiler, and a stand-in for CuPy that runs them on the host."""
+    install(session, "cuda")
+    tests = sorted(str(path) for path in Path("tests").glob("test_cuda*.py"))
+    args = ["-m", "pytest", "-q", "--backend", "cupy:standin", *tests, *session.posargs]
+    session.run("python", *args, env={"XPRNN_NVRTC": "required"})
 
 
 @nox.session(venv_backend="none")
@@ -116,12 +134,18 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure against the article's loop, torch, JAX and ONNX Runtime; memory against T; training beside torch."""
+    """Measure everything beside the article's loop, torch, JAX and ONNX Runtime; `-- --short` takes five minutes."""
     install(session, "bench", extra="fast")
-    session.run("python", "benchmarks/rnn.py", *session.posargs)
-    if not session.posargs:
-        session.run("python", "benchmarks/memory.py")
-        session.run("python", "benchmarks/training.py")
+    files = ["--markdown", "bench.md", "--json", "bench.json", "--png", "bench.png"]
+    session.run("python", "benchmarks/everything.py", *files, *session.posargs)
+
+
+@nox.session(default=False, venv_backend="none")
+def gpu_bench(session: nox.Session) -> None:
+    """Measure the CUDA kernels beside PyTorch's cuDNN, with the CuPy and torch that nox's own Python has."""
+    if not cuda_version():
+        session.skip("no CUDA device: skipped")
+    session.run(sys.executable, "benchmarks/gpu.py", *session.posargs, external=True)
 
 
 def cuda_version() -> int:

@@ -42,6 +42,7 @@ def arguments() -> argparse.Namespace:
     add("--published", action="store_true", help="also the article with its float64 zeros")
     add("--seconds", type=float, help="for the whole run, roughly; default: 270 for each cell")
     add("--quick", action="store_true", help="five rows, few rounds")
+    add("--short", action="store_true", help="three rows, few rounds")
     add("--json", type=Path, metavar="FILE", help="write all figures")
     add("--png", type=Path, metavar="FILE", help="draw the ratios (needs matplotlib)")
     return parser.parse_args()
@@ -56,15 +57,16 @@ def main() -> int:
 
     from xprnn.bench import machine, measure, tables
     from xprnn.bench.problem import GRID
+    from xprnn.bench.short import ROWS as SHORT_ROWS
 
     args = arguments()
-    shapes = args.shape or GRID[: QUICK if args.quick else None]
-    seconds = args.seconds or (40 if args.quick else 270) * len(args.cell)
+    shapes = args.shape or (SHORT_ROWS if args.short else GRID[: QUICK if args.quick else None])
+    seconds = args.seconds or (15 if args.short else 40 if args.quick else 270) * len(args.cell)
     run = measure.new_run(args.order)
     available = len(machine.cores())
     threads = [k for k in args.threads if 1 <= k <= available]
     run["notes"] += [f"{k} threads: left out, {available} core(s) here" for k in args.threads if k not in threads]
-    least, most = (3, 15) if args.quick else (5, 80)
+    least, most = (3, 15) if args.quick or args.short else (5, 80)
     start, failed = time.monotonic(), False
     for k in threads:
         task: dict[str, Any] = measure.TASK | {"threads": k, "cells": args.cell, "shapes": shapes, "peers": args.peers}
@@ -72,6 +74,7 @@ def main() -> int:
         code = measure.collect(task | {"least": least, "most": most}, run, measure.progress)
         failed = failed or code != 0
     run["wall_seconds"] = time.monotonic() - start
+    run["goals"], run["undecided"] = tables.goals(run["rows"]), tables.undecided(run["rows"])
     if run["rows"]:
         print(tables.tables(run))
     if args.json:

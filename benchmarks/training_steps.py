@@ -13,7 +13,7 @@ from xprnn.crew import Crew, keep_memory
 from xprnn.text import Vocabulary, default_text
 from xprnn.train import Schedule, Snapshot, learn
 
-__all__ = ["FIRST", "H", "T", "make"]
+__all__ = ["FIRST", "LOOK", "NORM", "RATE", "H", "Step", "T", "batches", "make"]
 
 KINDS = {"elman": "RNN", "lstm": "LSTM", "gru": "GRU"}
 H, T, RATE, NORM = 256, 64, 2e-3, 1.0
@@ -30,7 +30,7 @@ def batches(n: int) -> tuple[Iterator[tuple[Any, Any]], int]:
     return itertools.cycle(pairs), len(set(text))
 
 
-def make(task: dict[str, Any]) -> tuple[Callable[[], Any], Any]:
+def make(task: dict[str, Any]) -> tuple[Callable[[str], Any], Any]:
     """A call that learns from the next window, and the losses of the first ones."""
     windows, v = batches(task["batch"])
     model = xprnn.Sequential(rnn=getattr(xprnn, KINDS[task["cell"]])(v, H), head=xprnn.Linear(H, v))
@@ -39,7 +39,7 @@ def make(task: dict[str, Any]) -> tuple[Callable[[], Any], Any]:
     losses = [float(step(*next(windows))) for _ in range(FIRST)]
     count = itertools.count(1)
 
-    def call() -> None:
+    def call(_: str) -> None:
         loss = step(*next(windows))
         if next(count) % LOOK == 0:
             float(loss)

@@ -51,10 +51,10 @@ class Player:
             raise RuntimeError(f"a measuring process ended early, code {self.child.wait()}")
         return json.loads(line)
 
-    def turn(self, seconds: float) -> float:
-        """Seconds a call, over about so many seconds."""
+    def turn(self, seconds: float, word: str = "") -> float:
+        """Seconds a call, over about so many seconds; the call receives the word."""
         assert self.child.stdin is not None
-        self.child.stdin.write(f"{seconds}\n")
+        self.child.stdin.write(f"{seconds} {word}\n")
         self.child.stdin.flush()
         return float(self._hear())
 
@@ -65,27 +65,28 @@ class Player:
         self.child.wait()
 
 
-def serve(make: Callable[[dict[str, Any]], tuple[Callable[[], Any], Any]]) -> None:
+def serve(make: Callable[[dict[str, Any]], tuple[Callable[[str], Any], Any]]) -> None:
     """The child: `make(task)` returns the call, and what the parent should hear first."""
     call, said = make(json.loads(sys.argv[sys.argv.index("--play") + 1]))
     print(json.dumps(said), flush=True)
     for line in sys.stdin:
+        wanted, _, word = line.strip().partition(" ")
         start = time.perf_counter()
         while (passed := time.perf_counter() - start) < WARM:
-            call()
+            call(word)
         count, start = 0, time.perf_counter()
-        while not count or passed < float(line):
-            call()
+        while not count or passed < float(wanted):
+            call(word)
             count, passed = count + 1, time.perf_counter() - start
         print(passed / count, flush=True)
 
 
-def rounds(players: dict[str, Player], count: int, seconds: float) -> dict[str, list[float]]:
+def rounds(players: dict[str, Player], count: int, seconds: float, word: str = "") -> dict[str, list[float]]:
     """Seconds a call of each player, one entry a round; who begins changes from round to round."""
     times: dict[str, list[float]] = {name: [] for name in players}
     order = list(players)
     for _ in range(count):
         for name in order:
-            times[name].append(players[name].turn(seconds))
+            times[name].append(players[name].turn(seconds, word))
         order = order[1:] + order[:1]
     return times

@@ -16,6 +16,7 @@ Importing this file imports no array library but NumPy.
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
@@ -44,6 +45,7 @@ class Backend(Enum):
     TORCH = "torch"
     JAX = "jax"  # immutable arrays
     CUPY = "cupy"
+    CUPY_STANDIN = "cupy:standin"  # its rules on NumPy's arrays (standin.py): only where it is asked for by this name
 
     def __str__(self) -> str:
         return self.value
@@ -60,6 +62,8 @@ class Backend(Enum):
 
     def missing(self) -> str:
         """Why this machine cannot run it, or "" when it can."""
+        if self is Backend.CUPY_STANDIN:
+            return "" if shutil.which("g++") else "g++ is not installed"
         module = {"strict": "array_api_strict"}.get(self.library, self.library)
         if importlib.util.find_spec(module) is None:
             return f"{module} is not installed"
@@ -80,6 +84,10 @@ class Backend(Enum):
             case "torch":
                 import array_api_compat.torch as namespace
             case "cupy":
+                if self is Backend.CUPY_STANDIN:
+                    import standin
+
+                    standin.install()
                 import array_api_compat.cupy as namespace
             case "jax":
                 import jax
@@ -134,11 +142,16 @@ class Backend(Enum):
 
         Also a decorator: `xp.guarded()(f)` is f with the guard, to hand to a caller that converts.
         """
-        return _strictest(convert=False) if self.library == "strict" else nullcontext()
+        return self._waiting(allowed=False)
 
     def converting(self) -> AbstractContextManager[None]:
         """Inside: conversions are allowed again, for code whose job is to bring numbers home."""
-        return _strictest(convert=True) if self.library == "strict" else nullcontext()
+        return self._waiting(allowed=True)
+
+    def _waiting(self, *, allowed: bool) -> AbstractContextManager[None]:
+        if self is Backend.CUPY_STANDIN:
+            return __import__("standin").refusing(not allowed)
+        return _strictest(convert=allowed) if self.library == "strict" else nullcontext()
 
     def rtol(self, dtype: Any, condition: float) -> float:
         """The one place for tolerances: rounding errors of `dtype` times the stated condition."""
@@ -175,11 +188,12 @@ class Backend(Enum):
 def choose(names: list[str]) -> list[Backend]:
     """The backends asked for by name; with no name all that this machine can run."""
     if not names:
-        return [backend for backend in Backend if not backend.missing()]
+        return [b for b in Backend if b is not Backend.CUPY_STANDIN and not b.missing()]
     known = {name for backend in Backend for name in (backend.value, backend.library)}
     if unknown := sorted(set(names) - known):
         raise LookupError(f"unknown backend {unknown[0]!r}: expected one of {sorted(known)}")
-    chosen = [b for b in Backend if b.value in names or b.library in names]
+    plain = [b for b in Backend if b is not Backend.CUPY_STANDIN and b.library in names]
+    chosen = [b for b in Backend if b.value in names or b in plain]
     for backend in chosen:
         if reason := backend.missing():
             raise LookupError(f"backend {backend}: {reason}")

@@ -42,6 +42,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", marker)
     try:
         config.stash[CHOSEN] = choose(config.getoption("backend"))
+        if Backend.CUPY_STANDIN in config.stash[CHOSEN]:
+            _ = Backend.CUPY_STANDIN.xp  # from here on `import cupy` finds it
     except LookupError as error:
         raise pytest.UsageError(f"--backend: {error}") from None
 

@@ -8,6 +8,7 @@ that makes it again.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import json
 import random
@@ -19,6 +20,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ import xprnn
 from xprnn import archive, store
 from xprnn.arrays import InputError
 
+KERAS = Path(__file__).parent / "recorded" / "keras_files"
 HEADROOM = 256 << 20  # bytes of address space beyond what the imports took
 NUMBERS = [0, 1, -1, 7, 255, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**64 - 1, 10**30, 10**400, 0.5, 1e308]
 OTHERS = [None, True, "", "F64", "O", "lstm", "tanh", [], {}, [[]], [2**62, 4], [-1, -12], float("nan"), "\0"]
@@ -54,6 +57,9 @@ def good_files(folder: Path) -> dict[str, bytes]:
     (folder / "theirs.safetensors").write_bytes(safetensors.numpy.save(theirs))
     short = _safetensors({"emb.weight": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}}, bytes(12))
     (folder / "short.safetensors").write_bytes(short)
+    if importlib.util.find_spec("h5py"):
+        for name, stem in (("keras.keras", "stacked_cells.keras"), ("keras.h5", "lstm_stack.weights.h5")):
+            (folder / name).write_bytes((KERAS / stem).read_bytes())
     if "torch" in sys.modules:
         import torch
 
@@ -66,6 +72,10 @@ def readers(name: str) -> list[Callable[[Path], Any]]:
     ours = [xprnn.load, xprnn.load_state, store.load_metadata, archive.read_arrays]
     if name.endswith(".pt"):
         return [xprnn.from_torch]
+    if name.endswith(".keras"):
+        return [xprnn.from_keras]
+    if name.endswith(".h5"):
+        return [partial(xprnn.from_keras, config=KERAS / "lstm_stack.json")]
     return [*ours, xprnn.from_torch] if name.endswith(".safetensors") else ours
 
 
@@ -114,10 +124,16 @@ def lying_zip(content: bytes, r: random.Random) -> bytes:
         for name in names:
             data = old.read(name)
             if name == chosen:
-                data = _lying_npy(data, r) if name.endswith(".npy") and r.random() < 0.7 else bent(data, r)
+                data = _lying(name, data, r) if r.random() < 0.7 else bent(data, r)
             kind = zipfile.ZIP_DEFLATED if r.random() < 0.02 else zipfile.ZIP_STORED
             new.writestr(name, data, kind)
     return out.getvalue()
+
+
+def _lying(name: str, data: bytes, r: random.Random) -> bytes:
+    if name.endswith(".json"):
+        return _lying_json(data.decode(), r).encode()
+    return _lying_npy(data, r) if name.endswith(".npy") else bent(data, r)
 
 
 def _lying_npy(data: bytes, r: random.Random) -> bytes:
@@ -166,7 +182,7 @@ def bent(content: bytes, r: random.Random) -> bytes:
 
 def hostile(name: str, content: bytes, r: random.Random) -> bytes:
     """A bad file made from a good one."""
-    if r.random() < 0.6:
+    if r.random() < 0.6 and not name.endswith(".h5"):
         return lying_header(content, r) if name.endswith(".safetensors") else lying_zip(content, r)
     return bent(content, r)
 

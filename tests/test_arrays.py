@@ -7,7 +7,8 @@ import pytest
 from backends import Backend, dtype_name
 
 from xprnn import InputError
-from xprnn.arrays import from_numpy, namespace, resolve, sum_rows_by_id, to_numpy
+from xprnn.arrays import from_numpy, namespace, resolve, to_numpy
+from xprnn.scatter import sum_rows_by_id
 
 
 @pytest.mark.parametrize(
@@ -107,3 +108,13 @@ def test_resolve_names_a_device_that_differs():
 def test_resolve_names_what_is_no_array(value):
     with pytest.raises(InputError, match=rf"^f: b must be an array .*found {type(value).__name__}$"):
         resolve("f", {"a": np.zeros(2), "b": value})
+
+
+@pytest.mark.parametrize("classes", [3, 40, 3000])
+def test_sums_of_long_and_short_runs(xp, rng, classes):
+    """Runs of hundreds, of a few, and rows that are mostly alone."""
+    ids, values = rng.integers(classes, size=700), rng.normal(size=(700, 3))
+    want = np.zeros((classes, 3))
+    np.add.at(want, ids, values)
+    given = xp.asarray(values)
+    xp.assert_close(sum_rows_by_id(namespace(given), xp.asarray(ids), given, classes), want, condition=30)

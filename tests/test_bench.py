@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -69,13 +70,20 @@ def test_without_peers_there_is_no_best_peer():
     assert "best peer," not in text
 
 
-def test_rows_that_fall_short_are_named_with_the_figure():
-    rows = [row(1.0, {"torch": 0.8, "jax": 2.0}), row(1.0, {"torch": 1.0}, which="forward+backward")]
-    (line,) = tables.shortfalls(rows)
-    assert "gru (2, 3, 2, 4) forward" in line
-    assert "0.80" in line
-    assert "torch" in line
-    assert not tables.shortfalls([row(1.0, {"article": 0.5})])
+def test_goals_name_the_row_the_peer_and_the_figure():
+    rows = [row(1.0, {"torch": 0.8, "jax": 2.0}), row(1.0, {"torch": 1.2, "article": 0.1}, which="forward+backward")]
+    rows.append(row(1.0, {"torch": 0.1}, aside=-1))  # disturbed: says nothing
+    assert tables.goals(rows) == [
+        {"what": "gru (2, 3, 2, 4) forward, 1 thread(s), against torch", "value": 0.8, "least": 1.0},
+        {"what": "gru (2, 3, 2, 4) forward+backward, 1 thread(s), against torch", "value": 1.2, "least": 1.0},
+        {
+            "what": "gru, geometric mean of forward+backward, 1 thread(s), against the best peer",
+            "value": pytest.approx(1.2),
+            "least": 1.5,
+        },
+    ]
+    assert not tables.goals([row(1.0, {"article": 0.5})])
+    assert tables.undecided(rows) == ["gru (2, 3, 2, 4) forward, 1 thread(s)"]
 
 
 def test_a_paired_ratio_is_the_median_of_the_rounds_own():
@@ -228,3 +236,23 @@ def test_ctrl_c_ends_it_and_its_measuring_process():
     assert process.returncode == 130
     assert "Traceback" not in err
     assert not out
+
+
+def test_the_report_names_what_falls_short_and_by_how_much(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    everything = importlib.import_module("everything")
+    grid = [{"what": "ahead", "value": 1.2, "least": 1.0}, {"what": "behind", "value": 0.75, "least": 1.0}]
+    more = [{"what": "slow", "value": 62.0, "most": 50.0}, {"what": "broken", "value": float("nan"), "most": 1.0}]
+    parts = {
+        "grid": {"goals": grid, "code": 0, "title": "Grid", "undecided": ["a row"]},
+        "imports": {"goals": more, "code": 3, "title": "Import", "undecided": []},
+    }
+    assert everything.shortfalls(parts) == [
+        "1 of 4 goals are met.",
+        "",
+        "- behind: 0.75, at least 1.0 wanted",
+        "- slow: 62.00, at most 50.0 wanted",
+        "- broken: nan, at most 1.0 wanted",
+        "- a row: not judged, other processes kept the cores busy",
+        "- **Import: ended with code 3**",
+    ]

@@ -50,7 +50,7 @@ def test_a_second_process_finds_the_machine_code_and_a_damaged_one_is_made_again
     how, _, first = in_a_process(XPRNN_CACHE=tmp_path)
     assert "compiled" in how
     code = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")}
-    assert len(code) == 2  # forward and backward
+    assert len(code) == 3  # forward, backward and the products
     assert in_a_process(XPRNN_CACHE=tmp_path)[2] == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")} == code
     for path in code:

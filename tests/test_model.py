@@ -224,3 +224,25 @@ def test_sequential_is_a_frozen_configuration():
     assert from_config(model.config()) == model
     with pytest.raises(AttributeError, match="frozen"):
         model.parts = {}
+
+
+@pytest.mark.parametrize("kind", [xprnn.RNN, xprnn.LSTM, xprnn.GRU])
+@pytest.mark.parametrize("integers", [True, False])
+def test_a_wide_weight_lies_by_class_and_means_the_same(kind, integers):
+    """`init` lays it so that a look-up reads one stretch of memory; torch's order gives the same numbers."""
+    rng = np.random.default_rng(0)
+    layer = kind(90, 4)
+    params = layer.init(rng, like=np.zeros(0))
+    assert params["weight_ih_l0"].shape == layer.shapes()["weight_ih_l0"]
+    assert params["weight_ih_l0"].flags.f_contiguous
+    assert params["weight_hh_l0"].flags.c_contiguous
+    plain = {k: np.ascontiguousarray(a) for k, a in params.items()}
+    x = rng.integers(0, 90, (6, 5)) if integers else rng.standard_normal((6, 5, 90))
+    dy = rng.standard_normal((6, 5, 4))
+    (y, _, tape), (plain_y, _, plain_tape) = layer.forward(params, x), layer.forward(plain, x)
+    np.testing.assert_allclose(y, plain_y, rtol=1e-13, atol=1e-14)
+    grads, plain_grads = layer.backward(tape, dy).dparams, layer.backward(plain_tape, dy).dparams
+    for name in params:
+        np.testing.assert_allclose(grads[name], plain_grads[name], rtol=1e-12, atol=1e-13)
+    for one, two in zip(layer.step(params, x[0]), layer.step(plain, x[0]), strict=True):
+        np.testing.assert_allclose(np.asarray(one), np.asarray(two), rtol=1e-13, atol=1e-14)

@@ -201,3 +201,25 @@ def test_rate_follows_the_schedule_from_step_zero(xp):
         p, state = rule.update(p, {"w": xp.asarray([1.0])}, state)
     assert seen == [0, 1, 2]
     xp.assert_close(p["w"], np.asarray([8.0 - 1.0 - 0.5 - 0.25]), condition=1)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "rmsprop", "adagrad"])
+def test_large_parameters_of_any_layout_are_updated_like_small_ones(name, monkeypatch):
+    """In blocks, and where parameter, gradient and moments lie in different orders."""
+    rng = np.random.default_rng(0)
+    opt = getattr(xprnn, name)(0.1)
+    p, g = (rng.standard_normal((30, 7)) for _ in range(2))
+    layouts = [np.ascontiguousarray, np.asfortranarray, lambda a: np.repeat(a, 2, axis=1)[:, ::2]]
+
+    def steps(kind, other):
+        params, state = {"w": kind(p)}, opt.init({"w": kind(p)})
+        for _ in range(3):
+            params, state = opt.update(params, {"w": other(g)}, state)
+        return params["w"], *(state[m]["w"] for m in opt.moments)
+
+    whole = steps(layouts[0], layouts[0])
+    monkeypatch.setattr("xprnn.optim._BLOCK", 16)
+    for kind in layouts:
+        for other in layouts:
+            for a, b in zip(steps(kind, other), whole, strict=True):
+                np.testing.assert_array_equal(a, b)

@@ -188,6 +188,20 @@ def on_host(xp, tree):
     return tuple(on_host(xp, a) for a in tree) if isinstance(tree, tuple) else xp.to_numpy(tree)
 
 
+def test_a_mask_found_and_a_mask_given_hold_both(xp, rng):
+    x, valid = padded(rng)
+    more = valid & (rng.random((T, N)) < 0.6)
+    assert more.sum() < valid.sum()
+    model = xprnn.Sequential(mask=Masking(), rnn=xprnn.RNN(2, 3))
+    params = xp.asarray({n: rng.normal(size=s) for n, s in model.shapes().items()})
+    given = (rng.random((T, N)) < 0.5) | valid  # what is given allows padding too: both must allow
+    for mask, both in ((more, more), (given, valid)):
+        got = model(params, xp.asarray(x), mask=xp.asarray(mask))
+        plain = {n.removeprefix("rnn."): a for n, a in params.items()}
+        want = model.parts["rnn"](plain, xp.asarray(x), mask=xp.asarray(both))
+        xp.assert_close(got, on_host(xp, want), condition=0)
+
+
 @differences
 def test_gradients_of_a_model_with_a_mask_of_its_own(xp, rng):
     """The mask jumps where x meets the value: x is moved at valid steps only."""

@@ -12,7 +12,7 @@ from xprnn.article import rnn_backward, rnn_cell_backward, rnn_cell_forward, rnn
 from xprnn.cells import Cell
 from xprnn.dense import Embedding, Linear
 from xprnn.gradcheck import GradientError, NotDifferentiableError, check_gradients, check_layer
-from xprnn.interop import from_torch, to_torch
+from xprnn.interop import from_keras, from_onnx, from_torch, to_onnx, to_torch
 from xprnn.kernels import precision
 from xprnn.layers import GRU, LSTM, RNN
 from xprnn.losses import cross_entropy, mse, softmax
@@ -61,6 +61,8 @@ __all__ = [
     "clip_by_global_norm",
     "clip_by_value",
     "cross_entropy",
+    "from_keras",
+    "from_onnx",
     "from_torch",
     "load",
     "load_state",
@@ -75,5 +77,6 @@ __all__ = [
     "save_state",
     "sgd",
     "softmax",
+    "to_onnx",
     "to_torch",
 ]

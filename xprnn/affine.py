@@ -4,7 +4,8 @@ Integer x of shape (T, N) stands for one-hot vectors: x W' is then a look-up of 
 scatter-add, and no one-hot matrix exists.
 """
 
-from xprnn.arrays import Array, Namespace, as_index, device_of, is_integer, sum_rows_by_id
+from xprnn.arrays import Array, Namespace, as_index, device_of, is_integer
+from xprnn.scatter import sum_rows_by_id
 
 __all__ = ["affine", "affine_back", "flat"]
 

@@ -11,7 +11,6 @@ import io
 import json
 import math
 import os
-import secrets
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -68,7 +67,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         InputError: the place cannot be written.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    beside = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
         with beside.open("xb") as file:
             file.write(content)
@@ -86,6 +85,15 @@ def read_header(path: str | Path) -> dict[str, Any]:
     """Return the JSON header of a file of ours: "model" and "metadata" for what `save` wrote."""
     with opened(path) as file:
         return file.header
+
+
+def is_ours(path: str | Path) -> bool:
+    """Whether a `.safetensors` file says that xprnn wrote it; False for one that cannot be read."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return FORMAT in (file.metadata() or {})
+    except (OSError, ValueError, safetensors.SafetensorError):
+        return False
 
 
 def read_arrays(path: str | Path) -> tuple[Params, dict[str, Any]]:

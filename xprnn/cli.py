@@ -1,4 +1,4 @@
-"""The command line: `python -m xprnn train | sample | info | bench`.
+"""The command line: `python -m xprnn train | sample | convert | info | run | bench`.
 
 A command is a row of `COMMANDS`: its help, examples, the function that declares its arguments, and the one that runs
 it and returns the exit code. Whatever it needs beyond the standard library it imports when it runs. An `InputError`
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .arrays import InputError
+from .convert.arguments import ROWS
 
 
 class _Parser(argparse.ArgumentParser):
@@ -76,7 +77,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--window", type=_count, metavar="T", help="steps a gradient reaches back (default: 64)")
     add("--learning-rate", type=_positive, metavar="A", help="Adam's, at its highest (default: 1/H, at most 0.004)")
     add("--seed", type=_natural, help="of the first parameters and of the final sample (default: 0)")
-    add("--threads", type=_count, help="that share a step, each with some of the streams (default: 1)")
+    add("--threads", type=_count, help="that share a step (default: one a core, and for 8 streams or more)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=_count, help="windows to learn from (default: 7000)")
     length.add_argument("--epochs", type=_positive, help="times to read the text")
@@ -92,10 +93,6 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=_count, metavar="K", help="draw among the K likeliest characters only")
     add("--seed", type=_natural, default=0, help="of the draws (default: 0)")
     add("--backend", choices=("auto", "numpy", "cupy"), default="numpy", help="array library (default: numpy)")
-
-
-def _info_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="DIR", help="the DIR of a run, or a model file")
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -161,22 +158,6 @@ def _sample(args: argparse.Namespace) -> int:
     return 0
 
 
-def _info(args: argparse.Namespace) -> int:
-    from .store import load, load_metadata
-
-    path = _model_file(args.file)
-    metadata = load_metadata(path)
-    model, params = load(path)
-    print(f"{path}: {sum(int(p.size) for p in params.values()):,} parameters")
-    for name, part in (model.config().get("parts") or {"model": model.config()}).items():
-        print(f"  {name}: {part}")
-    for name, array in params.items():
-        print(f"  {name:24} {tuple(array.shape)!s:16} {array.dtype}")
-    for name, value in metadata.items():
-        print(f"  {name} = {value!r}" if not isinstance(value, str) else f"  {name} = {value[:200]!r}")
-    return 0
-
-
 def _bench(args: argparse.Namespace) -> int:
     from .bench.short import bench_command
 
@@ -201,10 +182,6 @@ _SAMPLE_EXAMPLES = """
   python -m xprnn sample book --prompt "Once upon"
   python -m xprnn sample book --temperature 0.4 --length 5000 > more.txt
 """
-_INFO_EXAMPLES = """
-  python -m xprnn info book
-  python -m xprnn info model.npz
-"""
 _BENCH_EXAMPLES = """
   python -m xprnn bench                                    under a minute, beside torch, JAX and ONNX Runtime if there
   python -m xprnn bench --quick --cell lstm
@@ -215,7 +192,7 @@ COMMANDS = {
     "train": ("learn to write from a text, or to restore one", _TRAIN_EXAMPLES, _train_arguments, _train),
     "sample": ("write text with a trained model", _SAMPLE_EXAMPLES, _sample_arguments, _sample),
     "bench": ("say how fast this is here, beside what else is installed", _BENCH_EXAMPLES, _bench_arguments, _bench),
-    "info": ("say what is in a model file", _INFO_EXAMPLES, _info_arguments, _info),
+    **ROWS,
 }
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextvars
 import ctypes
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
@@ -18,9 +19,20 @@ from typing import Any, Self
 from .arrays import Array, Params, is_numpy, namespace
 from .losses import cross_entropy
 
-__all__ = ["Crew", "keep_memory"]
+__all__ = ["Crew", "keep_memory", "suggested"]
 
+_FEWEST = 8  # streams for a thread: a step with fewer reads the weights as often for less
 _KEPT = ((-1, 1 << 30), (-3, 1 << 25))  # M_TRIM_THRESHOLD and, at its highest, M_MMAP_THRESHOLD of <malloc.h>
+
+
+def suggested(batch: int) -> int:
+    """How many threads are likely to pay for this number of streams: one for each core, and for 8 streams or more.
+
+    >>> suggested(1)
+    1
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, batch // _FEWEST))
 
 
 def keep_memory() -> bool:

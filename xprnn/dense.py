@@ -9,10 +9,21 @@ from typing import Any
 import numpy as np
 from numpy.random import Generator
 
-from xprnn.affine import affine, affine_back
-from xprnn.arrays import Array, InputError, Params, check_integers, check_shape, from_numpy, is_integer, resolve
+from xprnn.affine import affine, affine_back, flat
+from xprnn.arrays import (
+    Array,
+    InputError,
+    Params,
+    as_index,
+    check_integers,
+    check_shape,
+    from_numpy,
+    is_integer,
+    resolve,
+)
 from xprnn.checks import check_init, check_param_shapes, check_params, keep_positive, need
 from xprnn.quick import Quick, Streams, embedding_step, linear_step
+from xprnn.scatter import sum_rows_by_id
 from xprnn.stack import Gradients
 
 __all__ = ["Embedding", "Linear"]
@@ -144,8 +155,9 @@ class Embedding(Streams):
         if not is_integer(xp, x):
             raise InputError(f"{where}: x must be integers in 0..{self.num_embeddings - 1}, found {x.dtype}")
         check_integers(where, "x", x, self.num_embeddings)
-        table = xp.permute_dims(params["weight"], (1, 0))
-        return affine(xp, x, table, None), None, (xp, table, x)
+        table = params["weight"]
+        rows = xp.take(table, as_index(xp, xp.reshape(x, (-1,))), axis=0)
+        return xp.reshape(rows, (*x.shape, self.embedding_dim)), None, (xp, table, x)
 
     def backward(self, tape: Any, dy: Array, dstate: None = None) -> Gradients:
         """The adjoint of forward; dx is None."""
@@ -153,8 +165,8 @@ class Embedding(Streams):
         need("Embedding.backward", "dy", dy)
         resolve("Embedding.backward", {"params": table, "dy": dy})
         check_shape("Embedding.backward", "dy", "(the shape of y)", dy, (*x.shape, self.embedding_dim))
-        _, dw, _ = affine_back(xp, dy, x, table)
-        return Gradients(None, None, {"weight": xp.permute_dims(dw, (1, 0))})
+        ids = as_index(xp, xp.reshape(x, (-1,)))
+        return Gradients(None, None, {"weight": sum_rows_by_id(xp, ids, flat(xp, dy), self.num_embeddings)})
 
     def step(self, params: Params, x: Array, state: None = None) -> tuple[Array, None]:
         """One time step: integers (N,) -> (N, D)."""

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.random import Generator
 
-from xprnn.arrays import InputError
+from xprnn.arrays import Array, InputError, is_numpy, namespace
 
-__all__ = ["RECIPES", "draw"]
+__all__ = ["RECIPES", "draw", "laid"]
 
 
 def _orthogonal(rng: Generator, shape: tuple[int, int]) -> Any:
@@ -87,3 +87,13 @@ def _by_gate(fill: Callable[..., Any], rng: Generator, shape: tuple[int, ...], g
     """Each gate's block by itself: orthogonality of the stack of four is not that of any one."""
     block = (shape[0] // gates, shape[1])
     return np.concatenate([fill(rng, block) for _ in range(gates)])
+
+
+def laid(name: str, value: Any, like: Array) -> Any:
+    """NumPy's weight for many classes by class, one after the other: a look-up in torch's order would touch all of it.
+
+    >>> laid("weight_ih_l0", np.zeros((2, 9)), like=np.zeros(0)).strides
+    (8, 16)
+    """
+    wide = name == "weight_ih_l0" and value.shape[1] > value.shape[0]
+    return np.asfortranarray(value) if wide and is_numpy(namespace(like)) else value

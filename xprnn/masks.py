@@ -197,7 +197,7 @@ class Last(OverTime):
             return xp.broadcast_to(count == (0 if reverse else steps - 1), (steps, n))
         none = xp.full_like(count, steps if reverse else -1)
         found = xp.where(active, count, none)
-        return active & (count == (xp.min if reverse else xp.max)(found, axis=0, keepdims=True))
+        return count == (xp.min if reverse else xp.max)(found, axis=0, keepdims=True)
 
     def forward(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Array, None, Any]:
         """y (N, D), None, and the tape."""

@@ -95,8 +95,12 @@ def _in_blocks(
     """The rule, which is elementwise, block by block: what it keeps for a moment then stays in the cache."""
     if not is_numpy(xp) or p.size <= _BLOCK:
         return rule(xp, p, g, old, rate, step)  # type: ignore[no-any-return]
-    flat = [xp.ascontiguousarray(a).reshape(-1) for a in (p, g, *old)]
-    new = [xp.empty(p.shape, dtype=p.dtype) for _ in range(1 + len(old))]
+
+    def turned(a: Any) -> Any:
+        return a.T if p.flags.fnc else a  # a gradient may lie another way than its parameter
+
+    flat = [xp.ascontiguousarray(turned(a)).reshape(-1) for a in (p, g, *old)]
+    new = [xp.empty(turned(p).shape, dtype=p.dtype) for _ in range(1 + len(old))]
     rows = [a.reshape(-1) for a in new]
     for start in range(0, p.size, _BLOCK):
         cut = slice(start, start + _BLOCK)
@@ -104,7 +108,7 @@ def _in_blocks(
         first, more = rule(xp, some, grad, tuple(before), rate, step)
         for row, value in zip(rows, (first, *more), strict=True):
             row[cut] = value
-    return new[0], tuple(new[1:])
+    return turned(new[0]), tuple(turned(a) for a in new[1:])
 
 
 def _check_keys(where: str, params: Params, grads: Params) -> None:

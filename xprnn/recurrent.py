@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.random import Generator
 
+from xprnn import explain as explaining
 from xprnn import stack
 from xprnn.arrays import Array, InputError, Params, from_numpy
 from xprnn.cells import Cell
 from xprnn.checks import check_init, flag, fraction, keep_positive, positive
 from xprnn.forms import cell_form
-from xprnn.initial import draw
+from xprnn.initial import draw, laid
 from xprnn.quick import Streams, recurrent_step, recurrent_walk
 from xprnn.stack import Gradients, StackTape
 
@@ -62,6 +63,7 @@ class Recurrent(Streams):
     reverse: bool = field(default=False, kw_only=True)
     learned_state: bool = field(default=False, kw_only=True)
     cell: Cell | None = field(default=None, kw_only=True)
+    explain = explaining.explain  # a method: its first argument is the layer
 
     def __post_init__(self) -> None:
         where = type(self).__name__
@@ -168,10 +170,8 @@ class Recurrent(Streams):
         check_init(where, rng, like)
         if forget_bias is not None and (self.core.name != "lstm" or not self.bias):
             raise InputError(f"{where}: forget_bias needs an LSTM with biases")
-        return {
-            name: from_numpy(self._draw(rng, name, scheme, spectral_radius, forget_bias), like)
-            for name in self.shapes()
-        }
+        every = (scheme, spectral_radius, forget_bias)
+        return {name: from_numpy(laid(name, self._draw(rng, name, *every), like), like) for name in self.shapes()}
 
     def _draw(self, rng: Generator, name: str, scheme: str, radius: float | None, forget_bias: float | None) -> Any:
         shape = self.shapes()[name]

@@ -29,7 +29,7 @@ from . import store
 from .archive import write_atomically
 from .around import reads_ahead
 from .arrays import Array, InputError, from_numpy, namespace, to_numpy
-from .crew import keep_memory
+from .crew import keep_memory, suggested
 from .plots import can_plot
 from .report import picture, report
 from .text import Corpus, Ids, Streams, streams
@@ -42,7 +42,8 @@ _MEASUREMENTS = 20
 
 @dataclass(frozen=True)
 class Options:
-    """What decides a run; kept in its checkpoint. A learning rate of 0 stands for 1/H, at most 0.004."""
+    """What decides a run; kept in its checkpoint. A learning rate of 0 stands for 1/H, at most 0.004; 0 threads
+    for as many as `crew.suggested`, which a resumed run keeps."""
 
     file: str | None = None
     backend: str = "auto"
@@ -54,7 +55,7 @@ class Options:
     window: int = 64
     learning_rate: float = 0.0
     seed: int = 0
-    threads: int = 1
+    threads: int = 0
     steps: int = 7000
     minutes: float | None = None
 
@@ -160,6 +161,7 @@ def _fresh(given: dict[str, Any]) -> tuple[_Run, bool]:
     text = Corpus.read(given.get("file"))
     known = {f.name for f in fields(Options)}
     options = _length(Options(**{k: v for k, v in given.items() if k in known}), given, text)
+    options = replace(options, threads=options.threads or suggested(options.batch))
     array = backend_array(options.backend)
     model = build(options.cell, len(text.vocabulary), options.hidden, options.layers, options.bidirectional)
     _check_memory(model)
@@ -248,7 +250,7 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _watch(run: _Run) -> int:
-    o, text = run.options, run.text
+    o, text, plots = run.options, run.text, can_plot()  # a slow import: not after the first line
     total = len(text.train) + len(text.held_out)
     size = sum(math.prod(shape) for shape in run.model.shapes().values())
     library = namespace(run.like).__name__.rpartition(".")[2]
@@ -259,7 +261,7 @@ def _watch(run: _Run) -> int:
     )
     if o.bidirectional:
         print("task   to restore each character from all before it and, within a window, all after it")
-    if not can_plot():
+    if not plots:
         print('no curve.png will be drawn: it needs matplotlib: pip install "xprnn[plot]"')
     sys.stdout.flush()
     start, seconds = run.now.step * o.batch * o.window, run.now.seconds

@@ -11,10 +11,11 @@ __all__ = [
     "best_peer",
     "disturbed",
     "geometric_means",
+    "goals",
     "groups",
-    "shortfalls",
     "streams_table",
     "tables",
+    "undecided",
 ]
 
 Row = dict[str, Any]
@@ -127,18 +128,29 @@ def means_line(rows: list[Row]) -> list[str]:
     return lines
 
 
-def shortfalls(rows: list[Row]) -> list[str]:
-    """A line for each undisturbed row in which a framework is faster: by how much, and which."""
-    lines = []
+MEANS = {"elman": 1.5, "lstm": 1.15, "gru": 1.5}  # forward+backward, over the best peer
+
+
+def goals(rows: list[Row]) -> list[dict[str, Any]]:
+    """Every undisturbed row against the best peer, and the geometric means of forward+backward."""
+    out: list[dict[str, Any]] = []
     for row in rows:
-        ratio = best_peer(row)
-        if disturbed(row) or not ratio < 1:
+        ratio, peers = best_peer(row), row["times_faster"]["core"]
+        if disturbed(row) or math.isnan(ratio):
             continue
-        ratios = {k: v for k, v in row["times_faster"]["core"].items() if not k.startswith("article")}
-        who = TITLES[min(ratios, key=lambda k: ratios[k])]
-        what = f"{row['cell']} {tuple(row['shape'])} {row['pass']}, {row['threads']} thread(s)"
-        lines.append(f"- {what}: {ratio:.2f} × {who} (takes {100 / ratio - 100:.0f}% longer)")
-    return lines
+        who = next(TITLES[k] for k, v in peers.items() if v == ratio and not k.startswith("article"))
+        what = f"{row['cell']} {tuple(row['shape'])} {row['pass']}, {row['threads']} thread(s), against {who}"
+        out.append({"what": what, "value": ratio, "least": 1.0})
+    for (cell, threads, which), means in geometric_means(rows).items():
+        if which != "forward" and "best peer" in means:
+            what = f"{cell}, geometric mean of {which}, {threads} thread(s), against the best peer"
+            out.append({"what": what, "value": means["best peer"], "least": MEANS[cell]})
+    return out
+
+
+def undecided(rows: list[Row]) -> list[str]:
+    """The disturbed rows: they say nothing either way."""
+    return [f"{r['cell']} {tuple(r['shape'])} {r['pass']}, {r['threads']} thread(s)" for r in rows if disturbed(r)]
 
 
 def described(run: dict[str, Any]) -> list[str]:

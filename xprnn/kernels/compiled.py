@@ -1,31 +1,30 @@
 """The scan with its time loop compiled by numba: what is prepared before the loop, and what is done after it.
 
-One matrix product before the loop and those of the weight gradients after it stay NumPy's; between them source.py's
-kernel walks all steps without coming back to Python.
+Between them source.py's kernel walks all steps, products with the weights and all gradients included, without coming
+back to Python. The rows of a batch are independent of each other: with several threads each walks some of them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from xprnn.affine import affine_back, flat
+from xprnn.affine import affine_back
 from xprnn.arrays import Array, Params
 from xprnn.cells import Cell
 from xprnn.kernels import library
 from xprnn.kernels.ragged import Rows
 from xprnn.kernels.source import Sources, sources_of
-from xprnn.kernels.table import Kept, address, call, common_entries, packed_panels, room_for
-from xprnn.kernels.walk import look_up
+from xprnn.kernels.table import Kept, Table, address, call, inputs, padded, room_for
+from xprnn.kernels.threads import Part, each, parts
 from xprnn.tape import State, Steps, Tape
 
 __all__ = ["NAME", "find", "why_not"]
 
 NAME = "compiled by numba"
-_Made = tuple[Kept, dict[str, int]]
-_BLOCK_BYTES = 1 << 22  # of the projection
-_BLOCK_ROWS = 1024  # at least: a product of fewer rows is slow
+_BLOCK_BYTES = 1 << 20  # of a block's projection, which should stay in the second-level cache
+_BLOCK_ROWS = 256  # of a block whose weights' gradients are added up at once
 
 
 def find(cell: Cell, params: Params) -> Callable[..., Any] | None:
@@ -52,7 +51,8 @@ def why_not(cell: Cell, params: Params) -> str:
     sources = sources_of(cell, _bits(params))
     if sources is None:
         return "gates act before their product" if cell.early else "its cell can't be printed as scalar code"
-    return "" if library.works(sources.forward) else "numba can't compile its cell"
+    works = library.works(sources.forward) and library.works_gemm(_bits(params) // 8)
+    return "" if works else "numba can't compile its cell"
 
 
 # --- forward
@@ -92,102 +92,73 @@ def _forward(
     return y, final, tape
 
 
-def _prepare(sources: Sources, cell: Cell, params: Params, x: Array, rows: Rows, reverse: bool, keep: bool) -> _Made:
-    """All arrays with a step axis, of one step where no tape is kept; the projection done."""
+def _prepare(
+    sources: Sources, cell: Cell, params: Params, x: Array, rows: Rows, reverse: bool, keep: bool
+) -> tuple[Kept, Table]:
+    """All arrays with a step axis, of one step where no tape is kept."""
     u = params["weight_hh"]
-    (count, n), hidden = x.shape[:2], u.shape[0] // cell.gates
-    length = count if keep else 1
-    step = n * hidden * u.itemsize
-    table = {"v0": n * hidden if keep else 0}
+    (count, n), hidden, item = x.shape[:2], u.shape[0] // cell.gates, u.itemsize
+    length, row = count if keep else 1, hidden * item
+    table = Table({"keep": int(keep), "v0": n * hidden if keep else 0})
     before, after = [], []
     for k in range(len(cell.states)):
-        # With the state before the first step in line, the recurrent weight's gradient is one product.
+        # The state before the first step in line: those before all steps are a view.
         memory = np.empty(((count if k == 0 else length) + 1, n, hidden), u.dtype)
         before.append(memory[1:] if reverse else memory[:-1])
         after.append(memory[:-1] if reverse else memory[1:])
         at = address(memory)
-        table |= {f"M{k}": at + (0 if reverse else step), f"S{k}": at + (step if reverse else 0)}
-        table[f"m{k}"] = n * hidden if keep or k == 0 else 0
+        table.point(f"M{k}", at + (0 if reverse else n * row), row)
+        table.point(f"S{k}", at + (n * row if reverse else 0), row)
+        table.entries[f"m{k}"] = n * hidden if keep or k == 0 else 0
     if rows.reset is not None:
         before = [np.empty((length, n, hidden), u.dtype) for _ in before]
-        table |= {f"S{k}": address(a) for k, a in enumerate(before)}
+        for k, a in enumerate(before):
+            table.point(f"S{k}", address(a), row)
     spare = {slot: np.empty((length, n, hidden), u.dtype) for slot in sources.slots if slot[0] == "V"}
-    table |= {slot: address(a) for slot, a in spare.items()}
-    if x.dtype.kind in "iu":
-        gates = look_up(params["weight_ih"], x.reshape(x.size)).reshape(count, n, u.shape[0])
-    elif cell.gates == sources.added == 1 and sources.slots in ((), ("M0",)):
-        gates = after[0]  # an Elman layer's projection is written where its states will be
-    else:
-        gates = np.empty((count if keep else min(count, _block(x, u)), n, u.shape[0]), u.dtype)
-    table["X"] = address(gates)
-    return Kept(sources, rows, x, gates, spare, tuple(before), tuple(after)), table
-
-
-def _block(x: Array, u: Array) -> int:
-    """How many steps are projected at a time: so few that the kernel finds them in the cache."""
-    count, n = int(x.shape[0]), max(1, int(x.shape[1]))
-    at_once = max(_BLOCK_BYTES // (n * u.shape[0] * u.itemsize), -(-_BLOCK_ROWS // n))
-    return count if x.dtype.kind in "iu" else int(at_once)
+    for slot, a in spare.items():
+        table.point(slot, address(a), row)
+    gates = None
+    if keep and any(slot[0] == "X" for slot in sources.slots):
+        gates = np.empty((count, n, u.shape[0]), u.dtype)
+        table.point("G", address(gates), u.shape[0] * item)
+    return Kept(sources, rows, inputs(table, params, x), gates, spare, tuple(before), tuple(after)), table
 
 
 def _run(
-    kept: Kept, table: dict[str, int], cell: Cell, params: Params, ends: tuple[State, State], reverse: bool, keep: bool
+    kept: Kept, table: Table, cell: Cell, params: Params, ends: tuple[State, State], reverse: bool, keep: bool
 ) -> tuple[Array, ...]:
     """The time loop: fills what is kept and returns the states after the last step."""
     u, rows, (initial, home) = params["weight_hh"], kept.rows, ends
-    (count, n), width = kept.x.shape[:2], u.shape[0]
-    hidden = width // cell.gates
-    common, alive = common_entries(rows, (count, n, hidden, width))
-    packed, padded = packed_panels(u.T)
-    sizes = {"B": n * padded, "K": width, "L": width} | {f"C{k}": n * hidden for k in range(len(initial))}
-    room, addresses = room_for(u.dtype, sizes)
+    (count, n), (width, hidden), item = kept.x.shape[:2], u.shape, u.itemsize
     cut = kept.sources.added * hidden
-    _biases(params, cut, room)
-    running = tuple(room[f"C{k}"].reshape(n, hidden) for k in range(len(initial)))
-    for k, (c, s) in enumerate(zip(running, initial, strict=True)):
-        c[...] = s
-        if keep and rows.reset is None and count:
+    y = padded(cut, item)
+    z = y + padded(width - cut, item)
+    table.given(rows, (count, n, hidden, width))
+    running = tuple(np.array(s, u.dtype, order="C") for s in initial)
+    if keep and rows.reset is None and count:
+        for k, s in enumerate(running):
             kept.before[k][-1 if reverse else 0] = s
-    vectors = [np.ascontiguousarray(params[name]) for name in cell.vectors]
-    homes = [np.ascontiguousarray(s) for s in home] if rows.reset is not None else []
-    here = {f"p{k}": address(a) for k, a in enumerate(vectors)} | {f"E{k}": address(a) for k, a in enumerate(homes)}
-    here |= {"turned": int(reverse), "blank": int(not keep), "U": address(packed), "Z": padded}
-    _run_blocks(kept, params["weight_ih"], table | common | addresses | here)
-    del alive  # until here the kernel needed it
+    table.entries |= {"turned": int(reverse), "cut": cut, "Y": y, "Z": z, "go": library.gemm(item).address}
+    table.read("WH", u)
+    for name, key in (("BI", "bias_ih"), ("BH", "bias_hh")):
+        table.read(name, params[key] if key in params else np.zeros(width, u.dtype))
+    for k, name in enumerate(cell.vectors):
+        table.read(f"p{k}", params[name])
+    for k, (s, e) in enumerate(zip(running, home, strict=True)):
+        table.point(f"C{k}", address(s), hidden * item)
+        if rows.reset is not None:
+            table.read(f"E{k}", e, hidden * item)
+    d = table.entries["D"]
+
+    def walk(part: Part) -> None:
+        block = max(1, min(count, _BLOCK_BYTES // max(1, part.rows * z * item)))
+        sizes = {"Q": d * z, "U": hidden * z, "P": block * part.rows * z, "B": part.rows * (z - y)}
+        sizes |= {"K": z, "L": z - y, "O": 0} | ({} if kept.gates is not None else {"G": width})
+        _room, here = room_for(u.dtype, sizes)
+        call(kept.sources.forward, kept.sources.forward_table, table.of(part) | here | {"J": block})
+
+    each(walk, parts(rows, count, n, (hidden + d) * width))
     return running
-
-
-def _run_blocks(kept: Kept, w: Array, table: Mapping[str, int]) -> None:
-    """Project some steps, walk them, and go on with the next ones."""
-    (count, n), gates, item = kept.x.shape[:2], kept.gates, w.itemsize
-    size, whole = max(1, _block(kept.x, w)), gates.shape[0] == count
-    starts = range(0, count, size)
-    for t0 in reversed(starts) if table["turned"] else starts:
-        t1 = min(t0 + size, count)
-        if kept.x.dtype.kind not in "iu":
-            to = gates[t0:t1] if whole else gates[: t1 - t0]
-            np.dot(flat(np, kept.x[t0:t1]), w.T, out=flat(np, to))
-        moved = {"T": t1 - t0, "X": table["X"] + (t0 * n * w.shape[0] * item if whole else 0)}
-        if t0:
-            for name, at in table.items():
-                if name[0] == "M":
-                    moved[name] = at + t0 * table["m" + name[1:]] * item
-                elif name[0] in "SV":
-                    moved[name] = at + t0 * table["v0"] * item
-            for name, step in (("counts", 8), ("active", n), ("reset", n)):
-                moved[name] = table.get(name, 0) + t0 * step
-        call(kept.sources.forward, kept.sources.forward_table, {**table, **moved})
-
-
-def _biases(params: Params, cut: int, room: Mapping[str, Array]) -> None:
-    """b_ih, plus b_hh up to `cut`, into K; the rest of b_hh into L."""
-    first, second = room["K"], room["L"]
-    first[...] = params.get("bias_ih", 0)
-    b_hh = params.get("bias_hh")
-    if b_hh is not None:
-        np.add(first[:cut], b_hh[:cut], first[:cut])
-    if cut < second.size:
-        second[cut:] = 0 if b_hh is None else b_hh[cut:]
 
 
 # --- and its adjoint
@@ -198,64 +169,121 @@ def backward(
 ) -> tuple[Array | None, State, Sequence[Array | None], Params]:
     """See xprnn.scan.backward."""
     kept: Kept = tape.saved
-    params, rows, cell, x = tape.params, kept.rows, tape.cell, kept.x
+    params, rows = tape.params, kept.rows
     injected = [None if d is None else rows.sort(d, 1) for d in dstates] or [None] * len(dstate)
     if dy is not None:
         dy = rows.sort(dy, 1)
         dy = dy if rows.active is None else np.where(rows.active[..., None], dy, 0)
         injected[0] = dy if injected[0] is None else injected[0] + dy
-    make = np.empty if rows.active is None else np.zeros  # a row that sits a step out sends nothing back
-    dxg = make(kept.gates.shape, kept.gates.dtype)
-    dhg = dxg if kept.sources.same else make(dxg.shape, dxg.dtype)
-    ds, dhome, dp = _run_back(tape, [None if d is None else rows.sort(d, 0) for d in dstate], injected, (dxg, dhg))
-    flat_x, flat_h = flat(np, dxg), flat(np, dhg)
-    if x.dtype.kind in "iu":
-        dx, dw, _ = affine_back(np, dxg, x, params["weight_ih"])
-    else:
-        dx = rows.unsort(np.dot(flat_x, params["weight_ih"]).reshape(x.shape), 1)
-        dw = np.dot(flat_x.T, flat(np, x))
-    grads = {"weight_ih": dw, "weight_hh": np.dot(flat_h.T, flat(np, kept.before[0]))}
-    if "bias_ih" in params:
-        db = np.add.reduce(flat_x, axis=0)
-        grads |= {"bias_ih": db, "bias_hh": db.copy() if dhg is dxg else np.add.reduce(flat_h, axis=0)}
-    grads |= dict(zip(cell.vectors, dp, strict=True))
+    dx, ds, dhome, grads = _run_back(tape, [None if d is None else rows.sort(d, 0) for d in dstate], injected)
+    dx = None if dx is None else rows.unsort(dx, 1)
     home = [None if d is None else rows.unsort(d, 0) for d in dhome]
     return dx, tuple(rows.unsort(d, 0) for d in ds), home, {name: grads[name] for name in params}
 
 
 def _run_back(
-    tape: Tape, dstate: Sequence[Array | None], injected: Sequence[Array | None], sent: tuple[Array, Array]
-) -> tuple[list[Array], list[Array | None], list[Array]]:
-    """The time loop, in reverse order: the adjoints of the first states, of the home states, of the vectors."""
+    tape: Tape, dstate: Sequence[Array | None], injected: Sequence[Array | None]
+) -> tuple[Array | None, list[Array], list[Array | None], Params]:
+    """The time loop, in reverse order: the adjoints of x, first states, home states, parameters."""
+    kept, params, u = tape.saved, tape.params, tape.params["weight_hh"]
+    (count, n), (width, hidden), item = kept.x.shape[:2], u.shape, u.itemsize
+    table = Table({"turned": int(tape.reverse), "go": library.gemm(item).address})
+    table.given(kept.rows, (count, n, hidden, width))
+    room = _adjoints(table, tape, dstate, injected)
+    dx, dgates = _dx(table, tape)
+    d = table.entries["D"]
+    # The rows of the gradients are summed over all steps and rows, or, where there are none, are zero.
+    make = np.empty if count else np.zeros
+    wide = padded(hidden, item)
+    edge = 2 * library.tile_rows() * library.lanes(item)
+
+    def walk(part: Part) -> tuple[Array, ...]:
+        block = max(1, min(count, -(-_BLOCK_ROWS // max(1, part.rows))))
+        rows = block * part.rows
+        sums = make((width, d), u.dtype), make((width, hidden), u.dtype), np.zeros((2, width), u.dtype)
+        sizes = {"B": part.rows * wide, "O": edge + max(d, wide, edge), "Q": width * padded(d, item), "U": width * wide}
+        sizes |= {"LA": (width + edge) * rows, "LB": rows * max(padded(d, item), wide)}
+        sizes |= dict.fromkeys(("X", "Y")[: (2 - kept.sources.same) * (d > 0)], rows * width)
+        own, here = room_for(u.dtype, sizes)
+        own["B"].fill(0)
+        own["O"].fill(0)
+        here |= {"GI": address(sums[0]), "GU": address(sums[1]), "SI": address(sums[2]), "J": block, "Hz": wide}
+        here |= {"SH": here["SI"] + width * item, "room": rows, "zeros": edge}
+        call(kept.sources.backward, kept.sources.backward_table, table.of(part) | here)
+        room["D0"][part.first : part.first + part.rows] += own["B"].reshape(part.rows, wide)[:, :hidden]
+        return sums
+
+    dw, du, (db_ih, db_hh) = _total(each(walk, parts(kept.rows, count, n, (hidden + d) * width)))
+    if dgates is not None:
+        dw = affine_back(np, dgates, kept.x, params["weight_ih"])[1]
+    grads = {"weight_ih": dw, "weight_hh": du, "bias_ih": db_ih}
+    grads["bias_hh"] = db_ih.copy() if kept.sources.same else db_hh
+    grads |= {name: np.add.reduce(room[f"P{k}"], axis=0) for k, name in enumerate(tape.cell.vectors)}
+    states = range(len(dstate))
+    home: list[Array | None] = [None if kept.rows.reset is None else room[f"E{k}"] for k in states]
+    return dx, [room[f"D{k}"] for k in states], home, grads
+
+
+def _adjoints(
+    table: Table, tape: Tape, dstate: Sequence[Array | None], injected: Sequence[Array | None]
+) -> dict[str, Array]:
+    """Into the table, the adjoints of the states, given and running; returns the running ones, (N, H) each."""
     kept: Kept = tape.saved
-    (count, n, width), cell, dtype = sent[0].shape, tape.cell, sent[0].dtype
-    hidden, (packed, padded) = width // cell.gates, packed_panels(tape.params["weight_hh"])
-    common, alive = common_entries(kept.rows, (count, n, hidden, width))
-    states, vectors = range(len(dstate)), range(len(cell.vectors))
+    n, hidden, dtype = table.entries["N"], table.entries["H"], tape.params["weight_hh"].dtype
+    row, states, vectors = hidden * dtype.itemsize, range(len(dstate)), range(len(tape.cell.vectors))
     names = [*(f"D{k}" for k in states), *(f"E{k}" for k in states), *(f"P{k}" for k in vectors)]
-    room, here = room_for(dtype, {"nothing": hidden, "B": n * padded} | dict.fromkeys(names, n * hidden))
+    room, here = room_for(dtype, {"nothing": hidden} | dict.fromkeys(names, n * hidden))
     for name, a in room.items():
         if name[0] != "D":
             a.fill(0)
-    for k, d in enumerate(dstate):
-        room[f"D{k}"].reshape(n, hidden)[...] = 0 if d is None else d
-    p = [np.ascontiguousarray(tape.params[name]) for name in cell.vectors]
-    here |= {"X": address(sent[0]), "U": address(packed), "Z": padded, "R": here["D0"], "G": address(kept.gates)}
-    here |= {f"p{k}": address(a) for k, a in enumerate(p)} | {"turned": int(tape.reverse)}
-    here["Y"] = here["X"] if sent[1] is sent[0] else address(sent[1])
-    here |= {slot: address(a) for slot, a in kept.spare.items()}
-    for k, d in enumerate(injected):
-        here |= {f"M{k}": address(kept.after[k]), f"S{k}": address(kept.before[k])}
-        here[f"I{k}"] = here["nothing"]
-        if d is not None:
-            alive.append(_in_rows(d, dtype))
-            steps, rows = (stride // dtype.itemsize for stride in alive[-1].strides[:2])
-            here |= {f"I{k}": address(alive[-1]), f"a{k}": steps, f"b{k}": rows}
-    call(kept.sources.backward, kept.sources.backward_table, common | here)
-    shaped = {name: room[name].reshape(n, hidden) for name in names}
-    shaped["D0"] += room["B"].reshape(n, padded)[:, :hidden]
-    home: list[Array | None] = [None if kept.rows.reset is None else shaped[f"E{k}"] for k in states]
-    return [shaped[f"D{k}"] for k in states], home, [np.add.reduce(shaped[f"P{k}"], axis=0) for k in vectors]
+    room |= {name: room[name].reshape(n, hidden) for name in names}
+    for name in names:
+        table.point("R0" if name == "D0" else name, here[name], row)
+    for k, (d, sent) in enumerate(zip(dstate, injected, strict=True)):
+        room[f"D{k}"][...] = 0 if d is None else d
+        table.point(f"M{k}", address(kept.after[k]), row)
+        table.point(f"S{k}", address(kept.before[k]), row)
+        if sent is None:
+            table.read(f"I{k}", room["nothing"])
+        else:
+            there = _in_rows(sent, dtype)
+            a, b = there.strides[:2]
+            table.keep(there)
+            table.point(f"I{k}", address(there), b)
+            table.entries |= {f"a{k}": a // dtype.itemsize, f"b{k}": b // dtype.itemsize}
+    for slot, a in kept.spare.items():
+        table.point(slot, address(a), row)
+    if kept.gates is not None:
+        table.point("G", address(kept.gates), tape.cell.gates * row)
+    for k, name in enumerate(tape.cell.vectors):
+        table.read(f"p{k}", tape.params[name])
+    return room
+
+
+def _dx(table: Table, tape: Tape) -> tuple[Array | None, Array | None]:
+    """Into the table, x, the weights and where dx goes; for integers, where the gates' adjoints go instead."""
+    kept, params = tape.saved, tape.params
+    x, u = kept.x, params["weight_hh"]
+    table.read("WH", u)
+    if x.dtype.kind not in "iu":
+        inputs(table, params, x)
+        dx = np.empty(x.shape, u.dtype)
+        table.point("DX", address(dx), x.shape[2] * u.itemsize)
+        return dx, None
+    table.entries["D"] = 0
+    dgates = [np.empty((*x.shape, u.shape[0]), u.dtype) for _ in range(2 - kept.sources.same)]
+    for name, a in zip("XY", dgates, strict=False):
+        table.keep(a)
+        table.point(name, address(a), u.shape[0] * u.itemsize)
+    return None, dgates[0]
+
+
+def _total(sums: list[tuple[Array, ...]]) -> tuple[Array, ...]:
+    """The parts' sums, added up in their order."""
+    for one in sums[1:]:
+        for total, more in zip(sums[0], one, strict=True):
+            np.add(total, more, total)
+    return sums[0]
 
 
 def _in_rows(d: Array, dtype: Any) -> Array:

@@ -1,9 +1,6 @@
-"""What the compiled loops are made of: memory by address, the recurrent product, and functions LLVM can vectorise.
+"""What the compiled loops are made of: memory by address, calls by address, and functions LLVM can vectorise.
 
 Imported only when a kernel is about to run, because it imports numba.
-
-The product is written here, and not left to a BLAS, because its right side is the same for all steps: it is cut into
-panels once, where a BLAS would do so in every call. Of a step of 32 to 128 rows that makes half as much again.
 
 Loads and stores name a scope, a small number: two accesses of different scopes never touch the same memory. Without
 that promise a loop over twenty arrays would need a hundred overlap tests and stay scalar.
@@ -18,7 +15,6 @@ import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 SCOPES, ANY = 64, 64
@@ -75,48 +71,29 @@ def _shift(typing: Any, pointer: Any, index: Any) -> Any:
     return pointer(pointer, types.int64), generate
 
 
-shift = intrinsic(_shift)
-load, store = intrinsic(prefer_literal=True)(_load), intrinsic(prefer_literal=True)(_store)
+def _spot(typing: Any, pointer: Any, index: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ptrtoint(builder.gep(args[0], [args[1]]), ir.IntType(64))
+
+    return types.int64(pointer, types.int64), generate
 
 
-def _tile(typing: Any, h: Any, inner: Any, panel: Any, out: Any, width: Any, rows: Any, lanes: Any) -> Any:
-    """`rows` rows of out (., width) = h (., inner) panel, two vectors wide: all sums stay in registers."""
+CALLED = 12  # numbers that a function called by address takes
+
+
+def _invoke(typing: Any, where: Any, numbers: Any) -> Any:
+    """Call the function at an address with a tuple of CALLED numbers."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        v, real = lanes.literal_value, context.get_value_type(h.dtype)
-        vector, item = ir.VectorType(real, v), h.dtype.bitwidth // 8
-        nothing, first = ir.Constant(vector, ir.Undefined), ir.Constant(ir.IntType(32), 0)
-        all_first = ir.Constant(ir.VectorType(ir.IntType(32), v), [0] * v)
-        given, stride, weights, to, columns = args[:5]
+        long = ir.IntType(64)
+        function = builder.inttoptr(args[0], ir.FunctionType(long, [long] * CALLED).as_pointer())
+        return builder.call(function, [builder.extract_value(args[1], k) for k in range(CALLED)])
 
-        def at(pointer: Any, index: Any) -> Any:
-            return builder.bitcast(builder.gep(pointer, [index]), vector.as_pointer())
-
-        places = [(r, c) for r in range(rows.literal_value) for c in range(2)]
-        sums = {place: cgutils.alloca_once(builder, vector) for place in places}
-        for place in sums.values():
-            builder.store(ir.Constant(vector, [0.0] * v), place)
-        long = stride.type
-        with cgutils.for_range(builder, stride) as loop:
-            k = builder.mul(loop.index, ir.Constant(long, 2 * v))
-            pair = [builder.load(at(weights, builder.add(k, ir.Constant(long, c * v))), align=item) for c in (0, 1)]
-            for r in range(rows.literal_value):
-                index = builder.add(builder.mul(ir.Constant(long, r), stride), loop.index)
-                one = builder.insert_element(nothing, builder.load(builder.gep(given, [index])), first)
-                one = builder.shuffle_vector(one, nothing, all_first)
-                for c in (0, 1):
-                    term = builder.fmul(one, pair[c], flags=("contract",))
-                    builder.store(builder.fadd(builder.load(sums[r, c]), term, flags=("contract",)), sums[r, c])
-        for (r, c), place in sums.items():
-            index = builder.add(builder.mul(ir.Constant(long, r), columns), ir.Constant(long, c * v))
-            builder.store(builder.load(place), at(to, index), align=item)
-        return context.get_dummy_value()
-
-    integer = types.int64
-    return types.void(h, integer, panel, out, integer, rows, lanes), generate
+    return types.int64(types.int64, types.UniTuple(types.int64, CALLED)), generate
 
 
-tile = intrinsic(prefer_literal=True)(_tile)
+shift, spot, invoke = intrinsic(_shift), intrinsic(_spot), intrinsic(_invoke)
+load, store = intrinsic(prefer_literal=True)(_load), intrinsic(prefer_literal=True)(_store)
 
 
 def _bits(typing: Any, n: Any) -> Any:
@@ -129,34 +106,10 @@ def _bits(typing: Any, n: Any) -> Any:
 
 
 _float_of_bits = intrinsic(_bits)
-_features = llvm.get_host_cpu_features()
-_bytes = 64 if _features.get("avx512f") else (32 if _features.get("avx") else 16)
+features = llvm.get_host_cpu_features()
+_bytes = 64 if features.get("avx512f") else (32 if features.get("avx") else 16)
 LANES32, LANES64 = _bytes // 4, _bytes // 8
-# The sums of a tile's rows, two vectors each, must fit the registers: 32 of them, or 16 on x86 without AVX-512.
-_ROWS = 4 if _features.get("sse2") and not _features.get("avx512f") else 8
 _compile = njit(fastmath={"contract"}, error_model="numpy")
-
-
-def _panels(lanes: int) -> Any:
-    """h (n, inner) U -> out (n, width) for U in panels of 2 lanes columns, each (inner, 2 lanes), side by side."""
-
-    @_compile
-    def panels(h, u, out, n, inner, width):  # type: ignore[no-untyped-def]
-        for p in range(0, width, 2 * lanes):
-            panel, r = shift(u, p * inner), 0
-            while r + _ROWS <= n:
-                tile(shift(h, r * inner), inner, panel, shift(out, r * width + p), width, _ROWS, lanes)
-                r += _ROWS
-            while r + 2 <= n:
-                tile(shift(h, r * inner), inner, panel, shift(out, r * width + p), width, 2, lanes)
-                r += 2
-            if r < n:
-                tile(shift(h, r * inner), inner, panel, shift(out, r * width + p), width, 1, lanes)
-
-    return panels
-
-
-panels32, panels64 = _panels(LANES32), _panels(LANES64)
 
 
 @_compile

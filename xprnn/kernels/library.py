@@ -1,24 +1,23 @@
 """Compiles printed kernels with numba and keeps the machine code in a folder, so that a later process starts at once.
 
 The folder is XPRNN_CACHE, else `xprnn` in XDG_CACHE_HOME or ~/.cache. A kernel's file is named by a hash of its text,
-of lanes.py, rowdot.py and numba's version; next to it numba keeps the machine code for each kind of processor. Where
-the folder can't be written, kernels are compiled afresh in each process.
+of the modules it is built from and of numba's version; next to it numba keeps the machine code for each kind of
+processor. Where the folder can't be written, kernels are compiled afresh in each process.
 """
 
-import hashlib
-import importlib.metadata
 import importlib.util
 import os
 import sys
-import tempfile
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-__all__ = ["available", "compiled", "panel_width", "works"]
+__all__ = ["available", "compiled", "gemm", "lanes", "tile_rows", "works", "works_gemm"]
 
+_PARTS = ("lanes", "rowdot", "tiles", "gemm")  # the modules whose functions kernels are built from
 _TYPE = "void(int64[::1])"
+_GEMM = f"int64({', '.join(['int64'] * 12)})"
 _OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 
 
@@ -46,6 +45,16 @@ def works(source: str, signature: str = _TYPE) -> bool:
     return True
 
 
+@cache
+def works_gemm(item: int) -> bool:
+    """Whether the products for numbers of so many bytes can be compiled; they are, and kept."""
+    try:
+        gemm(item)
+    except Exception:
+        return False
+    return True
+
+
 def folder() -> Path | None:
     """Where kernels are kept; None if it can't be made."""
     chosen, home = os.environ.get("XPRNN_CACHE"), os.environ.get("XDG_CACHE_HOME")
@@ -60,8 +69,10 @@ def folder() -> Path | None:
 @cache
 def _mark() -> bytes:
     """What a kernel depends on beside its own text."""
-    parts = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("lanes", "rowdot"))
-    return parts + importlib.metadata.version("numba").encode()
+    import importlib.metadata  # here, as below, because it takes every process's time that has no numba too
+
+    parts = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in _PARTS]
+    return b"".join(parts) + importlib.metadata.version("numba").encode()
 
 
 @lru_cache(maxsize=1024)
@@ -69,17 +80,20 @@ def compiled(source: str, signature: str = _TYPE) -> Callable[..., Any]:
     """The machine code of a printed kernel: call it with a table of int64, or what its signature says."""
     from numba import njit
 
+    kernel: Callable[..., Any] = _made(source, partial(njit, signature, **_OPTIONS))
+    return kernel
+
+
+def _made(source: str, compiler: Callable[..., Any]) -> Any:
     path = _written(source)
     if path is not None:
         try:
-            kernel: Callable[..., Any] = njit(signature, cache=True, **_OPTIONS)(_imported(path).kernel)
+            return compiler(cache=True)(_imported(path).kernel)
         except Exception:  # a damaged cache may fail in any way, and is only a cache
-            path = None
-    if path is None:
-        scope: dict[str, Any] = {}
-        exec(source, scope)  # printed by source.py, from a finite list of names
-        kernel = njit(signature, **_OPTIONS)(scope["kernel"])
-    return kernel
+            pass
+    scope: dict[str, Any] = {}
+    exec(source, scope)  # printed by source.py and gemm.py, from a finite list of names
+    return compiler()(scope["kernel"])
 
 
 def _imported(path: Path) -> Any:
@@ -95,6 +109,9 @@ def _imported(path: Path) -> Any:
 
 def _written(source: str) -> Path | None:
     """The file that holds exactly this text, or None."""
+    import hashlib
+    import tempfile
+
     where = folder()
     if where is None:
         return None
@@ -110,8 +127,26 @@ def _written(source: str) -> Path | None:
     return path
 
 
-def panel_width(item: int) -> int:
-    """How many columns of a recurrent weight stand in one panel."""
+@cache
+def gemm(item: int) -> Any:
+    """gemm.py's products for numbers of so many bytes; kernels call them by `address`."""
+    from numba import cfunc
+
+    from xprnn.kernels import gemm
+
+    options = {name: value for name, value in _OPTIONS.items() if name != "nogil"}
+    return _made(gemm.source(8 * item), partial(cfunc, _GEMM, **options))
+
+
+def lanes(item: int) -> int:
+    """How many numbers of so many bytes a vector holds."""
     from xprnn.kernels import lanes
 
-    return 2 * (lanes.LANES32 if item == 4 else lanes.LANES64)
+    return int(lanes.LANES32 if item == 4 else lanes.LANES64)
+
+
+def tile_rows() -> int:
+    """How many rows a product takes at once."""
+    from xprnn.kernels import gemm
+
+    return int(gemm.ROWS)

@@ -48,7 +48,12 @@ def literal(number: float) -> str:
 
 
 class Body:
-    """The statements that compute some values for one unit of one row, each value once."""
+    """The statements that compute some values for one unit of one row, each value once; in Python."""
+
+    forms = FORMS
+    line = "{0} = {1}"
+    cast = "F({0})"
+    number = staticmethod(literal)
 
     def __init__(self, read: Callable[[str], str]) -> None:
         """`read` gives the expression that loads an input."""
@@ -58,11 +63,11 @@ class Body:
     def name(self, value: Any) -> str:
         """The name of a value, or a constant; what it needs is printed first."""
         if not isinstance(value, Value):
-            return literal(value)
+            return self.number(value)
         if value not in self._names:
             text = self._read(value.name) if value.op == "input" else self._print(value)
             self._names[value] = f"w{len(self._names)}"
-            self.lines.append(f"{self._names[value]} = {text}")
+            self.lines.append(self.line.format(self._names[value], text))
         return self._names[value]
 
     def names(self, values: Iterable[Any]) -> list[str]:
@@ -70,7 +75,7 @@ class Body:
         return [self.name(v) for v in values]
 
     def _print(self, value: Value) -> str:
-        if value.op not in FORMS:
+        if value.op not in self.forms:
             raise UntraceableError(f"the function {value.op!r} in compiled code")
         args = self.names(value.args)
         if value.op == "where" and not getattr(value.args[0], "boolean", False):
@@ -78,6 +83,7 @@ class Body:
         if value.op != "where":
             # A comparison used as a number is 0 or 1.
             args = [
-                f"F({a})" if isinstance(v, Value) and v.boolean else a for a, v in zip(args, value.args, strict=True)
+                self.cast.format(a) if isinstance(v, Value) and v.boolean else a
+                for a, v in zip(args, value.args, strict=True)
             ]
-        return FORMS[value.op].format(*args)
+        return self.forms[value.op].format(*args)

@@ -1,21 +1,24 @@
 """Prints the source of a cell's compiled scan: the whole time loop, with the traced cell inside it.
 
 A kernel is one function of one argument, a table of addresses and numbers: its type never depends on an array's, so it
-is compiled once for each cell and dtype. Each step is the recurrent product, then one loop over rows and units that
-does all of the cell's maths in one pass over memory. With W = G*H, and Z the
-width of U's panels (lanes.py), forward:
+is compiled once for each cell and dtype. It walks R rows of a batch of N; steps are taken in blocks of J, so small that
+what belongs to a block stays in the cache. Each step is the recurrent product (`go` is the address of gemm.py's), then
+one loop over rows and units that does all of the cell's maths in one pass over memory. With W = G*H, `cut` = H times
+the gates of which only x + h is used, and Y, Z the widths of panels for these and for all gates, forward:
 
-    X (T,N,W)  in: the projection; out: the first saved values, in its place      Vj (T,N,H)  the other saved values
-    B (N,Z)    the step's product       U (H,Z)  the weight, in panels    pk (H,)  the cell's vectors
-    K (W,)     b_ih, and b_hh where the two are added before anything else                L (W,)   b_hh elsewhere
-    Ck (N,H)   the running state k      Ek (N,H)  where a reset leads
-    Mk (T,N,H) the states after each step                 Sk (T,N,H) those before it, where resets make them differ
+    A (T,N,D)  x, or, with D = 0, `ids` (T,N) of WI's rows           WI, WH, BI, BH  the parameters
+    Q, U       both weights in panels                                K (Z,), L (Z-Y,)  biases, L where h stays apart
+    P (J,R,Z)  a block's x W' + K, and then x W' + h U' + K          B (R,Z-Y)  h U' + L where it stays apart
+    G (T,N,W)  the first saved values; Vj (T,N,H) the others         pk (H,)  the cell's vectors
+    Ck (N,H)   the running state k                                   Ek (N,H)  where a reset leads
+    Mk (T,N,H) the states after each step                            Sk (T,N,H) before it, where a reset changes them
 
-and backward, where the adjoint of h before a step is B + R, so that no pass is needed to add the two:
+and backward, where the adjoint of h before a step is B + R0, so that no pass is needed to add the two:
 
-    X (T,N,W)  dx     Y (T,N,W)  dh, or X     B (N,Z)  the product with U (W,Z)     R (N,H)  the direct path
-    Dk (N,H)   the other states' adjoints     Ek (N,H) those of the home states     Pk (N,H) those of the vectors
-    Ik         what the caller sends into state k at each step, by strides          G, Vj, Mk, Sk  the tape
+    X (J,R,W)  a block's dx, (T,N,W) with D = 0; Y dh, or X          B (R,Hz), R0 (N,H)  dh U, and what comes directly
+    Dk (N,H)   the other states' adjoints                            Ek, Pk (N,H)  those of home states and vectors
+    LA, LB     a block's factors of the weights' gradients, packed   GI, GU, SI, SH  gradients of weights and biases
+    Ik         what the caller sends into state k, by strides        G, Vj, Mk, Sk  the tape; DX (T,N,D) goes out
 """
 
 from functools import lru_cache
@@ -24,23 +27,12 @@ from typing import Any, NamedTuple
 from xprnn.cells import Cell
 from xprnn.kernels.plan import trace_back, trace_step
 from xprnn.kernels.scalar import Body, literal
-from xprnn.kernels.trace import Graph, UntraceableError
+from xprnn.kernels.text import Text, gradient, pack_left, pack_right, product
+from xprnn.kernels.trace import Graph
 
-__all__ = ["Sources", "sources_of"]
+__all__ = ["Sources", "slots_of", "sources_of"]
 
-_HEAD = '''"""Written by xprnn for the cell {cell!r}; it may be deleted at any time."""
-import math
-import numpy as np
-from xprnn.kernels.lanes import ANY, bytes_, exp64, f{bits} as real, load, longs, panels{bits} as panels, shift, store
-from xprnn.kernels.lanes import tanh{bits} as tanh
-
-F = np.float{bits}
-
-
-def kernel(a):
-'''
-_COMMON = ("T", "N", "H", "W", "Z", "turned", "some", "resets", "counts", "active", "reset")
-_KINDS = {"counts": "longs", "active": "bytes_", "reset": "bytes_"}
+_NUMBERS = ["T", "N", "R", "H", "W", "D", "J", "go", "turned", "some", "resets"]
 
 
 class Sources(NamedTuple):
@@ -65,95 +57,81 @@ def sources_of(cell: Cell, bits: int) -> Sources | None:
         backward, same = _backward(cell, slots)
     except Exception:  # whatever goes wrong with stand-ins, another kernel goes on, and says so if it was the cell
         return None
-    head = _HEAD.format(cell=cell.name, bits=bits)
-    return Sources(head + forward.text(), head + backward.text(), forward.table, backward.table, added, slots, same)
+    texts = forward.text(cell.name, bits), backward.text(cell.name, bits)
+    return Sources(*texts, forward.table, backward.table, added, slots, same)
 
 
-class _Text:
-    """The lines of a kernel, its table, and the scopes of its arrays."""
-
-    def __init__(self, numbers: list[str], pointers: list[str]) -> None:
-        self.table = (*_COMMON, *numbers, *pointers)
-        self.scopes: dict[str, int] = {}
-        self.lines: list[str] = []
-        for k, name in enumerate(self.table):
-            kind = "real" if name in pointers else _KINDS.get(name, "")
-            self.add(1, f"{name} = {kind}(a[{k}])")
-
-    def add(self, depth: int, *lines: str) -> None:
-        """More lines, `depth` levels in."""
-        self.lines += ["    " * depth + line for line in lines]
-
-    def scope(self, name: str) -> int:
-        """The number of the memory called `name`."""
-        scope = self.scopes.setdefault(name, len(self.scopes))
-        if scope >= 64:
-            raise UntraceableError("more arrays than scopes")
-        return scope
-
-    def load(self, name: str, index: str, scope: str = "") -> str:
-        """The expression that reads an array."""
-        return f"load({name}, {index}, {self.scope(scope or name)})"
-
-    def store(self, name: str, index: str, value: str, scope: str = "") -> str:
-        """The statement that writes it."""
-        return f"store({name}, {index}, {self.scope(scope or name)}, {value})"
-
-    def steps(self, order: str) -> None:
-        """The time loop."""
-        self.add(1, "for i in range(T):", f"    t = {order}", "    n = load(counts, t, ANY) if some else N")
-
-    def rows(self, sit_out: list[str]) -> None:
-        """The loops over the step's rows and units, up to where the cell's statements begin."""
-        self.add(2, "for r in range(n):", "    q, b, x, m = r * H, r * Z, (t * N + r) * W, (t * N + r) * H")
-        self.add(3, "if some and load(active, t * N + r, ANY) == 0:", "    for j in range(H):")
-        self.add(5, *sit_out)
-        self.add(4, "continue")
-        self.add(3, "for j in range(H):")
-
-    def text(self) -> str:
-        """All of it."""
-        return "\n".join((*self.lines, ""))
+# --- forward
 
 
-def _forward(cell: Cell) -> tuple[_Text, int, tuple[str, ...]]:
+def _forward(cell: Cell) -> tuple[Text, int, tuple[str, ...]]:
     new, saved, added = trace_step(cell, graph := Graph())
     states, vectors = range(len(cell.states)), range(len(cell.vectors))
-    slots, own = _slots(cell, graph, new, saved)
+    slots, own = slots_of(cell, graph, new, saved)
     spare = [slot for slot in own if slot[0] == "V"]
-    pointers = ["X", "U", "B", "K", "L", *(f"{c}{k}" for c in "CEMS" for k in states), *spare]
-    pointers += [f"p{k}" for k in vectors]
-    out = _Text(["blank", "v0", *(f"m{k}" for k in states)], pointers)
-    out.steps("T - 1 - i if turned else i")
-    out.add(2, "if resets:", "    for r in range(N):", "        if load(reset, t * N + r, ANY) != 0:")
-    out.add(5, "for j in range(H):")
-    out.add(6, *(out.store(f"C{k}", "r * H + j", out.load(f"E{k}", "r * H + j")) for k in states))
-    out.add(3, "for j in range(N * H):")
-    out.add(4, *(out.store(f"S{k}", "t * v0 + j", out.load(f"C{k}", "j")) for k in states))
-    out.add(2, "panels(C0, U, B, n, H, Z)")
+    pointers = ["A", "WI", "WH", "BI", "BH", "Q", "U", "P", "B", "K", "L", "O", "G"]
+    pointers += [*(f"{c}{k}" for c in "CEMS" for k in states), *spare, *(f"p{k}" for k in vectors)]
+    out = Text([*_NUMBERS, "cut", "Y", "Z", "keep", "v0", *(f"m{k}" for k in states)], pointers)
+    _weights(out)
+    out.blocks(turned=True)
+    _project(out)
+    out.steps("(m - 1 - i if turned else i)")
+    out.add(3, "if resets:", "    for r in range(R):", "        if load(reset, t * N + r, ANY) != 0:")
+    out.add(6, "for j in range(H):")
+    out.add(7, *(out.store(f"C{k}", "r * H + j", out.load(f"E{k}", "r * H + j")) for k in states))
+    out.add(4, "for j in range(R * H):")
+    out.add(5, *(out.store(f"S{k}", "t * v0 + j", out.load(f"C{k}", "j")) for k in states))
+    out.add(3, "z = (t - t0) * R * Z")
+    out.add(3, product("C0, 0", "H", "U, 0", "P, z", "Z", "P, z", "Z", "n", "H", "Y"))
+    out.add(3, "if Y < Z:", "    " + product("C0, 0", "H", "U, Y * H", "B, 0", "Z - Y", "L, 0", "0", "n", "H", "Z - Y"))
     carried = [out.load(f"C{k}", "r * H + j") for k in states]
-    carried[0] = f"F(0.0) if blank else {carried[0]}"
+    carried[0] = f"{carried[0]} if keep else F(0.0)"
     carry = [out.store(f"M{k}", f"t * m{k} + r * H + j", value) for k, value in enumerate(carried)]
-    out.rows(carry)
-    body = Body(lambda name: _read(out, name))
+    out.rows("q, h, x, g = r * H, r * (Z - Y), z + r * Z, (t * N + r) * W * keep", carry)
+    body = Body(lambda name: _read(out, name, added))
     named = [(slot, body.name(value)) for slot, value in own.items()]
     after = body.names(new)
-    out.add(4, *body.lines)
+    out.add(5, *body.lines)
     for slot, value in named:
-        gate = slot[0] == "X"
-        place = ("X", f"x + {slot[1:]} * H + j") if gate else (slot, "t * v0 + q + j")
-        out.add(4, out.store(*place, value, slot))
+        place = ("G", f"g + {slot[1:]} * H + j") if slot[0] == "X" else (slot, "t * v0 + q + j")
+        out.add(5, out.store(*place, value, slot))
     for k, value in enumerate(after):
-        out.add(4, out.store(f"M{k}", f"t * m{k} + q + j", value), out.store(f"C{k}", "q + j", value))
-    out.add(2, "if some:", "    for r in range(n, N):", "        for j in range(H):")
-    out.add(5, *carry)
+        out.add(5, out.store(f"M{k}", f"t * m{k} + q + j", value), out.store(f"C{k}", "q + j", value))
+    out.add(3, "if some:", "    for r in range(n, R):", "        for j in range(H):")
+    out.add(6, *carry)
     return out, added, slots
 
 
-def _slots(
+def _weights(out: Text) -> None:
+    """Both weights into panels and both biases into rows, the gates that are added first."""
+    out.add(1, "if D > 0:", "    " + pack_right("WI, 0", "1", "D", "D", "cut", "Q, 0"))
+    out.add(2, pack_right("WI, cut * D", "1", "D", "D", "W - cut", "Q, Y * D"))
+    out.add(1, pack_right("WH, 0", "1", "H", "H", "cut", "U, 0"))
+    out.add(1, pack_right("WH, cut * H", "1", "H", "H", "W - cut", "U, Y * H"))
+    out.add(1, "for j in range(Z):", "    " + out.store("K", "j", literal(0.0)))
+    out.add(1, "for j in range(Z - Y):", "    " + out.store("L", "j", literal(0.0)))
+    out.add(1, "for j in range(cut):", "    " + out.store("K", "j", f"{out.load('BI', 'j')} + {out.load('BH', 'j')}"))
+    out.add(1, "for j in range(cut, W):", "    " + out.store("K", "Y - cut + j", out.load("BI", "j")))
+    out.add(2, out.store("L", "j - cut", out.load("BH", "j")))
+
+
+def _project(out: Text) -> None:
+    """P = x W' + K for a block: a product, or rows of W' looked up."""
+    out.add(2, "if D > 0:", "    for s in range(groups):")
+    for start, span in (("0", "Y"), ("Y", "Z - Y")):
+        x, panels, to = "A, (t0 + s) * N * D", f"Q, {start} * D", f"P, s * R * Z + {start}"
+        out.add(4, product(x, "D", panels, to, "Z", f"K, {start}", "0", "many", "D", span))
+    out.add(2, "else:", "    for s in range(m):", "        for r in range(R):")
+    out.add(5, "v, z = load(ids, (t0 + s) * N + r, ANY) * W, (s * R + r) * Z")
+    for span, to in (("cut", "j"), ("cut, W", "Y - cut + j")):
+        value = f"{out.load('WI', 'v + j')} + {out.load('K', to)}"
+        out.add(5, f"for j in range({span}):", "    " + out.store("P", f"z + {to}", value))
+
+
+def slots_of(
     cell: Cell, graph: Graph, new: tuple[Any, ...], saved: tuple[Any, ...]
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Where each saved value lies, and those that need a place of their own: the first of them where the gates were."""
+    """Where each saved value lies, and those that need a place of their own: the first of them beside the gates."""
     known = {id(graph.input(f"s{k}")): f"S{k}" for k in range(len(cell.states))}
     known |= {id(v): f"M{k}" for k, v in enumerate(new)}
     own: dict[str, Any] = {}
@@ -167,69 +145,106 @@ def _slots(
     return tuple(slots), own
 
 
-def _read(out: _Text, name: str) -> str:
+def _read(out: Text, name: str, added: int) -> str:
     """How the forward kernel reads an input of the traced step."""
-    letter, k = name[0], name[1:]
-    gate = f"{out.load('X', f'x + {k} * H + j', f'X{k}')} + {out.load('K', f'{k} * H + j')}"
-    product = out.load("B", f"b + {k} * H + j")
+    letter, k = name[0], int(name[1:])
     return {
-        "g": f"{gate} + {product}",
-        "x": gate,
-        "h": f"{product} + {out.load('L', f'{k} * H + j')}",
+        "g": out.load("P", f"x + {k} * H + j"),
+        "x": out.load("P", f"x + Y + {k - added} * H + j"),
+        "h": out.load("B", f"h + {k - added} * H + j"),
         "s": out.load(f"C{k}", "q + j"),
         "p": out.load(f"p{k}", "j"),
     }[letter]
 
 
-def _backward(cell: Cell, slots: tuple[str, ...]) -> tuple[_Text, bool]:
+# --- and its adjoint
+
+
+def _backward(cell: Cell, slots: tuple[str, ...]) -> tuple[Text, bool]:
     outputs, same, through = trace_back(cell, len(slots))
     states, vectors = range(len(cell.states)), range(len(cell.vectors))
     spare = dict.fromkeys(s for s in slots if s[0] == "V")
-    pointers = ["X", "Y", "U", "B", "R", "G", *(f"{c}{k}" for c in "DEIMS" for k in states), *spare]
-    pointers += [f"{c}{k}" for c in "pP" for k in vectors]
-    out = _Text([f"{c}{k}" for c in "ab" for k in states], pointers)
+    pointers = ["A", "WI", "WH", "Q", "U", "LA", "LB", "GI", "GU", "SI", "SH", "DX", "O", "X", "Y", "B", "R0", "G"]
+    pointers += [*(f"{c}{k}" for c in "DEIMS" for k in states), *spare, *(f"{c}{k}" for c in "pP" for k in vectors)]
+    out = Text([*_NUMBERS, "Hz", "room", "zeros", *(f"{c}{k}" for c in "ab" for k in states)], pointers)
     others = [k for k in states if k]
     sent = {k: out.load(f"I{k}", f"t * a{k} + r * b{k} + j") for k in states}
     passed = [out.store(f"D{k}", "r * H + j", f"{out.load(f'D{k}', 'r * H + j')} + {sent[k]}") for k in others]
-    out.steps("i if turned else T - 1 - i")
-    out.add(2, "if some:", "    for r in range(n, N):", "        for j in range(H):")
-    out.add(5, out.store("R", "r * H + j", f"{out.load('R', 'r * H + j')} + {sent[0]}"), *passed)
-    incoming = f"{out.load('B', 'r * Z + j')} + {out.load('R', 'r * H + j')} + {sent[0]}"
-    out.rows([out.store("R", "r * H + j", incoming), *passed])
+    idle = [
+        out.store(c, f"(z + r) * W + {k} * H + j", literal(0.0)) for c in "XY"[: 2 - same] for k in range(cell.gates)
+    ]
+    out.add(1, "if D > 0:", "    " + pack_right("WI, 0", "D", "1", "W", "D", "Q, 0"))
+    out.add(1, pack_right("WH, 0", "H", "1", "W", "H", "U, 0"))
+    out.blocks(turned=False)
+    out.steps("(i if turned else m - 1 - i)")
+    out.add(3, "z = (t - t0) * R if D > 0 else t * N")
+    out.add(3, "if some:", "    for r in range(n, R):", "        for j in range(H):")
+    out.add(6, out.store("R0", "r * H + j", f"{out.load('R0', 'r * H + j')} + {sent[0]}"), *passed, *idle)
+    incoming = f"{out.load('B', 'r * Hz + j')} + {out.load('R0', 'r * H + j')} + {sent[0]}"
+    indices = "q, h, x, g, v = r * H, r * Hz, (z + r) * W, (t * N + r) * W, (t * N + r) * H"
+    out.rows(indices, [out.store("R0", "r * H + j", incoming), *passed, *idle])
     body = Body(lambda name: _read_back(out, name, slots, sent))
     named = [(name, body.name(value)) for name, value in outputs]
-    out.add(4, *body.lines)
-    out.add(4, *(_write_back(out, name, value) for name, value in named))
+    out.add(5, *body.lines)
+    out.add(5, *(_write_back(out, name, value) for name, value in named))
     if not through:
-        out.add(4, out.store("R", "q + j", literal(0.0)))
-    out.add(2, f"panels(shift({'X' if same else 'Y'}, t * N * W), U, B, n, W, Z)")
-    out.add(2, "if resets:", "    for r in range(N):", "        if load(reset, t * N + r, ANY) != 0:")
-    out.add(5, "for j in range(H):")
-    direct = f"{out.load('B', 'r * Z + j')} + {out.load('R', 'r * H + j')}"
-    for k in states:
-        value = out.load(f"D{k}", "r * H + j") if k else direct
-        out.add(6, out.store(f"E{k}", "r * H + j", f"{out.load(f'E{k}', 'r * H + j')} + {value}"))
-    out.add(6, out.store("B", "r * Z + j", literal(0.0)))
-    out.add(6, *(out.store(name, "r * H + j", literal(0.0)) for name in ("R", *(f"D{k}" for k in others))))
+        out.add(5, out.store("R0", "q + j", literal(0.0)))
+    dh = "X" if same else "Y"
+    out.add(3, product(f"{dh}, z * W", "W", "U, 0", "B, 0", "Hz", "O, zeros", "0", "n", "W", "Hz"))
+    _resets(out, list(states))
+    _gradients(out, dh)
     return out, same
 
 
-def _read_back(out: _Text, name: str, slots: tuple[str, ...], sent: dict[int, str]) -> str:
+def _resets(out: Text, states: list[int]) -> None:
+    """The adjoints of rows that were reset before this step go home."""
+    out.add(3, "if resets:", "    for r in range(R):", "        if load(reset, t * N + r, ANY) != 0:")
+    out.add(6, "for j in range(H):")
+    for k in states:
+        direct = f"{out.load('B', 'r * Hz + j')} + {out.load('R0', 'r * H + j')}"
+        value = out.load(f"D{k}", "r * H + j") if k else direct
+        out.add(7, out.store(f"E{k}", "r * H + j", f"{out.load(f'E{k}', 'r * H + j')} + {value}"))
+    out.add(7, out.store("B", "r * Hz + j", literal(0.0)))
+    out.add(7, *(out.store(f"D{k}" if k else "R0", "r * H + j", literal(0.0)) for k in states))
+
+
+def _gradients(out: Text, dh: str) -> None:
+    """Of a block: dx, and the parts of all parameters' gradients."""
+    out.add(2, "if D > 0:", "    for s in range(groups):")
+    out.add(4, product("X, s * R * W", "W", "Q, 0", "DX, (t0 + s) * N * D", "D", "O, zeros", "0", "many", "W", "D"))
+    out.add(4, pack_right("A, (t0 + s) * N * D", "D", "1", "many", "D", "LB, 0", "room", "s * R"))
+    _pack(out, "X", "SI")
+    out.add(2, "if D > 0:", "    " + gradient("W", "D", "GI"))
+    if dh != "X":
+        _pack(out, dh, "SH")
+    out.add(2, "for s in range(groups):")
+    out.add(3, pack_right("S0, (t0 + s) * N * H", "H", "1", "many", "H", "LB, 0", "room", "s * R"))
+    out.add(2, gradient("W", "H", "GU"))
+
+
+def _pack(out: Text, name: str, sums: str) -> None:
+    """A block's dx or dh, and their sums: the rows are side by side, or, with D = 0, N apart."""
+    out.add(2, "for s in range(1 if D > 0 else groups):")
+    start, rows = f"{name}, (t0 + s) * N * W * (D == 0)", "m * R if D > 0 else many"
+    out.add(3, pack_left(start, rows, "W", "LA, 0", "s * R", f"{sums}, 0"))
+
+
+def _read_back(out: Text, name: str, slots: tuple[str, ...], sent: dict[int, str]) -> str:
     """How the backward kernel reads an input of the traced adjoint."""
     letter, k = name[0], int(name[1:])
     if letter == "d":
-        own = out.load(f"D{k}", "q + j") if k else f"{out.load('B', 'b + j')} + {out.load('R', 'q + j')}"
+        own = out.load(f"D{k}", "q + j") if k else f"{out.load('B', 'h + j')} + {out.load('R0', 'q + j')}"
         return f"{own} + {sent[k]}"
     if letter == "p":
         return out.load(f"p{k}", "j")
     slot = f"S{k}" if letter == "s" else slots[k]
-    return out.load("G", f"x + {slot[1:]} * H + j") if slot[0] == "X" else out.load(slot, "m + j")
+    return out.load("G", f"g + {slot[1:]} * H + j") if slot[0] == "X" else out.load(slot, "v + j")
 
 
-def _write_back(out: _Text, name: str, value: str) -> str:
+def _write_back(out: Text, name: str, value: str) -> str:
     letter, k = name[0], name[1:]
     if letter == "P":
         return out.store(name, "q + j", f"{out.load(name, 'q + j')} + {value}")
     if letter in "XU":
         return out.store("X" if letter == "X" else "Y", f"x + {k} * H + j", value, name)
-    return out.store("R" if letter == "r" else f"D{k}", "q + j", value)
+    return out.store("R0" if letter == "r" else f"D{k}", "q + j", value)

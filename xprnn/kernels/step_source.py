@@ -75,7 +75,8 @@ def signature(cell: Cell, bits: int, bias: bool, integer: bool, *, walk: bool = 
 
 def _text(cell: Cell, bits: int, bias: bool, integer: bool, new: tuple[Any, ...]) -> str:
     lines, before, after = argument_names(cell, bias)
-    checks = ["in_rows(w, W, D)", "in_rows(u, W, H)", "x.shape[0] == N"]
+    look_up = "w.shape[0] == W and w.shape[1] == D"  # whatever its strides, one column is read
+    checks = [look_up if integer else "in_rows(w, W, D)", "in_rows(u, W, H)", "x.shape[0] == N"]
     checks += [f"in_line({name}, {'W' if name[0] == 'b' else 'H'})" for name in lines]
     checks += [] if integer else ["in_rows(x, N, D)"]
     checks += [f"{s}.shape == {n}.shape and in_rows({s}[k], N, H)" for s, n in zip(before, after, strict=True)]

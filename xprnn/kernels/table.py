@@ -5,13 +5,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from xprnn.arrays import Array
+from xprnn.arrays import Array, Params
 from xprnn.kernels import library
 from xprnn.kernels.ragged import Rows
 from xprnn.kernels.source import Sources
+from xprnn.kernels.threads import Part
+from xprnn.kernels.walk import contiguous
 from xprnn.tape import State
 
-__all__ = ["Kept", "address", "call", "common_entries", "packed_panels", "room_for"]
+__all__ = ["Kept", "Table", "address", "call", "inputs", "padded", "room_for"]
+
+_ALIGNED = 64  # bytes: a vector that lies across two lines of the cache is read twice
 
 
 class Kept(NamedTuple):
@@ -20,7 +24,7 @@ class Kept(NamedTuple):
     sources: Sources
     rows: Rows
     x: Array
-    gates: Array  # the projection, overwritten by the first saved values
+    gates: Array | None  # the first saved values
     spare: dict[str, Array]  # the other saved values
     before: State
     after: State
@@ -33,41 +37,87 @@ def address(a: Array) -> int:
 
 def room_for(dtype: Any, sizes: Mapping[str, int]) -> tuple[dict[str, Array], dict[str, int]]:
     """Flat arrays of these sizes in one piece of memory, and their addresses: asking for one takes a microsecond."""
-    whole, item, start = np.empty(sum(sizes.values()), dtype), np.dtype(dtype).itemsize, 0
+    item = np.dtype(dtype).itemsize
+    line = _ALIGNED // item
+    whole = np.empty(sum(sizes.values()) + (len(sizes) + 1) * line, dtype)
     arrays, table, at = {}, {}, address(whole)
+    start = -at % _ALIGNED // item
     for name, size in sizes.items():
         arrays[name], table[name] = whole[start : start + size], at + start * item
-        start += size
+        start += -(-size // line) * line
     return arrays, table
 
 
-def packed_panels(u: Array) -> tuple[Array, int]:
-    """u (K, J) in panels of as many columns as the kernel takes at once, filled up with zeros: (P, K, .), its width."""
-    wide, (inner, columns) = library.panel_width(u.itemsize), u.shape
-    whole, rest = divmod(columns, wide)
-    out = np.empty((whole + (rest > 0), inner, wide), u.dtype)
-    out[:whole] = u[:, : whole * wide].reshape(inner, whole, wide).transpose(1, 0, 2)
-    if rest:
-        out[whole, :, :rest] = u[:, whole * wide :]
-        out[whole, :, rest:] = 0
-    return out, out.shape[0] * wide
+def padded(columns: int, item: int) -> int:
+    """The width of a matrix with so many columns in panels."""
+    lanes = library.lanes(item)
+    return -(-columns // lanes) * lanes
 
 
-def common_entries(rows: Rows, shape: tuple[int, ...]) -> tuple[dict[str, int], list[Array]]:
-    """The table's first entries, and arrays that must live until the kernel is done."""
-    count, n, hidden, width = shape
-    table = {"T": count, "N": n, "H": hidden, "W": width}
-    alive: list[Array] = []
-    if rows.active is not None:
-        counts = np.zeros(count, np.int64)
-        for t0, t1, k in rows.runs:
-            counts[t0:t1] = k
-        alive += [counts, np.ascontiguousarray(rows.active)]
-        table |= {"some": 1, "counts": address(alive[0]), "active": address(alive[1])}
-    if rows.reset is not None:
-        alive.append(np.ascontiguousarray(rows.reset))
-        table |= {"resets": 1, "reset": address(alive[-1])}
-    return table, alive
+class Table:
+    """The numbers and addresses that a kernel is called with, for all rows or for a part of them."""
+
+    def __init__(self, entries: dict[str, int]) -> None:
+        self.entries = entries
+        self._strides: dict[str, int] = {}
+        self._counts: Array | None = None
+        self._alive: list[Array] = []  # while a kernel may read them
+
+    def point(self, name: str, at: int, stride: int = 0) -> None:
+        """Memory at this address; `stride` bytes from one row of the batch to the next."""
+        self.entries[name] = at
+        if stride:
+            self._strides[name] = stride
+
+    def read(self, name: str, a: Array, stride: int = 0, dtype: Any = None) -> None:
+        """An array to be read, in C order."""
+        a = contiguous(a) if dtype is None else np.ascontiguousarray(a, dtype)
+        self.keep(a)
+        self.point(name, address(a), stride)
+
+    def keep(self, a: Array) -> None:
+        """Hold on to an array of which the kernel knows only the address."""
+        self._alive.append(a)
+
+    def given(self, rows: Rows, shape: tuple[int, ...]) -> None:
+        """What every pass is told: the sizes (T, N, H, W), and which rows take part in which step."""
+        count = shape[0]
+        self.entries |= dict(zip("TNHW", shape, strict=True))
+        if rows.active is not None:
+            self._counts = np.zeros(count, np.int64)
+            for t0, t1, k in rows.runs:
+                self._counts[t0:t1] = k
+            self.entries["some"] = 1
+            self.read("active", rows.active, 1)
+        if rows.reset is not None:
+            self.entries["resets"] = 1
+            self.read("reset", rows.reset, 1)
+
+    def of(self, part: Part) -> dict[str, int]:
+        """The entries for these rows."""
+        at = {name: self.entries[name] + part.first * step for name, step in self._strides.items() if part.first}
+        if self._counts is not None:
+            counts = np.clip(self._counts - part.first, 0, part.rows)
+            self.keep(counts)
+            at["counts"] = address(counts)
+        return {**self.entries, **at, "R": part.rows}
+
+
+def inputs(table: Table, params: Params, x: Array) -> Array:
+    """Into the table, x (T, N, D) and its weight; or, for integers, ids and the rows of W' they choose. Returns x."""
+    w = params["weight_ih"]
+    table.entries["D"] = 0 if x.dtype.kind in "iu" else x.shape[2]
+    if table.entries["D"]:
+        x = contiguous(x)
+        table.read("A", x, x.shape[2] * x.itemsize)
+        table.read("WI", w)
+    elif x.size < w.shape[1]:  # few look-ups in a large table: turn what is found, not the table
+        table.read("ids", np.arange(x.size), 8, np.int64)
+        table.read("WI", w.take(x.reshape(x.size), axis=1).T)
+    else:
+        table.read("ids", x, 8, np.int64)
+        table.read("WI", w.T)
+    return x
 
 
 def call(source: str, names: Sequence[str], table: Mapping[str, int]) -> None:

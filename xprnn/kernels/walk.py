@@ -137,6 +137,8 @@ def project(w: Walk, squash: Squash | None, x: Array, out: Array | None) -> Arra
 
 def look_up(wih: Array, ids: Array) -> Array:
     """The columns of W for these classes, as rows."""
+    if wih.flags.f_contiguous:  # as Recurrent.init lays wide ones: a class after the other
+        return wih.T.take(ids, axis=0)
     # Few look-ups in a large table: turn what was found, not the table.
     few = ids.size < wih.shape[1]
     return np.ascontiguousarray(wih.take(ids, axis=1).T) if few else np.ascontiguousarray(wih.T).take(ids, axis=0)

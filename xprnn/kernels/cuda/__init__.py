@@ -6,17 +6,31 @@
 No decision waits for the device: it is made from shapes, dtypes and the device's number.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache, partial
 from typing import Any
 
 from xprnn.arrays import Params, device_of
 from xprnn.cells import Cell
-from xprnn.kernels.cuda import persistent
+from xprnn.kernels import GENERIC, fast
+from xprnn.kernels.cuda import fused, persistent, source
+from xprnn.kernels.cuda.clusters import Config
 
-__all__ = ["capability", "explain", "find"]
+__all__ = ["capability", "explain", "find", "fused_only"]
 
-_GENERIC = "generic scan"
+_fused: ContextVar[bool] = ContextVar("fused", default=False)
+
+
+@contextmanager
+def fused_only() -> Iterator[None]:
+    """Within this context no persistent kernel runs: to compare, or to rule one out."""
+    token = _fused.set(True)
+    try:
+        yield
+    finally:
+        _fused.reset(token)
 
 
 def find(cell: Cell, params: Params, shape: Any, steps: Any) -> Callable[..., Any] | None:
@@ -40,8 +54,35 @@ def capability(device: int) -> tuple[int, int]:
 
 def _choose(cell: Cell, params: Params, shape: Any, steps: Any) -> tuple[Callable[..., Any] | None, str]:
     u = params["weight_hh"]
-    place = capability(int(device_of(u).id))
-    config = persistent.find(cell, params, tuple(shape), steps, place)
-    if not isinstance(config, str):
-        return partial(persistent.forward, config), persistent.NAME
-    return None, f"{_GENERIC} (not persistent: {config})"
+    if why := _unfit(params, shape):
+        return None, f"{GENERIC} ({why})"
+    config: Config | str = "ruled out by fused_only"
+    if not _fused.get():
+        config = persistent.find(cell, params, tuple(shape), steps, capability(int(device_of(u).id)))
+        if not isinstance(config, str):
+            return partial(persistent.forward, config), persistent.NAME
+    if why := _unprinted(cell, params):
+        return None, f"{GENERIC} (not fused: {why}; not persistent: {config})"
+    name = f"{fused.NAME} (not persistent: {config})"
+    printed = source.printed(cell, 8 * u.dtype.itemsize)
+    assert printed is not None
+    return partial(fused.forward, printed, name), name
+
+
+def _unfit(params: Params, shape: Any) -> str:
+    """Why no kernel can run, or ""."""
+    if not fast():
+        return "kernels are switched off: XPRNN_FAST=0 or compiling(False)"
+    if str(dtype := params["weight_hh"].dtype) not in ("float32", "float64"):
+        return f"{dtype} is neither float32 nor float64"
+    return "" if shape[0] and shape[1] else "no step or no row"
+
+
+def _unprinted(cell: Cell, params: Params) -> str:
+    """Why the cell has no printed kernel, or ""."""
+    if "weight_hr" in params:
+        return "h is projected by weight_hr"
+    if cell.early:
+        return "gates act before their product"
+    printed = source.printed(cell, 8 * params["weight_hh"].dtype.itemsize)
+    return "its cell can't be printed as CUDA code" if printed is None else ""

@@ -1,0 +1,41 @@
+"""Which kernels a recurrent layer will run on, before it runs."""
+
+from typing import Any
+
+from xprnn import checks, kernels, layout
+from xprnn.arrays import Array, Params
+
+__all__ = ["explain"]
+
+
+def explain(layer: Any, params: Params, x: Array, lengths: Any = None, mask: Any = None, reset: Any = None) -> str:
+    """A line for each layer and direction: the kernel it will run on and, in brackets, why not on a faster one.
+
+    Nothing is computed, and nothing is compiled but what the decision itself needs (numba's kernel, on NumPy). The
+    names are those of `tape.explain()`, which says the same of a pass that has been.
+
+    Args:
+        layer: a recurrent layer.
+        params: as from `init`.
+        x: as `forward` gets it; its numbers don't matter.
+        lengths, mask, reset: as `forward` gets them: not every kernel knows them.
+
+    Raises:
+        InputError: what `forward` would refuse too.
+
+    >>> import numpy as np, xprnn
+    >>> layer = xprnn.GRU(3, 4, reset_after=False)
+    >>> params = layer.init(np.random.default_rng(0), like=np.zeros(0))
+    >>> print(layer.explain(params, np.ones((5, 2, 3))))
+    layer 0, forward: generic scan (not in place: gates act before their product)
+    """
+    where = f"{type(layer).__name__}.explain"
+    xp = checks.check_call(where, layer, params, x, None, "NT" if layer.batch_first else "TN")
+    x = layout.time_major(layer, xp, x)
+    steps = checks.steps_of(where, layer, xp, x, lengths, mask, reset)
+    lines = []
+    for i, own in enumerate(layout.own_params(layer, params)):
+        k, second = divmod(i, layer.directions)
+        way = "reverse" if second or layer.reverse else "forward"
+        lines.append(f"layer {k}, {way}: {kernels.explain(xp, layer.core, own, tuple(x.shape[:2]), steps)}")
+    return "\n".join(lines)
