@@ -18,6 +18,8 @@ MODELS = {
     "identity": xprnn.RNN(3, 4, nonlinearity="identity", reverse=True),
     "elu": xprnn.RNN(3, 4, nonlinearity=xprnn.activation("elu", 0.5), learned_state=True),
     "clipped": xprnn.RNN(3, 4, cell=cells.elman("leakyrelu", clip=0.3)),
+    "one unit": xprnn.RNN(3, 1, 2),
+    "one unit both ways": xprnn.GRU(3, 1, 2, bidirectional=True, batch_first=True),
     "lstm": xprnn.LSTM(3, 4, 3),
     "lstm both ways": xprnn.LSTM(3, 4, 2, bidirectional=True, batch_first=True, learned_state=True),
     "lstm backwards": xprnn.LSTM(3, 4, 2, reverse=True, bias=False),
@@ -174,6 +176,39 @@ def test_comes_back_bit_for_bit(rng, model, told):
     for a, b in zip(sorted(grads.values(), key=norm), sorted(want.values(), key=norm), strict=False):
         if told or grads.keys() == want.keys():
             np.testing.assert_array_equal(a, b)
+
+
+def drawn(r):
+    """A recurrent layer of any configuration, perhaps with a head."""
+    options = {k: bool(r.integers(2)) for k in ("bias", "batch_first", "learned_state")}
+    options |= [{}, {"bidirectional": True}, {"reverse": True}][r.integers(3)]
+    layers, width = (int(k) for k in r.integers(1, 4, 2))
+    hidden = tuple(int(k) for k in r.integers(1, 4, layers)) if layers > 1 and r.integers(2) else int(r.integers(1, 4))
+    kind = (xprnn.RNN, xprnn.LSTM, xprnn.GRU)[r.integers(3)]
+    special = {xprnn.RNN: {"nonlinearity": "relu"}, xprnn.GRU: {"reset_after": False}}.get(kind, {})
+    layer = kind(width, hidden, layers, **options, **(special if r.integers(2) else {}))
+    if r.integers(2):
+        return xprnn.Sequential(net=layer, head=xprnn.Linear(layer.output_size, 2, bool(r.integers(2)))), width
+    return layer, width
+
+
+@pytest.mark.needs("onnxruntime")
+@pytest.mark.parametrize("seed", range(40))
+def test_any_model_goes_around(seed):
+    """xprnn -> ONNX -> ONNX Runtime, and back to xprnn, with and without our own word for what it is."""
+    r = np.random.default_rng(seed)
+    model, width = drawn(r)
+    params = trained(r, model, np.zeros(1, np.float32))
+    steps, rows = (int(k) for k in r.integers(1, 5, 2))
+    lead = (rows, steps) if batch_first(model) else (steps, rows)
+    x, lengths = r.standard_normal((*lead, width)).astype(np.float32), r.integers(1, steps + 1, rows)
+    y, _ = model(params, x, lengths=lengths)
+    proto = xprnn.to_onnx(model, params)
+    near(onnx_runtime(proto, {"x": x, "lengths": lengths.astype(np.int32)})["y"], y)
+    assert xprnn.from_onnx(proto)[0] == model
+    del proto.metadata_props[:]
+    back, found = xprnn.from_onnx(proto)
+    np.testing.assert_array_equal(back(found, x, lengths=lengths)[0], y)
 
 
 def norm(a):

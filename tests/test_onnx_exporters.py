@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import xprnn
+from xprnn.cli import main
 from xprnn.interop.onnx_graph import Graph
 
 pytestmark = pytest.mark.needs("onnx")
@@ -110,6 +111,24 @@ def test_shapes_never_leave_the_host(monkeypatch):
         inputs, _ = recorded(path)
         model, params = xprnn.from_onnx(path, like=np.zeros(1, np.float32))
         answers(model, params, inputs)
+
+
+@pytest.mark.parametrize("name", ["keras_gru", "torch_old_rnn", "torch_old_lstm_lengths"])
+def test_the_command_line_knows_them(name, tmp_path, capsys):
+    """info and run on each; a graph that is only run is not converted."""
+    path = RECORDED / f"onnx_{name}.onnx"
+    inputs, outputs = recorded(path)
+    np.save(tmp_path / "x.npy", inputs[0])
+    assert main(["info", str(path)]) == 0
+    assert "Graph(" in capsys.readouterr().out or name in OWN
+    status = main(["run", str(path), str(tmp_path / "x.npy"), "--output", str(tmp_path / "y.npy")])
+    if len(inputs) > 1:
+        assert "missing h" in capsys.readouterr().err
+        return
+    assert status == 0
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), outputs[0], rtol=0, atol=2e-6)
+    assert (main(["convert", str(path), str(tmp_path / "out.onnx")]) == 0) == (name in OWN)
+    assert name in OWN or "only run" in capsys.readouterr().err
 
 
 def test_names_follow_torchs_modules():

@@ -76,6 +76,9 @@ class Sizes(dict[str, int]):
             while labels and (not group or self.of(group) < d):
                 group += (labels.pop(0),)
             groups.append(group)
+        if groups and labels and self.of(tuple(labels)) == 1:  # one unit, or one direction, at the end
+            groups[-1] += tuple(labels)
+            labels = []
         if labels or [self.of(g) for g in groups] != wanted:
             raise OtherGraphError(f"{node} mixes axes")
         return replace(x, axes=tuple(groups))
