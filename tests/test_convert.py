@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -129,6 +132,92 @@ def test_run_gives_what_a_call_gives(tmp_path, capsys, rng, case, stream):
     assert out.startswith(f"y {want.shape} float32\n")
 
 
+RECORDED = Path(__file__).parent / "recorded"
+FOREIGN = [
+    ("lstm_alone.keras", "Keras", "LSTM(input_size=3, hidden_size=4"),
+    ("lstm_stack.keras", "Keras", "LSTM("),
+    ("onnx_torch_old_lstm_2_layers_bidirectional.onnx", "ONNX", "LSTM("),
+    ("onnx_torch_old_rnn.onnx", "ONNX", "RNN("),
+]
+
+
+@pytest.mark.needs("onnx", "h5py")
+@pytest.mark.parametrize(("name", "kind", "layer"), FOREIGN)
+def test_what_keras_and_onnx_wrote(tmp_path, capsys, rng, name, kind, layer):
+    """info, convert and run say and do what from_keras and from_onnx give."""
+    path = RECORDED / ("keras_files" if kind == "Keras" else "") / name
+    model, params = (xprnn.from_keras if kind == "Keras" else xprnn.from_onnx)(path)
+    code, out, _ = run(capsys, "info", path)
+    assert code == 0
+    assert out.startswith(f"{path} ({kind}): {sum(p.size for p in params.values()):,} parameters, float")
+    assert layer in out
+    assert run(capsys, "convert", path, tmp_path / "m.npz")[0] == 0
+    again, read = xprnn.load(tmp_path / "m.npz")
+    assert again == model
+    same(read, params)
+    width = next(iter(params.values())).shape[1]
+    x = rng.normal(size=(2, 2, width)).astype(next(iter(params.values())).dtype)
+    np.save(tmp_path / "x.npy", x)
+    for source in (path, tmp_path / "m.npz"):
+        assert run(capsys, "run", source, tmp_path / "x.npy", "--output", tmp_path / "y.npy")[0] == 0
+        np.testing.assert_allclose(np.load(tmp_path / "y.npy"), model(params, x)[0], rtol=1e-6)
+
+
+@pytest.mark.needs("onnx")
+def test_a_general_graph_is_run_and_not_converted(tmp_path, capsys):
+    path = RECORDED / "onnx_keras_masking_lstm.onnx"
+    graph, params = xprnn.from_onnx(path)
+    with np.load(path.with_suffix(".npz")) as found:
+        x = next(found[name] for name in found.files if name.startswith(("x", "in")))
+    np.save(tmp_path / "x.npy", x)
+    assert "only run, since" in run(capsys, "info", path)[1]
+    code, _, err = run(capsys, "convert", path, tmp_path / "m.npz")
+    assert code == 2
+    assert "this ONNX graph is only run, not converted, since" in err
+    assert run(capsys, "run", path, tmp_path / "x.npy", "--output", tmp_path / "y.npy")[0] == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), graph(params, x))
+
+
+@pytest.mark.needs("onnx")
+def test_convert_to_onnx(tmp_path, capsys, model, params):
+    files(tmp_path, model, params)
+    code, _, err = run(capsys, "convert", tmp_path / "m.npz", tmp_path / "m.onnx")
+    assert code == 0
+    assert err == "xprnn convert: .onnx has no place for its vocabulary\n"
+    again, read = xprnn.from_onnx(tmp_path / "m.onnx")
+    assert again == model
+    same(read, params)
+    _, _, err = run(capsys, "convert", tmp_path / "theirs.safetensors", tmp_path / "m.onnx", "--dtype", "float64")
+    assert err == "xprnn convert: ONNX Runtime has no recurrent layers in float64: --dtype float32\n"
+    _, read = xprnn.from_onnx(tmp_path / "m.onnx")
+    assert read["rnn.weight_ih_l0"].dtype == np.float64
+
+
+@pytest.mark.parametrize("library", ["onnx", "h5py", "torch"])
+def test_a_library_that_is_not_there(tmp_path, capsys, monkeypatch, model, params, library):
+    files(tmp_path, model, params)
+    monkeypatch.setitem(sys.modules, library, None)
+    name, extra = {"onnx": ("m.onnx", "onnx"), "h5py": ("m.weights.h5", "keras"), "torch": ("m.pt", "torch")}[library]
+    code, _, err = run(capsys, "info", rubbish(tmp_path, name))
+    assert code == 2
+    assert f'pip install "xprnn[{extra}]"' in err
+    if library != "h5py":
+        code, _, err = run(capsys, "convert", tmp_path / "m.npz", tmp_path / f"out{Path(name).suffix}")
+        assert code == 2
+        assert f'pip install "xprnn[{extra}]"' in err
+
+
+def test_weights_of_keras_with_their_architecture(tmp_path, capsys):
+    pytest.importorskip("h5py")
+    folder = RECORDED / "keras_files"
+    config = ["--config", folder / "lstm_stack.json"]
+    assert run(capsys, "convert", folder / "lstm_stack.weights.h5", tmp_path / "m.npz", *config)[0] == 0
+    assert xprnn.load(tmp_path / "m.npz")[0] == xprnn.from_keras(folder / "lstm_stack.keras")[0]
+    code, _, err = run(capsys, "info", folder / "lstm_stack.weights.h5")
+    assert code == 2
+    assert "give config=" in err
+
+
 def npy(tmp, content):
     path = tmp / "x.npy"
     if isinstance(content, bytes):
@@ -144,12 +233,25 @@ def lying(shape):
     return b"\x93NUMPY\1\0" + len(text).to_bytes(2, "little") + text
 
 
+def rubbish(tmp, name):
+    (tmp / name).write_bytes(b"once upon a time there was a model")
+    return tmp / name
+
+
 BAD = {
     "no model": (lambda t: ["info", t / "no.npz"], "there is no such model"),
     "ending": (lambda t: ["convert", t / "m.npz", t / "m.txt"], "ending in .safetensors, .npz, .pt, .pth or .onnx"),
     "keras out": (lambda t: ["convert", t / "m.npz", t / "m.keras"], "Keras's files are only read"),
     "ending in": (lambda t: ["info", npy(t, np.zeros(3))], "expected a name ending in .safetensors, .npz, .pt"),
-    "hints": (lambda t: ["info", t / "m.npz", "--batch-first"], "says batch_first itself: leave that out"),
+    "hints": (lambda t: ["info", t / "m.npz", "--batch-first"], "a file of xprnn needs no batch_first: leave that out"),
+    "other hints": (
+        lambda t: ["info", t / "theirs.safetensors", "--config", "m.json"],
+        "a file of torch needs no config",
+    ),
+    "onnx": (lambda t: ["info", rubbish(t, "m.onnx")], "m.onnx"),
+    "keras": (lambda t: ["info", rubbish(t, "m.keras")], "m.keras"),
+    "h5": (lambda t: ["info", rubbish(t, "m.weights.h5")], "m.weights.h5"),
+    "pt": (lambda t: ["info", rubbish(t, "m.pt")], "m.pt"),
     "damaged": (lambda t: ["run", t / "m.npz", npy(t, b"\x93NUMPYrubbish")], "damaged, or not a .npy file"),
     "short": (lambda t: ["run", t / "m.npz", npy(t, lying((10**12,)))], "damaged, or not a .npy file"),
     "negative": (lambda t: ["run", t / "m.npz", npy(t, lying((-1, -1)))], "damaged, or not a .npy file"),

@@ -96,6 +96,34 @@ def test_class_numbers_and_inner_cotangents(xp, rng, dtype, name):
     xp.assert_close((y, got.dstate, got.dparams), (want_y, want.dstate, want.dparams), condition=200)
 
 
+@pytest.mark.parametrize("name", ["rnn", "lstm", "gru"])
+def test_segments_with_a_home_of_their_own(xp, rng, name):
+    """With checkpoints a reset leads to another state than the segment's first: the two adjoints part."""
+    layer = CASES[name].make(3, 4, 2, bidirectional=True)
+    p = problem(rng, layer, T=6, N=4, flags="r")
+    p.flags["reset"][::2] |= np.asarray([True, False, True, False])
+    params, x, state, flags = given(xp, p, "float64")
+
+    def run():
+        y, final, tape = layer.forward(params, x, state, **flags, checkpoint=2)
+        return y, final, *layer.backward(tape, dy)
+
+    dy = xp.asarray(drawn(rng, layer, p)[0])
+    fast = run()
+    with generic_only():
+        xp.assert_close(fast, run(), condition=200)
+
+
+@pytest.mark.parametrize(("m", "k", "v"), [(1, 1, 1), (7, 3, 5), (300, 5, 2), (40, 2, 90)])
+def test_rows_summed_by_class(xp, rng, dtype, m, k, v):
+    from xprnn.kernels.cuda.scatter import summed_by_class
+
+    ids, rows = rng.integers(0, v, size=m).astype(np.uint8), rng.normal(size=(m, k)).astype(dtype)
+    want = np.zeros((k, v))
+    np.add.at(want.T, ids, rows.astype("float64"))
+    xp.assert_close(summed_by_class(xp.xp, xp.asarray(ids), xp.asarray(rows), v), want.astype(dtype), condition=2)
+
+
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("name", ["rnn", "lstm", "gru", "leaky"])
 def test_blocks_of_steps_and_of_rows_are_the_whole(xp, rng, monkeypatch, name, keep):

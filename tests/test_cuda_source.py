@@ -12,6 +12,7 @@ from engine_cases import CASES
 from test_compiled import everything_cell
 
 import xprnn
+from xprnn.kernels.cuda import scatter
 from xprnn.kernels.cuda.source import printed
 from xprnn.kernels.scalar import FORMS
 
@@ -62,6 +63,13 @@ def test_the_report_is_read(compiled):
         compiled('extern "C" __global__ void k() { nothing(); }', "sm_90")
     with pytest.raises(AssertionError, match="never referenced"):
         compiled('extern "C" __global__ void k() { int unused; }', "sm_90")
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("bits", [32, 64])
+def test_the_sum_by_class_compiles(compiled, bits, arch):
+    found = compiled(scatter.source(bits), arch)["sum_rows"]
+    assert (found.spilled, found.stack) == (0, 0)
 
 
 def test_float32_stays_float32(compiled):

@@ -208,3 +208,45 @@ def test_graphs_that_are_no_chain(keras):
 def test_a_model_without_weights_yet(keras):
     with pytest.raises(xprnn.InputError, match="no weights yet: call it on an input first"):
         xprnn.from_keras(keras.Sequential([keras.layers.LSTM(3)]))
+
+
+@st.composite
+def chains(draw):
+    """Recurrent layers and a Dense that ONNX's operators can say."""
+    options = {"return_sequences": True}
+    layers = []
+    for _ in range(draw(st.integers(1, 2))):
+        kind = draw(st.sampled_from(["SimpleRNN", "LSTM", "GRU"]))
+        own = options | {"units": draw(st.integers(1, 3)), "use_bias": draw(st.booleans())}
+        own["activation"] = draw(st.sampled_from(["tanh", "sigmoid", "softsign", "hard_sigmoid", "relu"]))
+        if kind == "GRU":
+            own["reset_after"] = draw(st.booleans())
+        layers.append((kind, own, draw(st.booleans())))
+    return layers, draw(st.integers(0, 3))
+
+
+@pytest.mark.needs("onnxruntime")
+@settings(deadline=None, max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@drawn(chains())
+def test_keras_here_onnx_and_onnx_runtime(keras, rng, case):
+    """Keras -> xprnn -> ONNX -> ONNX Runtime: Keras's numbers come out."""
+    import onnxruntime
+
+    layers, outputs = case
+    made = [keras.Input((None, D))]
+    for kind, options, wrapped in layers:
+        layer = getattr(keras.layers, kind)(**options)
+        made.append(keras.layers.Bidirectional(layer) if wrapped else layer)
+    made += [keras.layers.Dense(outputs)] if outputs else []
+    source = keras.Sequential(made)
+    for weight in source.weights:
+        weight.assign(rng.normal(size=weight.shape))
+    model, params = xprnn.from_keras(source, like=np.zeros(0, np.float32))
+    proto = xprnn.to_onnx(model, params, optional=False, lengths=False)
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    x = rng.normal(size=(N, T, D)).astype("float32")
+    feeds = {"x": x}
+    for given_ in session.get_inputs()[1:]:
+        feeds[given_.name] = np.zeros([n if isinstance(n, int) else N for n in given_.shape], "float32")
+    (y,) = session.run(["y"], feeds)
+    np.testing.assert_allclose(y, np.asarray(source(x.astype("float64"))), rtol=1e-4, atol=1e-5)

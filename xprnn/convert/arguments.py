@@ -10,6 +10,7 @@ _CONVERT_EXAMPLES = """
   python -m xprnn convert model.pt model.npz
   python -m xprnn convert book book.onnx --dtype float32
   python -m xprnn convert keras-model.keras model.safetensors
+  python -m xprnn convert model.weights.h5 model.npz --config model.json
   python -m xprnn convert weights.safetensors model.npz --nonlinearity relu --batch-first
 Read are .safetensors (xprnn's, or a state_dict of anyone's), .npz, .pt and .pth (a state_dict), .onnx, .keras and .h5;
 written are the first four. xprnn's .safetensors hold torch's names and shapes: safetensors.torch.load_file reads them.
@@ -27,8 +28,9 @@ INPUT is (T,N,D), or (N,T,D) if the model is batch-first, or (T,D) for one seque
 
 
 def _hints(parser: argparse.ArgumentParser) -> None:
-    about = parser.add_argument_group("state_dicts do not say")
+    about = parser.add_argument_group("what files of weights do not say")
     about.add_argument("--nonlinearity", choices=("tanh", "relu"), help="of an nn.RNN (default: tanh)")
+    about.add_argument("--config", metavar="FILE", help="of a .weights.h5: a .json or .keras file that says its layers")
     about.add_argument("--batch-first", action="store_true", default=None, help="x is (N,T,D), not (T,N,D)")
     about.add_argument(
         "--order", nargs="+", metavar="PART", help="names of the parts as they run, if widths leave a doubt"
@@ -56,7 +58,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _given(args: argparse.Namespace) -> dict[str, object]:
-    return {name: getattr(args, name) for name in ("nonlinearity", "batch_first", "order")}
+    return {name: getattr(args, name) for name in ("nonlinearity", "batch_first", "order", "config")}
 
 
 def _convert(args: argparse.Namespace) -> int:

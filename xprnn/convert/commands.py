@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,11 @@ def convert_command(source: str, target: str, dtype: str | None = None, **hints:
     found = read_model(source, _like(dtype), **hints)
     write_model(target, found)
     print(f"{source} ({found.format}) -> {target}: {_summary(found)}")
+    ending = Path(target).suffix
+    if found.metadata and ending not in (".safetensors", ".npz"):
+        print(f"xprnn convert: {ending} has no place for its {', '.join(found.metadata)}", file=sys.stderr)
+    if ending == ".onnx" and any(str(p.dtype) == "float64" for p in found.params.values()):
+        print("xprnn convert: ONNX Runtime has no recurrent layers in float64: --dtype float32", file=sys.stderr)
     return 0
 
 
@@ -38,6 +44,8 @@ def info_command(place: str, **hints: Any) -> int:
     parts = getattr(found.model, "parts", None)
     for name, part in (parts or {"model": found.model}).items():
         print(f"  {name}: {part!r}")
+    if found.is_graph:
+        print(f"  only run, since {found.model.reason}")
     for name, array in found.params.items():
         print(f"  {name:24} {tuple(array.shape)!s:16} {array.dtype}")
     for name, value in found.metadata.items():

@@ -10,7 +10,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +46,8 @@ def read_model(place: str | Path, like: Array | None = None, **hints: Any) -> Fo
     Args:
         place: a file, or the DIR of a run.
         like: as in `load`.
-        hints: nonlinearity, batch_first, order, for state_dicts (see from_torch).
+        hints: nonlinearity, batch_first, order, for state_dicts (see from_torch); config, for .weights.h5 (see
+            from_keras).
 
     Raises:
         InputError: no such file, another ending, a file that cannot be read; or hints for a format that needs none.
@@ -56,33 +58,43 @@ def read_model(place: str | Path, like: Array | None = None, **hints: Any) -> Fo
     if not path.exists():
         raise InputError(f"{path}: there is no such model")
     hints = {name: value for name, value in hints.items() if value is not None}
-    if path.suffix in (".pt", ".pth") or (path.suffix == ".safetensors" and not is_ours(path)):
-        from ..interop import from_torch
-
-        return Found("torch", *from_torch(path, like, **hints), {})
-    if hints:
-        raise InputError(f"{path}: says {', '.join(sorted(hints))} itself: leave that out")
-    if path.suffix in (".safetensors", ".npz"):
-        return Found("xprnn", *load(path, like), load_metadata(path))
-    return _foreign(path, like)
-
-
-def _foreign(path: Path, like: Array | None) -> Found:
+    kind = _format(path)
+    allowed = {"torch": {"nonlinearity", "batch_first", "order"}, "Keras": {"config"}}.get(kind, set())
+    if strangers := sorted(hints.keys() - allowed):
+        raise InputError(f"{path}: a file of {kind} needs no {', '.join(strangers)}: leave that out")
+    if kind == "xprnn":
+        return Found(kind, *load(path, like), load_metadata(path))
     from .. import interop
 
-    readers: dict[str, tuple[str, str]] = {
-        ".onnx": ("ONNX", "from_onnx"),
-        ".keras": ("Keras", "from_keras"),
-        ".h5": ("Keras", "from_keras"),
+    readers: dict[str, Callable[..., Any]] = {
+        "torch": interop.from_torch,
+        "Keras": interop.from_keras,
+        "ONNX": interop.from_onnx,
     }
-    if path.suffix not in readers:
+    with _extras(path):
+        model, params = readers[kind](path, like, **hints)
+    return Found(kind, model, params, {})
+
+
+def _format(path: Path) -> str:
+    """Whose file it is."""
+    if path.suffix == ".safetensors":
+        return "xprnn" if is_ours(path) else "torch"
+    kinds = {".npz": "xprnn", ".pt": "torch", ".pth": "torch", ".onnx": "ONNX", ".keras": "Keras", ".h5": "Keras"}
+    if path.suffix not in kinds:
         raise InputError(f"{path}: expected a name ending in {ENDINGS}, found {path.suffix or 'no ending'}")
-    name, function = readers[path.suffix]
+    return kinds[path.suffix]
+
+
+@contextmanager
+def _extras(path: Path) -> Iterator[None]:
+    """What is not installed is the caller's to install, not a fault of ours."""
     try:
-        model, params = getattr(interop, function)(path, like=like)
+        yield
     except ImportError as error:
+        if "pip install" not in str(error):
+            raise
         raise InputError(f"{path}: {error}") from None
-    return Found(name, model, params, {})
 
 
 def write_model(path: str | Path, found: Found) -> None:
@@ -94,7 +106,7 @@ def write_model(path: str | Path, found: Found) -> None:
     path = Path(path)
     model, params = found.model, found.params
     if found.is_graph:
-        raise InputError(f"{path}: a general graph is only run, not converted: {getattr(model, 'reason', '')}")
+        raise InputError(f"{path}: this ONNX graph is only run, not converted, since {model.reason}")
     if path.suffix in (".safetensors", ".npz"):
         save(path, model, params, found.metadata)
     elif path.suffix in (".pt", ".pth"):
@@ -105,12 +117,11 @@ def write_model(path: str | Path, found: Found) -> None:
         need_torch(str(path)).save(to_torch(model, params).state_dict, content)
         write_atomically(path, content.getvalue())
     elif path.suffix == ".onnx":
-        from .. import interop
+        from ..interop import to_onnx
 
-        try:
-            getattr(interop, "to_onnx")(model, params, path)  # noqa: B009
-        except ImportError as error:
-            raise InputError(f"{path}: {error}") from None
+        dtype = str(next(iter(params.values())).dtype) if params else "float32"
+        with _extras(path):
+            to_onnx(model, params, path, dtype=dtype)
     else:
         only = ": Keras's files are only read" if path.suffix in (".keras", ".h5") else ""
         raise InputError(f"{path}: expected a name ending in .safetensors, .npz, .pt, .pth or .onnx{only}")

@@ -32,7 +32,8 @@ def from_keras(source: Any, like: Array | None = None, *, config: Any = None) ->
 
     Masks come from Masking and Embedding(mask_zero=True) and act as in Keras: masked steps hold the output before them
     (0 before the first), unless zero_output_for_mask; after go_backwards the mask stays unturned. States are xprnn's,
-    second in what a call returns: that covers return_state, and stateful, where the caller hands them back in.
+    second in what a call returns: that covers return_state, and stateful, where the caller hands them back in. Numbers
+    are of the weights' dtype, also where mixed precision made Keras compute in half of it.
 
     Args:
         source: the path of a .keras file, or of a .weights.h5 file, which needs `config`; or a live Keras model.

@@ -92,6 +92,18 @@ def _invoke(typing: Any, where: Any, numbers: Any) -> Any:
     return types.int64(types.int64, types.UniTuple(types.int64, CALLED)), generate
 
 
+def _widest(typing: Any) -> Any:
+    """Let loops of this function use the widest vectors; by itself LLVM takes half of AVX-512."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        # llvmlite's own `add` knows only the attributes without a value.
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+widest = intrinsic(_widest)
 shift, spot, invoke = intrinsic(_shift), intrinsic(_spot), intrinsic(_invoke)
 load, store = intrinsic(prefer_literal=True)(_load), intrinsic(prefer_literal=True)(_store)
 

@@ -8,7 +8,7 @@ _HEAD = '''"""Written by xprnn for the cell {cell!r}; it may be deleted at any t
 import math
 import numpy as np
 from xprnn.kernels.lanes import ANY, bytes_, exp64, f{bits} as real, invoke, load, longs, shift, spot, store
-from xprnn.kernels.lanes import tanh{bits} as tanh
+from xprnn.kernels.lanes import tanh{bits} as tanh, widest
 
 F = np.float{bits}
 
@@ -24,7 +24,7 @@ class Text:
     def __init__(self, numbers: list[str], pointers: list[str]) -> None:
         self.table = (*numbers, *_KINDS, *pointers)
         self.scopes: dict[str, int] = {}
-        self.lines: list[str] = []
+        self.lines = ["    widest()"]
         for k, name in enumerate(self.table):
             kind = "real" if name in pointers else _KINDS.get(name, "")
             self.add(1, f"{name} = {kind}(a[{k}])")

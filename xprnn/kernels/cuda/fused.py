@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from xprnn.affine import flat
-from xprnn.arrays import Array, Namespace, Params, as_index, device_of
+from xprnn.arrays import Array, Namespace, Params, device_of
 from xprnn.cells import Cell
 from xprnn.kernels.cuda.device import (
     Products,
@@ -22,8 +22,8 @@ from xprnn.kernels.cuda.device import (
     products,
     zeros,
 )
+from xprnn.kernels.cuda.scatter import summed_by_class
 from xprnn.kernels.cuda.source import Printed
-from xprnn.scatter import sum_rows_by_id
 from xprnn.tape import State, Steps, Tape
 
 __all__ = ["NAME", "forward", "gradients", "project"]
@@ -228,8 +228,7 @@ def gradients(p: Products, xp: Namespace, params: Params, x: Array, dxg: Array) 
     """dx (None for class numbers), and the gradient of weight_ih."""
     w, d = contiguous(params["weight_ih"]), flat(xp, dxg)
     if x.dtype.kind in "iu":
-        ids = as_index(xp, x.reshape(-1))
-        return None, {"weight_ih": contiguous(sum_rows_by_id(xp, ids, d, w.shape[1]).T)}
+        return None, {"weight_ih": summed_by_class(xp, x.reshape(-1), d, w.shape[1])}
     dx, dw = empty(x.shape, x.dtype), empty(w.shape, w.dtype)
     p.rows(flat(xp, dx), d, w)
     p.summed(dw, d, flat(xp, x))
