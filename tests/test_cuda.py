@@ -12,6 +12,7 @@ from backends import Backend
 from engine_cases import CASES, MAIN, cotangents, given, problem
 from test_kernels import PATTERNS, every_other
 
+import xprnn
 from xprnn.kernels import generic_only
 
 pytestmark = pytest.mark.needs("cupy")
@@ -94,6 +95,25 @@ def test_class_numbers_and_inner_cotangents(xp, rng, dtype, name):
         want_y, _, want = run()
     assert got.dx is None
     xp.assert_close((y, got.dstate, got.dparams), (want_y, want.dstate, want.dparams), condition=200)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_one_bias_as_the_article_has_it(xp, rng, dtype, persistent):
+    from xprnn.kernels import cuda
+
+    cuda._fused.set(not persistent)
+    x, a0 = xp.asarray(rng.normal(size=(3, 4, 5)), dtype), xp.asarray(rng.normal(size=(6, 4)), dtype)
+    shapes = {"Wax": (6, 3), "Waa": (6, 6), "Wya": (2, 6), "ba": (6, 1), "by": (2, 1)}
+    parameters = {k: xp.asarray(rng.normal(size=s), dtype) for k, s in shapes.items()}
+    da = xp.asarray(rng.normal(size=(6, 4, 5)), dtype)
+
+    def run():
+        a, y, caches = xprnn.rnn_forward(x, a0, parameters)
+        return a, y, xprnn.rnn_backward(da, caches)
+
+    fast = run()
+    with generic_only():
+        xp.assert_close(fast, run(), condition=200)
 
 
 @pytest.mark.parametrize("name", ["rnn", "lstm", "gru"])

@@ -84,6 +84,10 @@ def test_a_few_rows_take_the_compiled_way(rng, make, monkeypatch):
         assert (layer._step(params, ids, state) is not None) == taken
         with compiling(False):
             assert layer._step(params, x, state) is None
+    wide = make(50, 4)
+    params, _, state = given(rng, wide, 1)
+    params["weight_ih_l0"] = np.asfortranarray(params["weight_ih_l0"])  # as `init` lays out many classes
+    assert wide._step(params, np.array([3]), state) is not None
     large = make(2000, 400)
     assert large._step(*given(rng, large, 1)) is not None
     assert large._step(*given(rng, large, 2)) is None

@@ -14,11 +14,20 @@ import numpy as np
 
 from xprnn import kernels
 from xprnn.arrays import Array, Params
-from xprnn.kernels.step import BITS, Stepped, compiled_step, numpy_step
+from xprnn.kernels.step import BITS, Stepped, compiled_step, compiled_walk, numpy_step
 from xprnn.layout import names_of
 from xprnn.scan import step_once
 
-__all__ = ["Quick", "Streams", "chain_step", "embedding_step", "linear_step", "quick_of", "recurrent_step"]
+__all__ = [
+    "Quick",
+    "Streams",
+    "chain_step",
+    "embedding_step",
+    "linear_step",
+    "quick_of",
+    "recurrent_step",
+    "recurrent_walk",
+]
 
 Quick = Callable[[Params, Array, Any], tuple[Array, Any] | None]
 
@@ -34,12 +43,24 @@ class Streams:
         """The name and shape of every parameter."""
         raise NotImplementedError
 
+    def quick_walk(self) -> Quick | None:
+        """As `quick`, for a whole sequence of which no tape is kept."""
+        return None
+
     @cached_property
     def _step(self) -> Quick:
-        return self.quick("", len(self.shapes())) or (lambda params, x, state: None)
+        return self.quick("", len(self.shapes())) or _nothing
+
+    @cached_property
+    def _walk(self) -> Quick:
+        return self.quick_walk() or _nothing
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_step"}
+        return {name: value for name, value in vars(self).items() if name not in ("_step", "_walk")}
+
+
+def _nothing(params: Params, x: Array, state: Any) -> None:
+    """The quick step of what has none."""
 
 
 def _plain(a: Array, shape: tuple[int, ...], dtype: Any) -> bool:
@@ -79,7 +100,7 @@ def recurrent_step(layer: Any, prefix: str, count: int) -> Quick | None:
         if found is None:
             once = partial(step_once, np, its.cell)
             made = compiled_step(its, integer) if one is None else numpy_step(its, integer, one, once)
-            found = ways[integer, one] = made or (lambda params, x, state: None)
+            found = ways[integer, one] = made or _nothing
         return found
 
     def step(params: Params, x: Array, state: Any) -> tuple[Array, Any] | None:
@@ -96,6 +117,24 @@ def recurrent_step(layer: Any, prefix: str, count: int) -> Quick | None:
         return way(integer, n == 1)(params, x, state)
 
     return _guarded(count, step)
+
+
+def recurrent_walk(layer: Any) -> Quick | None:
+    """The quick walk of a recurrent layer, for few rows and small weights; compiled or not at all."""
+    if layer.bidirectional or layer.reverse or not isinstance(layer.hidden_size, int):
+        return None
+    its, fast, floats, batch_first = _stepped(layer, ""), kernels.fast, BITS, layer.batch_first
+    ways = dict[bool, Quick]()
+
+    def walk(params: Params, x: Array, state: Any) -> tuple[Array, Any] | None:
+        integer, n = x.dtype not in floats, x.shape[0 if batch_first else 1]
+        if not fast() or not its.short(n, integer) or (integer and x.dtype.kind not in "iu"):
+            return None
+        if integer not in ways:
+            ways[integer] = compiled_walk(its, integer, batch_first) or _nothing
+        return ways[integer](params, x, state)
+
+    return _guarded(len(its.shapes), walk)
 
 
 def _stepped(layer: Any, prefix: str) -> Stepped:

@@ -19,7 +19,7 @@ from xprnn.cells import Cell
 from xprnn.checks import check_init, flag, fraction, keep_positive, positive
 from xprnn.forms import cell_form
 from xprnn.initial import draw, laid
-from xprnn.quick import Quick, Streams, recurrent_step
+from xprnn.quick import Streams, recurrent_step, recurrent_walk
 from xprnn.stack import Gradients, StackTape
 
 __all__ = ["Recurrent", "keep_positive"]
@@ -187,6 +187,8 @@ class Recurrent(Streams):
         self, params: Params, x: Array, state: State = None, lengths: Any = None, mask: Any = None, reset: Any = None
     ) -> tuple[Array, State]:
         """Inference: as `forward`, but nothing is kept and nothing is dropped out. Returns y and the final state."""
+        if lengths is None and mask is None and reset is None and (done := self._walk(params, x, state)) is not None:
+            return done
         y, final, _ = stack.forward(self, params, x, state, lengths=lengths, mask=mask, reset=reset, keep=False)
         return y, final
 
@@ -284,9 +286,8 @@ class Recurrent(Streams):
         done = self._step(params, x, state)
         return stack.step(self, params, x, state) if done is None else done
 
-    def quick(self, prefix: str, count: int) -> Quick | None:
-        """The step for NumPy arrays that fit, of parameters under `prefix` in a dict of `count`, or None."""
-        return recurrent_step(self, prefix, count)
+    quick = recurrent_step
+    quick_walk = recurrent_walk
 
     def config(self) -> dict[str, Any]:
         """The configuration as JSON-able data; `from_config` reads it back."""

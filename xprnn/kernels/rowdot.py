@@ -5,7 +5,7 @@ Imported only when a kernel is about to run, because it imports numba.
 A sequence cuts its recurrent weight into panels once (lanes.py); one step can't afford that, and a copy kept between
 steps would miss what is written into the weight. So each row is summed where it is, in vectors; as many rows as a
 vector has lanes are added up crosswise in the end, pairs of neighbours first, so that a row's sum does not depend on
-the rows beside it.
+the rows beside it. A walk of many steps does turn its weights; each entry of x is then spread over a row.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from xprnn.kernels.lanes import LANES32, LANES64, shift
+from xprnn.kernels.lanes import ANY, LANES32, LANES64, shift, store
 
 
 def _sums(typing: Any, w: Any, stride: Any, x: Any, inner: Any, out: Any, rows: Any, lanes: Any) -> Any:
@@ -85,7 +85,37 @@ def _crosswise(builder: Any, sums: list[Any], v: int) -> Any:
     return sums[0]
 
 
-sums = intrinsic(prefer_literal=True)(_sums)
+def _spread(typing: Any, u: Any, width: Any, x: Any, inner: Any, out: Any, count: Any, lanes: Any) -> Any:
+    """`count` vectors of out = the sum of x[k] u[k * width + .] over k < inner."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        v, real = lanes.literal_value, context.get_value_type(u.dtype)
+        vector, item, long = ir.VectorType(real, v), u.dtype.bitwidth // 8, ir.IntType(64)
+        weights, step, given, length, to = args[:5]
+        first, nothing = ir.Constant(ir.IntType(32), 0), ir.Constant(vector, ir.Undefined)
+        everywhere = ir.Constant(ir.VectorType(ir.IntType(32), v), [0] * v)
+        zero = ir.Constant(vector, [0.0] * v)
+        sums = [cgutils.alloca_once_value(builder, zero) for _ in range(count.literal_value)]
+
+        def at(pointer: Any, index: Any) -> Any:
+            return builder.bitcast(builder.gep(pointer, [index]), vector.as_pointer())
+
+        with cgutils.for_range(builder, length) as loop:
+            one = builder.insert_element(nothing, builder.load(builder.gep(given, [loop.index])), first)
+            one = builder.shuffle_vector(one, nothing, everywhere)
+            for c, place in enumerate(sums):
+                index = builder.add(builder.mul(loop.index, step), ir.Constant(long, c * v))
+                term = builder.fmul(one, builder.load(at(weights, index), align=item), flags=("contract",))
+                builder.store(builder.fadd(builder.load(place), term, flags=("contract",)), place)
+        for c, place in enumerate(sums):
+            builder.store(builder.load(place), at(to, ir.Constant(long, c * v)), align=item)
+        return context.get_dummy_value()
+
+    long_ = types.int64
+    return types.void(u, long_, x, long_, out, count, lanes), generate
+
+
+sums, spread = intrinsic(prefer_literal=True)(_sums), intrinsic(prefer_literal=True)(_spread)
 _compile = njit(fastmath={"contract"}, error_model="numpy")
 
 
@@ -109,6 +139,35 @@ def _product(lanes: int) -> Any:
 
 
 product32, product64 = _product(LANES32), _product(LANES64)
+
+
+def _turned(lanes: int) -> Any:
+    @_compile
+    def turned(u, stride, x, inner, out, width):  # type: ignore[no-untyped-def]
+        """out (width,) = x U for U (inner, width) whose rows lie `stride` apart, width a multiple of the lanes."""
+        c = 0
+        while c + 8 * lanes <= width:
+            spread(shift(u, c), stride, x, inner, shift(out, c), 8, lanes)
+            c += 8 * lanes
+        while c + 4 * lanes <= width:
+            spread(shift(u, c), stride, x, inner, shift(out, c), 4, lanes)
+            c += 4 * lanes
+        while c < width:
+            spread(shift(u, c), stride, x, inner, shift(out, c), 1, lanes)
+            c += lanes
+
+    return turned
+
+
+turned32, turned64 = _turned(LANES32), _turned(LANES64)
+
+
+@_compile
+def turn(w, out, stride):  # type: ignore[no-untyped-def]
+    """w (G*H, K) -> out (K, G*H), its rows `stride` apart."""
+    for j in range(w.shape[0]):
+        for k in range(w.shape[1]):
+            store(out, k * stride + j, ANY, w[j, k])
 
 
 @_compile

@@ -17,11 +17,13 @@ from xprnn.kernels import library
 from xprnn.kernels.plan import squashed, trace_step
 from xprnn.kernels.step_source import step_source
 from xprnn.kernels.trace import FUNCTIONS, Graph, UntraceableError, Value, nodes
+from xprnn.kernels.walk_source import walk_source
 
-__all__ = ["BITS", "FEW", "Stepped", "compiled_step", "numpy_step"]
+__all__ = ["BITS", "FEW", "Stepped", "compiled_step", "compiled_walk", "numpy_step"]
 
 FEW = 8  # rows: of more, a BLAS that reads the weights once for all of them is faster;
 _LARGE = 1 << 19  # weights: of so many, of more than one row
+SHORT = 1 << 15  # products a step, for which a walk is faster than the scan's preparations, however far
 BITS = {np.dtype(np.float32): 32, np.dtype(np.float64): 64}
 Step = Callable[[dict[str, Any], Any, Any], Any]
 
@@ -43,6 +45,11 @@ class Stepped(NamedTuple):
         """The most rows that the compiled step is for."""
         return FEW if self.cell.gates * self.hidden * (self.inputs + self.hidden) < _LARGE else 1
 
+    def short(self, n: int, integer: bool) -> bool:
+        """Whether n rows are for the compiled walk; not a question of T, so that chunks are the whole bit for bit."""
+        inner = self.hidden + (0 if integer else self.inputs)
+        return n * self.cell.gates * self.hidden * inner <= SHORT
+
     @property
     def widths(self) -> list[int]:
         """Of each state."""
@@ -56,7 +63,7 @@ def _code(source: str) -> Any:
 
 def _made(lines: list[str], scope: dict[str, Any]) -> Step:
     """The function of these lines, printed here from a finite list of names."""
-    scope = {"empty": np.empty, "ndarray": np.ndarray, "bits": BITS, **scope}
+    scope = {"empty": np.empty, "zeros": np.zeros, "ndarray": np.ndarray, "bits": BITS, **scope}
     exec(_code("\n    ".join(("def step(params, x, state):", *lines))), scope)
     step: Step = scope["step"]
     return step
@@ -95,12 +102,12 @@ def _result(its: Stepped) -> str:
 class _Kernels(dict[Any, Any]):
     """dtype -> its kernel, looked for once."""
 
-    def __init__(self, its: Stepped, integer: bool) -> None:
-        self.its, self.integer = its, integer
+    def __init__(self, its: Stepped, integer: bool, source: Callable[..., Any]) -> None:
+        self.its, self.integer, self.source = its, integer, source
 
     def __missing__(self, dtype: Any) -> Any:
         its = self.its
-        printed = step_source(its.cell, BITS[dtype], its.bias, self.integer)
+        printed = self.source(its.cell, BITS[dtype], its.bias, self.integer)
         if printed is None or not library.works(*printed):
             raise KeyError(dtype)
         self[dtype] = library.compiled(*printed)
@@ -109,13 +116,28 @@ class _Kernels(dict[Any, Any]):
 
 def compiled_step(its: Stepped, integer: bool) -> Step | None:
     """The step by a compiled kernel, or None where there can be none."""
-    if not library.available() or its.projection or step_source(its.cell, 32, its.bias, integer) is None:
+    return _compiled(its, integer, step_source, [*_head(its, integer), f"y = empty((n, {its.hidden}), dtype)"], "y")
+
+
+def compiled_walk(its: Stepped, integer: bool, batch_first: bool) -> Step | None:
+    """A walk over (T, N, .) arrays, or (N, T, .), by a compiled kernel; the state may be None for zero."""
+    head = ["x = x.swapaxes(0, 1)"] * batch_first + ["T = len(x)", *_head(its, integer)]
+    head[head.index("n = len(x)")] = "n = x.shape[1]"
+    zeros = ", ".join(f"zeros(({len(its.names)}, n, {w}), dtype)" for w in its.widths)
+    nothing = "return None" if its.learned else f"state = ({zeros})"
+    head.insert(head.index("s0 = state") if len(its.widths) == 1 else -2, f"if state is None: {nothing}")
+    head += [f"out = empty(({'n, T' if batch_first else 'T, n'}, {its.hidden}), dtype)"]
+    head += ["y = out.swapaxes(0, 1)" if batch_first else "y = out"]
+    return _compiled(its, integer, walk_source, head, "out")
+
+
+def _compiled(its: Stepped, integer: bool, source: Callable[..., Any], head: list[str], out: str) -> Step | None:
+    if not library.available() or its.projection or source(its.cell, 32, its.bias, integer) is None:
         return None
-    scope = {"first": _Kernels(its, integer), "later": _Kernels(its, False), "long": np.int64}
+    scope = {"first": _Kernels(its, integer, source), "later": _Kernels(its, False, source), "long": np.int64}
     count, after = len(its.names), [f"n{k}" for k in range(len(its.widths))]
-    lines = [*_head(its, integer), *_fit(its, its.learned), "kernel = first[dtype]"]
+    lines = [*head, *_fit(its, its.learned), "kernel = first[dtype]"]
     lines += ["x = x.astype(long, casting='safe', copy=False)"] if integer else []
-    lines += [f"y = empty((n, {its.hidden}), dtype)"]
     lines += [f"{name} = empty(({count}, n, {its.hidden}), dtype)" for name in after]
     states = ", ".join(f"s{k}" for k in range(len(after)))
     x, d = "x", its.inputs
@@ -125,7 +147,7 @@ def compiled_step(its: Stepped, integer: bool) -> Step | None:
         lines += [f"if kernel({k}, {d}, {weights}, {x}, {states}, y, {', '.join(after)}): return None"]
         lines += ["kernel = later[dtype]"] if integer and k == 0 and count > 1 else []
         x, d = "y", its.hidden
-    return _made([*lines, f"return y, {_result(its)}"], scope)
+    return _made([*lines, f"return {out}, {_result(its)}"], scope)
 
 
 # --- NumPy

@@ -17,7 +17,7 @@ from xprnn.kernels.plan import trace_step
 from xprnn.kernels.scalar import Body
 from xprnn.kernels.trace import Graph
 
-__all__ = ["step_source"]
+__all__ = ["argument_names", "signature", "step_source"]
 
 _HEAD = '''"""Written by xprnn for a step of the cell {cell!r}; it may be deleted at any time."""
 import math
@@ -45,34 +45,38 @@ def step_source(cell: Cell, bits: int, bias: bool, integer: bool) -> tuple[str, 
         return None
     try:
         new, _, _ = trace_step(cell, Graph())
-        return _text(cell, bits, bias, integer, new), _signature(cell, bits, bias, integer)
+        return _text(cell, bits, bias, integer, new), signature(cell, bits, bias, integer)
     except Exception:  # whatever goes wrong with stand-ins, arrays go on, and say so if it was the cell
         return None
 
 
-def _names(cell: Cell, bias: bool) -> tuple[list[str], list[str], list[str]]:
+def argument_names(cell: Cell, bias: bool) -> tuple[list[str], list[str], list[str]]:
     """The arguments' names: weights and vectors, states before, states after."""
     states = range(len(cell.states))
     lines = [*(["bi", "bh"] if bias else []), *(f"p{k}" for k in range(len(cell.vectors)))]
     return lines, [f"s{k}" for k in states], [f"n{k}" for k in states]
 
 
-def _signature(cell: Cell, bits: int, bias: bool, integer: bool) -> str:
+def signature(cell: Cell, bits: int, bias: bool, integer: bool, *, walk: bool = False) -> str:
     """Whatever its strides, and read-only too, an array is taken; what is written to was made for it."""
-    lines, before, after = _names(cell, bias)
+    lines, before, after = argument_names(cell, bias)
 
     def given(rank: int) -> str:
         return f"Array(float{bits}, {rank}, 'A', True)"
 
-    x = "Array(int64, 1, 'A', True)" if integer else given(2)
+    x = f"Array(int64, {1 + walk}, 'A', True)" if integer else given(2 + walk)
     inputs = [given(2), given(2), *[given(1)] * len(lines), x, *[given(3)] * len(before)]
-    outputs = [f"Array(float{bits}, 2, 'C')", *[f"Array(float{bits}, 3, 'C')"] * len(after)]
+    outputs = [
+        f"Array(float{bits}, 3, 'A')" if walk else f"Array(float{bits}, 2, 'C')",
+        *[f"Array(float{bits}, 3, 'C')"] * len(after),
+    ]
     return f"int64(int64, int64, {', '.join((*inputs, *outputs))})"
 
 
 def _text(cell: Cell, bits: int, bias: bool, integer: bool, new: tuple[Any, ...]) -> str:
-    lines, before, after = _names(cell, bias)
-    checks = ["in_rows(w, W, D)", "in_rows(u, W, H)", "x.shape[0] == N"]
+    lines, before, after = argument_names(cell, bias)
+    look_up = "w.shape[0] == W and w.shape[1] == D"  # whatever its strides, one column is read
+    checks = [look_up if integer else "in_rows(w, W, D)", "in_rows(u, W, H)", "x.shape[0] == N"]
     checks += [f"in_line({name}, {'W' if name[0] == 'b' else 'H'})" for name in lines]
     checks += [] if integer else ["in_rows(x, N, D)"]
     checks += [f"{s}.shape == {n}.shape and in_rows({s}[k], N, H)" for s, n in zip(before, after, strict=True)]

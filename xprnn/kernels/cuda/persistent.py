@@ -154,7 +154,8 @@ def _biases(config: Config, params: Params, hidden: int) -> tuple[Array | None, 
     """What is added to the projection, and the GRU's bias that the reset gate multiplies."""
     if "bias_ih" not in params:
         return None, None
-    bias, b_hh = copy(params["bias_ih"]), contiguous(params["bias_hh"])
+    bias, b_hh = copy(params["bias_ih"]), params.get("bias_hh")
+    b_hh = zeros(bias.shape, bias.dtype) if b_hh is None else contiguous(b_hh)  # the article has one bias
     cut = 2 * hidden if config.cell == "gru" else len(b_hh)
     bias[:cut] += b_hh[:cut]
     return bias, copy(b_hh[cut:]) if config.cell == "gru" else None

@@ -1,0 +1,185 @@
+"""What one step of a stream costs, over many steps: ours beside torch's cells, ONNX Runtime and the article's cell.
+
+    python benchmarks/streaming.py                      100,000 steps of each contender, some two minutes
+    python benchmarks/streaming.py --steps 5000         quicker, without a trustworthy p99.9
+
+float32, N = 1, the state carried from step to step, one thread. "floor" is the arithmetic alone on ready arrays: the
+compiled kernel called with arrays that are there already, or the same NumPy calls written out by hand; what a step
+takes above it is its overhead. Contenders take turns in blocks, so that what disturbs the machine hits all alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xprnn.bench import article, machine, streams
+from xprnn.bench.problem import Problem
+from xprnn.kernels import compiling, library
+from xprnn.kernels.step_source import step_source
+
+Step = Callable[[], Any]
+BLOCK = 500
+OURS_IN_NUMPY = "xprnn, NumPy"
+CELLS = ("elman", "lstm", "gru")
+
+
+def compiled_floor(problem: Problem) -> Step:
+    """The bare compiled step, its arrays made before."""
+    layer = streams.LAYERS[problem.cell](*problem.shape[:2])
+    printed = step_source(layer.core, 32, True, False)
+    assert printed is not None
+    kernel, x, d = library.compiled(*printed), problem.x[0], problem.shape[0]
+    weights = tuple(problem.params[name] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+    states = [np.zeros((1, 1, problem.shape[1]), np.float32) for _ in problem.state]
+    after, y = [np.empty_like(s) for s in states], np.empty((1, problem.shape[1]), np.float32)
+    calls = [(0, d, *weights, x, *states, y, *after), (0, d, *weights, x, *after, y, *states)]  # there and back
+
+    def step() -> Any:
+        calls.reverse()
+        kernel(*calls[1])
+        return y
+
+    return step
+
+
+def numpy_floor(problem: Problem) -> Step:
+    """The straight NumPy calls, by hand, for one row."""
+    h_size, dot, add, multiply, tanh = problem.shape[1], np.ndarray.dot, np.add, np.multiply, np.tanh
+    w, u, bi, bh = (problem.params[name] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+    x, h, c = problem.x[0, 0], np.zeros(h_size, np.float32), np.zeros(h_size, np.float32)
+    half = np.full(len(bi), 0.5, np.float32)
+    half[2 * h_size : 3 * h_size] = 1.0  # the LSTM's candidate is a tanh
+    gru_half, offset, held = half[: 2 * h_size].copy(), 1 - half, [h, c]
+
+    def elman() -> Any:
+        held[0] = tanh(add(add(dot(w, x), dot(u, held[0])), add(bi, bh)))
+        return held[0][None]
+
+    def lstm() -> Any:
+        a = add(add(dot(w, x), dot(u, held[0])), add(bi, bh))
+        a = add(multiply(tanh(multiply(a, half)), half), offset)
+        i, f, g, o = a[:h_size], a[h_size : 2 * h_size], a[2 * h_size : 3 * h_size], a[3 * h_size :]
+        held[1] = add(multiply(f, held[1]), multiply(i, g))
+        held[0] = multiply(o, tanh(held[1]))
+        return held[0][None]
+
+    def gru() -> Any:
+        a, b = add(dot(w, x), bi), add(dot(u, held[0]), bh)
+        s = add(a[: 2 * h_size], b[: 2 * h_size])
+        s = add(multiply(tanh(multiply(s, gru_half)), gru_half), gru_half)
+        n = tanh(add(a[2 * h_size :], multiply(s[:h_size], b[2 * h_size :])))
+        held[0] = add(n, multiply(s[h_size:], np.subtract(held[0], n)))
+        return held[0][None]
+
+    return {"elman": elman, "lstm": lstm, "gru": gru}[problem.cell]
+
+
+def articles(problem: Problem) -> Step:
+    """The article's cell, its prediction included: it has no other."""
+    _, _, _, parameters = problem.article()
+    x, held = problem.x[0].T.copy(), [np.zeros((problem.shape[1], 1), np.float32)]
+
+    def step() -> Any:
+        held[0], _, _ = article.rnn_cell_forward(x, held[0], parameters)
+        return held[0].T
+
+    return step
+
+
+def contenders(problem: Problem, fast: bool) -> dict[str, Step]:
+    """Everyone who is installed."""
+    found = {"xprnn, fast": streams._ours(problem), "floor, fast": compiled_floor(problem)} if fast else {}
+    found |= {OURS_IN_NUMPY: streams._ours(problem), "floor, NumPy": numpy_floor(problem)}
+    for name, make in {"torch": streams._torch, "ONNX Runtime": streams._onnxruntime}.items():
+        try:
+            found[name] = make(problem)
+        except ImportError as error:
+            print(f"{name}: left out ({error})", file=sys.stderr)
+    return found | ({"the article": articles(problem)} if problem.cell == "elman" else {})
+
+
+def measure(steps: dict[str, Step], count: int) -> dict[str, dict[str, float]]:
+    """Microseconds a step for each contender, the empty clock's own time taken off."""
+    clock, times = time.perf_counter_ns, {name: np.empty(count) for name in steps}
+    clock_cost = float(np.median([-(clock() - clock()) for _ in range(1000)]))
+    order = list(steps)
+    gc.collect()
+    gc.disable()
+    try:
+        for at in range(0, count, BLOCK):
+            for name in order:
+                step, here = steps[name], times[name]
+                with compiling(name != OURS_IN_NUMPY):
+                    for _ in range(20):
+                        step()
+                    for k in range(at, min(at + BLOCK, count)):
+                        start = clock()
+                        step()
+                        here[k] = clock() - start
+            order = order[1:] + order[:1]
+    finally:
+        gc.enable()
+    marks = (50, 99, 99.9)
+    return {
+        name: {f"p{q:g}": float(np.percentile(t, q) - clock_cost) / 1e3 for q in marks} for name, t in times.items()
+    }
+
+
+def row(cell: str, hidden: int, count: int, fast: bool) -> dict[str, Any]:
+    """One cell and size; everyone's first steps are compared before the clock starts."""
+    problem = Problem(cell, (streams.D, hidden, 1, 1))
+    steps, wanted, wrong = contenders(problem, fast), None, []
+    for name, step in steps.items():
+        with compiling(name != OURS_IN_NUMPY):
+            found = np.stack([np.asarray(step()).copy() for _ in range(5)])
+        wanted = found if wanted is None else wanted
+        if found.shape != wanted.shape or not np.max(np.abs(found - wanted)) <= streams.CLOSE:
+            wrong.append(name)
+    return {"cell": cell, "hidden": hidden, "microseconds": measure(steps, count), "disagree": wrong}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: p50 / p99 / p99.9, and the overhead of our median."""
+    names = list(dict.fromkeys(name for r in rows for name in r["microseconds"]))
+    lines = [f"| cell | H | {' | '.join(names)} | overhead, fast | overhead, NumPy |"]
+    lines += ["|" + "---|" * (len(names) + 4)]
+    for r in rows:
+        found = r["microseconds"]
+        cells = ["" if n not in found else " / ".join(f"{v:.1f}" for v in found[n].values()) for n in names]
+        for way in ("fast", "NumPy"):
+            ours, floor = found.get(f"xprnn, {way}"), found.get(f"floor, {way}")
+            cells.append(f"{ours['p50'] - floor['p50']:.1f}" if ours and floor else "")
+        note = f" (disagree: {', '.join(r['disagree'])})" if r["disagree"] else ""
+        lines.append(f"| {r['cell']}{note} | {r['hidden']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100_000)
+    parser.add_argument("--cell", nargs="+", choices=CELLS, default=CELLS)
+    parser.add_argument("--hidden", nargs="+", type=int, default=[16, 32, 64])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    args = parser.parse_args()
+    machine.pin(machine.cores()[:1])  # one core, so that nobody's threads help
+    run: dict[str, Any] = {"machine": machine.describe(), "steps": args.steps}
+    print("\n".join(f"{k}: {v}" for k, v in run["machine"].items()), file=sys.stderr)
+    run["rows"] = [row(c, h, args.steps, library.available()) for c in args.cell for h in args.hidden]
+    print("Microseconds a step, p50 / p99 / p99.9:\n\n" + table(run["rows"]))
+    if args.json:
+        args.json.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    return 1 if any(r["disagree"] for r in run["rows"]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
