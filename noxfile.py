@@ -141,6 +141,13 @@ def bench(session: nox.Session) -> None:
     session.run("python", "benchmarks/everything.py", *files, *session.posargs)
 
 
+@nox.session(default=False)
+def runtime(session: nox.Session) -> None:
+    """Measure install size, import, first output and a step's latency beside ONNX Runtime and torch; installs all."""
+    install(session, "bench")
+    session.run("python", "benchmarks/runtime.py", *session.posargs)
+
+
 @nox.session(default=False, venv_backend="none")
 def gpu_bench(session: nox.Session) -> None:
     """Measure the CUDA kernels beside PyTorch's cuDNN, with the CuPy and torch that nox's own Python has."""
