@@ -89,6 +89,7 @@ def cuda(session: nox.Session) -> None:
     """Test the CUDA kernels without a GPU: NVIDIA's compiler, and a stand-in for CuPy that runs them on the host."""
     install(session, "cuda")
     tests = sorted(str(path) for path in Path("tests").glob("test_cuda*.py"))
+    tests.append("tests/test_article.py")  # its one bias, its layout: a caller like no layer
     args = ["-m", "pytest", "-q", "--backend", "cupy:standin", *tests, *session.posargs]
     session.run("python", *args, env={"XPRNN_NVRTC": "required"})
 

@@ -47,7 +47,7 @@ def test_all_of_the_standards_node_tests_are_here():
 
 
 @operators
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("known", [False, True], ids=["weights are inputs", "weights are in the file"])
 def test_equals_the_plain_loop(xp, op, seed, known):
     """Every attribute at random, rows without steps among them."""
@@ -79,7 +79,8 @@ def test_equals_onnx_runtime(op, seed):
     want = onnx_runtime(model(plain, opset=14), plain.inputs)
     want = batch_first(want) if case.attrs.get("layout", 0) else want
     weights = WEIGHTS if seed % 2 else ()
-    graph, params = xprnn.from_onnx(model(case, weights=weights), like=np.zeros(1, np.float32))
+    opset = 22 if "layout" in case.attrs else 7  # which is new in 14
+    graph, params = xprnn.from_onnx(model(case, weights=weights, opset=opset), like=np.zeros(1, np.float32))
     given = {k: a.astype(np.float32) if a.dtype.kind == "f" else a for k, a in case.inputs.items() if k not in weights}
     got = run(graph, params, given)
     assert got.keys() == want.keys()
