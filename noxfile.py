@@ -90,8 +90,10 @@ def cuda(session: nox.Session) -> None:
     install(session, "cuda")
     tests = sorted(str(path) for path in Path("tests").glob("test_cuda*.py"))
     tests.append("tests/test_article.py")  # its one bias, its layout: a caller like no layer
-    args = ["-m", "pytest", "-q", "--backend", "cupy:standin", *tests, *session.posargs]
-    session.run("python", *args, env={"XPRNN_NVRTC": "required"})
+    # Compilers take most of the time: the files are spread over the cores.
+    spread = ["-n", "auto", "--dist", "loadfile"]
+    args = ["-m", "pytest", "-q", *spread, "--backend", "cupy:standin", *tests, *session.posargs]
+    session.run("python", *args, env={"XPRNN_NVRTC": "required", "OMP_NUM_THREADS": "1"})
 
 
 @nox.session(venv_backend="none")

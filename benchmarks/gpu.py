@@ -7,7 +7,8 @@
 Elman, LSTM and GRU, forward and forward+backward, D = H, float32 with TF32 off and on: the three tiers beside PyTorch's
 cuDNN layer, with the floors that the device's own ceilings set. Every row is written to --json and --markdown as soon
 as it is measured, so that a run that is stopped keeps what it has. Results are compared with float64 before the clock
-starts; where they differ by more than rounding allows, the row says so and the exit code is 1.
+starts; where they differ by more than rounding allows, the table says so and the exit code is 1, and so where a row
+fails; the others go on.
 
 Without a CUDA device, or without CuPy, it says so and exits with 1: there is nothing to measure.
 """
@@ -20,6 +21,8 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,20 +139,32 @@ def table(args: argparse.Namespace) -> int:
     run: dict[str, Any] = {"machine": machine(), "notes": [], "rows": [], "training": []}
     run["ceilings"] = gpu_contenders.ceilings()
     for key in grid(args):
-        for row in measure_row(key, args, run["ceilings"]):
-            run["rows"].append(row)
-            if bad := wrong(row):
-                run["notes"].append(f"WRONG: {', '.join(bad)} at {key} ({row['pass']}): {row['error']}")
-        write(run, args)
-        print(f"{key}: { ({w: round(u['median'], 3) for w, u in row['us'].items()}) } us", file=sys.stderr, flush=True)
+        with noted(run, args, str(key)):
+            for row in measure_row(key, args, run["ceilings"]):
+                run["rows"].append(row)
+                if bad := wrong(row):
+                    run["notes"].append(f"WRONG: {', '.join(bad)} at {key} ({row['pass']}): {row['error']}")
+            medians = {w: round(u["median"], 3) for w, u in row["us"].items()}
+            print(f"{key}: {medians} us", file=sys.stderr, flush=True)
     for tf32 in () if args.no_training else (False, True):
         for cell in args.cell:
-            run["training"].append(gpu_training.training(cell, 64, tf32))
-            if not run["training"][-1]["agree"]:
-                run["notes"].append(f"WRONG: the losses of training {cell} differ: {run['training'][-1]['losses']}")
-            write(run, args)
+            with noted(run, args, f"training {cell}"):
+                run["training"].append(gpu_training.training(cell, 64, tf32))
+                if not run["training"][-1]["agree"]:
+                    run["notes"].append(f"WRONG: the losses of training {cell} differ: {run['training'][-1]['losses']}")
     print(args.markdown.read_text(encoding="utf-8"), end="")
-    return int(any(note.startswith("WRONG") for note in run["notes"]))
+    return int(any(note.startswith(("WRONG", "FAILED")) for note in run["notes"]))
+
+
+@contextmanager
+def noted(run: dict[str, Any], args: argparse.Namespace, what: str) -> Iterator[None]:
+    """One row or job: what it raises is noted, all is written, and the next has its turn."""
+    try:
+        yield
+    except Exception as error:  # out of memory, a library's refusal: of this row only
+        run["notes"].append(f"FAILED: {what}: {type(error).__name__}: {error}")
+        print(run["notes"][-1], file=sys.stderr, flush=True)
+    write(run, args)
 
 
 def exercise() -> int:

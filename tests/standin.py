@@ -19,6 +19,11 @@ from typing import Any
 
 import numpy as np
 
+# What NumPy has and CuPy 14.2 has not: names of the module and of `linalg`, keywords of functions.
+ABSENT = "block bmat emath errstate frompyfunc geomspace insert matvec ndenumerate nditer spacing unstack vecdot vecmat"
+ABSENT_LINALG = "diagonal matrix_norm multi_dot outer svdvals tensordot trace vecdot vector_norm"
+UNKNOWN = {"device", "like", "initial"}
+
 FENCE = 64  # elements on each side of an array
 LOG: list[tuple[str, Any]] = []  # ("alloc", bytes), ("sync", how), ("launch", kernel), ("gemm", (m, n, k)), ...
 REFUSE = [False]  # whether a wait for the device raises
@@ -145,10 +150,6 @@ class ndarray:  # noqa: N801 - CuPy's name
         sync("float()")
         return float(self._inside)
 
-    def __index__(self) -> int:
-        sync("index()")
-        return operator.index(self._inside)
-
     def __repr__(self) -> str:
         return f"standin{self._inside!r}"
 
@@ -192,6 +193,8 @@ def lifted(function: Any) -> Any:
     """A NumPy function as this module's."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        if unknown := kwargs.keys() & UNKNOWN:
+            raise TypeError(f"cupy.{function.__name__}: unexpected keyword argument {unknown.pop()!r}")
         LOG.append(("launch", function.__name__))
         out = kwargs.get("out")
         result = function(*map(bare, args), **{k: bare(v) for k, v in kwargs.items()})
@@ -232,7 +235,7 @@ ndarray.item = lambda a: (sync("item()"), a._inside.item())[1]
 ndarray.__hash__ = object.__hash__
 
 
-def array(obj: Any, dtype: Any = None, copy: bool = True, order: str = "K", **kwargs: Any) -> ndarray:
+def array(obj: Any, dtype: Any = None, copy: bool = True, order: str = "K") -> ndarray:
     """Host data go to the current device here, and only by asking."""
     ours = isinstance(obj, ndarray)
     if ours and not copy and order == "K" and dtype in (None, obj.dtype):
@@ -244,7 +247,7 @@ def array(obj: Any, dtype: Any = None, copy: bool = True, order: str = "K", **kw
     return ndarray(fresh, CURRENT[0])
 
 
-def empty(shape: Any, dtype: Any = float, **kwargs: Any) -> ndarray:
+def empty(shape: Any, dtype: Any = float, order: str = "C") -> ndarray:
     return ndarray(MEMORY.new(shape, dtype), CURRENT[0])
 
 
@@ -265,7 +268,7 @@ def install() -> ModuleType:
     module.standin = True
     for name in dir(np):
         value = getattr(np, name)
-        if name.startswith("_") or isinstance(value, ModuleType):
+        if name.startswith("_") or isinstance(value, ModuleType) or name in ABSENT.split():
             continue
         plain = (
             isinstance(value, (type, np.dtype))
@@ -275,7 +278,7 @@ def install() -> ModuleType:
         setattr(module, name, value if plain else lifted(value))
     for f in (array, empty, ascontiguousarray):
         setattr(module, f.__name__, f)
-    module.asarray = lambda obj, dtype=None, **kw: array(obj, dtype, copy=False)
+    module.asarray = lambda a, dtype=None, order=None, *, copy=None, blocking=False: array(a, dtype, copy=bool(copy))
     module.result_type = lambda *args: np.result_type(*(a.dtype if isinstance(a, ndarray) else a for a in args))
     module.ndarray = ndarray
     module.cuda = standin_cuda.module()
@@ -285,10 +288,10 @@ def install() -> ModuleType:
         part = ModuleType(f"cupy.{name}")
         for key in dir(getattr(np, name)):
             value = getattr(getattr(np, name), key)
-            if not key.startswith("_") and not isinstance(value, ModuleType):
-                setattr(
-                    part, key, lifted(value) if hasattr(value, "__name__") and not isinstance(value, type) else value
-                )
+            absent = key.startswith("_") or (name == "linalg" and key in ABSENT_LINALG.split())
+            if not absent and not isinstance(value, ModuleType):
+                plain = isinstance(value, type) or not hasattr(value, "__name__")
+                setattr(part, key, value if plain else lifted(value))
         part.__all__ = [k for k in dir(part) if not k.startswith("_")]
         setattr(module, name, part)
         sys.modules[f"cupy.{name}"] = part

@@ -164,6 +164,7 @@ class RawModule:
     """`cupy.RawModule`."""
 
     def __init__(self, *, code: str, options: tuple[str, ...] = ()) -> None:
+        assert type(options) is tuple, "Expected tuple"
         self.code, self.options = code, options
 
     def get_function(self, name: str) -> Any:
@@ -184,6 +185,7 @@ class RawKernel:
 
     def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...]) -> None:
         """Launch it."""
+        assert type(grid) is type(block) is tuple
         (whole,) = args
         assert isinstance(whole, np.ndarray), "by value"
         assert whole.size == 1, "You are trying to pass a numpy.ndarray as a kernel parameter"

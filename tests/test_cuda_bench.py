@@ -72,6 +72,50 @@ def test_a_stopped_run_keeps_its_rows(gpu, monkeypatch):
     assert "### elman" in Path("gpu.md").read_text(encoding="utf-8")
 
 
+def test_a_row_that_fails_is_noted_and_the_others_go_on(gpu, monkeypatch):
+    import gpu_contenders
+
+    calls = []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 2:  # the first row's second pass
+            raise MemoryError("cudaErrorMemoryAllocation")
+        return {"tier2": [1e-3] * 5}
+
+    monkeypatch.setattr(gpu_contenders, "measure", failing)
+    with Backend.CUPY_STANDIN.converting():
+        assert gpu.main([*SMALL, "--tf32", "off"]) == 1
+    run = json.loads(Path("gpu.json").read_text(encoding="utf-8"))
+    assert [(r["cell"], r["pass"]) for r in run["rows"]] == [
+        (c, w) for c in ("lstm", "gru") for w in ("forward", "both")
+    ]
+    assert "- FAILED: {'cell': 'elman'" in Path("gpu.md").read_text(encoding="utf-8")
+    assert "MemoryError: cudaErrorMemoryAllocation" in Path("gpu.md").read_text(encoding="utf-8")
+
+
+def test_what_is_run_before_the_table(gpu, monkeypatch):
+    """--tests and --sanitize: what they call, and that a failure of theirs is one of the run, whose table is made."""
+    calls = []
+
+    def called(command, **options):
+        calls.append([str(word) for word in command])
+        return subprocess.CompletedProcess(command, 9 if "racecheck" in command else 0)
+
+    monkeypatch.setattr(subprocess, "run", called)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: name)
+    monkeypatch.setattr(gpu, "table", lambda args: 0)
+    assert gpu.main(["--tests", "--sanitize"]) == 1
+    suite, *checks = calls
+    assert suite[1:6] == ["-m", "pytest", "-q", "--backend", "cupy"]
+    assert [words[:5] for words in checks] == [
+        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"] for tool in ("memcheck", "racecheck")
+    ]
+    assert all(words[-2:] == [str(BENCHMARKS / "gpu.py"), "--exercise"] for words in checks)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: None)
+    assert gpu.main(["--sanitize"]) == 1
+
+
 def test_a_wrong_result_is_said_and_fails_the_run(gpu, monkeypatch):
     from xprnn.kernels.cuda import fused
 

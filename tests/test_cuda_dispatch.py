@@ -9,7 +9,7 @@ from test_cuda import drawn, log, on_cupy, results  # noqa: F401 - fixtures
 from test_kernels import branching_cell, untraceable_cell
 
 import xprnn
-from xprnn.kernels import compiling
+from xprnn.kernels import compiling, generic_only
 
 pytestmark = pytest.mark.needs("cupy")
 
@@ -93,6 +93,39 @@ def test_explain_says_what_the_tape_will_say(xp, rng, name):
     assert all(line.partition(": ")[2].startswith(EXPLAINED[name]) for line in lines)
     tape = layer.forward(params, x, state)[2]
     assert tape.explain().count(EXPLAINED[name].partition(" (")[0]) == 4
+
+
+def test_a_model_says_where_its_parts_run_and_trains_there(xp, rng):
+    """Three steps of Adam on three tiers end at the same parameters."""
+    model = xprnn.Sequential(
+        read=xprnn.Embedding(7, 5),
+        low=xprnn.GRU(5, 4, bidirectional=True),
+        high=xprnn.RNN(8, 6),
+        head=xprnn.Linear(6, 7),
+    )
+    start = model.init(np.random.default_rng(0), like=np.zeros(1, np.float32))
+    ids, targets = (xp.asarray(rng.integers(0, 7, size=(5, 4))) for _ in range(2))
+
+    def trained():
+        params = {k: xp.asarray(v) for k, v in start.items()}
+        optimizer = xprnn.adam(0.01)
+        moments = optimizer.init(params)
+        for _ in range(3):
+            y, _, tape = model.forward(params, ids, lengths=[5, 3, 0, 1])
+            grads = model.backward(tape, xprnn.cross_entropy(y, targets)[1]).dparams
+            params, moments = optimizer.update(params, grads, moments)
+        return params
+
+    said = model.explain({k: xp.asarray(v) for k, v in start.items()}, ids, lengths=[5, 3, 0, 1])
+    assert [line.partition(": ")[0] for line in said.splitlines()] == [
+        "low, layer 0, forward",
+        "low, layer 0, reverse",
+        "high, layer 0, forward",
+    ]
+    assert said.count("CUDA fused steps (not persistent: ruled out by fused_only)") == 3
+    fused = trained()
+    with generic_only():
+        xp.assert_close(fused, trained(), condition=2000)  # Adam divides by small numbers
 
 
 @pytest.mark.parametrize(

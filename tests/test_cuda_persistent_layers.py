@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from backends import Backend
 from engine_cases import CASES, given, problem
 from test_cuda import drawn, results
 from test_kernels import PATTERNS
@@ -71,6 +72,35 @@ def test_a_tape_replays_whatever_becomes_of_what_came_out(xp, rng, name):
         again = layer.backward(tape, dy)
         a[...] = kept
         xp.assert_close((again.dx, again.dstate, again.dparams), (first.dx, first.dstate, first.dparams), condition=0)
+
+
+def tf32(a):
+    """Rounded to ten bits after the point, as a TF32 product takes its factors."""
+    return ((a.view(np.uint32) + 0x1000) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_tf32_is_for_the_products_around_the_kernel(xp, rng, name):
+    """The projection and the weights' gradients; the recurrence itself stays in full float32."""
+    layer = CASES[name].make(24, 16)
+    p = problem(rng, layer, T=6, N=4)
+    dy, dfinal = drawn(rng, layer, p)
+    plain, tape = results(xp, layer, p, "float32", dy, dfinal)
+    with xprnn.precision("tf32"):
+        got, rounded = results(xp, layer, p, "float32", dy, dfinal)
+    assert persistent.NAME in rounded.explain()
+    assert persistent.NAME in tape.explain()
+    xp.assert_close(results(xp, layer, p, "float32", dy, dfinal)[0], plain, condition=0)  # put back
+    factors = {"weight_ih_l0": tf32(p.params["weight_ih_l0"].astype("float32"))}
+    by_hand = p._replace(x=tf32(p.x.astype("float32")), params=p.params | factors)
+    want, _ = results(xp, layer, by_hand, "float32", dy, dfinal)
+    # A GPU may cut its factors where the stand-in rounds them.
+    xp.assert_close(got[:3], want[:3], condition=4 if xp is Backend.CUPY_STANDIN else 1e4)
+    assert float(np.abs(xp.to_numpy(got[0]) - xp.to_numpy(plain[0])).max()) > 1e-6
+    for key, g in xp.to_numpy(got[-1]).items():
+        far = np.abs(g - xp.to_numpy(plain[-1])[key]).max() / np.abs(xp.to_numpy(plain[-1])[key]).max()
+        assert far < 1e-2, key
+        assert far > 1e-6 or "weight" not in key, key  # a product of its own; relu's biases see no rounding
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,22 @@ def test_flags_reach_the_recurrent_part(xp, rng):
         xp.assert_close(last[:, n : n + 1, :], xp.to_numpy(alone), condition=30)
 
 
+def test_explain_has_a_line_for_each_layer_of_each_recurrent_part(xp, rng):
+    inner = Sequential(skip=xprnn.Masking(), low=RNN(D, H, 2), last=xprnn.Last())
+    alone = Sequential(flat=Linear(H, V))
+    for model, ways in (
+        (Sequential(read=Embedding(V, D), inner=inner, head=alone), ["inner, low, layer 0", "inner, low, layer 1"]),
+        (Sequential(read=Embedding(V, D), a=RNN(D, H), b=xprnn.LSTM(H, H)), ["a, layer 0", "b, layer 0"]),
+        (Sequential(read=Embedding(V, D), flat=Linear(D, V)), []),
+    ):
+        params = model.init(rng, like(xp))
+        said = model.explain(params, xp.asarray(rng.integers(V, size=(T, N))), lengths=[T, 2, 0]).splitlines()
+        assert [line.partition(", forward: ")[0] for line in said] == ways
+        assert all(line.partition(", forward: ")[2] for line in said)
+    with pytest.raises(xprnn.InputError, match="lengths"):
+        model_of().explain(model_of().init(rng, like(xp)), xp.asarray(rng.integers(V, size=(T, N))), lengths=[T])
+
+
 def test_several_recurrent_parts_have_named_states(xp, rng):
     model = Sequential(low=RNN(D, H), mid=Linear(H, D), high=xprnn.LSTM(D, H))
     params = model.init(rng, like(xp))

@@ -144,6 +144,42 @@ class Sequential(Streams):
             x, flags = y, _following(part, x, flags)
         return x, self._joined(states), tapes, flags
 
+    def explain(
+        self, params: Params, x: Array, lengths: Any = None, mask: Any = None, reset: Any = None, state: Any = None
+    ) -> str:
+        """A line for each layer and direction of each recurrent part, under the part's name: which kernel it runs on.
+
+        See the layers' own `explain`. What reaches a part is found by running the parts before it, without a tape.
+
+        Args:
+            params: as from `init`.
+            x, lengths, mask, reset, state: as `forward` gets them.
+
+        Raises:
+            InputError: what `forward` would refuse too.
+
+        >>> import numpy as np, xprnn
+        >>> model = Sequential(read=Embedding(5, 3), rnn=xprnn.GRU(3, 4, reset_after=False), head=Linear(4, 2))
+        >>> params = model.init(np.random.default_rng(0), like=np.zeros(0))
+        >>> print(model.explain(params, np.zeros((5, 2), dtype=int)))
+        rnn, layer 0, forward: generic scan (not in place: gates act before their product)
+        """
+        own, states = self._own("Sequential.explain", params), self._states("Sequential.explain", state)
+        flags, lines = {"lengths": lengths, "mask": mask, "reset": reset}, []
+        last = max((k for k, n in enumerate(self.parts) if n in self._recurrent()), default=-1)
+        for k, (n, part) in enumerate(self.parts.items()):
+            if hasattr(part, "explain") and n in self._recurrent():
+                more = {"state": states[n]} if isinstance(part, Sequential) else {}
+                lines += [f"{n}, {line}" for line in part.explain(own[n], x, **flags, **more).splitlines()]
+            if k >= last:
+                break
+            if isinstance(part, Sequential):
+                x, _, flags = part._call(own[n], x, states[n], flags)
+            else:
+                y, _ = part(own[n], x, states[n], **flags)
+                x, flags = y, _following(part, x, flags)
+        return "\n".join(lines)
+
     def backward(self, tape: Any, dy: Array | None, dstate: Any = None) -> Gradients:
         """The adjoint of forward, part by part in reverse order."""
         if not isinstance(tape, dict) or tape.keys() != self.parts.keys():

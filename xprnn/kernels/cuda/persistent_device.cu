@@ -34,6 +34,8 @@ XP_DEV void xp_barrier_init(u64* bar) {
 XP_DEV void xp_barrier_expect(u64* bar, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(xp_address(bar)), "r"(bytes) : "memory");
 }
+// It acquires for the block, as CUTLASS's barriers do, whose messages come from other blocks too: what it guards is shared
+// memory. `.acquire.cluster` would add a CCTL.IVALL to each step, which empties the first-level cache of global memory.
 XP_DEV void xp_barrier_wait(u64* bar, int parity) {
   asm volatile("{\n .reg .pred p;\n"
                "again_%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
