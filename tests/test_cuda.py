@@ -255,3 +255,35 @@ def test_memory_does_not_grow_beyond_what_is_kept(xp, rng, log, name):
     assert sizes[1][0] - sizes[0][0] == step * (1 + gates)
     extra = {"rnn": 0, "lstm": 1, "gru": 1}[name]  # tanh(c') and c, with g in place of a gate; h_n of the GRU
     assert sizes[1][1] - sizes[0][1] == step * (2 + gates + extra + (name == "lstm"))
+
+
+@pytest.mark.usefixtures("log")
+@pytest.mark.parametrize("kernel", ["forward_step", "backward_step"])
+@pytest.mark.parametrize("name", MAIN)
+def test_a_step_beyond_two_billion_numbers(rng, name, kernel):
+    """Late in a sequence too long to be kept here: addresses of its step alone, which no 32-bit index would find."""
+    import standin_cuda
+
+    from xprnn.kernels.cuda.source import printed
+
+    cell, n, hidden = CASES[name].make(3, 4).core, 3, 5
+    made, width, late = printed(cell, 32), cell.gates * hidden, (1 << 31) // (n * hidden) + 7
+    names = made.forward if kernel == "forward_step" else made.backward
+    start = {field: rng.normal(size=(n, width)).astype(np.float32) for field in names}
+    stepped = {field: n * hidden for field in names if field[0] in "YOISMV"}
+    stepped |= {
+        field: n * width for field in names if field in ("X", "G") or (field == "Y" and kernel != "forward_step")
+    }
+    sizes = {"T": late + 1, "N": n, "H": hidden, "W": width, "turned": 0, "keep": 1, "from": 0, "active": 0, "reset": 0}
+    sizes |= {f"{c}{k}": n * hidden for c in "sm" for k in range(len(cell.states))}
+
+    def after(t):
+        memory = {field: a.copy() for field, a in start.items()}
+        values = sizes | {"t": t}
+        numbers = [values.get(f, memory[f].ctypes.data - 4 * t * stepped.get(f, 0)) for f in names]
+        getattr(standin_cuda.built(made.text), f"run_{kernel}")(np.asarray(numbers, np.int64).tobytes(), 1, 128, 0)
+        return memory
+
+    first, last = after(0), after(late)
+    assert any(not np.array_equal(first[field], start[field]) for field in names)
+    assert all(np.array_equal(first[field], last[field]) for field in names)
