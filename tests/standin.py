@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-# What NumPy has and CuPy 14.2 has not: names of the module and of `linalg`, keywords of functions.
+# What NumPy has and CuPy 14.2 has not: names of the module and of `linalg`, keywords; and what its flags are.
 ABSENT = "block bmat emath errstate frompyfunc geomspace insert matvec ndenumerate nditer spacing unstack vecdot vecmat"
 ABSENT_LINALG = "diagonal matrix_norm multi_dot outer svdvals tensordot trace vecdot vector_norm"
-UNKNOWN = {"device", "like", "initial"}
+UNKNOWN, FLAGS = {"device", "like", "initial"}, ("c_contiguous", "f_contiguous", "owndata", "fnc", "forc")
 
 FENCE = 64  # elements on each side of an array
 LOG: list[tuple[str, Any]] = []  # ("alloc", bytes), ("sync", how), ("launch", kernel), ("gemm", (m, n, k)), ...
@@ -110,7 +110,7 @@ class ndarray:  # noqa: N801 - CuPy's name
     nbytes = property(lambda s: s._inside.nbytes)
     itemsize = property(lambda s: s._inside.itemsize)
     strides = property(lambda s: s._inside.strides)
-    flags = property(lambda s: s._inside.flags)
+    flags = property(lambda s: SimpleNamespace(**{k: getattr(s._inside.flags, k) for k in FLAGS}))
     T = property(lambda s: wrap(s._inside.T))
     mT = property(lambda s: wrap(s._inside.mT))  # noqa: N815
 
@@ -232,7 +232,7 @@ for _name in _METHODS.split(" "):
     setattr(ndarray, _name, _forward(getattr(np.ndarray, _name)))
 ndarray.tolist = lambda a: a.get().tolist()
 ndarray.item = lambda a: (sync("item()"), a._inside.item())[1]
-ndarray.__hash__ = object.__hash__
+ndarray.__hash__ = None
 
 
 def array(obj: Any, dtype: Any = None, copy: bool = True, order: str = "K") -> ndarray:
