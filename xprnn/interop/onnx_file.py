@@ -45,7 +45,8 @@ def read_model(source: Any) -> Any:
         source: a path, or an onnx.ModelProto, which is left as it is.
 
     Raises:
-        InputError: not an ONNX model, a damaged or lying one, or one whose data lies outside its folder; no onnx package.
+        InputError: not an ONNX model, a damaged or lying one, or one whose data lies outside its folder; no
+            onnx package.
     """
     onnx = need_onnx("from_onnx")
     if isinstance(source, onnx.ModelProto):
