@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..archive import is_ours, write_atomically
-from ..arrays import Array, InputError, Params
-from ..store import MODEL_FILE, load, load_metadata, save
+from xprnn.archive import is_ours, write_atomically
+from xprnn.arrays import Array, InputError, Params
+from xprnn.store import MODEL_FILE, load, load_metadata, save
 
 __all__ = ["Found", "read_model", "read_npy", "write_model", "write_npy"]
 
@@ -63,7 +63,7 @@ def read_model(place: str | Path, like: Array | None = None, **hints: Any) -> Fo
         raise InputError(f"{path}: a file of {kind} needs no {', '.join(strangers)}: leave that out")
     if kind == "xprnn":
         return Found(kind, *load(path, like), load_metadata(path))
-    from .. import interop
+    from xprnn import interop
 
     readers: dict[str, Callable[..., Any]] = {
         "torch": interop.from_torch,
@@ -97,14 +97,14 @@ def write_model(path: str | Path, found: Found) -> None:
     if path.suffix in (".safetensors", ".npz"):
         save(path, model, params, found.metadata)
     elif path.suffix in (".pt", ".pth"):
-        from ..interop import to_torch
-        from ..interop.weights import need_torch
+        from xprnn.interop import to_torch
+        from xprnn.interop.weights import need_torch
 
         content = io.BytesIO()
         need_torch(str(path)).save(to_torch(model, params).state_dict, content)
         write_atomically(path, content.getvalue())
     elif path.suffix == ".onnx":
-        from ..interop import to_onnx
+        from xprnn.interop import to_onnx
 
         dtype = str(next(iter(params.values())).dtype) if params else "float32"
         to_onnx(model, params, path, dtype=dtype)
