@@ -161,3 +161,28 @@ def test_torch_exports_live(name, new, tmp_path):
     for have, expected in zip(answers(model, params, args), want if isinstance(want, tuple) else (want,), strict=False):
         torch.testing.assert_close(have, expected, rtol=0, atol=2e-6)
     assert isinstance(model, Graph) == (new and name == "rnn")  # unrolled for one T
+
+
+@pytest.mark.needs("torch")
+@pytest.mark.parametrize("options", [{}, {"nonlinearity": "relu", "num_layers": 2, "bidirectional": True}], ids=str)
+@pytest.mark.filterwarnings("ignore")
+def test_torchs_new_exporter_with_free_sizes(options, tmp_path):
+    """It unrolls an nn.RNN by sequences then, for the T that it saw and any N."""
+    if importlib.util.find_spec("onnxscript") is None:
+        pytest.skip("onnxscript is not installed")
+    import torch
+
+    torch.manual_seed(2)
+    module, free = torch.nn.RNN(3, 4, **options).eval(), torch.export.Dim.AUTO
+    x = torch.randn(6, 2, 3)
+    sizes = ({0: free, 1: free},)
+    torch.onnx.export(module, (x,), tmp_path / "net.onnx", dynamo=True, verbose=False, dynamic_shapes=sizes)
+    model, params = xprnn.from_onnx(tmp_path / "net.onnx", like=x)
+    for rows in (2, 5):
+        x = torch.randn(6, rows, 3)
+        with torch.no_grad():
+            want = module(x)
+        for have, expected in zip(answers(model, params, [x]), want, strict=True):
+            torch.testing.assert_close(have, expected, rtol=0, atol=2e-6)
+    with pytest.raises(xprnn.InputError, match="position 5 of a sequence of 5"):
+        model(params, torch.randn(5, 2, 3))

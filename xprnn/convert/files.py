@@ -10,8 +10,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,8 +70,7 @@ def read_model(place: str | Path, like: Array | None = None, **hints: Any) -> Fo
         "Keras": interop.from_keras,
         "ONNX": interop.from_onnx,
     }
-    with _extras(path):
-        model, params = readers[kind](path, like, **hints)
+    model, params = readers[kind](path, like, **hints)
     return Found(kind, model, params, {})
 
 
@@ -84,17 +82,6 @@ def _format(path: Path) -> str:
     if path.suffix not in kinds:
         raise InputError(f"{path}: expected a name ending in {ENDINGS}, found {path.suffix or 'no ending'}")
     return kinds[path.suffix]
-
-
-@contextmanager
-def _extras(path: Path) -> Iterator[None]:
-    """What is not installed is the caller's to install, not a fault of ours."""
-    try:
-        yield
-    except ImportError as error:
-        if "pip install" not in str(error):
-            raise
-        raise InputError(f"{path}: {error}") from None
 
 
 def write_model(path: str | Path, found: Found) -> None:
@@ -120,8 +107,7 @@ def write_model(path: str | Path, found: Found) -> None:
         from xprnn.interop import to_onnx
 
         dtype = str(next(iter(params.values())).dtype) if params else "float32"
-        with _extras(path):
-            to_onnx(model, params, path, dtype=dtype)
+        to_onnx(model, params, path, dtype=dtype)
     else:
         only = ": Keras's files are only read" if path.suffix in (".keras", ".h5") else ""
         raise InputError(f"{path}: expected a name ending in .safetensors, .npz, .pt, .pth or .onnx{only}")
