@@ -82,6 +82,8 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         InputError: the place cannot be written.
     """
     path = Path(path)
+    if not path.name:
+        raise InputError(f"{path}: cannot be written (expected a file's name, found a directory)")
     beside = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
         with beside.open("xb") as file:
