@@ -102,3 +102,41 @@ def test_an_input_without_an_end_is_not_read(tmp_path, capsys):
 
 def test_dir_shows_what_is_meant_to_be_seen():
     assert dir(xprnn) == sorted(xprnn.__all__)
+
+
+@pytest.mark.needs("torch")
+def test_a_forward_of_its_own_is_compared():
+    import torch
+
+    class Net(torch.nn.Module):
+        def __init__(self, how):
+            super().__init__()
+            self.rnn, self.head, self.how = torch.nn.GRU(4, 4), torch.nn.Linear(4, 4), how
+
+        def forward(self, x):
+            return self.how(self, x)
+
+    in_a_row = Net(lambda m, x: (m.head(m.rnn(x)[0]), None))
+    before = torch.get_rng_state()
+    xprnn.from_torch(in_a_row)
+    assert in_a_row.training
+    assert bool((torch.get_rng_state() == before).all())
+    for how in (
+        lambda m, x: m.head(m.rnn(x)[0].relu()),
+        lambda m, x: m.head(m.rnn(x)[0] + x),
+        lambda m, x: m.head(m.rnn(x)[0][-1]),
+        lambda m, x: m.rnn(m.head(x))[0],
+    ):
+        with pytest.raises(InputError, match="forward does something else between its parts"):
+            xprnn.from_torch(Net(how))
+    xprnn.from_torch(Net(lambda m, x: m.rnn(m.head(x))[0]), order=["head", "rnn"])
+    with pytest.warns(UserWarning, match="its outputs were not compared"):
+        xprnn.from_torch(Net(lambda m, x: x.nothing))
+
+
+@pytest.mark.needs("onnx")
+def test_a_sequential_inside_another_is_named():
+    model = xprnn.Sequential(a=xprnn.Sequential(r=xprnn.GRU(3, 4)), b=xprnn.Linear(4, 2))
+    params = model.init(np.random.default_rng(0), like=np.zeros(0))
+    with pytest.raises(InputError, match=r"this model: a: a Sequential inside another: put its .* outer one$"):
+        xprnn.to_onnx(model, params)

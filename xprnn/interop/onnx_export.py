@@ -59,7 +59,7 @@ def _refuse(where: str, model: Any, dtype: str, lengths: bool, optional: bool) -
         reasons.append("an Embedding must come first")
     if not optional and any(p.learned_state for p in recurrent):
         reasons.append("a learned_state is the value of an input that may be left out: optional=False has none")
-    if not recurrent:
+    if not recurrent and not any(isinstance(p, Sequential) for p in parts.values()):
         reasons.append("there is no recurrent layer")
     if reasons:
         raise InputError(f"{where}: ONNX's operators cannot express this model: {'; '.join(reasons)}")
@@ -82,6 +82,8 @@ def _order(parts: list[tuple[str, Any]], lengths: bool) -> list[str]:
 
 
 def _reason(part: Any) -> str:
+    if isinstance(part, Sequential):
+        return "a Sequential inside another: put its parts into the outer one"
     if isinstance(part, Around):
         return "Around, which moves its two directions apart"
     if isinstance(part, (Linear, Embedding, Softmax)):

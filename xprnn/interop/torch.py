@@ -10,11 +10,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from xprnn.archive import as_path
 from xprnn.arrays import Array, InputError, Params, resolve, to_numpy
 from xprnn.checks import check_param_shapes, check_params
 from xprnn.interop.parts import Entry, Part, arrange, assemble, refuse
 from xprnn.interop.statedict import compare, parts_of
+from xprnn.interop.torch_check import check_forward
 from xprnn.interop.torch_modules import constructor, layer_of, reasons
 from xprnn.interop.weights import entries_of, need_torch, of_file
 from xprnn.layers import RNN
@@ -36,7 +39,8 @@ def from_torch(
     Read are nn.RNN, LSTM (with proj_size), GRU, their cells (as a layer of one), nn.Embedding, nn.Linear and the
     activations, one behind the other; nn.Dropout and nn.Identity are left out. A module that holds them may be any: its
     parts are taken to run in the order of their definition if their widths allow it, else in the only order that they
-    do. What its own `forward` does between them cannot be seen, nor in a state_dict an activation: compare outputs
+    do. Where it has a `forward` of its own, both are run once on a few random numbers, (T,N,D) = (3,2,D), and compared;
+    where that cannot be run, a UserWarning says so. In a state_dict no activation can be seen: compare outputs
     once. Linear is applied to every step. Weights that are shared (tied) become two.
 
     Args:
@@ -53,7 +57,8 @@ def from_torch(
         Sequential of the source's names. Parameters keep their names ("rnn.weight_ih_l0"); a cell's gain "_l0".
 
     Raises:
-        InputError: modules or arrays that have no place here, all of them; parts that fit no order, or several.
+        InputError: modules or arrays that have no place here, all of them; parts that fit no order, or several; a
+            module whose forward does something else between its parts.
 
     >>> import numpy as np
     >>> trained = {"rnn.weight_ih_l0": np.ones((8, 3)), "rnn.weight_hh_l0": np.ones((8, 2))}
@@ -68,7 +73,9 @@ def from_torch(
         if nonlinearity is not None or batch_first is not None:
             raise InputError(f"{where}: a module says its nonlinearity and batch_first itself: leave them out")
         parts = _parts_of_module(where, source)
-        return assemble(where, arrange(where, parts, order, False), like)
+        arranged = arrange(where, parts, order, False)
+        check_forward(where, source, *assemble(where, arranged, np.zeros(0)), arranged[0][1])
+        return assemble(where, arranged, like)
     if isinstance(source, Mapping):
         entries, sorted_ = entries_of(where, source), False
     else:
