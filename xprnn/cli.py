@@ -87,7 +87,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("dir", metavar="DIR", help="the DIR of a run, or a model file")
+    add("dir", metavar="DIR", help="the DIR of a run, or its .safetensors or .npz file")
     add("--prompt", default="", help="text to go on from (default: a new line)")
     add("--length", type=_natural, default=1000, help="characters to write (default: 1000)")
     add("--temperature", type=_non_negative, default=0.7, help="0: the likeliest; 1: as learnt (default: 0.7)")
