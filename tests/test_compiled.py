@@ -13,7 +13,7 @@ from backends import Backend
 from engine_cases import CASES, cotangents, problem
 
 import xprnn
-from xprnn.kernels import compiled, compiling, library, scalar
+from xprnn.kernels import compiling, library, scalar, table
 from xprnn.kernels.trace import FUNCTIONS
 
 pytestmark = pytest.mark.needs("numba")
@@ -79,8 +79,8 @@ def test_blocks_of_steps_are_the_whole(rng, monkeypatch, name, keep):
 
     dy = cotangents(rng, layer(p.params, p.x, p.state)[0])
     want = run()
-    monkeypatch.setattr(compiled, "_BLOCK_BYTES", 1)
-    monkeypatch.setattr(compiled, "_BLOCK_ROWS", 8)
+    monkeypatch.setattr(table, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(table, "_BLOCK_ROWS", 8)
     XP.assert_close(run(), want, condition=64)
 
 

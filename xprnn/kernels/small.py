@@ -6,7 +6,7 @@ order and one thread walks. An entry of their table is a number, or lies so many
 call's pieces of memory, whatever these are: table = (1, start of each piece) . places.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from xprnn.cells import Cell
 from xprnn.kernels import library
 from xprnn.kernels.ragged import Rows
 from xprnn.kernels.source import Sources
-from xprnn.kernels.table import ALIGNED, Kept, address, back_room, forward_room
+from xprnn.kernels.table import ALIGNED, Kept, back_room, forward_room
 from xprnn.kernels.threads import WORTH
 from xprnn.kernels.walk import contiguous
 from xprnn.tape import State, Steps, Tape
@@ -25,6 +25,13 @@ from xprnn.tape import State, Steps, Tape
 __all__ = ["backward", "forward"]
 
 _SMALL = 1 << 18  # numbers on a tape: as gradients lie beside dx, whoever keeps one keeps that
+_ADDRESS = '''"""Written by xprnn: where an array lies; it may be deleted at any time."""
+
+
+def kernel(a):
+    return a.ctypes.data
+'''
+_ARRAYS = ";".join(f"int64(Array(float{bits}, {rank}, 'C', True))" for bits in (32, 64) for rank in (1, 2, 3))
 Shape = tuple[int, int, int, int, int]  # T, N, D, H, W
 
 
@@ -38,14 +45,14 @@ class _Piece:
             self.starts[name], self.bytes[name] = self.size, self.size * item
             self.size += -(-size // self.line) * self.line
 
-    def made(self, dtype: Any, zeros: str = "") -> tuple[Array, int]:
+    def made(self, at: Callable[[Array], int], dtype: Any, zeros: str = "") -> tuple[Array, int]:
         """The memory, its places before the one that is named set to 0, and its address."""
         whole = np.empty(self.size + self.line, dtype)
-        skip = -(at := address(whole)) % ALIGNED
+        skip = -(start := at(whole)) % ALIGNED
         whole = whole[skip // whole.itemsize :]
         if zeros:
             whole[: self.starts[zeros]] = 0
-        return whole, at + skip
+        return whole, start + skip
 
     def view(self, memory: Array, name: str, shape: tuple[int, ...]) -> Array:
         """The array in a place."""
@@ -75,6 +82,11 @@ def _places(names: Sequence[str], numbers: dict[str, int], pieces: Sequence[dict
     return places
 
 
+def _addresses() -> Callable[[Array], int]:
+    """NumPy takes ten times as long to say where an array lies."""
+    return library.compiled(_ADDRESS, _ARRAYS)
+
+
 def _numbers(shape: Shape, item: int, reverse: bool) -> dict[str, int]:
     count, n, d, hidden, width = shape
     turned = {"turned": int(reverse), "go": library.gemm(item).address}
@@ -94,6 +106,10 @@ def _tape(sources: Sources, states: int, shape: Shape, item: int) -> _Piece:
     sizes |= {slot: count * n * hidden for slot in sources.slots if slot[0] == "V"}
     gates = any(slot[0] == "X" for slot in sources.slots)
     return _Piece(item, sizes | ({"G": count * n * width} if gates else {}))
+
+
+def _plain(a: Array, dtype: Any) -> bool:
+    return a.__class__ is np.ndarray and a.dtype == dtype and (flags := a.flags).c_contiguous and flags.aligned
 
 
 # --- forward
@@ -125,7 +141,7 @@ def forward(
     dtype, (width, hidden) = u.dtype, u.shape
     if steps.active is not None or steps.reset is not None:
         return None
-    if any(a.dtype != dtype or not a.flags.c_contiguous for a in arrays):
+    if not all(_plain(a, dtype) for a in arrays):
         return None
     (count, n, d), bias, states = x.shape, "bias_ih" in params, len(state)
     shape = (count, n, d, hidden, width)
@@ -133,8 +149,9 @@ def forward(
     if plan is None:
         return None
     tape = plan.first
-    memory, at = tape.made(dtype)
-    _scratch, scratch_at = plan.scratch.made(dtype, "" if bias else "Q")
+    at = _addresses()
+    memory, tape_at = tape.made(at, dtype)
+    _scratch, scratch_at = plan.scratch.made(at, dtype, "" if bias else "Q")
     running, first = np.empty((states, n, hidden), dtype), -1 if reverse else 0
     kept = [tape.view(memory, f"M{k}", (count + 1, n, hidden)) for k in range(states)]
     for s, r, m in zip(state, running, kept, strict=True):
@@ -142,7 +159,7 @@ def forward(
         m[first] = s
     names = (*(("bias_ih", "bias_hh") if bias else ()), *cell.vectors)
     given = (running, x, params["weight_ih"], u, *(params[name] for name in names))
-    _run(sources.forward, plan, (at, scratch_at, *map(address, given)))
+    _run(sources.forward, plan, (tape_at, scratch_at, *map(at, given)))
     before, after = tuple(m[:-1] for m in kept), tuple(m[1:] for m in kept)
     gates = tape.view(memory, "G", (count, n, width)) if "G" in tape.starts else None
     spare = {slot: tape.view(memory, slot, (count, n, hidden)) for slot in tape.starts if slot[0] == "V"}
@@ -179,21 +196,21 @@ def backward(tape: Tape, dy: Array | None, dstate: Sequence[Array | None]) -> tu
     """The adjoints of x, of the first states, of the parameters; None where compiled.py is to walk."""
     kept, params, cell = tape.saved, tape.params, tape.cell
     w, u = params["weight_ih"], params["weight_hh"]
-    if kept.memory is None or dy is None or dy.dtype != u.dtype:
+    if kept.memory is None or dy is None or not _plain(dy := contiguous(dy), u.dtype):
         return None
-    dy = contiguous(dy)
     (count, n, d), (width, hidden), sources = kept.x.shape, u.shape, kept.sources
     states, vectors, shape = len(dstate), len(cell.vectors), (count, n, d, hidden, width)
     plan = _back_plan(sources, states, vectors, shape, u.itemsize, tape.reverse)
     result, scratch = plan.first, plan.scratch
-    memory, at = result.made(u.dtype, "GI")
-    room, room_at = scratch.made(u.dtype, "Q")
+    at = _addresses()
+    memory, result_at = result.made(at, u.dtype, "GI")
+    room, room_at = scratch.made(at, u.dtype, "Q")
     ds = tuple(result.view(memory, f"D{k}", (n, hidden)) for k in range(states))
     for mine, given in zip(ds, dstate, strict=True):
         if given is not None:
             mine[...] = given
     pieces = (kept.memory, dy, kept.x, w, u, *(params[name] for name in cell.vectors))
-    _run(sources.backward, plan, (at, room_at, *map(address, pieces)))
+    _run(sources.backward, plan, (result_at, room_at, *map(at, pieces)))
     ds[0][...] += scratch.view(room, "B", (n, plan.wide))[:, :hidden]
     grads = {
         "weight_ih": result.view(memory, "GI", (width, d)),

@@ -13,7 +13,7 @@ from xprnn.kernels.threads import Part
 from xprnn.kernels.walk import contiguous
 from xprnn.tape import State
 
-__all__ = ["ALIGNED", "Kept", "Table", "address", "back_room", "call", "forward_room", "inputs", "room_for"]
+__all__ = ["ALIGNED", "Kept", "Table", "address", "back_room", "call", "forward_room", "inputs", "padded", "room_for"]
 
 ALIGNED = 64  # bytes: a vector that lies across two lines of the cache is read twice
 _BLOCK_BYTES = 1 << 20  # of a block's projection, which should stay in the second-level cache
@@ -51,7 +51,7 @@ def room_for(dtype: Any, sizes: Mapping[str, int]) -> tuple[dict[str, Array], di
     return arrays, table
 
 
-def _padded(columns: int, item: int) -> int:
+def padded(columns: int, item: int) -> int:
     """The width of a matrix with so many columns in panels."""
     lanes = library.lanes(item)
     return -(-columns // lanes) * lanes
@@ -64,8 +64,8 @@ def forward_room(sources: Sources, shape: Sequence[int], item: int) -> Sizes:
     """What a forward kernel needs for rows of `shape` = (T, R, D, H, W): numbers, and sizes of memory by name."""
     count, rows, d, hidden, width = shape
     cut = sources.added * hidden
-    y = _padded(cut, item)
-    z = y + _padded(width - cut, item)
+    y = padded(cut, item)
+    z = y + padded(width - cut, item)
     block = max(1, min(count, _BLOCK_BYTES // max(1, rows * z * item)))
     sizes = {"Q": d * z, "U": hidden * z, "P": block * rows * z, "B": rows * (z - y), "K": z, "L": z - y, "O": 0}
     return {"cut": cut, "Y": y, "Z": z, "J": block}, sizes
@@ -75,7 +75,7 @@ def back_room(sources: Sources, shape: Sequence[int], item: int) -> Sizes:
     """The same for a backward kernel; B and O must be 0 before."""
     count, n, d, hidden, width = shape
     block = max(1, min(count, -(-_BLOCK_ROWS // max(1, n))))
-    rows, wide, inputs = block * n, _padded(hidden, item), _padded(d, item)
+    rows, wide, inputs = block * n, padded(hidden, item), padded(d, item)
     edge = 2 * library.tile_rows() * library.lanes(item)
     sizes = {"B": n * wide, "O": edge + max(d, wide, edge), "Q": width * inputs, "U": width * wide}
     sizes |= {"LA": (width + edge) * rows, "LB": rows * max(inputs, wide)}
