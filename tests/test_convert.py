@@ -136,8 +136,8 @@ RECORDED = Path(__file__).parent / "recorded"
 FOREIGN = [
     ("lstm_alone.keras", "Keras", "LSTM(input_size=3, hidden_size=4"),
     ("lstm_stack.keras", "Keras", "LSTM("),
-    ("onnx_torch_old_lstm_2_layers_bidirectional.onnx", "ONNX", "LSTM("),
-    ("onnx_torch_old_rnn.onnx", "ONNX", "RNN("),
+    ("torch_old_lstm_2_layers_bidirectional.onnx", "ONNX", "LSTM("),
+    ("torch_old_rnn.onnx", "ONNX", "RNN("),
 ]
 
 
@@ -145,7 +145,7 @@ FOREIGN = [
 @pytest.mark.parametrize(("name", "kind", "layer"), FOREIGN)
 def test_what_keras_and_onnx_wrote(tmp_path, capsys, rng, name, kind, layer):
     """info, convert and run say and do what from_keras and from_onnx give."""
-    path = RECORDED / ("keras_files" if kind == "Keras" else "") / name
+    path = RECORDED / ("keras_files" if kind == "Keras" else "onnx_files") / name
     model, params = (xprnn.from_keras if kind == "Keras" else xprnn.from_onnx)(path)
     code, out, _ = run(capsys, "info", path)
     assert code == 0
@@ -165,7 +165,7 @@ def test_what_keras_and_onnx_wrote(tmp_path, capsys, rng, name, kind, layer):
 
 @pytest.mark.needs("onnx")
 def test_a_general_graph_is_run_and_not_converted(tmp_path, capsys):
-    path = RECORDED / "onnx_keras_masking_lstm.onnx"
+    path = RECORDED / "onnx_files" / "keras_masking_lstm.onnx"
     graph, params = xprnn.from_onnx(path)
     with np.load(path.with_suffix(".npz")) as found:
         x = next(found[name] for name in found.files if name.startswith(("x", "in")))

@@ -169,8 +169,8 @@ def test_the_command_says_what_its_figure_means(tmp_path, text, capsys):
         assert len(list(csv.DictReader(file))) == 20
     assert cli.main(["info", str(out)]) == 0
     said = capsys.readouterr().out
-    assert "'bidirectional': True" in said
-    assert "around: {'type': 'Around', 'hidden_size': 8}" in said
+    assert "bidirectional=True" in said
+    assert "around: Around(hidden_size=8)" in said
     assert "task = 'each character from both sides'" in said
     assert "a bidirectional model restores" in refused(["sample", str(out)], capsys)
     assert "--bidirectional cannot change" in refused(["train", "--resume", str(out), "--bidirectional"], capsys)

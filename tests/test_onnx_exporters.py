@@ -18,7 +18,7 @@ from xprnn.interop.onnx_graph import Graph
 
 pytestmark = pytest.mark.needs("onnx")
 RECORDED = Path(__file__).parent / "recorded"
-FILES = sorted(RECORDED.glob("onnx_*.onnx"))
+FILES = sorted((RECORDED / "onnx_files").glob("*.onnx"))
 # Where the graph is one of ours: the model that must come out of it.
 OWN = {
     "keras_lstm_dense": (xprnn.LSTM(3, 4, batch_first=True), xprnn.Linear(4, 2, bias=False)),
@@ -50,7 +50,7 @@ OWN |= {n.replace("_new_", "_old_"): parts for n, parts in OWN.items() if "_new_
 
 
 def named(path):
-    return path.stem.removeprefix("onnx_")
+    return path.stem
 
 
 def recorded(path):
@@ -116,7 +116,7 @@ def test_shapes_never_leave_the_host(monkeypatch):
 @pytest.mark.parametrize("name", ["keras_gru", "torch_old_rnn", "torch_old_lstm_lengths"])
 def test_the_command_line_knows_them(name, tmp_path, capsys):
     """info and run on each; a graph that is only run is not converted."""
-    path = RECORDED / f"onnx_{name}.onnx"
+    path = RECORDED / "onnx_files" / f"{name}.onnx"
     inputs, outputs = recorded(path)
     np.save(tmp_path / "x.npy", inputs[0])
     assert main(["info", str(path)]) == 0
@@ -132,7 +132,7 @@ def test_the_command_line_knows_them(name, tmp_path, capsys):
 
 
 def test_names_follow_torchs_modules():
-    model, _ = xprnn.from_onnx(RECORDED / "onnx_torch_old_gru_embedding.onnx")
+    model, _ = xprnn.from_onnx(RECORDED / "onnx_files" / "torch_old_gru_embedding.onnx")
     assert list(model.parts) == ["embed", "rnn", "head"]
 
 
@@ -161,3 +161,28 @@ def test_torch_exports_live(name, new, tmp_path):
     for have, expected in zip(answers(model, params, args), want if isinstance(want, tuple) else (want,), strict=False):
         torch.testing.assert_close(have, expected, rtol=0, atol=2e-6)
     assert isinstance(model, Graph) == (new and name == "rnn")  # unrolled for one T
+
+
+@pytest.mark.needs("torch")
+@pytest.mark.parametrize("options", [{}, {"nonlinearity": "relu", "num_layers": 2, "bidirectional": True}], ids=str)
+@pytest.mark.filterwarnings("ignore")
+def test_torchs_new_exporter_with_free_sizes(options, tmp_path):
+    """It unrolls an nn.RNN by sequences then, for the T that it saw and any N."""
+    if importlib.util.find_spec("onnxscript") is None:
+        pytest.skip("onnxscript is not installed")
+    import torch
+
+    torch.manual_seed(2)
+    module, free = torch.nn.RNN(3, 4, **options).eval(), torch.export.Dim.AUTO
+    x = torch.randn(6, 2, 3)
+    sizes = ({0: free, 1: free},)
+    torch.onnx.export(module, (x,), tmp_path / "net.onnx", dynamo=True, verbose=False, dynamic_shapes=sizes)
+    model, params = xprnn.from_onnx(tmp_path / "net.onnx", like=x)
+    for rows in (2, 5):
+        x = torch.randn(6, rows, 3)
+        with torch.no_grad():
+            want = module(x)
+        for have, expected in zip(answers(model, params, [x]), want, strict=True):
+            torch.testing.assert_close(have, expected, rtol=0, atol=2e-6)
+    with pytest.raises(xprnn.InputError, match="position 5 of a sequence of 5"):
+        model(params, torch.randn(5, 2, 3))

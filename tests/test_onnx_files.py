@@ -147,9 +147,9 @@ def test_the_extra_is_named(monkeypatch, good):
         return true_import(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r'pip install "xprnn\[onnx\]"'):
+    with pytest.raises(xprnn.InputError, match=r'from_onnx: needs onnx: pip install "xprnn\[onnx\]"'):
         xprnn.from_onnx("model.onnx")
-    with pytest.raises(ImportError, match=r'pip install "xprnn\[onnx\]"'):
+    with pytest.raises(xprnn.InputError, match=r'to_onnx: needs onnx: pip install "xprnn\[onnx\]"'):
         xprnn.to_onnx(*good[:2])
 
 

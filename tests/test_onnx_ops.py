@@ -204,5 +204,54 @@ def test_every_operator_has_a_case():
     pytest.importorskip("onnx")
     from xprnn.interop.onnx_compile import OPS
 
-    elsewhere = {"RNN", "LSTM", "GRU", "Constant"}
+    elsewhere = {"RNN", "LSTM", "GRU", "Constant", "SplitToSequence", "SequenceAt"}
     assert {c.op for c in CASES} == OPS.keys() - elsewhere
+
+
+def taken(position, sizes=None, **attrs):
+    """A model that splits x (2, 5, 3) into a sequence and takes one part of it."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    known = {"position": I64(position)} | ({} if sizes is None else {"sizes": I64(sizes)})
+    nodes = [
+        helper.make_node("SplitToSequence", ["x", *(["sizes"] if sizes is not None else [])], ["all"], **attrs),
+        helper.make_node("SequenceAt", ["all", "position"], ["y"], name="the node"),
+    ]
+    weights = [numpy_helper.from_array(np.asarray(a), n) for n, a in known.items()]
+    x, y = helper.make_tensor_value_info("x", 1, [2, 5, 3]), onnx.ValueInfoProto(name="y")
+    graph = helper.make_graph(nodes, "one", [x], [y], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return onnx.shape_inference.infer_shapes(model)
+
+
+# With sizes, the standard ignores keepdims; ONNX Runtime (1.32) does not: never both here.
+SPLITS = [
+    *((None, a) for a in ({}, {"axis": 1}, {"axis": -1, "keepdims": 0}, {"axis": 1, "keepdims": 0})),
+    (1, {"axis": 1}),
+    (2, {"axis": -1}),
+    ([4, 1], {"axis": 1}),
+    ([1, 1], {}),
+]
+
+
+@pytest.mark.needs("onnxruntime")
+@pytest.mark.parametrize(("sizes", "attrs"), SPLITS, ids=str)
+@pytest.mark.parametrize("position", [1, -1])
+def test_sequences(xp, attrs, sizes, position):
+    """torch's newest exporter unrolls an nn.RNN whose T is free over the parts of a sequence."""
+    model, x = taken(position, sizes, **attrs), some(2, 5, 3)
+    got = ran(model, {"x": xp.asarray(x)}, xp.asarray(np.zeros(1, np.float32)))["y"]
+    want = onnx_runtime(model, {"x": x})["y"]
+    assert tuple(got.shape) == want.shape
+    np.testing.assert_array_equal(xp.to_numpy(got), want)
+
+
+def test_sequences_that_cannot_be():
+    x = {"x": some(2, 5, 3)}
+    with pytest.raises(xprnn.InputError, match="SequenceAt 'the node': position 2 of a sequence of 2"):
+        ran(taken(2), x, np.zeros(1, np.float32))
+    model = taken(0, [4, 1], axis=1)
+    model.graph.initializer[1].CopyFrom(taken(0, [4, 2], axis=1).graph.initializer[1])
+    with pytest.raises(xprnn.InputError, match=r"parts of \[4, 2\] from an axis of size 5"):
+        ran(model, x, np.zeros(1, np.float32))

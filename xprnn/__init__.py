@@ -4,6 +4,9 @@ The article's five functions, layers (RNN, LSTM, GRU), what stands around them, 
 proves every gradient. See README.md for the map.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from xprnn import activations, bptt, cells
 from xprnn.activations import Activation, activation
 from xprnn.around import Around
@@ -12,7 +15,6 @@ from xprnn.article import rnn_backward, rnn_cell_backward, rnn_cell_forward, rnn
 from xprnn.cells import Cell
 from xprnn.dense import Embedding, Linear
 from xprnn.gradcheck import GradientError, NotDifferentiableError, check_gradients, check_layer
-from xprnn.interop import from_keras, from_onnx, from_torch, to_onnx, to_torch
 from xprnn.kernels import precision
 from xprnn.layers import GRU, LSTM, RNN
 from xprnn.losses import cross_entropy, mse, softmax
@@ -23,6 +25,9 @@ from xprnn.parts import Apply, Flip, Merge, Part, Softmax
 from xprnn.recurrent import Recurrent
 from xprnn.stack import Gradients
 from xprnn.store import load, load_state, save, save_state
+
+if TYPE_CHECKING:
+    from xprnn.interop import from_keras, from_onnx, from_torch, to_onnx, to_torch
 
 __version__ = "0.1.0"
 
@@ -80,3 +85,17 @@ __all__ = [
     "to_onnx",
     "to_torch",
 ]
+
+_WHEN_ASKED = frozenset({"from_keras", "from_onnx", "from_torch", "to_onnx", "to_torch"})
+
+
+def __getattr__(name: str) -> Any:
+    # Most processes read no files of other systems: their readers, a third of what an import costs, wait to be named.
+    if name not in _WHEN_ASKED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module("xprnn.interop"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted(globals().keys() | _WHEN_ASKED)

@@ -22,7 +22,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from .arrays import InputError, Params
+from xprnn.arrays import InputError, Params
 
 FORMAT = "xprnn"
 DTYPES = ("float16", "float32", "float64", "int32", "int64")

@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .arrays import InputError
-from .convert.arguments import ROWS
+from xprnn.arrays import InputError
+from xprnn.convert.arguments import ROWS
 
 
 class _Parser(argparse.ArgumentParser):
@@ -96,7 +96,7 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    from .bench.short import shape_of
+    from xprnn.bench.short import shape_of
 
     try:
         return shape_of(text)
@@ -115,14 +115,14 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from .run import train_command
+    from xprnn.run import train_command
 
     given = {name: value for name, value in vars(args).items() if value is not None}
     return train_command(given)
 
 
 def _model_file(place: str) -> Path:
-    from .store import MODEL_FILE
+    from xprnn.store import MODEL_FILE
 
     path = Path(place)
     if path.is_dir():
@@ -137,10 +137,10 @@ def _sample(args: argparse.Namespace) -> int:
 
     import numpy as np
 
-    from .sample import generate
-    from .store import load, load_metadata
-    from .text import Vocabulary
-    from .train import backend_array
+    from xprnn.sample import generate
+    from xprnn.store import load, load_metadata
+    from xprnn.text import Vocabulary
+    from xprnn.train import backend_array
 
     path = _model_file(args.dir)
     characters = load_metadata(path).get("vocabulary")
@@ -159,7 +159,7 @@ def _sample(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench.short import bench_command
+    from xprnn.bench.short import bench_command
 
     return bench_command(args.cell, args.rows, args.peers, args.threads, args.quick, args.json)
 

@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
-from .arrays import Array, Params, is_numpy, namespace
-from .losses import cross_entropy
+from xprnn.arrays import Array, Params, is_numpy, namespace
+from xprnn.losses import cross_entropy
 
 __all__ = ["Crew", "keep_memory", "suggested"]
 

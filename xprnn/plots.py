@@ -6,8 +6,8 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .archive import write_atomically
-from .arrays import InputError
+from xprnn.archive import write_atomically
+from xprnn.arrays import InputError
 
 
 def can_plot() -> bool:

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from .around import reads_ahead
-from .arrays import InputError
-from .plots import can_plot, plot_curve
-from .sample import fill_in, write
-from .text import Corpus, Ids, Vocabulary, counting_bits
-from .train import Snapshot
+from xprnn.around import reads_ahead
+from xprnn.arrays import InputError
+from xprnn.plots import can_plot, plot_curve
+from xprnn.sample import fill_in, write
+from xprnn.text import Corpus, Ids, Vocabulary, counting_bits
+from xprnn.train import Snapshot
 
 _PASSAGE, _EVERY = 360, 6
 

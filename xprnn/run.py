@@ -25,15 +25,15 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from . import store
-from .archive import write_atomically
-from .around import reads_ahead
-from .arrays import Array, InputError, from_numpy, namespace, to_numpy
-from .crew import keep_memory, suggested
-from .plots import can_plot
-from .report import picture, report
-from .text import Corpus, Ids, Streams, streams
-from .train import Schedule, Snapshot, backend_array, begin, build, held_out_bits, keep, restore, train
+from xprnn import store
+from xprnn.archive import write_atomically
+from xprnn.around import reads_ahead
+from xprnn.arrays import Array, InputError, from_numpy, namespace, to_numpy
+from xprnn.crew import keep_memory, suggested
+from xprnn.plots import can_plot
+from xprnn.report import picture, report
+from xprnn.text import Corpus, Ids, Streams, streams
+from xprnn.train import Schedule, Snapshot, backend_array, begin, build, held_out_bits, keep, restore, train
 
 CHECKPOINT = "checkpoint.safetensors"
 _COLUMNS = ("step", "seconds", "train_bits", "held_out_bits")

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from .around import reads_ahead
-from .arrays import Array, InputError, Params, from_numpy, to_numpy
-from .text import Ids, Vocabulary
+from xprnn.around import reads_ahead
+from xprnn.arrays import Array, InputError, Params, from_numpy, to_numpy
+from xprnn.text import Ids, Vocabulary
 
 
 def generate(

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from .archive import as_path, opened, read_arrays, read_header, write_arrays
-from .arrays import Array, InputError, Params, from_numpy, resolve, to_numpy
-from .model import from_config
+from xprnn.archive import as_path, opened, read_arrays, read_header, write_arrays
+from xprnn.arrays import Array, InputError, Params, from_numpy, resolve, to_numpy
+from xprnn.model import from_config
 
 MODEL_FILE = "model.safetensors"  # its name in the DIR of a run
 

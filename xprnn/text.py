@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import Array, InputError
+from xprnn.arrays import Array, InputError
 
 Ids = NDArray[np.int64]
 

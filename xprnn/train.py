@@ -21,16 +21,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import layers
-from .archive import read_arrays, write_arrays
-from .around import Around, carry, reads_ahead
-from .arrays import Array, InputError, Params, from_numpy, to_numpy
-from .crew import Crew
-from .dense import Linear
-from .losses import cross_entropy
-from .model import Sequential, from_config
-from .optim import adam, clip_by_global_norm
-from .text import Streams
+from xprnn import layers
+from xprnn.archive import read_arrays, write_arrays
+from xprnn.around import Around, carry, reads_ahead
+from xprnn.arrays import Array, InputError, Params, from_numpy, to_numpy
+from xprnn.crew import Crew
+from xprnn.dense import Linear
+from xprnn.losses import cross_entropy
+from xprnn.model import Sequential, from_config
+from xprnn.optim import adam, clip_by_global_norm
+from xprnn.text import Streams
 
 CELLS = {"elman": "RNN", "lstm": "LSTM", "gru": "GRU"}
 _LOOK_EVERY = 10  # steps between two looks at the loss: each look waits for the device

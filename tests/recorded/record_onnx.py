@@ -1,4 +1,4 @@
-"""Writes onnx_*.onnx and .npz: what torch's and Keras's exporters make of small networks, and what those answered.
+"""Writes onnx_files/*.onnx and .npz: what torch's and Keras's exporters make of small networks, and their answers.
 
     python tests/recorded/record_onnx.py torch     # needs torch, onnx, onnxscript
     python tests/recorded/record_onnx.py keras     # needs tensorflow, keras, tf2onnx, onnx
@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).parent
+FILES = Path(__file__).parent / "onnx_files"
 
 
 def keep(name, inputs, outputs):
     arrays = {f"in{k}": np.asarray(a) for k, a in enumerate(inputs)}
     arrays |= {f"out{k}": np.asarray(a) for k, a in enumerate(outputs)}
-    np.savez(HERE / f"onnx_{name}.npz", **arrays)
+    np.savez(FILES / f"{name}.npz", **arrays)
 
 
 def stripped(path):
@@ -113,7 +113,7 @@ def record_torch():
             if new and "lengths" in extra:
                 continue  # the new exporter refuses packed sequences
             label = f"torch_{'new' if new else 'old'}_{name}"
-            path = str(HERE / f"onnx_{label}.onnx")
+            path = str(FILES / f"{label}.onnx")
             export(module, args, path, new=new)
             stripped(path)
             keep(label, [a.numpy() for a in args], [a.numpy() for a in (out if isinstance(out, tuple) else (out,))])
@@ -147,7 +147,7 @@ def record_keras():
         if "masking" in name:
             x[0, 3:] = x[1, 1] = 0
         answer = module.predict(x, verbose=0)
-        module.export(str(HERE / f"onnx_keras_{name}.onnx"), format="onnx", verbose=False)
+        module.export(str(FILES / f"keras_{name}.onnx"), format="onnx", verbose=False)
         keep(f"keras_{name}", [x], [answer])
 
 

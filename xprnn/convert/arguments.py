@@ -62,19 +62,19 @@ def _given(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from .commands import convert_command
+    from xprnn.convert.commands import convert_command
 
     return convert_command(args.source, args.target, args.dtype, **_given(args))
 
 
 def _info(args: argparse.Namespace) -> int:
-    from .commands import info_command
+    from xprnn.convert.commands import info_command
 
     return info_command(args.file, **_given(args))
 
 
 def _run(args: argparse.Namespace) -> int:
-    from .commands import run_command
+    from xprnn.convert.commands import run_command
 
     return run_command(args.model, args.input, args.output, args.stream, **_given(args))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .files import Found, read_model, read_npy, write_model, write_npy
+from xprnn.convert.files import Found, read_model, read_npy, write_model, write_npy
 
 __all__ = ["convert_command", "info_command", "run_command"]
 

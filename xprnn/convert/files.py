@@ -10,16 +10,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..archive import is_ours, write_atomically
-from ..arrays import Array, InputError, Params
-from ..store import MODEL_FILE, load, load_metadata, save
+from xprnn.archive import is_ours, write_atomically
+from xprnn.arrays import Array, InputError, Params
+from xprnn.store import MODEL_FILE, load, load_metadata, save
 
 __all__ = ["Found", "read_model", "read_npy", "write_model", "write_npy"]
 
@@ -64,15 +63,14 @@ def read_model(place: str | Path, like: Array | None = None, **hints: Any) -> Fo
         raise InputError(f"{path}: a file of {kind} needs no {', '.join(strangers)}: leave that out")
     if kind == "xprnn":
         return Found(kind, *load(path, like), load_metadata(path))
-    from .. import interop
+    from xprnn import interop
 
     readers: dict[str, Callable[..., Any]] = {
         "torch": interop.from_torch,
         "Keras": interop.from_keras,
         "ONNX": interop.from_onnx,
     }
-    with _extras(path):
-        model, params = readers[kind](path, like, **hints)
+    model, params = readers[kind](path, like, **hints)
     return Found(kind, model, params, {})
 
 
@@ -84,17 +82,6 @@ def _format(path: Path) -> str:
     if path.suffix not in kinds:
         raise InputError(f"{path}: expected a name ending in {ENDINGS}, found {path.suffix or 'no ending'}")
     return kinds[path.suffix]
-
-
-@contextmanager
-def _extras(path: Path) -> Iterator[None]:
-    """What is not installed is the caller's to install, not a fault of ours."""
-    try:
-        yield
-    except ImportError as error:
-        if "pip install" not in str(error):
-            raise
-        raise InputError(f"{path}: {error}") from None
 
 
 def write_model(path: str | Path, found: Found) -> None:
@@ -110,18 +97,17 @@ def write_model(path: str | Path, found: Found) -> None:
     if path.suffix in (".safetensors", ".npz"):
         save(path, model, params, found.metadata)
     elif path.suffix in (".pt", ".pth"):
-        from ..interop import to_torch
-        from ..interop.weights import need_torch
+        from xprnn.interop import to_torch
+        from xprnn.interop.weights import need_torch
 
         content = io.BytesIO()
         need_torch(str(path)).save(to_torch(model, params).state_dict, content)
         write_atomically(path, content.getvalue())
     elif path.suffix == ".onnx":
-        from ..interop import to_onnx
+        from xprnn.interop import to_onnx
 
         dtype = str(next(iter(params.values())).dtype) if params else "float32"
-        with _extras(path):
-            to_onnx(model, params, path, dtype=dtype)
+        to_onnx(model, params, path, dtype=dtype)
     else:
         only = ": Keras's files are only read" if path.suffix in (".keras", ".h5") else ""
         raise InputError(f"{path}: expected a name ending in .safetensors, .npz, .pt, .pth or .onnx{only}")

@@ -50,7 +50,7 @@ def compiled(where: str, model: Any) -> Block:
     Raises:
         InputError: operators, attributes or kinds of values that are not supported: names every one with its node.
     """
-    onnx, opset = need_onnx(), opset_of(where, model)
+    onnx, opset = need_onnx(where), opset_of(where, model)
     problems: list[str] = []
     block = _block(onnx, model.graph, opset, problems, top=model.ir_version)
     if problems:

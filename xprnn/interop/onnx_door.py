@@ -30,8 +30,7 @@ def from_onnx(source: Any, like: Array | None = None) -> tuple[Any, Params]:
 
     Raises:
         InputError: a damaged or lying file; operators or attributes that are not supported, all at once, with the
-            names of their nodes.
-        ImportError: without the extra `onnx`.
+            names of their nodes; no onnx package (the extra `onnx`).
 
     >>> import numpy as np, xprnn
     >>> layer = xprnn.LSTM(3, 4)
@@ -93,8 +92,8 @@ def to_onnx(
         the onnx.ModelProto.
 
     Raises:
-        InputError: parameters that are not the model's, or what ONNX cannot express, all reasons at once.
-        ImportError: without the extra `onnx`.
+        InputError: parameters that are not the model's, or what ONNX cannot express, all reasons at once; no onnx
+            package (the extra `onnx`).
 
     >>> import numpy as np, xprnn
     >>> layer = xprnn.GRU(3, 4)

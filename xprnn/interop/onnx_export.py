@@ -31,7 +31,8 @@ _WHOLE = np.iinfo(np.int32).max  # the length that stands for: to the end
 
 def exported(model: Any, params: Params, *, lengths: bool, optional: bool, dtype: str) -> Any:
     """The ModelProto of a model, checked; see to_onnx."""
-    onnx, where = need_onnx(), "to_onnx"
+    where = "to_onnx"
+    onnx = need_onnx(where)
     _refuse(where, model, dtype, lengths, optional)
     check_params(where, params, model.shapes())
     check_param_shapes(where, params, model.shapes())

@@ -22,11 +22,11 @@ OPSETS = (7, 28)
 _MOST = 1 << 31  # bytes: protobuf's own limit for one message
 
 
-def need_onnx() -> Any:
+def need_onnx(where: str) -> Any:
     """The onnx package.
 
     Raises:
-        ImportError: it is not installed; says how to get it.
+        InputError: it is not installed; says what to install.
     """
     try:
         import onnx
@@ -34,7 +34,7 @@ def need_onnx() -> Any:
         import onnx.inliner
         import onnx.numpy_helper
     except ImportError:
-        raise ImportError('reading and writing ONNX needs the onnx package: pip install "xprnn[onnx]"') from None
+        raise InputError(f'{where}: needs onnx: pip install "xprnn[onnx]"') from None
     return onnx
 
 
@@ -45,10 +45,10 @@ def read_model(source: Any) -> Any:
         source: a path, or an onnx.ModelProto, which is left as it is.
 
     Raises:
-        InputError: not an ONNX model, a damaged or lying one, or one whose data lies outside its folder.
-        ImportError: without the onnx package.
+        InputError: not an ONNX model, a damaged or lying one, or one whose data lies outside its folder; no
+            onnx package.
     """
-    onnx = need_onnx()
+    onnx = need_onnx("from_onnx")
     if isinstance(source, onnx.ModelProto):
         where, folder, model = "from_onnx", None, onnx.ModelProto()
         model.CopyFrom(source)
@@ -197,7 +197,7 @@ def _load_external(onnx: Any, name: str, t: Any, folder: Path | None, size: int)
 
 def tensor(t: Any) -> Any:
     """A TensorProto's values as NumPy, a copy: what the package gives may lie in the message and be read-only."""
-    return np.array(need_onnx().numpy_helper.to_array(t))
+    return np.array(need_onnx("from_onnx").numpy_helper.to_array(t))
 
 
 def _first_line(error: BaseException) -> str:

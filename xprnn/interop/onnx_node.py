@@ -1,6 +1,7 @@
 """What the operators of a graph are given: a node, and the values that flow between nodes.
 
-A value is an array of the caller's library, or `Host`: a NumPy array of a shape, an axis, an index or a constant.
+A value is an array of the caller's library, a list of them, or `Host`: a NumPy array of a shape, an axis, an index or
+a constant.
 An operator whose inputs are all on the host stays there, so that shapes never wait for a device.
 """
 

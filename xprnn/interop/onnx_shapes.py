@@ -137,6 +137,29 @@ def _split(at: Context, node: Node, x: Array, sizes: Any = None) -> tuple[Array,
     return tuple(x[_cut(x.ndim, axis, slice(a, b))] for a, b in pairwise(ends))
 
 
+def _split_to_sequence(at: Context, node: Node, x: Array, sizes: Any = None) -> list[Array]:
+    """A list of parts: of one step each, of `sizes` steps each, or of these sizes."""
+    axis = node.attrs.get("axis", 0) % x.ndim
+    count = x.shape[axis]
+    if sizes is None:
+        keep = node.attrs.get("keepdims", 1)
+        return [x[_cut(x.ndim, axis, slice(k, k + 1) if keep else k)] for k in range(count)]
+    parts = _numbers(sizes)
+    if sizes.ndim == 0 and parts[0] > 0:
+        parts = [min(parts[0], count - k) for k in range(0, count, parts[0])]
+    ends = np.cumsum([0, *parts]).tolist()
+    if ends[-1] != count or min(parts, default=0) < 0:
+        raise InputError(f"parts of {parts} from an axis of size {count}")
+    return [x[_cut(x.ndim, axis, slice(a, b))] for a, b in pairwise(ends)]
+
+
+def _sequence_at(at: Context, node: Node, xs: list[Array], position: Any) -> Array:
+    k = _numbers(position)[0]
+    if not -len(xs) <= k < len(xs):
+        raise InputError(f"position {k} of a sequence of {len(xs)}")
+    return xs[k]
+
+
 def _tile(at: Context, node: Node, x: Array, repeats: Any) -> Array:
     affordable(node, [d * r for d, r in zip(x.shape, _numbers(repeats), strict=True)])
     return at.xp.tile(x, tuple(_numbers(repeats)))
@@ -240,10 +263,12 @@ SHAPES: dict[str, Op] = {
     "Reshape": Op(_reshape, ("allowzero",), host=(1,)),
     "ReverseSequence": Op(_reverse_sequence, ("batch_axis", "time_axis")),
     "ScatterElements": Op(_scatter_elements, ("axis", "reduction"), check=_scatter_check),
+    "SequenceAt": Op(_sequence_at, host=(1,)),
     "Shape": Op(_shape, ("start", "end"), from_host=False),
     "Size": Op(_size, from_host=False),
     "Slice": Op(_slice, ("starts", "ends", "axes"), host=(1, 2, 3, 4)),
     "Split": Op(_split, ("axis", "split", "num_outputs"), host=(1,)),
+    "SplitToSequence": Op(_split_to_sequence, ("axis", "keepdims"), host=(1,), from_host=False),
     "Squeeze": Op(_squeeze, ("axes",), host=(1,)),
     "Tile": Op(_tile, host=(1,)),
     "TopK": Op(_topk, ("axis", "largest", "sorted"), host=(1,)),

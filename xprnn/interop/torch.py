@@ -157,7 +157,8 @@ def to_torch(model: Any, params: Params) -> ForTorch:
     With `state_dict, (name, arguments) = to_torch(layer, params)`, the module is
     `getattr(torch.nn, name)(**arguments)`, and its `load_state_dict(state_dict)` takes the rest.
 
-    >>> to_torch(GRU(3, 4, reset_after=False, learned_state=True), {})
+    >>> import xprnn
+    >>> to_torch(xprnn.GRU(3, 4, reset_after=False, learned_state=True), {})
     Traceback (most recent call last):
     xprnn.arrays.InputError: to_torch: torch has no cell gru_reset_before; torch's layers have no learned_state
     """
