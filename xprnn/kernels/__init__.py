@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 from xprnn.arrays import InputError, Namespace, Params, is_cupy, is_numpy
@@ -101,7 +102,7 @@ def precision(name: str) -> Iterator[None]:
 
 
 @cache
-def _on_numpy() -> tuple[Any, Any]:
+def _on_numpy() -> tuple[ModuleType, ModuleType]:
     """Its kernels, imported when they are first wanted; to ask for them again would take two microseconds."""
     from xprnn.kernels import compiled, inplace
 
@@ -114,7 +115,8 @@ def find(xp: Namespace, cell: Cell, params: Params, shape: Any, steps: Any) -> C
         return None
     if is_numpy(xp):
         compiled, inplace = _on_numpy()
-        return (compiled.find(cell, params) if fast() else None) or inplace.find(cell)
+        found: Callable[..., Any] | None = (compiled.find(cell, params) if fast() else None) or inplace.find(cell)
+        return found
     if is_cupy(xp):
         from xprnn.kernels import cuda
 
@@ -128,9 +130,9 @@ def explain(xp: Namespace, cell: Cell, params: Params, shape: Any, steps: Any) -
         return f"{GENERIC} (asked for by generic_only)"
     if is_numpy(xp):
         compiled, inplace = _on_numpy()
-        slow = compiled.why_not(cell, params) if fast() else "switched off (XPRNN_FAST=0 or compiling(False))"
+        slow: str = compiled.why_not(cell, params) if fast() else "switched off (XPRNN_FAST=0 or compiling(False))"
         if not slow:
-            return compiled.NAME
+            return str(compiled.NAME)
         why = inplace.why_not(cell)
         return f"{GENERIC} (not in place: {why})" if why else f"{inplace.NAME} (not compiled: {slow})"
     if is_cupy(xp):
