@@ -18,13 +18,14 @@ from xprnn.kernels import library
 from xprnn.kernels.ragged import Rows
 from xprnn.kernels.source import Sources
 from xprnn.kernels.table import ALIGNED, Kept, back_room, forward_room
-from xprnn.kernels.threads import WORTH
+from xprnn.kernels.threads import worth
 from xprnn.kernels.walk import contiguous
 from xprnn.tape import State, Steps, Tape
 
 __all__ = ["backward", "forward"]
 
 _SMALL = 1 << 18  # numbers on a tape: as gradients lie beside dx, whoever keeps one keeps that
+_SLOTS = {"weight_ih": "WI", "weight_hh": "WH", "bias_ih": "BI", "bias_hh": "BH"}
 _ADDRESS = '''"""Written by xprnn: where an array lies; it may be deleted at any time."""
 
 
@@ -117,19 +118,20 @@ def _plain(a: Array, dtype: Any) -> bool:
 
 @lru_cache(maxsize=1024)
 def _plan(
-    sources: Sources, states: int, vectors: int, shape: Shape, item: int, bias: bool, reverse: bool
+    sources: Sources, states: int, names: tuple[str, ...], shape: Shape, item: int, reverse: bool
 ) -> _Plan | None:
     count, n, d, hidden, width = shape
     tape = _tape(sources, states, shape, item)
-    if not count * n or count * n * width * (d + hidden) >= WORTH or tape.size > _SMALL:
+    if not count * n or tape.size > _SMALL:
         return None
     numbers, sizes = forward_room(sources, shape, item)
-    scratch, step = _Piece(item, ({} if bias else {"BI": width, "BH": width}) | sizes), n * hidden * item
+    scratch, step = _Piece(item, {"BI": width, "BH": width} | sizes), n * hidden * item
     numbers |= _numbers(shape, item, reverse) | {"keep": 1, "v0": n * hidden}
     numbers |= {f"m{k}": n * hidden for k in range(states)}
-    given = ["A", "WI", "WH", *(("BI", "BH") if bias else ()), *(f"p{k}" for k in range(vectors))]
     pieces = [tape.bytes | _states(tape, states, step, reverse), scratch.bytes]
-    pieces += [{f"C{k}": k * step for k in range(states)}, *({name: 0} for name in given)]
+    pieces += [{f"C{k}": k * step for k in range(states)}, {"A": 0}]
+    own = [_SLOTS[name] for name in names if name in _SLOTS]
+    pieces += [{slot: 0} for slot in (*own, *(f"p{k}" for k in range(len(names) - len(own))))]
     return _Plan(tape, scratch, _places(sources.forward_table, numbers, pieces))
 
 
@@ -143,22 +145,21 @@ def forward(
         return None
     if not all(_plain(a, dtype) for a in arrays):
         return None
-    (count, n, d), bias, states = x.shape, "bias_ih" in params, len(state)
-    shape = (count, n, d, hidden, width)
-    plan = _plan(sources, states, len(cell.vectors), shape, u.itemsize, bias, reverse)
-    if plan is None:
+    (count, n, d), states = x.shape, len(state)
+    names = tuple(name for name in (*_SLOTS, *cell.vectors) if name in params)
+    plan = _plan(sources, states, names, (count, n, d, hidden, width), u.itemsize, reverse)
+    if plan is None or worth(count, n, (hidden + d) * width):
         return None
     tape = plan.first
     at = _addresses()
     memory, tape_at = tape.made(at, dtype)
-    _scratch, scratch_at = plan.scratch.made(at, dtype, "" if bias else "Q")
+    _scratch, scratch_at = plan.scratch.made(at, dtype, "" if "bias_ih" in params and "bias_hh" in params else "Q")
     running, first = np.empty((states, n, hidden), dtype), -1 if reverse else 0
     kept = [tape.view(memory, f"M{k}", (count + 1, n, hidden)) for k in range(states)]
     for s, r, m in zip(state, running, kept, strict=True):
         r[...] = s
         m[first] = s
-    names = (*(("bias_ih", "bias_hh") if bias else ()), *cell.vectors)
-    given = (running, x, params["weight_ih"], u, *(params[name] for name in names))
+    given = (running, x, *(params[name] for name in names))
     _run(sources.forward, plan, (tape_at, scratch_at, *map(at, given)))
     before, after = tuple(m[:-1] for m in kept), tuple(m[1:] for m in kept)
     gates = tape.view(memory, "G", (count, n, width)) if "G" in tape.starts else None
