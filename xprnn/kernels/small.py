@@ -79,6 +79,7 @@ def _places(names: Sequence[str], numbers: dict[str, int], pieces: Sequence[dict
         for name, start in piece.items():
             if name in names:
                 j = names.index(name)
+                assert not places[1:, j].any()
                 places[0, j], places[i, j] = start, 1
     return places
 
@@ -120,12 +121,15 @@ def _plain(a: Array, dtype: Any) -> bool:
 def _plan(
     sources: Sources, states: int, names: tuple[str, ...], shape: Shape, item: int, reverse: bool
 ) -> _Plan | None:
-    count, n, d, hidden, width = shape
+    count, n, _, hidden, width = shape
     tape = _tape(sources, states, shape, item)
     if not count * n or tape.size > _SMALL:
         return None
     numbers, sizes = forward_room(sources, shape, item)
-    scratch, step = _Piece(item, {"BI": width, "BH": width} | sizes), n * hidden * item
+    scratch, step = (
+        _Piece(item, {slot: width for name, slot in _SLOTS.items() if name not in names} | sizes),
+        n * hidden * item,
+    )
     numbers |= _numbers(shape, item, reverse) | {"keep": 1, "v0": n * hidden}
     numbers |= {f"m{k}": n * hidden for k in range(states)}
     pieces = [tape.bytes | _states(tape, states, step, reverse), scratch.bytes]
