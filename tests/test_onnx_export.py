@@ -37,6 +37,15 @@ MODELS = {
         bend=xprnn.Apply("relu"),
         odds=xprnn.Softmax(log=True),
     ),
+    "of its last step backwards": xprnn.Sequential(
+        rnn=xprnn.LSTM(3, 4, 2, reverse=True), last=xprnn.Last(walk="reverse"), head=xprnn.Linear(4, 2)
+    ),
+    "of both its last steps": xprnn.Sequential(
+        rnn=xprnn.LSTM(3, 4, 2, bidirectional=True, batch_first=True),
+        last=xprnn.Last(batch_first=True, walk="both"),
+        head=xprnn.Linear(8, 2),
+        odds=xprnn.Softmax(),
+    ),
     "bent": xprnn.Sequential(
         a=xprnn.LSTM(3, 4),
         b=xprnn.Apply(xprnn.activation("elu", 0.3)),

@@ -71,9 +71,12 @@ def _order(parts: list[tuple[str, Any]], lengths: bool) -> list[str]:
     for (_, before), (name, part) in pairwise([("", None), *parts]):
         if not isinstance(part, Last):
             continue
-        forward = isinstance(before, Recurrent) and not before.bidirectional and not before.reverse
-        if lengths and not forward:
-            out.append(f"{name}: with lengths, Last must stand behind a recurrent layer that walks forward")
+        walk = isinstance(before, Recurrent) and (
+            "both" if before.bidirectional else "reverse" if before.reverse else "forward"
+        )
+        if (lengths or part.walk != "forward") and walk != part.walk:
+            what = "with lengths, Last" if part.walk == "forward" else f"Last(walk={part.walk!r})"
+            out.append(f"{name}: {what} must stand behind a recurrent layer of the same walk")
         if any(isinstance(p, (Recurrent, Last)) for n, p in parts[[n for n, _ in parts].index(name) + 1 :]):
             out.append(f"{name}: behind Last there is no time to walk in")
         if any(isinstance(p, Recurrent) and p.batch_first != part.batch_first for _, p in parts):
@@ -88,8 +91,8 @@ def _reason(part: Any) -> str:
         return ""
     if isinstance(part, Apply):
         return "" if operator_of(activation(part.f)) else f"{part.f!r} is no operator of its own"
-    if isinstance(part, Last) and part.walk == "forward" and part.valid:
-        return ""
+    if isinstance(part, Last):
+        return "" if part.valid else "Last(valid=False)"
     if not isinstance(part, Recurrent):
         return f"{type(part).__name__} is no part that ONNX has an operator for"
     if part.projection:
@@ -176,7 +179,10 @@ class _Writer:
             op, constants = operator_of(activation(part.f)) or ("", {})
             return self.node(op, [x], f"{name}.y", "", **constants)
         self.timed, last = False, self.weight("last", np.asarray(-1, np.int64))
-        if self.lengths:  # what a row's last step put out is its final state
+        if part.walk == "both":
+            turned = self.node("Transpose", [self.final], f"{name}.turned", perm=[1, 0, 2])
+            return self.node("Reshape", [turned, self.numbers(0, -1)], f"{name}.y")
+        if self.lengths or part.walk == "reverse":  # what a row's last step put out is its final state
             return self.node("Gather", [self.final, last], f"{name}.y", axis=0)
         return self.node("Gather", [x, last], f"{name}.y", axis=int(self.batch_first))
 

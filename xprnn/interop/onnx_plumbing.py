@@ -41,7 +41,9 @@ class Plumbing:
     def _on_shape(self, node: Node, x: Data) -> Host:
         return self.sizes.shape(node, x)
 
-    def _on_transpose(self, node: Node, x: Data) -> Data:
+    def _on_transpose(self, node: Node, x: Any) -> Data:
+        if isinstance(x, Final):
+            return self._both_finals(node, x)
         return self.sizes.transpose(node, x)
 
     def _on_squeeze(self, node: Node, x: Data, axes: Host | None = None) -> Data:
@@ -82,7 +84,7 @@ class Plumbing:
             if isinstance(table, Data) and int(ids.array) in (-1, self.sizes[self.time or "0"] - 1):
                 return self._part(table, Last(), self._last_step(node, table, axis))
             if isinstance(table, Final):
-                return self._final(node, table, int(ids.array))
+                return self._final(node, table, axis, int(ids.array))
         whole = isinstance(table, Host) and table.array.ndim == 2 and table.array.dtype.kind == "f"
         if not whole or not self._last(ids) or self.done or axis != 0:
             raise OtherGraphError(f"{node} picks steps or features")
@@ -95,13 +97,24 @@ class Plumbing:
         )
         return Data(at, (*ids.axes, (f"h{at}",)))
 
-    def _final(self, node: Node, finals: Final, k: int) -> Data:
-        """A final state h of the last layer, walked forward, is its last output."""
+    def _final(self, node: Node, finals: Final, axis: int, k: int) -> Data:
+        """A final state h of the last layer, walked one way, is its last output."""
         at = len(self.done) - 1
-        if finals.state != "h" or finals.pieces[k:] != (at,) or self.done[at].ways != (False,):
-            raise OtherGraphError(f"{node} takes a state of another layer, or of a walk from the end")
+        rows = finals.pieces[-1:] == (at,) and len(self.done[at].ways) == 1 and k in (-1, len(finals.pieces) - 1)
+        if finals.state != "h" or not rows or axis % 3 != int(finals.batch_first):
+            raise OtherGraphError(f"{node} takes a state of another layer, or of another row")
         batch = "0" if self.time == "1" else "1"
-        return self._part(Data(at, ()), Last(), ((batch,), (f"h{at}",)))
+        walk = "reverse" if self.done[at].ways == (True,) else "forward"
+        return self._part(Data(at, ()), Last(walk=walk), ((batch,), (f"h{at}",)))
+
+    def _both_finals(self, node: Node, finals: Final) -> Data:
+        """The final states h of both directions, (directions, N, H) -> (N, directions, H), are their last outputs."""
+        at = len(self.done) - 1
+        known = finals == Final((at,), "h") and len(self.done[at].ways) == 2
+        if not known or list(node.attrs.get("perm", ())) != [1, 0, 2]:
+            raise OtherGraphError(f"{node} turns states around")
+        batch = "0" if self.time == "1" else "1"
+        return self._part(Data(at, ()), Last(walk="both"), ((batch,), (f"d{at}",), (f"h{at}",)))
 
     def _linear(self, node: Node, x: Any, weight: Any, bias: Any, name: str) -> Data:
         if not isinstance(weight, Host) or weight.array.ndim != 2 or not self._last(x):
@@ -156,8 +169,9 @@ class Plumbing:
         return found[0]
 
     def _on_concat(self, node: Node, *finals: Any) -> Final:
-        if node.attrs["axis"] != 0 or not all(isinstance(f, Final) for f in finals):
-            raise OtherGraphError(f"{node} joins data")
+        states = {(f.state, f.batch_first) if isinstance(f, Final) else None for f in finals}
+        if node.attrs["axis"] != 0 or states not in ({("h", False)}, {("c", False)}):
+            raise OtherGraphError(f"{node} joins data, or states of two kinds")
         return Final(tuple(k for f in finals for k in f.pieces), finals[0].state)
 
 

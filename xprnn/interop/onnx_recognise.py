@@ -93,7 +93,7 @@ class Walk(Plumbing):
     def _laid_out(self, piece: Piece) -> Piece:
         """With the axes of the input."""
         if isinstance(piece.part, Last):
-            return replace(piece, part=Last(batch_first=self.time == "1"))
+            return replace(piece, part=replace(piece.part, batch_first=self.time == "1"))
         return replace(piece, batch_first=self.time == "1") if piece.kind == "rnn" else piece
 
     def _inputs(self) -> None:
@@ -155,7 +155,7 @@ class Walk(Plumbing):
         self.sizes.update({f"d{at}": len(spec.reverse), f"h{at}": hidden})
         d, h = (f"d{at}",), (f"h{at}",)
         axes = (batch, time, d, h) if spec.batch_first else (time, d, batch, h)
-        return (Data(at, axes), Final((at,), "h"), Final((at,), "c"))
+        return (Data(at, axes), Final((at,), "h", spec.batch_first), Final((at,), "c", spec.batch_first))
 
     def _lengths(self, node: Node, value: Any) -> str | None:
         if isinstance(value, Host):
