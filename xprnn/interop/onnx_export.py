@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import reduce
 from itertools import pairwise
 from typing import Any
 
@@ -17,9 +18,10 @@ from xprnn.interop.conventions import to_system
 from xprnn.interop.onnx_attributes import attributes_of, operator_of
 from xprnn.interop.onnx_file import need_onnx
 from xprnn.interop.onnx_pieces import Piece, pieces_of
+from xprnn.interop.onnx_plumbing import MERGES
 from xprnn.masks import Last
 from xprnn.model import Sequential
-from xprnn.parts import Apply, Part, Softmax
+from xprnn.parts import Apply, Merge, Part, Softmax
 from xprnn.recurrent import Recurrent
 
 __all__ = ["exported"]
@@ -91,6 +93,8 @@ def _reason(part: Any) -> str:
         return ""
     if isinstance(part, Apply):
         return "" if operator_of(activation(part.f)) else f"{part.f!r} is no operator of its own"
+    if isinstance(part, Merge) and part.mode != "pair":
+        return ""
     if isinstance(part, Last):
         return "" if part.valid else "Last(valid=False)"
     if not isinstance(part, Recurrent):
@@ -149,8 +153,7 @@ class _Writer:
             y = does(same or pieces[k : k + 1], y)
             k += len(same) or 1
         self.node("Identity", [y], "y")
-        last = next(p for p in reversed(pieces) if p.kind != "part")
-        shape = [*(lead if self.timed else ["N"]), last.outputs * max(1, len(last.ways))]
+        shape = [*(lead if self.timed else ["N"]), reduce(lambda width, p: p.width(width), pieces, 0)]
         outputs = [make.make_tensor_value_info("y", self.kind, shape), *self.outputs]
         graph = make.make_graph(self.nodes, "xprnn", [x, *self.inputs], outputs, self.weights)
         proto = make.make_model(graph, opset_imports=[make.make_opsetid("", OPSET)], ir_version=IR)
@@ -178,6 +181,10 @@ class _Writer:
         if isinstance(part, Apply):
             op, constants = operator_of(activation(part.f)) or ("", {})
             return self.node(op, [x], f"{name}.y", "", **constants)
+        if isinstance(part, Merge):
+            halves = [f"{name}.forward", f"{name}.backward"]
+            self.node("Split", [x, self.numbers(part.hidden_size, part.hidden_size)], halves, axis=-1)
+            return self.node({mode: op for op, mode in MERGES.items()}[part.mode], halves, f"{name}.y")
         self.timed, last = False, self.weight("last", np.asarray(-1, np.int64))
         if part.walk == "both":
             turned = self.node("Transpose", [self.final], f"{name}.turned", perm=[1, 0, 2])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,9 +12,18 @@ from xprnn.interop.onnx_axes import Data, Final, Given, Group, OtherGraphError, 
 from xprnn.interop.onnx_node import Host, Node
 from xprnn.interop.onnx_pieces import Piece
 from xprnn.masks import Last
-from xprnn.parts import Apply, Softmax
+from xprnn.parts import Apply, Merge, Softmax
 
-__all__ = ["Plumbing", "identifier"]
+__all__ = ["MERGES", "Plumbing", "identifier"]
+
+MERGES = {"Sum": "sum", "Mul": "mul", "Mean": "ave"}
+
+
+class Half(NamedTuple):
+    """The first or the second half of the features of `whole`."""
+
+    whole: Data
+    which: int
 
 
 class Plumbing:
@@ -70,6 +79,29 @@ class Plumbing:
         return self._part(x, Softmax(log=node.op == "LogSoftmax"), x.axes)
 
     _on_logsoftmax = _on_softmax
+
+    def _on_split(self, node: Node, x: Any, sizes: Host | None = None) -> tuple[Any, Any]:
+        """Features in two halves, which stand for x until one operator puts them into one."""
+        if not self._last(x) or not self.done or node.attrs.get("axis", 0) % len(x.axes) != len(x.axes) - 1:
+            raise OtherGraphError(f"{node} cuts data")
+        half, rest = divmod(self.sizes.of(x.axes[-1]), 2)
+        parts = [half, half] if sizes is None else sizes.array.tolist()
+        if rest or len(node.outputs) != 2 or "split" in node.attrs or parts != [half, half]:
+            raise OtherGraphError(f"{node} cuts features otherwise than in halves")
+        return Half(x, 0), Half(x, 1)
+
+    def _merged(self, node: Node, *halves: Any) -> Data:
+        """Two halves put into one."""
+        if {h.which if isinstance(h, Half) else None for h in halves} != {0, 1} or len(halves) != 2:
+            raise OtherGraphError(f"{node} is none of the plumbing around recurrent layers")
+        x = halves[0].whole
+        if not self._last(x) or halves[1].whole != x:
+            raise OtherGraphError(f"{node} does not read what stands before it")
+        label, half = f"m{len(self.done)}", self.sizes.of(x.axes[-1]) // 2
+        self.sizes[label] = half
+        return self._part(x, Merge(half, MERGES[node.op]), (*x.axes[:-1], (label,)))
+
+    _on_sum = _on_mul = _on_mean = _merged
 
     def _last_step(self, node: Node, x: Data, axis: int) -> tuple[Group, ...]:
         """The axes of x without time, which `node` takes the last step of."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -85,9 +84,11 @@ class Walk(Plumbing):
             self.scope.update(zip(node.outputs, found, strict=False))
         self._outputs()
         self._states()
-        for before, after in pairwise(p for p in self.done if p.kind != "part"):
-            if after.inputs != before.outputs * max(1, len(before.ways)):
+        width = 0
+        for piece in self.done:
+            if width and piece.kind != "part" and piece.inputs != width:
                 raise OtherGraphError("the sizes of its layers do not fit each other")
+            width = piece.width(width)
         return [self._laid_out(p) for p in self.done]
 
     def _laid_out(self, piece: Piece) -> Piece:
