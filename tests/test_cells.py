@@ -127,12 +127,14 @@ def test_coupled_gates_have_one_gate_for_both(rng):
     layer = xprnn.Recurrent(2, 3, cell=cells.lstm(coupled=True))
     p = problem(rng, layer)
     y, _, tape = layer.forward(p.params, p.x)
+    called, _ = layer(p.params, p.x)
     grads = layer.backward(tape, rng.normal(size=y.shape)).dparams
     for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
         assert not grads[name][3:6].any()
         assert grads[name][:3].all()
         p.params[name][3:6] += 1.0
-    np.testing.assert_array_equal(layer(p.params, p.x)[0], y)
+    np.testing.assert_array_equal(layer(p.params, p.x)[0], called)
+    np.testing.assert_array_equal(layer.forward(p.params, p.x)[0], y)
 
 
 # A user's own cell -------------------------------------------------------------------------------

@@ -198,5 +198,6 @@ def test_dropout_is_for_training_and_between_layers_only(rng):
         called, _ = layer(p.params, p.x)
         without, _, _ = layer.forward(p.params, p.x)
         drawn, _, _ = layer.forward(p.params, p.x, rng=np.random.default_rng(0))
-        np.testing.assert_array_equal(without, called)
-        assert np.array_equal(drawn, called) == (layer.num_layers == 1)
+        # A call that keeps no tape may add up its products in another order: the last bits differ.
+        np.testing.assert_allclose(called, without, rtol=1e-13, atol=1e-15)
+        assert np.array_equal(drawn, without) == (layer.num_layers == 1)
