@@ -259,7 +259,7 @@ def test_arguments_that_do_not_fit():
     module = made("GRU", {"input_size": 3, "hidden_size": 2})
     with pytest.raises(InputError, match="a module says its nonlinearity and batch_first itself"):
         xprnn.from_torch(module, batch_first=True)
-    with pytest.raises(InputError, match="expected a path, found int"):
+    with pytest.raises(InputError, match=r"expected a path, a state_dict \(a dict\) or an nn.Module, found int"):
         xprnn.from_torch(3)
     with pytest.raises(InputError, match="like must be an array"):
         xprnn.from_torch(module, like="float64")

@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import stat
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -60,6 +61,20 @@ def as_path(where: str, path: Any) -> Path:
     return found
 
 
+def check_file(where: str, path: Path) -> None:
+    """Look at what is at `path` before it is opened: a device has no end, and a pipe may wait for ever.
+
+    Raises:
+        InputError: nothing is there, or something else than a file or a directory.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        raise InputError(f"{where}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise InputError(f"{where}: expected a regular file, found a device, pipe or socket")
+
+
 def write_atomically(path: str | Path, content: bytes) -> None:
     """Put `content` at `path` in one step: whatever happens, no half-written file stays behind.
 
@@ -67,6 +82,8 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         InputError: the place cannot be written.
     """
     path = Path(path)
+    if not path.name:
+        raise InputError(f"{path}: cannot be written (expected a file's name, found a directory)")
     beside = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
         with beside.open("xb") as file:
@@ -90,6 +107,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
 def is_ours(path: str | Path) -> bool:
     """Whether a `.safetensors` file says that xprnn wrote it; False for one that cannot be read."""
     try:
+        check_file(str(path), Path(path))
         with safetensors.safe_open(path, framework="numpy") as file:
             return FORMAT in (file.metadata() or {})
     except (OSError, ValueError, safetensors.SafetensorError):
@@ -152,6 +170,7 @@ def opened(path: str | Path) -> Iterator[Contents]:
     path = as_path("load", path)
     if path.suffix not in _OPENERS:
         raise InputError(f"{path}: expected a .safetensors or .npz file")
+    check_file(str(path), path)
     try:
         with path.open("rb"), _OPENERS[path.suffix](path) as (text, shapes, read):
             if text is None:

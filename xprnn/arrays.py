@@ -21,6 +21,7 @@ __all__ = [
     "Namespace",
     "Params",
     "as_index",
+    "check_dicts",
     "check_integers",
     "check_shape",
     "device_of",
@@ -31,6 +32,7 @@ __all__ = [
     "is_writeable",
     "namespace",
     "on_host",
+    "refuse_masked",
     "resolve",
     "to_numpy",
 ]
@@ -149,12 +151,38 @@ def _check_dtypes(where: str, xp: Namespace, floats: Sequence[tuple[str, Array]]
 
 
 def _namespace_named(where: str, name: str, array: Array) -> Namespace:
+    refuse_masked(where, name, array)
     try:
         return array_api_compat.array_namespace(array)
     except TypeError:
         raise InputError(
             f"{where}: {name} must be an array (NumPy, CuPy, torch, JAX, ...), found {type(array).__name__}"
         ) from None
+
+
+def refuse_masked(where: str, name: str, array: Any) -> None:
+    """Raise InputError for a masked array: a NumPy array by its class, but its mask would be lost on the way.
+
+    >>> refuse_masked("f", "x", np.ma.zeros(3))
+    Traceback (most recent call last):
+    xprnn.arrays.InputError: f: x must be a plain array, found a numpy.ma one: give x.filled(0), and mask= its steps
+    """
+    if type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray):
+        hint = f"give {name}.filled(0), and mask= its steps"
+        raise InputError(f"{where}: {name} must be a plain array, found a numpy.ma one: {hint}")
+
+
+def check_dicts(where: str, **dicts: Any) -> None:
+    """Raise InputError unless each of these, parameters or their gradients, is a dict of arrays.
+
+    >>> check_dicts("adam.update", grads=[np.zeros(3)])
+    Traceback (most recent call last):
+    xprnn.arrays.InputError: adam.update: grads must be a dict of arrays, found list
+    """
+    for name, value in dicts.items():
+        if not isinstance(value, Mapping):
+            hint = f": give its .dparams ({name}.dparams)" if hasattr(value, "dparams") else ""
+            raise InputError(f"{where}: {name} must be a dict of arrays, found {type(value).__name__}{hint}")
 
 
 def _kind(array: Array) -> str:

@@ -46,6 +46,12 @@ def _check(k1: Any, k2: Any, burn_in: Any) -> None:
             raise InputError(f"windows: {name} must be an integer >= {floor}, found {value!r}")
 
 
+def _check_like(name: str, before: Any, now: Any) -> None:
+    if before is not None and tuple(before.shape[1:]) != tuple(now.shape[1:]):
+        want, found = ("(" + ", ".join(map(str, ("any", *a.shape[1:]))) + ")" for a in (before, now))
+        raise InputError(f"windows: {name} of every chunk must have the shape of the first, {want}, found {found}")
+
+
 def _pieces(chunks: Iterable[Any], sizes: Iterator[int]) -> Iterator[tuple[Array, Any, int]]:
     """(x, target, size asked for) of as many steps as asked for, the last perhaps shorter."""
     x: Any = None
@@ -56,6 +62,10 @@ def _pieces(chunks: Iterable[Any], sizes: Iterator[int]) -> Iterator[tuple[Array
             raise InputError(f"windows: each chunk must be a pair (x, target), found {type(chunk).__name__}")
         if chunk[0].shape[0] != chunk[1].shape[0]:
             raise InputError(f"windows: a chunk has {chunk[0].shape[0]} steps of x but {chunk[1].shape[0]} of target")
+        if not chunk[0].shape[0]:
+            continue
+        _check_like("x", x, chunk[0])
+        _check_like("target", target, chunk[1])
         xp = namespace(chunk[0])
         x = chunk[0] if x is None or not x.shape[0] else xp.concat((x, chunk[0]))
         target = chunk[1] if target is None or not target.shape[0] else xp.concat((target, chunk[1]))
@@ -87,7 +97,7 @@ def windows(chunks: Iterable[Any], k1: int, k2: int | None = None, burn_in: int 
         Window.
 
     Raises:
-        InputError: k1, k2, burn_in out of range, or a chunk that is not such a pair.
+        InputError: k1, k2, burn_in out of range, a chunk that is not such a pair, or is not as wide as those before.
 
     >>> import numpy as np
     >>> chunks = [(np.arange(5), np.arange(5)), (np.arange(5, 8), np.arange(5, 8))]

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from xprnn.activations import Activation, activation
 from xprnn.arrays import InputError
+from xprnn.contract import checked
 from xprnn.forms import in_files
 
 __all__ = ["Cell", "Pointwise", "elman", "gru", "gru_reset_before", "lstm"]
@@ -80,8 +81,9 @@ class Cell:
             raise InputError(f"Cell {self.name}: build must be a function of a namespace, found {self.build!r}")
 
     def over(self, xp: Any) -> Pointwise:
-        """The cell's functions over the namespace `xp`."""
-        return Pointwise(*self.build(xp))
+        """The cell's functions over the namespace `xp`; those of your own cell are held to their word."""
+        built = self.build(xp)
+        return Pointwise(*(built if self.options is not None else checked(self, built)))
 
 
 def _clipper(xp: Any, clip: float | None) -> tuple[Callable[[Any], Any], Callable[[Any], Values]]:

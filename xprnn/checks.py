@@ -21,6 +21,7 @@ from xprnn.arrays import (
     is_integer,
     is_numpy,
     on_host,
+    refuse_masked,
     resolve,
 )
 from xprnn.layout import names_of
@@ -130,6 +131,7 @@ def steps_of(where: str, layer: Any, xp: Namespace, x: Array, lengths: Any, mask
 
 
 def _lengths(where: str, xp: Namespace, x: Array, lengths: Any, n: int, count: int) -> Array:
+    refuse_masked(where, "lengths", lengths)
     plain = isinstance(lengths, (list, tuple, np.ndarray))
     if plain:
         try:

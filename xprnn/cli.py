@@ -13,6 +13,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -86,7 +87,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("dir", metavar="DIR", help="the DIR of a run, or a model file")
+    add("dir", metavar="DIR", help="the DIR of a run, or its .safetensors or .npz file")
     add("--prompt", default="", help="text to go on from (default: a new line)")
     add("--length", type=_natural, default=1000, help="characters to write (default: 1000)")
     add("--temperature", type=_non_negative, default=0.7, help="0: the likeliest; 1: as learnt (default: 0.7)")
@@ -210,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for what the caller can mend, 130 after Ctrl-C.
+    """Run one command; its exit code: 0, 2 for what the caller can mend, 1 for what the system denies, 130 for Ctrl-C.
 
     Args:
         argv: the words after the program's name; None: those of this process.
@@ -224,17 +225,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without some character of the text shows "?" for it
         sys.stdout.reconfigure(errors="replace")
     del args.command
+    code = 2
     try:
-        return COMMANDS[command][3](args)
+        done = COMMANDS[command][3](args)
+        print(end="", flush=True)  # what a full disk refuses is to be heard of here, not while Python exits
+        return done
     except InputError as error:
         problem = " ".join(str(error).split())
     except MemoryError:
         problem = "not enough memory; take a smaller --hidden, --batch or --window"
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # `| head` has seen enough; stdout is pointed away so that the exit does not complain once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `| head` has seen enough
+        _silence()
         return 0
+    except OSError as error:
+        _silence()
+        code, problem = 1, f"{error.filename or 'output'}: cannot be written or read ({error.strerror or error})"
     print(f"xprnn {command}: {problem}", file=sys.stderr)
-    return 2
+    return code
+
+
+def _silence() -> None:
+    """Point stdout away, so that the exit, which writes what is left, does not complain once more."""
+    with suppress(OSError):  # of a stdout that is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -58,7 +58,8 @@ def check_gradients(
         GradientError: a gradient is wrong, has the wrong shape or is missing; says which, the analytic and the numeric
             value.
         NotDifferentiableError: the function has a kink or jump at `args`, or gives two answers to one question.
-        InputError: no floating argument, or an array library without float64.
+        InputError: no floating argument, an array library without float64, args that are no list or tuple, names for
+            some of them only, or a forward that returns no pair.
 
     >>> import numpy as np
     >>> square = lambda x: (x * x, x)
@@ -69,10 +70,9 @@ def check_gradients(
     xprnn.gradcheck.GradientError: x: backward says 0.48190..., central differences say 0.96381... (relative ...)
     """
     rng = np.random.default_rng(0) if rng is None else rng
-    names = [f"args[{i}]" for i in range(len(args))] if names is None else list(names)
+    names = _names(args, names)
     args = tuple(_map(_to_float64, a) for a in args)
-    outputs, tape = forward(*args)
-    again, _ = forward(*args)
+    (outputs, tape), (again, _) = _pair(forward(*args)), _pair(forward(*args))
     for (path, a), (_, b) in zip(_leaves(outputs), _leaves(again), strict=True):
         if not np.array_equal(to_numpy(a), to_numpy(b), equal_nan=True):
             raise NotDifferentiableError(f"forward gives two answers for the same arguments (output {_name('', path)})")
@@ -86,14 +86,36 @@ def check_gradients(
         cotangents = _map(lambda y: from_numpy(rng.standard_normal(tuple(y.shape)), y), outputs)
         gradients = backward(tape, cotangents)
         gradients = (gradients,) if len(args) == 1 and not _is_row_of(gradients, args) else gradients
-        if len(gradients) != len(args):
-            raise GradientError(f"backward returns {len(gradients)} gradients for {len(args)} arguments")
+        _count(gradients, len(args))
         pairing = _Pairing(forward, args, outputs, cotangents)
         for i, path, leaf in floats:
             name = _name(names[i], path)
             error = _check_leaf(pairing, name, i, path, leaf, _gradient(name, gradients[i], path, leaf), rng, rtol)
             worst[name] = max(worst.get(name, 0.0), error)
     return worst
+
+
+def _names(args: Any, names: Any) -> list[str]:
+    if not isinstance(args, (tuple, list)):
+        raise InputError(f"check_gradients: args must be a list or tuple of arguments, found {type(args).__name__}")
+    names = [f"args[{i}]" for i in range(len(args))] if names is None else names
+    if isinstance(names, str) or len(names) != len(args):
+        raise InputError(f"check_gradients: names must be {len(args)}, one for each of args, found {names!r}")
+    return list(names)
+
+
+def _pair(found: Any) -> Any:
+    if not isinstance(found, (tuple, list)) or len(found) != 2:
+        what = f"{len(found)} results" if isinstance(found, (tuple, list)) else type(found).__name__
+        raise InputError(f"check_gradients: forward must return a pair (outputs, tape), found {what}")
+    return found
+
+
+def _count(gradients: Any, count: int) -> None:
+    if not isinstance(gradients, (tuple, list)):
+        raise GradientError(f"backward must return {count} gradients in a tuple, found {type(gradients).__name__}")
+    if len(gradients) != count:
+        raise GradientError(f"backward returns {len(gradients)} gradients for {count} arguments")
 
 
 def check_layer(

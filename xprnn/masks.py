@@ -6,6 +6,7 @@ model the other customs: a mask found in the data, the last output held (Keras),
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isnan
 from typing import Any
 
 from xprnn.arrays import Array, InputError, Namespace, Params, check_shape, device_of, is_integer, namespace, resolve
@@ -26,7 +27,7 @@ class Masking(Part):
     that the caller gives holds as well: a step is valid where both say so.
 
     Args:
-        value: the number that marks padding.
+        value: the number that marks padding; NaN too, which here equals itself.
 
     >>> import numpy as np, xprnn
     >>> model = xprnn.Sequential(mask=Masking(), rnn=xprnn.RNN(1, 2))
@@ -43,10 +44,12 @@ class Masking(Part):
             raise InputError(f"Masking: value must be a number, found {self.value!r}")
 
     def _valid(self, xp: Namespace, x: Array) -> Array:
+        value = float(self.value)
         if is_integer(xp, x):
             # A fraction equals no integer, and some libraries would not compare the two.
-            return x != int(self.value) if self.value == int(self.value) else xp.ones_like(x, dtype=xp.bool)
-        return xp.any(x != float(self.value), axis=-1)
+            return x != int(self.value) if value.is_integer() else xp.ones_like(x, dtype=xp.bool)
+        other = xp.logical_not(xp.isnan(x)) if isnan(value) else x != value
+        return xp.any(other, axis=-1)
 
     def forward(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Array, None, Any]:
         """x with zeros at skipped steps, None, and the tape; integers as they are."""

@@ -11,7 +11,7 @@ from math import cos, pi
 from numbers import Real
 from typing import Any
 
-from xprnn.arrays import Array, InputError, Params, is_numpy, namespace, resolve
+from xprnn.arrays import Array, InputError, Params, check_dicts, is_numpy, namespace, resolve
 
 __all__ = [
     "Optimizer",
@@ -112,6 +112,7 @@ def _in_blocks(
 
 
 def _check_keys(where: str, params: Params, grads: Params) -> None:
+    check_dicts(where, params=params, grads=grads)
     if params.keys() != grads.keys():
         odd = sorted(params.keys() ^ grads.keys())
         raise InputError(f"{where}: params and grads must have the same keys, found {', '.join(odd)} in only one")
@@ -241,6 +242,7 @@ def clip_by_value(grads: Params, limit: float) -> Params:
     if not limit > 0:
         raise InputError(f"clip_by_value: limit must be > 0, found {limit!r}")
     limit = float(limit)
+    check_dicts("clip_by_value", grads=grads)
     spaces = {k: resolve("clip_by_value", {k: g}) for k, g in grads.items()}
     return {k: spaces[k].minimum(spaces[k].maximum(g, -limit), limit) for k, g in grads.items()}
 
@@ -264,6 +266,7 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Array]:
     """
     if not max_norm > 0:
         raise InputError(f"clip_by_global_norm: max_norm must be > 0, found {max_norm!r}")
+    check_dicts("clip_by_global_norm", grads=grads)
     if not grads:
         raise InputError("clip_by_global_norm: grads must hold at least one array, found none")
     xp = resolve("clip_by_global_norm", dict(grads))

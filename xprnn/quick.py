@@ -81,7 +81,7 @@ def _guarded(count: int, run: Quick) -> Quick:
             return None
         try:
             return run(params, x, state)
-        except (KeyError, TypeError, AttributeError, IndexError, ValueError):  # a name, a kind or a shape
+        except Exception:  # a name, a kind or a shape; numba has exceptions of its own for a subclass of ndarray
             return None
 
     return step

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from xprnn.archive import check_file
 from xprnn.arrays import Array, InputError
 
 Ids = NDArray[np.int64]
@@ -45,6 +46,7 @@ def read_text(path: str | Path) -> str:
     Raises:
         InputError: the file cannot be read, is not UTF-8 text, or holds nothing that could be learnt.
     """
+    check_file(f"text {path}", Path(path))
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -83,6 +83,8 @@ def _whole(found: Found, x: Any) -> dict[str, Any]:
 def _streamed(found: Found, x: Any) -> dict[str, Any]:
     """The output of every step, each on the state that the one before left."""
     axis = 1 if _batch_first(found.model) else 0
+    if x.ndim <= axis:  # no time to walk in, as the whole call says
+        return _whole(found, x)
     steps, state, outputs = np.moveaxis(x, axis, 0), None, list[dict[str, Any]]()
     for x_t in steps:
         y_t, state = found.model.step(found.params, x_t, state)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from xprnn.archive import is_ours, write_atomically
+from xprnn.archive import check_file, is_ours, write_atomically
 from xprnn.arrays import Array, InputError, Params
 from xprnn.store import MODEL_FILE, load, load_metadata, save
 
@@ -119,7 +119,11 @@ def read_npy(path: str | Path) -> Any:
     Raises:
         InputError: no such file, a damaged one, or one that holds something else than numbers.
     """
+    check_file(str(path), Path(path))
     try:
+        with Path(path).open("rb") as file:
+            if file.read(6) != b"\x93NUMPY":
+                raise InputError(f"{path}: damaged, or not a .npy file")
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(mapped, np.ndarray) or mapped.dtype.kind not in "fiub":
             raise InputError(f"{path}: expected one array of numbers")
@@ -129,7 +133,9 @@ def read_npy(path: str | Path) -> Any:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # on a damaged header NumPy raises whatever its parts do
-        raise InputError(f"{path}: damaged, or not a .npy file ({' '.join(str(error).split())[:200]})") from None
+        said = " ".join(str(error).split())[:200]
+        said = "it holds Python objects, which are not read" if "ickle" in said or "Python object" in said else said
+        raise InputError(f"{path}: damaged, or not a .npy file ({said})") from None
 
 
 def write_npy(path: str | Path, outputs: Mapping[str, Any]) -> None:

@@ -52,7 +52,7 @@ def from_keras(source: Any, like: Array | None = None, *, config: Any = None) ->
     >>> import numpy as np
     >>> from_keras("nowhere.keras")
     Traceback (most recent call last):
-    xprnn.arrays.InputError: from_keras nowhere.keras: damaged, or not a file of Keras 3 ([Errno 2] No such file ...
+    xprnn.arrays.InputError: from_keras nowhere.keras: cannot be read (No such file or directory)
     """
     where = "from_keras"
     if like is not None:

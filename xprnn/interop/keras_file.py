@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from xprnn.archive import check_file
 from xprnn.arrays import InputError
 from xprnn.interop.parts import Entry
 
@@ -106,7 +107,11 @@ def read_config(where: str, config: Any) -> dict[str, Any]:
         return _parsed(f"{where}: config", config)
     try:
         path = Path(config)
+        if path.exists():
+            check_file(f"{where}: config {path}", path)
         data = path.read_bytes()
+    except InputError:
+        raise
     except (TypeError, ValueError, OSError) as error:
         raise InputError(f"{where}: config must be what model.to_json() says, or a file of it ({error})") from None
     where = f"{where}: config {path}"
@@ -192,6 +197,7 @@ def opened(where: str, path: Path, config: dict[str, Any] | None) -> Iterator[tu
     """The architecture (the one given where the file has none) and the arrays of a .keras or .weights.h5 file."""
     h5py = _need_h5py(where)
     source: Any = path
+    check_file(where, path)
     with damaged(where):
         if path.is_dir():
             raise InputError(f"{where}: is a directory: save the model as one .keras file")

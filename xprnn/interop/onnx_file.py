@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from xprnn.archive import as_path
+from xprnn.archive import as_path, check_file
 from xprnn.arrays import InputError
 
 __all__ = ["OPSETS", "need_onnx", "opset_of", "read_model", "subgraphs", "tensor"]
@@ -82,6 +82,7 @@ def opset_of(where: str, model: Any) -> int:
 
 
 def _parsed(onnx: Any, path: Path) -> Any:
+    check_file(str(path), path)
     try:
         if path.stat().st_size >= _MOST:
             raise InputError(f"{path}: {path.stat().st_size} bytes: a model file holds less than 2 GiB")

@@ -162,7 +162,7 @@ class Plumbing:
     def _on_matmul(self, node: Node, x: Any, weight: Any) -> Data:
         return self._linear(node, x, weight, None, _part_name(node.inputs[1]))
 
-    def _on_gemm(self, node: Node, x: Any, weight: Any, bias: Any = None) -> Data:
+    def _on_gemm(self, node: Node, x: Any, weight: Any, bias: Host | None = None) -> Data:
         get = node.attrs.get
         if get("transA", 0) or get("alpha", 1.0) != 1 or get("beta", 1.0) != 1 or not isinstance(weight, Host):
             raise OtherGraphError(f"{node} is no product with a weight")
@@ -179,7 +179,7 @@ class Plumbing:
         self.done[-1] = replace(piece, name=name, bias=True, own=piece.own | {"bias": bias.array})
         return x
 
-    def _on_slice(self, node: Node, s: Any, *cuts: Any) -> Any:
+    def _on_slice(self, node: Node, s: Any, *cuts: Host) -> Any:
         given = [c.array.reshape(-1).tolist() for c in cuts]
         if isinstance(s, Data) and given[0] == [-1] and given[1][0] >= 2**31 - 1 and len(given) == 3:
             k = given[2][0] % len(s.axes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from xprnn.model import from_config
 __all__ = ["OtherGraphError", "recognised"]
 
 # What a graph that is none of ours may make of a stand-in.
-_TROUBLE = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+_TROUBLE = (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 _PROBES = (1009, 1013)  # sizes for the two free axes: primes, so that products tell them apart
 
 
@@ -129,8 +129,19 @@ class Walk(Plumbing):
         does = self._function if node.op in FUNCTIONS else getattr(self, f"_on_{node.op.lower()}", None)
         if does is None:
             raise OtherGraphError(f"{node} is none of the plumbing around recurrent layers")
+        self._check_kinds(node, does, values)
         out = does(node, *values)
         return out if isinstance(out, tuple) else (out,)
+
+    def _check_kinds(self, node: Node, does: Any, values: list[Any]) -> None:
+        """What an operator of the plumbing may read is what its annotations say."""
+        kinds = [k for name, k in get_type_hints(does).items() if name not in ("node", "return")]
+        kinds += kinds[-1:] * (len(values) - len(kinds))  # of *rest
+        for name, kind, value in zip(node.inputs, kinds, values, strict=False):
+            if kind is Any or isinstance(value, kind):
+                continue
+            what = "lengths or states" if isinstance(value, (Given, Final)) else "what it is not known to read"
+            raise OtherGraphError(f"{node} computes with {what} ({name!r})")
 
     def _own_weight(self, node: Node, k: int) -> bool:
         return node.name in self.block.prepared and k in (1, 2, 3, 7)
@@ -163,6 +174,8 @@ class Walk(Plumbing):
             if (value.array == self.sizes[self.time or "0"]).all():
                 return None
             raise OtherGraphError(f"{node} has lengths of its own")
+        if value is not None and not isinstance(value, Given):
+            raise OtherGraphError(f"{node} has lengths that are computed")
         return None if value is None else value.name
 
     def _outputs(self) -> None:

@@ -115,6 +115,8 @@ def arrange(where: str, parts: Sequence[Part], order: Sequence[str] | None, sort
     """
     if order is not None:
         named = {part.name: part for part in parts}
+        if list(named) == [""]:
+            raise InputError(f"{where}: there is one layer, and so no order to give: leave order out")
         if sorted(order) != sorted(named):
             raise InputError(f"{where}: order must name {', '.join(named)}, found {', '.join(map(str, order))}")
         parts, sorted_ = [named[name] for name in order], False

@@ -5,6 +5,7 @@ Sources: the documentation of torch.nn.RNN, LSTM, GRU (gates, shapes, names), an
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from xprnn.interop.parts import Entry, Part, arrange, assemble, refuse
 from xprnn.interop.statedict import compare, parts_of
 from xprnn.interop.torch_modules import constructor, layer_of, reasons
 from xprnn.interop.weights import entries_of, need_torch, of_file
+from xprnn.layers import RNN
 from xprnn.model import Sequential
 
 __all__ = ["ForTorch", "from_torch", "to_torch"]
@@ -70,13 +72,20 @@ def from_torch(
     if isinstance(source, Mapping):
         entries, sorted_ = entries_of(where, source), False
     else:
+        if not isinstance(source, (str, os.PathLike)):
+            raise InputError(
+                f"{where}: expected a path, a state_dict (a dict) or an nn.Module, found {type(source).__name__}"
+            )
         path = as_path(where, source)
         where = f"{where} {path}"
         entries, sorted_ = of_file("from_torch", path)
     if nonlinearity not in (None, "tanh", "relu"):
         raise InputError(f"{where}: nonlinearity must be 'tanh' or 'relu', found {nonlinearity!r}")
     hints: dict[str, Any] = {"nonlinearity": nonlinearity or "tanh", "batch_first": batch_first or False}
-    return assemble(where, arrange(where, parts_of(where, entries, **hints), order, sorted_), like)
+    arranged = arrange(where, parts_of(where, entries, **hints), order, sorted_)
+    if nonlinearity is not None and not any(isinstance(layer, RNN) for _, layer in arranged):
+        raise InputError(f"{where}: nonlinearity is that of an nn.RNN, and there is none: leave it out")
+    return assemble(where, arranged, like)
 
 
 def _is_module(source: Any) -> bool:

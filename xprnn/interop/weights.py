@@ -7,6 +7,7 @@ weights-only loader takes is read, mapped from the file, so that no claim in it 
 from __future__ import annotations
 
 import json
+import re
 import struct
 import warnings
 import zipfile
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from xprnn.archive import FORMAT
+from xprnn.archive import FORMAT, check_file
 from xprnn.arrays import InputError, to_numpy
 from xprnn.interop.parts import Entry
 
@@ -78,6 +79,7 @@ def of_file(where: str, path: Path) -> tuple[dict[str, Entry], bool]:
     Raises:
         InputError: another ending, a file that cannot be read, or a damaged one.
     """
+    check_file(str(path), path)
     try:
         with path.open("rb"):
             pass
@@ -130,11 +132,7 @@ def _of_torch_file(where: str, path: Path) -> dict[str, Entry]:
             warnings.simplefilter("ignore")
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # on damaged files the loader raises whatever its parts do
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        hint = "; torch.save(model.state_dict(), path) writes one" if "Weights only" in reason else ""
-        raise InputError(
-            f"{path}: holds no state_dict that torch's weights-only loader reads ({reason}){hint}"
-        ) from None
+        raise InputError(f"{path}: holds no state_dict that torch's weights-only loader reads {_why(error)}") from None
     if isinstance(found, Mapping) and not _are_arrays(found):
         inner = [value for value in found.values() if _are_arrays(value)]
         found = inner[0] if len(inner) == 1 else found
@@ -142,6 +140,14 @@ def _of_torch_file(where: str, path: Path) -> dict[str, Entry]:
         raise InputError(f"{path}: expected a state_dict, found {type(found).__name__}")
     _check_tensors(path, found, torch)
     return entries_of(str(path), found)
+
+
+def _why(error: Exception) -> str:
+    """What torch's loader has found, without its colours, and without its advice to read the file all the same."""
+    if "Weights only" in str(error):
+        return "(but pickled objects, a whole module perhaps); torch.save(model.state_dict(), path) writes one"
+    said = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
+    return f"({said[:160] or type(error).__name__})"
 
 
 def _are_arrays(value: Any) -> bool:
