@@ -37,15 +37,15 @@ def test_a_stream_of_a_number_is_refused_as_the_number_is(tmp_path, capsys, x, b
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no disk that is always full")
-def test_a_full_disk_is_one_line(tmp_path):
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # the disk is full at the end of the command, or in its midst
+def test_a_full_disk_is_one_line(tmp_path, unbuffered):
     layer = xprnn.RNN(3, 4)
     xprnn.save(tmp_path / "model.safetensors", layer, made(layer))
     command = [sys.executable, "-m", "xprnn", "info", str(tmp_path / "model.safetensors")]
     paths = os.pathsep.join([str(Path(xprnn.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": unbuffered}
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=os.environ | {"PYTHONPATH": paths}
-        )
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=env)
     assert done.returncode == 1
     assert done.stderr == "xprnn info: output: cannot be written or read (No space left on device)\n"
 
