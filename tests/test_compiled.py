@@ -13,7 +13,7 @@ from backends import Backend
 from engine_cases import CASES, cotangents, problem
 
 import xprnn
-from xprnn.kernels import compiled, compiling, library, scalar
+from xprnn.kernels import compiling, library, scalar, table
 from xprnn.kernels.trace import FUNCTIONS
 
 pytestmark = pytest.mark.needs("numba")
@@ -50,7 +50,7 @@ def test_a_second_process_finds_the_machine_code_and_a_damaged_one_is_made_again
     how, _, first = in_a_process(XPRNN_CACHE=tmp_path)
     assert "compiled" in how
     code = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")}
-    assert len(code) == 3  # forward, backward and the products
+    assert len(code) == 9  # forward, backward and the products; where an array lies, for its six kinds
     assert in_a_process(XPRNN_CACHE=tmp_path)[2] == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")} == code
     for path in code:
@@ -79,8 +79,8 @@ def test_blocks_of_steps_are_the_whole(rng, monkeypatch, name, keep):
 
     dy = cotangents(rng, layer(p.params, p.x, p.state)[0])
     want = run()
-    monkeypatch.setattr(compiled, "_BLOCK_BYTES", 1)
-    monkeypatch.setattr(compiled, "_BLOCK_ROWS", 8)
+    monkeypatch.setattr(table, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(table, "_BLOCK_ROWS", 8)
     XP.assert_close(run(), want, condition=64)
 
 
@@ -147,13 +147,18 @@ def test_own_functions(function, dtype):
 
 
 def test_no_cell_takes_long_to_compile(tmp_path, monkeypatch):
-    """Nothing depends on sizes: one forward and one backward for each cell and dtype, whatever the shapes."""
-    made = []
-    monkeypatch.setattr(library, "compiled", lambda source, true=library.compiled: made.append(source) or true(source))
+    """Nothing depends on sizes: one forward and one backward for each cell and dtype, and one that finds arrays."""
+    made, true = [], library.compiled
+
+    def seen(source, *signature):
+        made.append(source)
+        return true(source, *signature)
+
+    monkeypatch.setattr(library, "compiled", seen)
     rng = np.random.default_rng(0)
     for D, H, N, T in ((1, 1, 1, 1), (3, 40, 5, 7), (2, 3, 0, 4)):
         layer = xprnn.LSTM(D, H)
         p = problem(rng, layer, T=T, N=N)
         y, _, tape = layer.forward(p.params, p.x, p.state)
         layer.backward(tape, np.ones_like(y))
-    assert len(set(made)) == 2
+    assert len(set(made)) == 3

@@ -5,54 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from onnx_cases import onnx_runtime
+from onnx_models import MODELS
 
 import xprnn
-from xprnn import cells
 
 pytestmark = pytest.mark.needs("onnx")
-own = cells.lstm("hardsigmoid", xprnn.activation("scaledtanh", 1.5, 0.7), "softsign", peepholes=True, clip=0.7)
-
-MODELS = {
-    "rnn": xprnn.RNN(3, 4),
-    "relu": xprnn.RNN(3, 4, 2, nonlinearity="relu", bidirectional=True),
-    "identity": xprnn.RNN(3, 4, nonlinearity="identity", reverse=True),
-    "elu": xprnn.RNN(3, 4, nonlinearity=xprnn.activation("elu", 0.5), learned_state=True),
-    "clipped": xprnn.RNN(3, 4, cell=cells.elman("leakyrelu", clip=0.3)),
-    "one unit": xprnn.RNN(3, 1, 2),
-    "one unit both ways": xprnn.GRU(3, 1, 2, bidirectional=True, batch_first=True),
-    "lstm": xprnn.LSTM(3, 4, 3),
-    "lstm both ways": xprnn.LSTM(3, 4, 2, bidirectional=True, batch_first=True, learned_state=True),
-    "lstm backwards": xprnn.LSTM(3, 4, 2, reverse=True, bias=False),
-    "lstm of many sizes": xprnn.LSTM(3, (4, 6), 2, learned_state=True, bidirectional=True),
-    "lstm of one's own": xprnn.LSTM(3, 4, cell=own, bidirectional=True),
-    "coupled": xprnn.LSTM(3, 4, 2, cell=cells.lstm(coupled=True)),
-    "gru": xprnn.GRU(3, 4, 2, learned_state=True),
-    "original gru": xprnn.GRU(3, 4, bidirectional=True, reset_after=False, batch_first=True),
-    "gru of one's own": xprnn.GRU(3, 4, cell=cells.gru_reset_before("hardsigmoid", clip=0.6)),
-    "with a head": xprnn.Sequential(rnn=xprnn.GRU(3, 4, dropout=0.5, num_layers=2), head=xprnn.Linear(4, 2)),
-    "of its last step": xprnn.Sequential(
-        rnn=xprnn.GRU(3, 4, 2, batch_first=True),
-        last=xprnn.Last(batch_first=True),
-        head=xprnn.Linear(4, 2),
-        bend=xprnn.Apply("relu"),
-        odds=xprnn.Softmax(log=True),
-    ),
-    "bent": xprnn.Sequential(
-        a=xprnn.LSTM(3, 4),
-        b=xprnn.Apply(xprnn.activation("elu", 0.3)),
-        c=xprnn.LSTM(4, 4),
-        d=xprnn.Apply("tanh"),
-        e=xprnn.Softmax(),
-    ),
-    "of many parts": xprnn.Sequential(
-        words=xprnn.Embedding(7, 3),
-        up=xprnn.LSTM(3, 4, 2),
-        on=xprnn.LSTM(4, 4),
-        last=xprnn.GRU(4, 5, bias=False),
-        head=xprnn.Linear(5, 4),
-        end=xprnn.Linear(4, 2, bias=False),
-    ),
-}
 # Time-major, and walked forward.
 STREAMS = [
     "rnn",

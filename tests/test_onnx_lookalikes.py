@@ -85,6 +85,18 @@ LOOKALIKES = {
         [*FIRST, *SECOND, ("Gather", ["H1", "ilast"], ["y"], {"axis": 0})],
         "takes a state of another layer",
     ),
+    "the last row's final state": (
+        [*FIRST, ("Gather", ["H1", "ilast"], ["y"], {"axis": 1})],
+        "or of another row",
+    ),
+    "hidden and cell states joined": (
+        [*FIRST, ("Concat", ["H1", "C1"], ["j"], {"axis": 0}), ("Gather", ["j", "ilast"], ["y"], {"axis": 0})],
+        "states of two kinds",
+    ),
+    "rows added in pairs": (
+        [*FIRST, ("Split", ["y1"], ["p", "q"], {"axis": 1}), ("Sum", ["p", "q"], ["y"], {})],
+        "cuts data",
+    ),
     "the first step": ([*FIRST, ("Gather", ["y1", "i0-d"], ["y"], {"axis": 0})], "picks steps or features"),
     "the last feature": ([*FIRST, ("Gather", ["y1", "ilast"], ["y"], {"axis": 2})], "cuts data"),
     "softmax over time": ([*FIRST, ("Softmax", ["y1"], ["y"], {"axis": 0})], "not along the features"),

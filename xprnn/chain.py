@@ -69,6 +69,12 @@ class Chain:
             segments.reverse()
         tape = ChainTape(x, states, steps, segments, [], [])
         outputs, now = _Joined(self.xp, count), states
+        if len(segments) == 1:
+            y, now, scans, masks = self._run(x, states, states, steps, rngs, True)
+            tape.starts.append(states)
+            tape.scans.extend(scans)
+            tape.masks.extend(masks)
+            return y, now, tape
         for t0, t1 in segments:
             tape.starts.append(now)
             tape.rngs.append(deepcopy(rngs))

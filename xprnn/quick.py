@@ -29,6 +29,8 @@ __all__ = [
     "recurrent_walk",
 ]
 
+_OWN = frozenset({np.ndarray})
+
 Quick = Callable[[Params, Array, Any], tuple[Array, Any] | None]
 
 
@@ -65,6 +67,12 @@ def _nothing(params: Params, x: Array, state: Any) -> None:
 
 def _plain(a: Array, shape: tuple[int, ...], dtype: Any) -> bool:
     return a.__class__ is np.ndarray and a.dtype == dtype and a.shape == shape
+
+
+def _no_subclass(params: Params, state: Any) -> bool:
+    """Whether all are NumPy's own arrays: numba would take a masked array for one, and lose its mask."""
+    given = state if state.__class__ is tuple else () if state is None else (state,)
+    return {*map(type, params.values()), *map(type, given)} <= _OWN
 
 
 def _all_plain(params: Params, shapes: tuple[tuple[str, tuple[int, ...]], ...], dtype: Any) -> bool:
@@ -107,7 +115,7 @@ def recurrent_step(layer: Any, prefix: str, count: int) -> Quick | None:
         integer, n = x.dtype not in floats, len(x)
         if integer and x.dtype.kind not in "iu":
             return None
-        if n <= few and fast():
+        if n <= few and fast() and _no_subclass(params, state):
             try:
                 done = way(integer, None)(params, x, state)
             except (KeyError, TypeError):  # no kernel, or one that takes no such arrays
@@ -129,6 +137,8 @@ def recurrent_walk(layer: Any) -> Quick | None:
     def walk(params: Params, x: Array, state: Any) -> tuple[Array, Any] | None:
         integer, n = x.dtype not in floats, x.shape[0 if batch_first else 1]
         if not fast() or not its.short(n, integer) or (integer and x.dtype.kind not in "iu"):
+            return None
+        if not _no_subclass(params, state):
             return None
         if integer not in ways:
             ways[integer] = compiled_walk(its, integer, batch_first) or _nothing

@@ -96,10 +96,11 @@ class Given:
 
 @dataclass(frozen=True)
 class Final:
-    """Final states of recurrent pieces, h or c."""
+    """Final states of recurrent pieces, h or c: (directions, N, H), or (N, directions, H) if batch_first."""
 
     pieces: tuple[int, ...]
     state: str
+    batch_first: bool = False
 
 
 def start_of(value: Any) -> Any:

@@ -80,7 +80,8 @@ def to_onnx(
     "initial_h_l0". `from_onnx` gives the same model back, with the same bits in float parameters of `dtype`.
 
     Args:
-        model: a layer, or a Sequential of Embedding, Linear and recurrent layers.
+        model: a layer, or a Sequential of recurrent layers, Linear, Apply, Softmax and Merge, with an Embedding before
+            and a Last behind them.
         params: its parameters, of any array library.
         path: the file, replaced in one step; None: nothing is written.
         lengths: whether the model has the input `lengths`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import reduce
 from itertools import pairwise
 from typing import Any
 
@@ -17,9 +18,10 @@ from xprnn.interop.conventions import to_system
 from xprnn.interop.onnx_attributes import attributes_of, operator_of
 from xprnn.interop.onnx_file import need_onnx
 from xprnn.interop.onnx_pieces import Piece, pieces_of
+from xprnn.interop.onnx_plumbing import MERGES
 from xprnn.masks import Last
 from xprnn.model import Sequential
-from xprnn.parts import Apply, Part, Softmax
+from xprnn.parts import Apply, Merge, Part, Softmax
 from xprnn.recurrent import Recurrent
 
 __all__ = ["exported"]
@@ -71,9 +73,12 @@ def _order(parts: list[tuple[str, Any]], lengths: bool) -> list[str]:
     for (_, before), (name, part) in pairwise([("", None), *parts]):
         if not isinstance(part, Last):
             continue
-        forward = isinstance(before, Recurrent) and not before.bidirectional and not before.reverse
-        if lengths and not forward:
-            out.append(f"{name}: with lengths, Last must stand behind a recurrent layer that walks forward")
+        walk = isinstance(before, Recurrent) and (
+            "both" if before.bidirectional else "reverse" if before.reverse else "forward"
+        )
+        if (lengths or part.walk != "forward") and walk != part.walk:
+            what = "with lengths, Last" if part.walk == "forward" else f"Last(walk={part.walk!r})"
+            out.append(f"{name}: {what} must stand behind a recurrent layer of the same walk")
         if any(isinstance(p, (Recurrent, Last)) for n, p in parts[[n for n, _ in parts].index(name) + 1 :]):
             out.append(f"{name}: behind Last there is no time to walk in")
         if any(isinstance(p, Recurrent) and p.batch_first != part.batch_first for _, p in parts):
@@ -90,8 +95,10 @@ def _reason(part: Any) -> str:
         return ""
     if isinstance(part, Apply):
         return "" if operator_of(activation(part.f)) else f"{part.f!r} is no operator of its own"
-    if isinstance(part, Last) and part.walk == "forward" and part.valid:
+    if isinstance(part, Merge) and part.mode != "pair":
         return ""
+    if isinstance(part, Last):
+        return "" if part.valid else "Last(valid=False)"
     if not isinstance(part, Recurrent):
         return f"{type(part).__name__} is no part that ONNX has an operator for"
     if part.projection:
@@ -148,8 +155,7 @@ class _Writer:
             y = does(same or pieces[k : k + 1], y)
             k += len(same) or 1
         self.node("Identity", [y], "y")
-        last = next(p for p in reversed(pieces) if p.kind != "part")
-        shape = [*(lead if self.timed else ["N"]), last.outputs * max(1, len(last.ways))]
+        shape = [*(lead if self.timed else ["N"]), reduce(lambda width, p: p.width(width), pieces, 0)]
         outputs = [make.make_tensor_value_info("y", self.kind, shape), *self.outputs]
         graph = make.make_graph(self.nodes, "xprnn", [x, *self.inputs], outputs, self.weights)
         proto = make.make_model(graph, opset_imports=[make.make_opsetid("", OPSET)], ir_version=IR)
@@ -177,8 +183,15 @@ class _Writer:
         if isinstance(part, Apply):
             op, constants = operator_of(activation(part.f)) or ("", {})
             return self.node(op, [x], f"{name}.y", "", **constants)
+        if isinstance(part, Merge):
+            halves = [f"{name}.forward", f"{name}.backward"]
+            self.node("Split", [x, self.numbers(part.hidden_size, part.hidden_size)], halves, axis=-1)
+            return self.node({mode: op for op, mode in MERGES.items()}[part.mode], halves, f"{name}.y")
         self.timed, last = False, self.weight("last", np.asarray(-1, np.int64))
-        if self.lengths:  # what a row's last step put out is its final state
+        if part.walk == "both":
+            turned = self.node("Transpose", [self.final], f"{name}.turned", perm=[1, 0, 2])
+            return self.node("Reshape", [turned, self.numbers(0, -1)], f"{name}.y")
+        if self.lengths or part.walk == "reverse":  # what a row's last step put out is its final state
             return self.node("Gather", [self.final, last], f"{name}.y", axis=0)
         return self.node("Gather", [x, last], f"{name}.y", axis=int(self.batch_first))
 

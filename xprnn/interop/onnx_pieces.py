@@ -14,7 +14,7 @@ from xprnn.cells import elman, gru, gru_reset_before, lstm
 from xprnn.dense import Embedding, Linear
 from xprnn.layers import GRU, LSTM, RNN
 from xprnn.model import Sequential
-from xprnn.parts import Part
+from xprnn.parts import Merge, Part
 from xprnn.recurrent import Recurrent
 
 __all__ = ["Piece", "from_pieces", "pieces_of", "same", "with_structure"]
@@ -49,6 +49,12 @@ class Piece:
     learned: bool = False
     batch_first: bool = False
     part: Any = None
+
+    def width(self, before: int) -> int:
+        """How many features it puts out, given that many."""
+        if self.kind == "part":
+            return before // 2 if isinstance(self.part, Merge) else before
+        return self.outputs * max(1, len(self.ways))
 
 
 def same(a: Sequence[Piece], b: Sequence[Piece]) -> bool:

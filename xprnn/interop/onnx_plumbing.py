@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,9 +12,18 @@ from xprnn.interop.onnx_axes import Data, Final, Given, Group, OtherGraphError, 
 from xprnn.interop.onnx_node import Host, Node
 from xprnn.interop.onnx_pieces import Piece
 from xprnn.masks import Last
-from xprnn.parts import Apply, Softmax
+from xprnn.parts import Apply, Merge, Softmax
 
-__all__ = ["Plumbing", "identifier"]
+__all__ = ["MERGES", "Plumbing", "identifier"]
+
+MERGES = {"Sum": "sum", "Mul": "mul", "Mean": "ave"}
+
+
+class Half(NamedTuple):
+    """The first or the second half of the features of `whole`."""
+
+    whole: Data
+    which: int
 
 
 class Plumbing:
@@ -41,7 +50,9 @@ class Plumbing:
     def _on_shape(self, node: Node, x: Data) -> Host:
         return self.sizes.shape(node, x)
 
-    def _on_transpose(self, node: Node, x: Data) -> Data:
+    def _on_transpose(self, node: Node, x: Any) -> Data:
+        if isinstance(x, Final):
+            return self._both_finals(node, x)
         return self.sizes.transpose(node, x)
 
     def _on_squeeze(self, node: Node, x: Data, axes: Host | None = None) -> Data:
@@ -69,6 +80,29 @@ class Plumbing:
 
     _on_logsoftmax = _on_softmax
 
+    def _on_split(self, node: Node, x: Any, sizes: Host | None = None) -> tuple[Any, Any]:
+        """Features in two halves, which stand for x until one operator puts them into one."""
+        if not self._last(x) or not self.done or node.attrs.get("axis", 0) % len(x.axes) != len(x.axes) - 1:
+            raise OtherGraphError(f"{node} cuts data")
+        half, rest = divmod(self.sizes.of(x.axes[-1]), 2)
+        parts = [half, half] if sizes is None else sizes.array.tolist()
+        if rest or len(node.outputs) != 2 or "split" in node.attrs or parts != [half, half]:
+            raise OtherGraphError(f"{node} cuts features otherwise than in halves")
+        return Half(x, 0), Half(x, 1)
+
+    def _merged(self, node: Node, *halves: Any) -> Data:
+        """Two halves put into one."""
+        if {h.which if isinstance(h, Half) else None for h in halves} != {0, 1} or len(halves) != 2:
+            raise OtherGraphError(f"{node} is none of the plumbing around recurrent layers")
+        x = halves[0].whole
+        if not self._last(x) or halves[1].whole != x:
+            raise OtherGraphError(f"{node} does not read what stands before it")
+        label, half = f"m{len(self.done)}", self.sizes.of(x.axes[-1]) // 2
+        self.sizes[label] = half
+        return self._part(x, Merge(half, MERGES[node.op]), (*x.axes[:-1], (label,)))
+
+    _on_sum = _on_mul = _on_mean = _merged
+
     def _last_step(self, node: Node, x: Data, axis: int) -> tuple[Group, ...]:
         """The axes of x without time, which `node` takes the last step of."""
         axis = axis % len(x.axes)
@@ -82,7 +116,7 @@ class Plumbing:
             if isinstance(table, Data) and int(ids.array) in (-1, self.sizes[self.time or "0"] - 1):
                 return self._part(table, Last(), self._last_step(node, table, axis))
             if isinstance(table, Final):
-                return self._final(node, table, int(ids.array))
+                return self._final(node, table, axis, int(ids.array))
         whole = isinstance(table, Host) and table.array.ndim == 2 and table.array.dtype.kind == "f"
         if not whole or not self._last(ids) or self.done or axis != 0:
             raise OtherGraphError(f"{node} picks steps or features")
@@ -95,13 +129,24 @@ class Plumbing:
         )
         return Data(at, (*ids.axes, (f"h{at}",)))
 
-    def _final(self, node: Node, finals: Final, k: int) -> Data:
-        """A final state h of the last layer, walked forward, is its last output."""
+    def _final(self, node: Node, finals: Final, axis: int, k: int) -> Data:
+        """A final state h of the last layer, walked one way, is its last output."""
         at = len(self.done) - 1
-        if finals.state != "h" or finals.pieces[k:] != (at,) or self.done[at].ways != (False,):
-            raise OtherGraphError(f"{node} takes a state of another layer, or of a walk from the end")
+        rows = finals.pieces[-1:] == (at,) and len(self.done[at].ways) == 1 and k in (-1, len(finals.pieces) - 1)
+        if finals.state != "h" or not rows or axis % 3 != int(finals.batch_first):
+            raise OtherGraphError(f"{node} takes a state of another layer, or of another row")
         batch = "0" if self.time == "1" else "1"
-        return self._part(Data(at, ()), Last(), ((batch,), (f"h{at}",)))
+        walk = "reverse" if self.done[at].ways == (True,) else "forward"
+        return self._part(Data(at, ()), Last(walk=walk), ((batch,), (f"h{at}",)))
+
+    def _both_finals(self, node: Node, finals: Final) -> Data:
+        """The final states h of both directions, (directions, N, H) -> (N, directions, H), are their last outputs."""
+        at = len(self.done) - 1
+        known = finals == Final((at,), "h") and len(self.done[at].ways) == 2
+        if not known or list(node.attrs.get("perm", ())) != [1, 0, 2]:
+            raise OtherGraphError(f"{node} turns states around")
+        batch = "0" if self.time == "1" else "1"
+        return self._part(Data(at, ()), Last(walk="both"), ((batch,), (f"d{at}",), (f"h{at}",)))
 
     def _linear(self, node: Node, x: Any, weight: Any, bias: Any, name: str) -> Data:
         if not isinstance(weight, Host) or weight.array.ndim != 2 or not self._last(x):
@@ -156,8 +201,9 @@ class Plumbing:
         return found[0]
 
     def _on_concat(self, node: Node, *finals: Any) -> Final:
-        if node.attrs["axis"] != 0 or not all(isinstance(f, Final) for f in finals):
-            raise OtherGraphError(f"{node} joins data")
+        states = {(f.state, f.batch_first) if isinstance(f, Final) else None for f in finals}
+        if node.attrs["axis"] != 0 or states not in ({("h", False)}, {("c", False)}):
+            raise OtherGraphError(f"{node} joins data, or states of two kinds")
         return Final(tuple(k for f in finals for k in f.pieces), finals[0].state)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -85,15 +84,17 @@ class Walk(Plumbing):
             self.scope.update(zip(node.outputs, found, strict=False))
         self._outputs()
         self._states()
-        for before, after in pairwise(p for p in self.done if p.kind != "part"):
-            if after.inputs != before.outputs * max(1, len(before.ways)):
+        width = 0
+        for piece in self.done:
+            if width and piece.kind != "part" and piece.inputs != width:
                 raise OtherGraphError("the sizes of its layers do not fit each other")
+            width = piece.width(width)
         return [self._laid_out(p) for p in self.done]
 
     def _laid_out(self, piece: Piece) -> Piece:
         """With the axes of the input."""
         if isinstance(piece.part, Last):
-            return replace(piece, part=Last(batch_first=self.time == "1"))
+            return replace(piece, part=replace(piece.part, batch_first=self.time == "1"))
         return replace(piece, batch_first=self.time == "1") if piece.kind == "rnn" else piece
 
     def _inputs(self) -> None:
@@ -166,7 +167,7 @@ class Walk(Plumbing):
         self.sizes.update({f"d{at}": len(spec.reverse), f"h{at}": hidden})
         d, h = (f"d{at}",), (f"h{at}",)
         axes = (batch, time, d, h) if spec.batch_first else (time, d, batch, h)
-        return (Data(at, axes), Final((at,), "h"), Final((at,), "c"))
+        return (Data(at, axes), Final((at,), "h", spec.batch_first), Final((at,), "c", spec.batch_first))
 
     def _lengths(self, node: Node, value: Any) -> str | None:
         if isinstance(value, Host):

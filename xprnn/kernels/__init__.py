@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 from xprnn.arrays import InputError, Namespace, Params, is_cupy, is_numpy
@@ -99,14 +101,22 @@ def precision(name: str) -> Iterator[None]:
         _precision.reset(token)
 
 
+@cache
+def _on_numpy() -> tuple[ModuleType, ModuleType]:
+    """Its kernels, imported when they are first wanted; to ask for them again would take two microseconds."""
+    from xprnn.kernels import compiled, inplace
+
+    return compiled, inplace
+
+
 def find(xp: Namespace, cell: Cell, params: Params, shape: Any, steps: Any) -> Callable[..., Any] | None:
     """The forward function of the kernel for this case, `shape` = (T, N), or None for the generic scan."""
     if _generic.get():
         return None
     if is_numpy(xp):
-        from xprnn.kernels import compiled, inplace
-
-        return (compiled.find(cell, params) if fast() else None) or inplace.find(cell)
+        compiled, inplace = _on_numpy()
+        found: Callable[..., Any] | None = (compiled.find(cell, params) if fast() else None) or inplace.find(cell)
+        return found
     if is_cupy(xp):
         from xprnn.kernels import cuda
 
@@ -119,11 +129,10 @@ def explain(xp: Namespace, cell: Cell, params: Params, shape: Any, steps: Any) -
     if _generic.get():
         return f"{GENERIC} (asked for by generic_only)"
     if is_numpy(xp):
-        from xprnn.kernels import compiled, inplace
-
-        slow = compiled.why_not(cell, params) if fast() else "switched off (XPRNN_FAST=0 or compiling(False))"
+        compiled, inplace = _on_numpy()
+        slow: str = compiled.why_not(cell, params) if fast() else "switched off (XPRNN_FAST=0 or compiling(False))"
         if not slow:
-            return compiled.NAME
+            return str(compiled.NAME)
         why = inplace.why_not(cell)
         return f"{GENERIC} (not in place: {why})" if why else f"{inplace.NAME} (not compiled: {slow})"
     if is_cupy(xp):

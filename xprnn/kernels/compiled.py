@@ -13,18 +13,17 @@ import numpy as np
 from xprnn.affine import affine_back
 from xprnn.arrays import Array, Params
 from xprnn.cells import Cell
-from xprnn.kernels import library
+from xprnn.kernels import library, small
 from xprnn.kernels.ragged import Rows
 from xprnn.kernels.source import Sources, sources_of
-from xprnn.kernels.table import Kept, Table, address, call, inputs, padded, room_for
+from xprnn.kernels.table import Kept, Table, address, back_room, call, forward_room, inputs, room_for
 from xprnn.kernels.threads import Part, each, parts
 from xprnn.tape import State, Steps, Tape
 
 __all__ = ["NAME", "find", "why_not"]
 
 NAME = "compiled by numba"
-_BLOCK_BYTES = 1 << 20  # of a block's projection, which should stay in the second-level cache
-_BLOCK_ROWS = 256  # of a block whose weights' gradients are added up at once
+_DTYPES = frozenset((np.dtype(np.float32), np.dtype(np.float64)))
 
 
 def find(cell: Cell, params: Params) -> Callable[..., Any] | None:
@@ -42,7 +41,7 @@ def _bits(params: Params) -> int:
 
 def why_not(cell: Cell, params: Params) -> str:
     """Why `find` has nothing, or ""."""
-    if (dtype := params["weight_hh"].dtype) not in (np.float32, np.float64):
+    if (dtype := params["weight_hh"].dtype) not in _DTYPES:
         return f"{dtype} is neither float32 nor float64"
     if "weight_hr" in params:
         return "h is projected by weight_hr"
@@ -72,24 +71,24 @@ def _forward(
     keep: bool,
 ) -> tuple[Array, State, Tape | None]:
     """See xprnn.scan.forward, which is the specification."""
-    rows = Rows.of(x.shape[:2], steps)
-    kept, table = _prepare(sources, cell, params, rows.sort(x, 1), rows, reverse, keep)
-    ends = tuple(rows.sort(s, 0) for s in state), tuple(rows.sort(s, 0) for s in home)
-    final = tuple(rows.unsort(s, 0) for s in _run(kept, table, cell, params, ends, reverse, keep))
-    after = kept.after
-    y = rows.unsort(after[0].view(), 1)
+    done = small.forward(sources, cell, params, x, state, steps, reverse) if keep else None
+    if done is not None:
+        kept, final = done
+        rows = kept.rows
+    else:
+        rows = Rows.of(x.shape[:2], steps)
+        kept, table = _prepare(sources, cell, params, rows.sort(x, 1), rows, reverse, keep)
+        ends = tuple(rows.sort(s, 0) for s in state), tuple(rows.sort(s, 0) for s in home)
+        final = tuple(rows.unsort(s, 0) for s in _run(kept, table, cell, params, ends, reverse, keep))
+    y = rows.unsort(kept.after[0].view(), 1)
     if not keep:
         return y, final, None
     if rows.active is not None:
         y = np.where(np.asarray(steps.active)[..., None], y, 0)
     else:
         y.flags.writeable = False  # the tape lives in this memory
-
-    def states() -> State:
-        return rows.shown(after)
-
-    tape = Tape(backward, np, cell, params, x, state, home, steps, reverse, states, kept, NAME)
-    return y, final, tape
+    shown = partial(rows.shown, kept.after)
+    return y, final, Tape(backward, np, cell, params, x, state, home, steps, reverse, shown, kept, NAME)
 
 
 def _prepare(
@@ -130,15 +129,12 @@ def _run(
     """The time loop: fills what is kept and returns the states after the last step."""
     u, rows, (initial, home) = params["weight_hh"], kept.rows, ends
     (count, n), (width, hidden), item = kept.x.shape[:2], u.shape, u.itemsize
-    cut = kept.sources.added * hidden
-    y = padded(cut, item)
-    z = y + padded(width - cut, item)
     table.given(rows, (count, n, hidden, width))
     running = tuple(np.array(s, u.dtype, order="C") for s in initial)
     if keep and rows.reset is None and count:
         for k, s in enumerate(running):
             kept.before[k][-1 if reverse else 0] = s
-    table.entries |= {"turned": int(reverse), "cut": cut, "Y": y, "Z": z, "go": library.gemm(item).address}
+    table.entries |= {"turned": int(reverse), "go": library.gemm(item).address}
     table.read("WH", u)
     for name, key in (("BI", "bias_ih"), ("BH", "bias_hh")):
         table.read(name, params[key] if key in params else np.zeros(width, u.dtype))
@@ -151,11 +147,9 @@ def _run(
     d = table.entries["D"]
 
     def walk(part: Part) -> None:
-        block = max(1, min(count, _BLOCK_BYTES // max(1, part.rows * z * item)))
-        sizes = {"Q": d * z, "U": hidden * z, "P": block * part.rows * z, "B": part.rows * (z - y)}
-        sizes |= {"K": z, "L": z - y, "O": 0} | ({} if kept.gates is not None else {"G": width})
-        _room, here = room_for(u.dtype, sizes)
-        call(kept.sources.forward, kept.sources.forward_table, table.of(part) | here | {"J": block})
+        numbers, sizes = forward_room(kept.sources, (count, part.rows, d, hidden, width), item)
+        _room, here = room_for(u.dtype, sizes | ({} if kept.gates is not None else {"G": width}))
+        call(kept.sources.forward, kept.sources.forward_table, table.of(part) | here | numbers)
 
     each(walk, parts(rows, count, n, (hidden + d) * width))
     return running
@@ -168,6 +162,8 @@ def backward(
     tape: Tape, dy: Array | None, dstate: Sequence[Array | None], dstates: Sequence[Array | None]
 ) -> tuple[Array | None, State, Sequence[Array | None], Params]:
     """See xprnn.scan.backward."""
+    if all(d is None for d in dstates) and (done := small.backward(tape, dy, dstate)) is not None:
+        return *done[:2], [None] * len(dstate), done[2]
     kept: Kept = tape.saved
     params, rows = tape.params, kept.rows
     injected = [None if d is None else rows.sort(d, 1) for d in dstates] or [None] * len(dstate)
@@ -194,23 +190,18 @@ def _run_back(
     d = table.entries["D"]
     # The rows of the gradients are summed over all steps and rows, or, where there are none, are zero.
     make = np.empty if count else np.zeros
-    wide = padded(hidden, item)
-    edge = 2 * library.tile_rows() * library.lanes(item)
 
     def walk(part: Part) -> tuple[Array, ...]:
-        block = max(1, min(count, -(-_BLOCK_ROWS // max(1, part.rows))))
-        rows = block * part.rows
+        numbers, sizes = back_room(kept.sources, (count, part.rows, d, hidden, width), item)
         sums = make((width, d), u.dtype), make((width, hidden), u.dtype), np.zeros((2, width), u.dtype)
-        sizes = {"B": part.rows * wide, "O": edge + max(d, wide, edge), "Q": width * padded(d, item), "U": width * wide}
-        sizes |= {"LA": (width + edge) * rows, "LB": rows * max(padded(d, item), wide)}
-        sizes |= dict.fromkeys(("X", "Y")[: (2 - kept.sources.same) * (d > 0)], rows * width)
         own, here = room_for(u.dtype, sizes)
         own["B"].fill(0)
         own["O"].fill(0)
-        here |= {"GI": address(sums[0]), "GU": address(sums[1]), "SI": address(sums[2]), "J": block, "Hz": wide}
-        here |= {"SH": here["SI"] + width * item, "room": rows, "zeros": edge}
+        here |= {"GI": address(sums[0]), "GU": address(sums[1]), "SI": address(sums[2])} | numbers
+        here |= {"SH": here["SI"] + width * item}
         call(kept.sources.backward, kept.sources.backward_table, table.of(part) | here)
-        room["D0"][part.first : part.first + part.rows] += own["B"].reshape(part.rows, wide)[:, :hidden]
+        through = own["B"].reshape(part.rows, numbers["Hz"])[:, :hidden]
+        room["D0"][part.first : part.first + part.rows] += through
         return sums
 
     dw, du, (db_ih, db_hh) = _total(each(walk, parts(kept.rows, count, n, (hidden + d) * width)))

@@ -77,10 +77,10 @@ def _mark() -> bytes:
 
 @lru_cache(maxsize=1024)
 def compiled(source: str, signature: str = _TYPE) -> Callable[..., Any]:
-    """The machine code of a printed kernel: call it with a table of int64, or what its signature says."""
+    """The machine code of a printed kernel: call it with a table of int64, or what one of its signatures says."""
     from numba import njit
 
-    kernel: Callable[..., Any] = _made(source, partial(njit, signature, **_OPTIONS))
+    kernel: Callable[..., Any] = _made(source, partial(njit, signature.split(";"), **_OPTIONS))
     return kernel
 
 

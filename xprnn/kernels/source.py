@@ -46,6 +46,9 @@ class Sources(NamedTuple):
     slots: tuple[str, ...]  # where each entry of `saved` is: Xk, Vj, Mk (after) or Sk (before)
     same: bool  # dh is dx, gate by gate
 
+    def __hash__(self) -> int:
+        return hash(self.forward)  # a text remembers its own
+
 
 @lru_cache(maxsize=256)
 def sources_of(cell: Cell, bits: int) -> Sources | None:

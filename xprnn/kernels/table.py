@@ -13,9 +13,11 @@ from xprnn.kernels.threads import Part
 from xprnn.kernels.walk import contiguous
 from xprnn.tape import State
 
-__all__ = ["Kept", "Table", "address", "call", "inputs", "padded", "room_for"]
+__all__ = ["ALIGNED", "Kept", "Table", "address", "back_room", "call", "forward_room", "inputs", "padded", "room_for"]
 
-_ALIGNED = 64  # bytes: a vector that lies across two lines of the cache is read twice
+ALIGNED = 64  # bytes: a vector that lies across two lines of the cache is read twice
+_BLOCK_BYTES = 1 << 20  # of a block's projection, which should stay in the second-level cache
+_BLOCK_ROWS = 256  # of a block whose weights' gradients are added up at once
 
 
 class Kept(NamedTuple):
@@ -28,6 +30,7 @@ class Kept(NamedTuple):
     spare: dict[str, Array]  # the other saved values
     before: State
     after: State
+    memory: Array | None = None  # all of the tape, where small.py wrote it
 
 
 def address(a: Array) -> int:
@@ -38,10 +41,10 @@ def address(a: Array) -> int:
 def room_for(dtype: Any, sizes: Mapping[str, int]) -> tuple[dict[str, Array], dict[str, int]]:
     """Flat arrays of these sizes in one piece of memory, and their addresses: asking for one takes a microsecond."""
     item = np.dtype(dtype).itemsize
-    line = _ALIGNED // item
+    line = ALIGNED // item
     whole = np.empty(sum(sizes.values()) + (len(sizes) + 1) * line, dtype)
     arrays, table, at = {}, {}, address(whole)
-    start = -at % _ALIGNED // item
+    start = -at % ALIGNED // item
     for name, size in sizes.items():
         arrays[name], table[name] = whole[start : start + size], at + start * item
         start += -(-size // line) * line
@@ -52,6 +55,32 @@ def padded(columns: int, item: int) -> int:
     """The width of a matrix with so many columns in panels."""
     lanes = library.lanes(item)
     return -(-columns // lanes) * lanes
+
+
+Sizes = tuple[dict[str, int], dict[str, int]]
+
+
+def forward_room(sources: Sources, shape: Sequence[int], item: int) -> Sizes:
+    """What a forward kernel needs for rows of `shape` = (T, R, D, H, W): numbers, and sizes of memory by name."""
+    count, rows, d, hidden, width = shape
+    cut = sources.added * hidden
+    y = padded(cut, item)
+    z = y + padded(width - cut, item)
+    block = max(1, min(count, _BLOCK_BYTES // max(1, rows * z * item)))
+    sizes = {"Q": d * z, "U": hidden * z, "P": block * rows * z, "B": rows * (z - y), "K": z, "L": z - y, "O": 0}
+    return {"cut": cut, "Y": y, "Z": z, "J": block}, sizes
+
+
+def back_room(sources: Sources, shape: Sequence[int], item: int) -> Sizes:
+    """The same for a backward kernel; B and O must be 0 before."""
+    count, n, d, hidden, width = shape
+    block = max(1, min(count, -(-_BLOCK_ROWS // max(1, n))))
+    rows, wide, inputs = block * n, padded(hidden, item), padded(d, item)
+    edge = 2 * library.tile_rows() * library.lanes(item)
+    sizes = {"B": n * wide, "O": edge + max(d, wide, edge), "Q": width * inputs, "U": width * wide}
+    sizes |= {"LA": (width + edge) * rows, "LB": rows * max(inputs, wide)}
+    sizes |= dict.fromkeys(("X", "Y")[: (2 - sources.same) * (d > 0)], rows * width)
+    return {"J": block, "Hz": wide, "room": rows, "zeros": edge}, sizes
 
 
 class Table:

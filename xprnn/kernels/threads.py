@@ -17,7 +17,7 @@ from threadpoolctl import ThreadpoolController
 
 from xprnn.kernels.ragged import Rows
 
-__all__ = ["Part", "allowed", "each", "parts"]
+__all__ = ["Part", "allowed", "each", "parts", "worth"]
 
 _WORTH = 1 << 25  # multiplications: less than this isn't split, a thread takes some tens of microseconds to wake up
 _FEWEST = 8  # rows for a thread: fewer read the weights as often for less
@@ -55,9 +55,14 @@ def allowed() -> int:
     return min(*known, _cores()) if known else int(os.environ.get("OMP_NUM_THREADS") or _cores())
 
 
+def worth(count: int, n: int, weights: int) -> bool:
+    """Whether the rows are for several threads, if there are any."""
+    return n >= 2 * _FEWEST and count * n * weights >= _WORTH
+
+
 def parts(rows: Rows, count: int, n: int, weights: int) -> list[Part]:
     """One part, or, where it is worth it, as many of about the same number of steps as there are threads."""
-    if n < 2 * _FEWEST or count * n * weights < _WORTH:
+    if not worth(count, n, weights):
         return [Part(0, n)]
     threads = min(allowed(), n // _FEWEST)
     if threads < 2:

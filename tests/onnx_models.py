@@ -1,0 +1,69 @@
+"""Models that ONNX's operators can say: every kind of layer, and the parts that may stand around them."""
+
+import xprnn
+from xprnn import cells
+
+own = cells.lstm("hardsigmoid", xprnn.activation("scaledtanh", 1.5, 0.7), "softsign", peepholes=True, clip=0.7)
+
+MODELS = {
+    "rnn": xprnn.RNN(3, 4),
+    "relu": xprnn.RNN(3, 4, 2, nonlinearity="relu", bidirectional=True),
+    "identity": xprnn.RNN(3, 4, nonlinearity="identity", reverse=True),
+    "elu": xprnn.RNN(3, 4, nonlinearity=xprnn.activation("elu", 0.5), learned_state=True),
+    "clipped": xprnn.RNN(3, 4, cell=cells.elman("leakyrelu", clip=0.3)),
+    "one unit": xprnn.RNN(3, 1, 2),
+    "one unit both ways": xprnn.GRU(3, 1, 2, bidirectional=True, batch_first=True),
+    "lstm": xprnn.LSTM(3, 4, 3),
+    "lstm both ways": xprnn.LSTM(3, 4, 2, bidirectional=True, batch_first=True, learned_state=True),
+    "lstm backwards": xprnn.LSTM(3, 4, 2, reverse=True, bias=False),
+    "lstm of many sizes": xprnn.LSTM(3, (4, 6), 2, learned_state=True, bidirectional=True),
+    "lstm of one's own": xprnn.LSTM(3, 4, cell=own, bidirectional=True),
+    "coupled": xprnn.LSTM(3, 4, 2, cell=cells.lstm(coupled=True)),
+    "gru": xprnn.GRU(3, 4, 2, learned_state=True),
+    "original gru": xprnn.GRU(3, 4, bidirectional=True, reset_after=False, batch_first=True),
+    "gru of one's own": xprnn.GRU(3, 4, cell=cells.gru_reset_before("hardsigmoid", clip=0.6)),
+    "with a head": xprnn.Sequential(rnn=xprnn.GRU(3, 4, dropout=0.5, num_layers=2), head=xprnn.Linear(4, 2)),
+    "of its last step": xprnn.Sequential(
+        rnn=xprnn.GRU(3, 4, 2, batch_first=True),
+        last=xprnn.Last(batch_first=True),
+        head=xprnn.Linear(4, 2),
+        bend=xprnn.Apply("relu"),
+        odds=xprnn.Softmax(log=True),
+    ),
+    "of its last step backwards": xprnn.Sequential(
+        rnn=xprnn.LSTM(3, 4, 2, reverse=True), last=xprnn.Last(walk="reverse"), head=xprnn.Linear(4, 2)
+    ),
+    "of both its last steps": xprnn.Sequential(
+        rnn=xprnn.LSTM(3, 4, 2, bidirectional=True, batch_first=True),
+        last=xprnn.Last(batch_first=True, walk="both"),
+        head=xprnn.Linear(8, 2),
+        odds=xprnn.Softmax(),
+    ),
+    "its two ways put into one": xprnn.Sequential(
+        a=xprnn.GRU(3, 4, bidirectional=True),
+        b=xprnn.Merge(4, "ave"),
+        c=xprnn.RNN(4, 5, bidirectional=True),
+        d=xprnn.Merge(5, "mul"),
+        e=xprnn.LSTM(5, 2, bidirectional=True),
+        last=xprnn.Last(walk="both"),
+        f=xprnn.Merge(2, "sum"),
+    ),
+    "its two ways multiplied": xprnn.Sequential(
+        rnn=xprnn.LSTM(3, 4, bidirectional=True, batch_first=True), both=xprnn.Merge(4, "mul"), head=xprnn.Linear(4, 2)
+    ),
+    "bent": xprnn.Sequential(
+        a=xprnn.LSTM(3, 4),
+        b=xprnn.Apply(xprnn.activation("elu", 0.3)),
+        c=xprnn.LSTM(4, 4),
+        d=xprnn.Apply("tanh"),
+        e=xprnn.Softmax(),
+    ),
+    "of many parts": xprnn.Sequential(
+        words=xprnn.Embedding(7, 3),
+        up=xprnn.LSTM(3, 4, 2),
+        on=xprnn.LSTM(4, 4),
+        last=xprnn.GRU(4, 5, bias=False),
+        head=xprnn.Linear(5, 4),
+        end=xprnn.Linear(4, 2, bias=False),
+    ),
+}

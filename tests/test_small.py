@@ -1,0 +1,160 @@
+"""Small nets take a shorter way to the compiled kernels: the same bits, and what is not for it goes the long way."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+
+import xprnn
+from xprnn.kernels import small
+
+pytestmark = pytest.mark.needs("numba")
+LAYERS = {
+    "rnn": lambda **k: xprnn.RNN(3, 5, **k),
+    "relu": lambda **k: xprnn.RNN(3, 5, nonlinearity="relu", **k),
+    "lstm": lambda **k: xprnn.LSTM(3, 5, **k),
+    "gru": lambda **k: xprnn.GRU(3, 5, **k),
+    "peepholes": lambda **k: xprnn.LSTM(3, 5, cell=xprnn.cells.lstm(peepholes=True), **k),
+}
+OPTIONS = [{}, {"reverse": True}, {"bias": False}, {"bidirectional": True, "num_layers": 2}]
+
+
+def arrays_of(found):
+    parts = found.values() if isinstance(found, dict) else found
+    return [a for p in parts for a in arrays_of(p)] if isinstance(found, (tuple, list, dict)) else [found]
+
+
+def assert_same(a, b):
+    for one, other in zip(arrays_of(a), arrays_of(b), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other, strict=True)
+
+
+def made(rng, layer, shape, dtype=np.float32):
+    """Parameters, x, dy and both adjoints and values of a state."""
+    params = layer.init(rng, like=np.zeros(0, dtype))
+    x = rng.standard_normal((*shape, layer.input_size)).astype(dtype)
+    y, state = layer(params, x)
+    dy = rng.standard_normal(y.shape).astype(dtype)
+    given = [rng.standard_normal(a.shape).astype(dtype) for a in arrays_of(state)]
+    return params, x, dy, tuple(given) if isinstance(state, tuple) else given[0]
+
+
+class Counted:
+    """How often the short way was taken, forward and backward; with `closed`, never."""
+
+    def __init__(self, monkeypatch):
+        self.counts, self.closed = {"forward": 0, "backward": 0}, False
+        for name in self.counts:
+            monkeypatch.setattr(small, name, self._watched(name, getattr(small, name)))
+
+    def _watched(self, name, run):
+        def watch(*args):
+            done = None if self.closed else run(*args)
+            self.counts[name] += done is not None
+            return done
+
+        return watch
+
+
+@pytest.fixture
+def short(monkeypatch):
+    return Counted(monkeypatch)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
+@pytest.mark.parametrize("shape", [(1, 1), (4, 3), (300, 1), (70, 9)], ids=str)
+def test_the_same_bits(rng, short, name, options, shape, dtype):
+    """300 steps are more than a block of backward's, 9 rows more than a tile."""
+    layer = LAYERS[name](**options)
+    params, x, dy, state = made(rng, layer, shape, dtype)
+
+    def run():
+        y, final, tape = layer.forward(params, x, state)
+        zero, end, other = layer.forward(params, x)
+        inner = [tuple(np.ones_like(s) for s in one) for one in tape.states()]
+        found = [y, final, zero, end, *tape.states(), layer.backward(tape, dy), layer.backward(other, dy, state)]
+        return [*found, layer.backward(tape, dy, state, dstates=inner), layer.backward(tape, None, state)]
+
+    found, ways = run(), layer.num_layers * layer.directions
+    assert short.counts["forward"] == 2 * ways
+    assert short.counts["backward"] >= 2 * ways
+    short.closed = True
+    assert_same(found, run())
+
+
+def unaligned(a):
+    memory = np.zeros(a.nbytes + 1, np.uint8)[1:].view(a.dtype)
+    memory[...] = a.ravel()
+    return memory.reshape(a.shape)
+
+
+class Own(np.ndarray):
+    """A subclass."""
+
+
+OTHERS = {
+    "columns": np.asfortranarray,
+    "strided": lambda a: np.repeat(a, 2, axis=-1)[..., ::2],
+    "backwards": lambda a: a[::-1].copy()[::-1],
+    "unaligned": unaligned,
+    "read-only": lambda a: np.frombuffer(a.tobytes(), a.dtype).reshape(a.shape),
+    "subclass": lambda a: a.view(Own),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("which", ["x", "dy", "weight_ih_l0", "weight_hh_l0", "bias_hh_l0", "h"])
+def test_other_arrays(rng, kind, which):
+    layer = xprnn.LSTM(3, 5)
+    params, x, dy, state = made(rng, layer, (6, 2))
+
+    def run(params, x, dy, h):
+        y, final, tape = layer.forward(params, x, (h, state[1]))
+        return y, final, layer.backward(tape, dy, (h, state[1]))
+
+    given = {"params": params, "x": x, "dy": dy, "h": state[0]}
+    want = run(**given)
+    if which in params:
+        given["params"] = params | {which: OTHERS[kind](params[which])}
+    else:
+        given[which] = OTHERS[kind](given[which])
+    assert_same(run(**given), want)
+
+
+def test_what_takes_the_long_way(rng, short):
+    layer = xprnn.GRU(3, 5)
+    params, x, _, state = made(rng, layer, (6, 2))
+    mask = np.ones((6, 2), bool)
+    layer.forward(params, x, state, lengths=[6, 3])
+    layer.forward(params, x, state, mask=mask)
+    layer.forward(params, x, state, reset=mask)
+    layer.forward(params, np.zeros((6, 2), int))
+    layer.forward(params, x[:0], state)
+    layer.forward(params, x[:, :0])
+    layer(params, x, state)
+    large = xprnn.RNN(3, 600)
+    large.forward(large.init(rng, like=np.zeros(0)), np.zeros((500, 1, 3)))
+    assert short.counts["forward"] == 0
+    layer.forward(params, x, state, checkpoint=2)
+    assert short.counts["forward"] == 1  # the last segment keeps its tape
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_tape_is_nobodys(rng, name):
+    """What forward and backward return may be written into, but for y and the states that the tape shows."""
+    layer = LAYERS[name]()
+    params, x, dy, state = made(rng, layer, (6, 2))
+    y, final, tape = layer.forward(params, x, state)
+    assert not y.flags.writeable
+    assert not any(s.flags.writeable for s in arrays_of(tape.states()))
+    first = layer.backward(tape, dy, state)
+    want = copy.deepcopy(first)
+    each = arrays_of(list(first))
+    assert not any(np.shares_memory(a, b) for i, a in enumerate(each) for b in each[:i])
+    for a in (*arrays_of(final), *each):
+        a[...] = 7
+    assert_same(list(layer.backward(tape, dy, state)), list(want))

@@ -1,0 +1,228 @@
+"""The compiled scan of small nets: its table worked out once for its sizes, its memory in a few pieces.
+
+A hundred steps of fifty units take twenty microseconds; so does asking for twenty arrays and for their addresses. Here
+compiled.py's kernels get what they get there, where every row takes part in every step, x holds features, all lies in C
+order and one thread walks. An entry of their table is a number, or lies so many bytes behind the start of one of a
+call's pieces of memory, whatever these are: table = (1, start of each piece) . places.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from xprnn.arrays import Array, Params
+from xprnn.cells import Cell
+from xprnn.kernels import library
+from xprnn.kernels.ragged import Rows
+from xprnn.kernels.source import Sources
+from xprnn.kernels.table import ALIGNED, Kept, back_room, forward_room
+from xprnn.kernels.threads import worth
+from xprnn.kernels.walk import contiguous
+from xprnn.tape import State, Steps, Tape
+
+__all__ = ["backward", "forward"]
+
+_SMALL = 1 << 18  # numbers on a tape: as gradients lie beside dx, whoever keeps one keeps that
+_SLOTS = {"weight_ih": "WI", "weight_hh": "WH", "bias_ih": "BI", "bias_hh": "BH"}
+_ADDRESS = '''"""Written by xprnn: where an array lies; it may be deleted at any time."""
+
+
+def kernel(a):
+    return a.ctypes.data
+'''
+_ARRAYS = ";".join(f"int64(Array(float{bits}, {rank}, 'C', True))" for bits in (32, 64) for rank in (1, 2, 3))
+Shape = tuple[int, int, int, int, int]  # T, N, D, H, W
+
+
+class _Piece:
+    """Places in one piece of memory, each on a line of the cache."""
+
+    def __init__(self, item: int, sizes: dict[str, int]) -> None:
+        self.line, self.size, self.starts = ALIGNED // item, 0, dict[str, int]()
+        self.bytes = dict[str, int]()  # behind the start of the piece
+        for name, size in sizes.items():
+            self.starts[name], self.bytes[name] = self.size, self.size * item
+            self.size += -(-size // self.line) * self.line
+
+    def made(self, at: Callable[[Array], int], dtype: Any, zeros: str = "") -> tuple[Array, int]:
+        """The memory, its places before the one that is named set to 0, and its address."""
+        whole = np.empty(self.size + self.line, dtype)
+        skip = -(start := at(whole)) % ALIGNED
+        whole = whole[skip // whole.itemsize :]
+        if zeros:
+            whole[: self.starts[zeros]] = 0
+        return whole, start + skip
+
+    def view(self, memory: Array, name: str, shape: tuple[int, ...]) -> Array:
+        """The array in a place."""
+        start, size = self.starts[name], 1
+        for n in shape:
+            size *= n
+        return memory[start : start + size].reshape(shape)
+
+
+class _Plan(NamedTuple):
+    """What the sizes of a pass decide: its pieces of memory, and places[i, j], what piece i is to entry j."""
+
+    first: _Piece  # the tape, or the gradients
+    scratch: _Piece
+    places: Array
+    wide: int = 0  # a row of the adjoint that comes through h U'
+
+
+def _places(names: Sequence[str], numbers: dict[str, int], pieces: Sequence[dict[str, int]]) -> Array:
+    places = np.zeros((1 + len(pieces), len(names)), np.int64)
+    places[0] = [numbers.get(name, 0) for name in names]
+    for i, piece in enumerate(pieces, 1):
+        for name, start in piece.items():
+            if name in names:
+                j = names.index(name)
+                assert not places[1:, j].any()
+                places[0, j], places[i, j] = start, 1
+    return places
+
+
+def _addresses() -> Callable[[Array], int]:
+    """NumPy takes ten times as long to say where an array lies."""
+    return library.compiled(_ADDRESS, _ARRAYS)
+
+
+def _numbers(shape: Shape, item: int, reverse: bool) -> dict[str, int]:
+    count, n, d, hidden, width = shape
+    turned = {"turned": int(reverse), "go": library.gemm(item).address}
+    return turned | {"T": count, "N": n, "R": n, "D": d, "H": hidden, "W": width}
+
+
+def _states(tape: _Piece, states: int, step: int, reverse: bool) -> dict[str, int]:
+    """Where a tape holds the states after and before each step: a step apart in the same place."""
+    after, before = (0, step) if reverse else (step, 0)
+    bytes_ = [tape.bytes[f"M{k}"] for k in range(states)]
+    return {f"M{k}": at + after for k, at in enumerate(bytes_)} | {f"S{k}": at + before for k, at in enumerate(bytes_)}
+
+
+def _tape(sources: Sources, states: int, shape: Shape, item: int) -> _Piece:
+    count, n, _, hidden, width = shape
+    sizes = {f"M{k}": (count + 1) * n * hidden for k in range(states)}
+    sizes |= {slot: count * n * hidden for slot in sources.slots if slot[0] == "V"}
+    gates = any(slot[0] == "X" for slot in sources.slots)
+    return _Piece(item, sizes | ({"G": count * n * width} if gates else {}))
+
+
+def _plain(a: Array, dtype: Any) -> bool:
+    return a.__class__ is np.ndarray and a.dtype == dtype and (flags := a.flags).c_contiguous and flags.aligned
+
+
+# --- forward
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    sources: Sources, states: int, names: tuple[str, ...], shape: Shape, item: int, reverse: bool
+) -> _Plan | None:
+    count, n, _, hidden, width = shape
+    tape = _tape(sources, states, shape, item)
+    if not count * n or tape.size > _SMALL:
+        return None
+    numbers, sizes = forward_room(sources, shape, item)
+    scratch, step = (
+        _Piece(item, {slot: width for name, slot in _SLOTS.items() if name not in names} | sizes),
+        n * hidden * item,
+    )
+    numbers |= _numbers(shape, item, reverse) | {"keep": 1, "v0": n * hidden}
+    numbers |= {f"m{k}": n * hidden for k in range(states)}
+    pieces = [tape.bytes | _states(tape, states, step, reverse), scratch.bytes]
+    pieces += [{f"C{k}": k * step for k in range(states)}, {"A": 0}]
+    own = [_SLOTS[name] for name in names if name in _SLOTS]
+    pieces += [{slot: 0} for slot in (*own, *(f"p{k}" for k in range(len(names) - len(own))))]
+    return _Plan(tape, scratch, _places(sources.forward_table, numbers, pieces))
+
+
+def forward(
+    sources: Sources, cell: Cell, params: Params, x: Array, state: State, steps: Steps, reverse: bool
+) -> tuple[Kept, State] | None:
+    """The tape and the states after the last step; None where compiled.py is to walk."""
+    u, arrays = params["weight_hh"], (x, *params.values())
+    dtype, (width, hidden) = u.dtype, u.shape
+    if steps.active is not None or steps.reset is not None:
+        return None
+    if not all(_plain(a, dtype) for a in arrays):
+        return None
+    (count, n, d), states = x.shape, len(state)
+    names = tuple(name for name in (*_SLOTS, *cell.vectors) if name in params)
+    plan = _plan(sources, states, names, (count, n, d, hidden, width), u.itemsize, reverse)
+    if plan is None or worth(count, n, (hidden + d) * width):
+        return None
+    tape = plan.first
+    at = _addresses()
+    memory, tape_at = tape.made(at, dtype)
+    _scratch, scratch_at = plan.scratch.made(at, dtype, "" if "bias_ih" in params and "bias_hh" in params else "Q")
+    running, first = np.empty((states, n, hidden), dtype), -1 if reverse else 0
+    kept = [tape.view(memory, f"M{k}", (count + 1, n, hidden)) for k in range(states)]
+    for s, r, m in zip(state, running, kept, strict=True):
+        r[...] = s
+        m[first] = s
+    given = (running, x, *(params[name] for name in names))
+    _run(sources.forward, plan, (tape_at, scratch_at, *map(at, given)))
+    before, after = tuple(m[:-1] for m in kept), tuple(m[1:] for m in kept)
+    gates = tape.view(memory, "G", (count, n, width)) if "G" in tape.starts else None
+    spare = {slot: tape.view(memory, slot, (count, n, hidden)) for slot in tape.starts if slot[0] == "V"}
+    ends = (after, before) if reverse else (before, after)
+    return Kept(sources, Rows.of((count, n), steps), x, gates, spare, *ends, memory), tuple(running)
+
+
+def _run(source: str, plan: _Plan, starts: tuple[int, ...]) -> None:
+    library.compiled(source)(np.array((1, *starts), np.int64).dot(plan.places))
+
+
+# --- and its adjoint
+
+
+@lru_cache(maxsize=1024)
+def _back_plan(sources: Sources, states: int, vectors: int, shape: Shape, item: int, reverse: bool) -> _Plan:
+    count, n, d, hidden, width = shape
+    row, step = hidden, n * hidden
+    tape = _tape(sources, states, shape, item)
+    numbers, sizes = back_room(sources, shape, item)
+    scratch = _Piece(item, {"nothing": hidden, "B": sizes.pop("B"), "O": sizes.pop("O")} | sizes)
+    sums = {"SI": width, "SH": width} | dict.fromkeys((f"D{k}" for k in range(states)), step)
+    sums |= dict.fromkeys((f"P{k}" for k in range(vectors)), step)
+    result = _Piece(item, sums | {"GI": width * d, "GU": width * hidden, "DX": count * n * d})
+    numbers |= _numbers(shape, item, reverse) | {"a0": step, "b0": row}
+    nothing = {f"I{k}": scratch.bytes["nothing"] for k in range(1, states)}
+    pieces = [result.bytes | {"R0": result.bytes["D0"]}, scratch.bytes | nothing]
+    pieces += [tape.bytes | _states(tape, states, step * item, reverse)]
+    pieces += [{name: 0} for name in ("I0", "A", "WI", "WH", *(f"p{k}" for k in range(vectors)))]
+    return _Plan(result, scratch, _places(sources.backward_table, numbers, pieces), numbers["Hz"])
+
+
+def backward(tape: Tape, dy: Array | None, dstate: Sequence[Array | None]) -> tuple[Array, State, Params] | None:
+    """The adjoints of x, of the first states, of the parameters; None where compiled.py is to walk."""
+    kept, params, cell = tape.saved, tape.params, tape.cell
+    w, u = params["weight_ih"], params["weight_hh"]
+    if kept.memory is None or dy is None or not _plain(dy := contiguous(dy), u.dtype):
+        return None
+    (count, n, d), (width, hidden), sources = kept.x.shape, u.shape, kept.sources
+    states, vectors, shape = len(dstate), len(cell.vectors), (count, n, d, hidden, width)
+    plan = _back_plan(sources, states, vectors, shape, u.itemsize, tape.reverse)
+    result, scratch = plan.first, plan.scratch
+    at = _addresses()
+    memory, result_at = result.made(at, u.dtype, "GI")
+    room, room_at = scratch.made(at, u.dtype, "Q")
+    ds = tuple(result.view(memory, f"D{k}", (n, hidden)) for k in range(states))
+    for mine, given in zip(ds, dstate, strict=True):
+        if given is not None:
+            mine[...] = given
+    pieces = (kept.memory, dy, kept.x, w, u, *(params[name] for name in cell.vectors))
+    _run(sources.backward, plan, (result_at, room_at, *map(at, pieces)))
+    ds[0][...] += scratch.view(room, "B", (n, plan.wide))[:, :hidden]
+    grads = {
+        "weight_ih": result.view(memory, "GI", (width, d)),
+        "weight_hh": result.view(memory, "GU", (width, hidden)),
+    }
+    grads["bias_ih"] = result.view(memory, "SI", (width,))
+    grads["bias_hh"] = grads["bias_ih"].copy() if sources.same else result.view(memory, "SH", (width,))
+    for k, name in enumerate(cell.vectors):
+        grads[name] = np.add.reduce(result.view(memory, f"P{k}", (n, hidden)), axis=0)
+    return result.view(memory, "DX", (count, n, d)), ds, {name: grads[name] for name in params}
