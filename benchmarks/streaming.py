@@ -170,7 +170,10 @@ def main() -> int:
     parser.add_argument("--cell", nargs="+", choices=CELLS, default=CELLS)
     parser.add_argument("--hidden", nargs="+", type=int, default=[16, 32, 64])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    parser.add_argument("--short", action="store_true", help="a tenth of the steps")
     args = parser.parse_args()
+    if args.short:
+        args.steps = max(1, args.steps // 10)
     machine.pin(machine.cores()[:1])  # one core, so that nobody's threads help
     run: dict[str, Any] = {"machine": machine.describe(), "steps": args.steps}
     print("\n".join(f"{k}: {v}" for k, v in run["machine"].items()), file=sys.stderr)
