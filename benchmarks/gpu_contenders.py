@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 import xprnn
+from xprnn.bench import peers
 from xprnn.bench.problem import Problem
 from xprnn.kernels import generic_only
 from xprnn.kernels.cuda import device, fused_only
@@ -102,7 +103,7 @@ class _Ours:
     def results(self) -> dict[str, Any]:
         """y twice, and every gradient."""
         y, (dx, dstate, dparams) = self.both()
-        found = {"y": self.forward()[0], "y with a tape": y, "dx": dx} | {f"d{k[:-3]}": g for k, g in dparams.items()}
+        found = {"y": self.forward()[0], "y (with a tape)": y, "dx": dx} | {f"d{k[:-3]}": g for k, g in dparams.items()}
         states = dstate if isinstance(dstate, tuple) else (dstate,)
         found |= {f"d{c}0": s[0] for c, s in zip("hc", states, strict=False)}
         return {k: v.get() for k, v in found.items()}
@@ -164,36 +165,12 @@ def torch_missing(where: str) -> str:
 def _torch(problem: Problem, tf32: bool, where: str) -> Contender:
     import torch
 
-    # Both switches: the layer's products go through cuDNN, those of a loop around it through cuBLAS.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-    layer = getattr(torch.nn, CELLS[problem.cell])(*problem.shape[:2]).to(where)
-    with torch.no_grad():
-        for name, value in problem.params.items():
-            getattr(layer, f"{name}_l0").copy_(torch.from_numpy(value))
-    dy = torch.from_numpy(problem.dy).to(where)
-    x, *states = (torch.from_numpy(a).to(where) for a in (problem.x, *(s[None] for s in problem.state)))
-    own = [a.clone().requires_grad_() for a in (x, *states)]
-    weights = [getattr(layer, f"{name}_l0") for name in problem.params]
-
-    def run(x: Any, *states: Any) -> Any:
+    def switch() -> None:
+        # Both: the layer's products go through cuDNN, those of a loop around it through cuBLAS.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-        return layer(x, states if len(states) > 1 else states[0])
 
-    def forward() -> Any:
-        with torch.no_grad():
-            return run(x, *states)
-
-    def both() -> Any:
-        y, _ = run(*own)
-        return y, torch.autograd.grad(y, [*own, *weights], dy)
-
-    def results() -> dict[str, Any]:
-        y, (dx, *rest) = both()
-        names = [f"d{c}0" for c in "hc"[: len(states)]] + [f"d{name}" for name in problem.params]
-        found = {"y": forward()[0], "y with a tape": y.detach(), "dx": dx}
-        found |= {k: v[0] if k in ("dh0", "dc0") else v for k, v in zip(names, rest, strict=True)}
-        return {k: v.cpu().numpy() for k, v in found.items()}
-
+    switch()
+    forward, both, results = peers.torch_calls(problem, where, switch)
     return Contender({"forward": forward, "both": both}, _torch_seconds(where), results)
 
 

@@ -97,9 +97,9 @@ def articles(problem: Problem) -> Step:
 
 def contenders(problem: Problem, fast: bool) -> dict[str, Step]:
     """Everyone who is installed."""
-    found = {"xprnn, fast": streams._ours(problem), "floor, fast": compiled_floor(problem)} if fast else {}
-    found |= {OURS_IN_NUMPY: streams._ours(problem), "floor, NumPy": numpy_floor(problem)}
-    for name, make in {"torch": streams._torch, "ONNX Runtime": streams._onnxruntime}.items():
+    found = {"xprnn, fast": streams.ours(problem), "floor, fast": compiled_floor(problem)} if fast else {}
+    found |= {OURS_IN_NUMPY: streams.ours(problem), "floor, NumPy": numpy_floor(problem)}
+    for name, make in {"torch": streams.torch_cell, "ONNX Runtime": streams.onnxruntime_step}.items():
         try:
             found[name] = make(problem)
         except ImportError as error:
@@ -128,10 +128,7 @@ def measure(steps: dict[str, Step], count: int) -> dict[str, dict[str, float]]:
             order = order[1:] + order[:1]
     finally:
         gc.enable()
-    marks = (50, 99, 99.9)
-    return {
-        name: {f"p{q:g}": float(np.percentile(t, q) - clock_cost) / 1e3 for q in marks} for name, t in times.items()
-    }
+    return {name: streams.percentiles(t - clock_cost) for name, t in times.items()}
 
 
 def row(cell: str, hidden: int, count: int, fast: bool) -> dict[str, Any]:

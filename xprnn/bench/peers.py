@@ -10,7 +10,9 @@ import numpy as np
 
 from xprnn.bench.problem import Contender, Problem
 
-__all__ = ["PEERS", "jax_steps", "missing", "onnx_session", "peers"]
+__all__ = ["PEERS", "jax_steps", "missing", "onnx_session", "peers", "torch_calls"]
+
+Call = Callable[[], Any]
 
 # What must be importable for each; in the order of the tables' columns.
 PEERS = {"torch": ("torch",), "jax": ("jax",), "onnxruntime": ("onnxruntime", "onnx")}
@@ -36,17 +38,27 @@ def _torch(problem: Problem, threads: int) -> Contender:
     import torch
 
     torch.set_num_threads(threads)
+    return Contender("torch", *torch_calls(problem))
+
+
+def torch_calls(
+    problem: Problem, where: str = "cpu", before: Callable[[], None] = lambda: None
+) -> tuple[Call, Call, Call]:
+    """torch's layer on a device: forward without gradients, both passes, results; `before` runs before each forward."""
+    import torch
+
     kinds = {"elman": torch.nn.RNN, "lstm": torch.nn.LSTM, "gru": torch.nn.GRU}
-    layer = kinds[problem.cell](*problem.shape[:2])
+    layer = kinds[problem.cell](*problem.shape[:2]).to(where)
     with torch.no_grad():
         for name, value in problem.params.items():
             getattr(layer, f"{name}_l0").copy_(torch.from_numpy(value))
-    dy = torch.from_numpy(problem.dy)
-    x, *states = (torch.from_numpy(a) for a in (problem.x, *(s[None] for s in problem.state)))
+    dy = torch.from_numpy(problem.dy).to(where)
+    x, *states = (torch.from_numpy(a).to(where) for a in (problem.x, *(s[None] for s in problem.state)))
     own = [a.clone().requires_grad_() for a in (x, *states)]
     weights = [getattr(layer, f"{name}_l0") for name in problem.params]
 
     def run(x: Any, *states: Any) -> Any:
+        before()
         return layer(x, states if len(states) > 1 else states[0])
 
     def forward() -> Any:
@@ -62,9 +74,9 @@ def _torch(problem: Problem, threads: int) -> Contender:
         names = [f"d{c}0" for c in "hc"[: len(states)]] + [f"d{name}" for name in problem.params]
         found = {"y": forward()[0], "y (with a tape)": y.detach(), "dx": dx}
         found |= {k: v[0] if k in ("dh0", "dc0") else v for k, v in zip(names, rest, strict=True)}
-        return {k: v.numpy() for k, v in found.items()}
+        return {k: v.cpu().numpy() for k, v in found.items()}
 
-    return Contender("torch", forward, both, results)
+    return forward, both, results
 
 
 def jax_steps(cell: str) -> Callable[..., Any]:

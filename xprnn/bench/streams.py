@@ -12,14 +12,15 @@ import numpy as np
 from xprnn.bench.ours import LAYERS
 from xprnn.bench.problem import Problem
 
-__all__ = ["measure"]
+__all__ = ["measure", "onnxruntime_step", "ours", "percentiles", "torch_cell"]
 
 Step = Callable[[], Any]  # one step of an endless stream; returns y (1, H)
 D = 1
 CLOSE = 1e-5  # float32 values below 1, after a few steps
 
 
-def _ours(problem: Problem) -> Step:
+def ours(problem: Problem) -> Step:
+    """`layer.step`."""
     layer = LAYERS[problem.cell](*problem.shape[:2])
     params = {f"{k}_l0": v for k, v in problem.params.items()}
     x, kept = problem.x[0], {"state": None}
@@ -31,7 +32,7 @@ def _ours(problem: Problem) -> Step:
     return step
 
 
-def _torch(problem: Problem) -> Step:
+def torch_cell(problem: Problem) -> Step:
     """torch's cell, no gradients."""
     import torch
 
@@ -49,7 +50,7 @@ def _torch(problem: Problem) -> Step:
     return step
 
 
-def _onnxruntime(problem: Problem) -> Step:
+def onnxruntime_step(problem: Problem) -> Step:
     """The operator on a sequence of one step, its states fed back."""
     from xprnn.bench.peers import onnx_session
 
@@ -78,13 +79,20 @@ def _distribution(step: Step, count: int) -> dict[str, float]:
             times[k] = clock() - start
     finally:
         gc.enable()
-    return {f"p{q:g}": float(np.percentile(times, q)) / 1e3 for q in (50, 99, 99.9)}
+    return percentiles(times)
+
+
+def percentiles(nanoseconds: Any) -> dict[str, float]:
+    """p50, p99 and p99.9, in microseconds."""
+    return {f"p{q:g}": float(np.percentile(nanoseconds, q)) / 1e3 for q in (50, 99, 99.9)}
 
 
 def measure(cell: str, hidden: int, names: list[str], count: int) -> dict[str, Any]:
     """One row: {"cell", "hidden", "microseconds": name -> percentiles, "disagree": [...]}."""
     problem = Problem(cell, (D, hidden, 1, 1))
-    makers = {"core": _ours} | {k: m for k, m in (("torch", _torch), ("onnxruntime", _onnxruntime)) if k in names}
+    makers = {"core": ours} | {
+        k: m for k, m in (("torch", torch_cell), ("onnxruntime", onnxruntime_step)) if k in names
+    }
     steps, wrong, wanted = {}, [], None
     for name, make in makers.items():
         try:

@@ -22,7 +22,7 @@ import numpy as np
 
 from xprnn.archive import check_file
 from xprnn.arrays import InputError
-from xprnn.interop.parts import Entry
+from xprnn.interop.parts import Entry, need
 
 __all__ = ["Arrays", "damaged", "opened", "read_config"]
 
@@ -43,14 +43,6 @@ _DAMAGE = (
     zlib.error,
     zipfile.BadZipFile,
 )
-
-
-def _need_h5py(where: str) -> Any:
-    try:
-        import h5py
-    except ImportError:
-        raise InputError(f'{where}: needs h5py: pip install "xprnn[keras]"') from None
-    return h5py
 
 
 @contextmanager
@@ -195,7 +187,7 @@ class Arrays:
 @contextmanager
 def opened(where: str, path: Path, config: dict[str, Any] | None) -> Iterator[tuple[dict[str, Any] | None, Arrays]]:
     """The architecture (the one given where the file has none) and the arrays of a .keras or .weights.h5 file."""
-    h5py = _need_h5py(where)
+    h5py = need(where, "h5py", "keras")
     source: Any = path
     check_file(where, path)
     with damaged(where):

@@ -15,6 +15,7 @@ import numpy as np
 
 from xprnn.archive import as_path, check_file
 from xprnn.arrays import InputError
+from xprnn.interop.parts import need
 
 __all__ = ["OPSETS", "need_onnx", "opset_of", "read_model", "subgraphs", "tensor"]
 
@@ -28,14 +29,7 @@ def need_onnx(where: str) -> Any:
     Raises:
         InputError: it is not installed; says what to install.
     """
-    try:
-        import onnx
-        import onnx.checker
-        import onnx.inliner
-        import onnx.numpy_helper
-    except ImportError:
-        raise InputError(f'{where}: needs onnx: pip install "xprnn[onnx]"') from None
-    return onnx
+    return need(where, "onnx", "onnx", "checker", "inliner", "numpy_helper")
 
 
 def read_model(source: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from typing import Any, NamedTuple
 
 from xprnn.arrays import Array, InputError, Params
@@ -11,7 +12,7 @@ from xprnn.model import Sequential
 from xprnn.parts import Apply, Softmax
 from xprnn.store import moved
 
-__all__ = ["Entry", "Part", "arrange", "assemble", "refuse"]
+__all__ = ["Entry", "Part", "arrange", "assemble", "need", "refuse"]
 
 MOST = 7  # parts whose order is looked for; with more, there are too many orders to try
 
@@ -30,6 +31,20 @@ class Part(NamedTuple):
     name: str  # "" for a source that is one part
     layers: tuple[Any, ...]
     entries: dict[str, Entry]
+
+
+def need(where: str, package: str, extra: str, *modules: str) -> Any:
+    """An optional package, with these of its modules.
+
+    Raises:
+        InputError: it is not installed; says which extra to install.
+    """
+    try:
+        for name in modules:
+            import_module(f"{package}.{name}")
+        return import_module(package)
+    except ImportError:
+        raise InputError(f'{where}: needs {package}: pip install "xprnn[{extra}]"') from None
 
 
 def refuse(where: str, problems: Sequence[str]) -> None:

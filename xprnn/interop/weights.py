@@ -21,7 +21,7 @@ import safetensors
 
 from xprnn.archive import FORMAT, check_file
 from xprnn.arrays import InputError, to_numpy
-from xprnn.interop.parts import Entry
+from xprnn.interop.parts import Entry, need
 
 __all__ = ["entries_of", "need_torch", "of_file"]
 
@@ -34,11 +34,7 @@ def need_torch(where: str) -> Any:
     Raises:
         InputError: it is not installed; says what to install.
     """
-    try:
-        import torch
-    except ImportError:
-        raise InputError(f'{where}: needs torch: pip install "xprnn[torch]"') from None
-    return torch
+    return need(where, "torch", "torch")
 
 
 def entries_of(where: str, source: Mapping[Any, Any]) -> dict[str, Entry]:
