@@ -108,7 +108,7 @@ def to_onnx(
     from xprnn.interop.onnx_export import exported
 
     place = None if path is None else as_path("to_onnx", path)
-    if place is not None and place.suffix != ".onnx":
+    if place is not None and place.name and place.suffix != ".onnx":
         raise InputError(f"to_onnx {place}: expected a name ending in .onnx, found {place.suffix or 'no ending'}")
     proto = exported(model, params, lengths=lengths, optional=optional, dtype=dtype)
     if place is not None:
