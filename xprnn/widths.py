@@ -21,6 +21,7 @@ __all__ = ["check_widths"]
 
 _RECURRENT = (RNN, LSTM, GRU, Recurrent)
 _HALVES = (Merge, Around)
+_PASSING = (Hold, Last)  # whose step gives back whatever it is given
 _SAME = (Apply, Softmax, Flip, Hold, Last)  # which take and give any number of features
 
 
@@ -68,7 +69,7 @@ def _flat(prefix: str, parts: Mapping[str, Any], chain: Any) -> Iterator[tuple[s
 
 def _compare(what: str, part: Any, flow: _Flow) -> None:
     """Raise InputError if the part cannot take what flows into it."""
-    if flow.kind == "pair":
+    if flow.kind == "pair" and type(part) not in _PASSING:
         raise InputError(f"{what} takes one array, but {flow.source} gives a pair: nothing can stand behind that")
     if flow.kind == "floats" and type(part) is Embedding:
         raise InputError(f"{what} takes integers, but {flow.source} gives floats: an Embedding comes first")
@@ -101,7 +102,7 @@ def _taken(part: Any) -> tuple[str, int]:
 
 def _behind(called: str, part: Any, flow: _Flow) -> _Flow:
     """What flows out of a part that takes what flows in."""
-    if type(part) in (Masking, Hold, Last):  # integers pass, in the steps of the last two
+    if type(part) in _PASSING or type(part) is Masking:  # integers pass a Masking
         return flow
     if type(part) is Embedding:
         return _Flow("floats", part.embedding_dim, called)
