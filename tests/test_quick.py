@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,8 +18,16 @@ from xprnn.kernels import compiling, step
 
 XP = Backend.NUMPY
 WAYS = pytest.mark.parametrize("fast", [pytest.param(True, marks=pytest.mark.needs("numba")), False])
+
+
+def projected(D, H, *rest, **options):
+    """An LSTM of H units, whose h is projected to about half of them."""
+    return xprnn.LSTM(D, H + 1, *rest, proj_size=(H + 1) // 2, **options)
+
+
 SHAPES = ((1, 1), (2, 1), (1, 3), (2, 20), (3, 0))  # layers, rows
 LAYERS = {"rnn": xprnn.RNN, "lstm": xprnn.LSTM, "gru": xprnn.GRU}
+LAYERS |= {"gru-before": partial(xprnn.GRU, reset_after=False), "lstm-proj": projected}
 each_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 
 
