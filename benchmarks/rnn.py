@@ -2,6 +2,7 @@
 
     python benchmarks/rnn.py                           Elman, one and two threads, some five minutes
     python benchmarks/rnn.py --cell elman lstm gru     all three cells
+    python benchmarks/rnn.py --cell lstm-proj gru-before   cells that fewer have: a projected LSTM, the original GRU
     python benchmarks/rnn.py --quick                   the five smaller rows, about a minute
 
 Each number of threads is measured in a process of its own, because JAX and OpenBLAS read theirs when they start.
@@ -24,6 +25,7 @@ QUICK = 5  # rows
 
 def arguments() -> argparse.Namespace:
     """The command line."""
+    from xprnn.bench.problem import GATES
     from xprnn.bench.short import shape_of
 
     def numbers(text: str) -> tuple[int, ...]:
@@ -34,7 +36,7 @@ def arguments() -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--cell", nargs="+", choices=("elman", "lstm", "gru"), default=["elman"], help="default: elman")
+    add("--cell", nargs="+", choices=tuple(GATES), default=["elman"], help="default: elman")
     add("--threads", nargs="+", type=int, default=[1, 2], metavar="COUNT", help="default: 1 2")
     add("--shape", nargs="+", type=numbers, metavar="D,H,N,T", help="instead of the grid")
     add("--peers", nargs="*", choices=("torch", "jax", "onnxruntime"), default=["torch", "jax", "onnxruntime"])

@@ -7,11 +7,12 @@ all tanh or sigmoid of their sum take one tanh together.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from xprnn.affine import columns
 from xprnn.cells import Cell
 from xprnn.kernels import library
 from xprnn.kernels.plan import squashed, trace_step
@@ -107,7 +108,7 @@ class _Kernels(dict[Any, Any]):
 
     def __missing__(self, dtype: Any) -> Any:
         its = self.its
-        printed = self.source(its.cell, BITS[dtype], its.bias, self.integer)
+        printed = self.source(its.cell, BITS[dtype], its.bias, self.integer, its.projection > 0)
         if printed is None or not library.works(*printed):
             raise KeyError(dtype)
         self[dtype] = library.compiled(*printed)
@@ -116,7 +117,7 @@ class _Kernels(dict[Any, Any]):
 
 def compiled_step(its: Stepped, integer: bool) -> Step | None:
     """The step by a compiled kernel, or None where there can be none."""
-    return _compiled(its, integer, step_source, [*_head(its, integer), f"y = empty((n, {its.hidden}), dtype)"], "y")
+    return _compiled(its, integer, step_source, [*_head(its, integer), f"y = empty((n, {its.widths[0]}), dtype)"], "y")
 
 
 def compiled_walk(its: Stepped, integer: bool, batch_first: bool) -> Step | None:
@@ -126,19 +127,19 @@ def compiled_walk(its: Stepped, integer: bool, batch_first: bool) -> Step | None
     zeros = ", ".join(f"zeros(({len(its.names)}, n, {w}), dtype)" for w in its.widths)
     nothing = "return None" if its.learned else f"state = ({zeros})"
     head.insert(head.index("s0 = state") if len(its.widths) == 1 else -2, f"if state is None: {nothing}")
-    head += [f"out = empty(({'n, T' if batch_first else 'T, n'}, {its.hidden}), dtype)"]
+    head += [f"out = empty(({'n, T' if batch_first else 'T, n'}, {its.widths[0]}), dtype)"]
     head += ["y = out.swapaxes(0, 1)" if batch_first else "y = out"]
     return _compiled(its, integer, walk_source, head, "out")
 
 
 def _compiled(its: Stepped, integer: bool, source: Callable[..., Any], head: list[str], out: str) -> Step | None:
-    if not library.available() or its.projection or source(its.cell, 32, its.bias, integer) is None:
+    if not library.available() or source(its.cell, 32, its.bias, integer, its.projection > 0) is None:
         return None
     scope = {"first": _Kernels(its, integer, source), "later": _Kernels(its, False, source), "long": np.int64}
     count, after = len(its.names), [f"n{k}" for k in range(len(its.widths))]
     lines = [*head, *_fit(its, its.learned), "kernel = first[dtype]"]
     lines += ["x = x.astype(long, casting='safe', copy=False)"] if integer else []
-    lines += [f"{name} = empty(({count}, n, {its.hidden}), dtype)" for name in after]
+    lines += [f"{name} = empty(({count}, n, {w}), dtype)" for name, w in zip(after, its.widths, strict=True)]
     states = ", ".join(f"s{k}" for k in range(len(after)))
     x, d = "x", its.inputs
     for k, names in enumerate(its.names):
@@ -146,7 +147,7 @@ def _compiled(its: Stepped, integer: bool, source: Callable[..., Any], head: lis
         # A row is read before it is written: y may well be x.
         lines += [f"if kernel({k}, {d}, {weights}, {x}, {states}, y, {', '.join(after)}): return None"]
         lines += ["kernel = later[dtype]"] if integer and k == 0 and count > 1 else []
-        x, d = "y", its.hidden
+        x, d = "y", its.widths[0]
     return _made([*lines, f"return {out}, {_result(its)}"], scope)
 
 
@@ -190,7 +191,8 @@ def numpy_step(its: Stepped, integer: bool, one: bool, once: Callable[..., Any])
         lines += ["x = e0.copy()", *(f"n{i} = e{i}.reshape(1, n, {w})" for i, w in enumerate(its.widths))]
     lines += [f"return x.reshape(n, {its.widths[0]}), {_result(its)}"]
     squash = _Squash(traced[1] if traced else (), its.hidden)
-    return _made(lines, {**FUNCTIONS, "where": np.where, "inf": np.inf, "nan": np.nan, "once": once, "squash": squash})
+    scope = {"where": np.where, "inf": np.inf, "nan": np.nan, "columns": partial(columns, np)}
+    return _made(lines, {**FUNCTIONS, **scope, "once": once, "squash": squash})
 
 
 def _input_fits(its: Stepped, integer: bool, one: bool) -> list[str]:
@@ -254,7 +256,7 @@ class _Layer:
 
     def lines(self, k: int, integer: bool) -> list[str]:
         """Those of layer k; with integers, x is the numbers of one-hot classes."""
-        look_up = f"w0_{k}[:, x].copy()" if self.one else f"w0_{k}.take(x, axis=1).T.copy()"
+        look_up = f"w0_{k}[:, x].copy()" if self.one else f"columns(w0_{k}, x)"
         lines = [f"a = {look_up if integer else self._product(f'w0_{k}', 'x')}"]
         lines += [f"h = {self._product(f'w1_{k}', 'r0')}", *self._sums(k)]
         if self.squash:
