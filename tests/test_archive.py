@@ -65,3 +65,62 @@ def test_arrays_of_any_byte_order_length_and_rank(tmp_path, ending):
         assert again[name].dtype == array.dtype.newbyteorder("<")
         assert again[name].shape == array.shape
         np.testing.assert_array_equal(again[name], array)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_parameters_of_several_dtypes_come_back_in_theirs(tmp_path, rng, ending):
+    model = xprnn.Sequential(rnn=xprnn.RNN(3, 4), head=xprnn.Linear(4, 2))
+    params = model.init(rng, like=np.zeros(1))
+    params = {k: a.astype(t) for (k, a), t in zip(params.items(), ("f8", "f4", "f2", ">f8", "f4", "f2"), strict=True)}
+    xprnn.save(tmp_path / f"m{ending}", model, params)
+    _, back = xprnn.load(tmp_path / f"m{ending}")
+    for name, array in params.items():
+        assert back[name].dtype == array.dtype.newbyteorder("=")
+        np.testing.assert_array_equal(back[name], array)
+    _, back = xprnn.load(tmp_path / f"m{ending}", like=np.zeros(1, np.float32))
+    assert {a.dtype.name for a in back.values()} == {"float32"}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_parameters_of_several_libraries_are_saved(tmp_path, rng, ending, xp):
+    model = xprnn.Sequential(rnn=xprnn.RNN(3, 4), head=xprnn.Linear(4, 2))
+    params = model.init(rng, like=np.zeros(1, np.float32))
+    mixed = {k: xp.asarray(a) if k.startswith("head") else a for k, a in params.items()}
+    with xp.converting():
+        xprnn.save(tmp_path / f"m{ending}", model, mixed)
+    _, back = xprnn.load(tmp_path / f"m{ending}")
+    for name, array in params.items():
+        assert back[name].dtype == array.dtype
+        np.testing.assert_array_equal(back[name], array)
+
+
+@pytest.mark.parametrize("name", ["complex64", "bfloat16"])
+def test_which_parameter_has_which_dtype_is_said(tmp_path, rng, name):
+    """Of many, the one that a file cannot hold; bfloat16 is JAX's."""
+    layer = xprnn.RNN(3, 4)
+    params = layer.init(rng, like=np.zeros(1))
+    dtype = pytest.importorskip("ml_dtypes").bfloat16 if name == "bfloat16" else name
+    params["bias_hh_l0"] = params["bias_hh_l0"].astype(dtype)
+    with pytest.raises(InputError, match=f"bias_hh_l0 has dtype {name}, a file holds float16, float32, float64"):
+        xprnn.save(tmp_path / "m.npz", layer, params)
+
+
+@pytest.mark.parametrize(
+    ("ending", "writes", "reads"),
+    [
+        (".onnx", " (xprnn.to_onnx is for .onnx)", " (xprnn.from_onnx is for .onnx)"),
+        (".pth", " (xprnn.to_torch is for .pth)", " (xprnn.from_torch is for .pth)"),
+        (".keras", "", " (xprnn.from_keras is for .keras)"),
+        (".txt", "", ""),
+    ],
+)
+def test_another_ending_says_whose_it_is(tmp_path, rng, ending, writes, reads):
+    layer, path = xprnn.RNN(3, 4), tmp_path / f"m{ending}"
+    with pytest.raises(InputError) as error:
+        xprnn.save(path, layer, layer.init(rng, like=np.zeros(1)))
+    assert str(error.value) == f"{path}: expected a name ending in .safetensors or .npz, found {ending}{writes}"
+    assert list(tmp_path.iterdir()) == []
+    path.write_bytes(b"")
+    with pytest.raises(InputError) as error:
+        xprnn.load(path)
+    assert str(error.value) == f"{path}: expected a .safetensors or .npz file{reads}"

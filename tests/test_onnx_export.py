@@ -245,6 +245,10 @@ def test_bad_arguments(rng, tmp_path):
         xprnn.to_onnx(3, params)
     with pytest.raises(xprnn.InputError, match="cannot be written"):
         xprnn.to_onnx(model, params, tmp_path / "nowhere" / "model.onnx")
+    for name, found in (("model.txt", r"\.txt"), ("model.safetensors", r"\.safetensors"), ("model", "no ending")):
+        with pytest.raises(xprnn.InputError, match=f"{name}: expected a name ending in .onnx, found {found}"):
+            xprnn.to_onnx(model, params, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
     learned = xprnn.RNN(3, 4, learned_state=True)
     params = trained(rng, learned, np.zeros(1, np.float32))
     with pytest.raises(xprnn.InputError, match="learned_state"):

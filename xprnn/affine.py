@@ -4,10 +4,12 @@ Integer x of shape (T, N) stands for one-hot vectors: x W' is then a look-up of 
 scatter-add, and no one-hot matrix exists.
 """
 
-from xprnn.arrays import Array, Namespace, as_index, device_of, is_integer
+import numpy as np
+
+from xprnn.arrays import Array, Namespace, as_index, device_of, is_integer, is_numpy
 from xprnn.scatter import sum_rows_by_id
 
-__all__ = ["affine", "affine_back", "flat"]
+__all__ = ["affine", "affine_back", "columns", "few", "flat"]
 
 
 def flat(xp: Namespace, a: Array) -> Array:
@@ -24,13 +26,33 @@ def affine(xp: Namespace, x: Array, w: Array, b: Array | None) -> Array:
         m = 1
         for n in x.shape:
             m *= n
-        columns = xp.take(w, as_index(xp, xp.reshape(x, (m,))), axis=1)
-        y, lead = xp.permute_dims(columns, (1, 0)), x.shape
+        y, lead = columns(xp, w, xp.reshape(x, (m,))), x.shape
     else:
         y, lead = xp.matmul(flat(xp, x), xp.permute_dims(w, (1, 0))), x.shape[:-1]
     if b is not None:
         y = y + b
     return xp.reshape(y, (*lead, w.shape[0]))
+
+
+def columns(xp: Namespace, w: Array, ids: Array) -> Array:
+    """The columns of w (K, V) with these numbers (M,), as rows (M, K).
+
+    >>> columns(np, np.asarray([[1, 2, 3], [4, 5, 6]]), np.asarray([2, 0]))
+    array([[3, 6],
+           [1, 4]])
+    """
+    if not is_numpy(xp):
+        return xp.permute_dims(xp.take(w, as_index(xp, ids), axis=1), (1, 0))
+    if few(w, ids):
+        return np.ascontiguousarray(w.take(ids, axis=1).T)
+    # Where a class lies after the other, as `init` lays wide weights, its row is simply there.
+    return np.ascontiguousarray(w.T).take(ids, axis=0)
+
+
+def few(w: Array, ids: Array) -> bool:
+    """Whether to turn the columns that are found, and not all of a NumPy table that lies in C order."""
+    # A column of such a table is far apart in memory: to turn one costs as much as to turn five to ten in line.
+    return not w.flags.f_contiguous and 8 * ids.size < w.shape[1]
 
 
 def affine_back(

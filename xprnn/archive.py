@@ -128,7 +128,8 @@ def write_arrays(path: str | Path, arrays: Mapping[str, Any], header: Mapping[st
     """
     path = as_path("write_arrays", path)
     if path.suffix not in _OPENERS:
-        raise InputError(f"{path}: expected a name ending in .safetensors or .npz, found {path.suffix or 'no ending'}")
+        found = f"found {path.suffix or 'no ending'}{_elsewhere(path, 0)}"
+        raise InputError(f"{path}: expected a name ending in .safetensors or .npz, {found}")
     arrays = {name: _storable(f"{path}: {name}", array) for name, array in arrays.items()}
     try:
         text = json.dumps({**header, "crc32": {name: _crc32(array) for name, array in arrays.items()}})
@@ -139,6 +140,21 @@ def write_arrays(path: str | Path, arrays: Mapping[str, Any], header: Mapping[st
     else:
         content = _npz({**arrays, _NPZ_HEADER: np.frombuffer(text.encode(), np.uint8)})
     write_atomically(path, content)
+
+
+# What writes and what reads the endings that are not ours.
+_ELSEWHERE = {
+    ".onnx": ("to_onnx", "from_onnx"),
+    ".pt": ("to_torch", "from_torch"),
+    ".pth": ("to_torch", "from_torch"),
+    ".keras": ("", "from_keras"),
+    ".h5": ("", "from_keras"),
+}
+
+
+def _elsewhere(path: Path, reading: int) -> str:
+    name = _ELSEWHERE.get(path.suffix, ("", ""))[reading]
+    return f" (xprnn.{name} is for {path.suffix})" if name else ""
 
 
 def _storable(where: str, array: Any) -> Any:
@@ -169,7 +185,7 @@ def opened(path: str | Path) -> Iterator[Contents]:
     """Open a file of ours for reading; within the block, too, what shows damage becomes an InputError."""
     path = as_path("load", path)
     if path.suffix not in _OPENERS:
-        raise InputError(f"{path}: expected a .safetensors or .npz file")
+        raise InputError(f"{path}: expected a .safetensors or .npz file{_elsewhere(path, 1)}")
     check_file(str(path), path)
     try:
         with path.open("rb"), _OPENERS[path.suffix](path) as (text, shapes, read):

@@ -1,6 +1,7 @@
 """Sequential: recurrent layers and the parts around them as one trainable model, which is one more layer."""
 
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 from numpy.random import Generator
@@ -16,6 +17,7 @@ from xprnn.parts import Apply, Flip, Merge, Part, Softmax
 from xprnn.quick import Quick, Streams, chain_step, quick_of
 from xprnn.recurrent import Recurrent
 from xprnn.stack import Gradients
+from xprnn.widths import check_widths
 
 __all__ = ["Sequential", "from_config"]
 
@@ -32,7 +34,8 @@ class Sequential(Streams):
         parts: name=part, in order.
 
     Raises:
-        InputError: no parts, or something that is not a part.
+        InputError: no parts, something that is not a part, or a part that takes another number of features than the
+            one before it gives. Parts of your own, whose widths are not known, are left to the first call.
 
     >>> import numpy as np, xprnn
     >>> model = Sequential(rnn=xprnn.RNN(3, 4), head=Linear(4, 2))
@@ -42,7 +45,7 @@ class Sequential(Streams):
     ['head.bias', 'head.weight', 'rnn.bias_hh_l0']
     """
 
-    parts: dict[str, Any]
+    parts: MappingProxyType[str, Any]  # to read: a configuration is frozen
 
     def __init__(self, /, **parts: Any) -> None:
         if not parts:
@@ -52,7 +55,15 @@ class Sequential(Streams):
         for name, part in parts.items():
             if not all(hasattr(part, verb) for verb in ("init", "forward", "backward", "step", "shapes")):
                 raise InputError(f"Sequential: {name} must be a layer, found {type(part).__name__}")
-        object.__setattr__(self, "parts", dict(parts))
+        if type(self) is Sequential:  # a class of your own may do more between its parts
+            check_widths("Sequential", parts, Sequential)
+        object.__setattr__(self, "parts", MappingProxyType(dict(parts)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "parts": dict(self.parts)}  # a proxy can be neither copied nor pickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({**state, "parts": MappingProxyType(dict(state["parts"]))})
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"Sequential is a frozen configuration: make a new one instead of setting {name}")
@@ -110,7 +121,7 @@ class Sequential(Streams):
     def _call(self, params: Params, x: Any, state: Any, flags: _Flags) -> tuple[Any, Any, _Flags]:
         own, states = self._own("Sequential", params), self._states("Sequential", state)
         for n, part in self.parts.items():
-            if isinstance(part, Sequential):
+            if _is_chain(part):
                 x, states[n], flags = part._call(own[n], x, states[n], flags)
                 continue
             y, states[n] = part(own[n], x, states[n], **flags)
@@ -137,7 +148,7 @@ class Sequential(Streams):
         own, states = self._own("Sequential.forward", params), self._states("Sequential.forward", state)
         tapes = {}
         for n, part in self.parts.items():
-            if isinstance(part, Sequential):
+            if _is_chain(part):
                 x, states[n], tapes[n], flags = part._forward(own[n], x, states[n], flags)
                 continue
             y, states[n], tapes[n] = part.forward(own[n], x, states[n], **flags)
@@ -173,7 +184,7 @@ class Sequential(Streams):
                 lines += [f"{n}, {line}" for line in part.explain(own[n], x, **flags, **more).splitlines()]
             if k >= last:
                 break
-            if isinstance(part, Sequential):
+            if _is_chain(part):
                 x, _, flags = part._call(own[n], x, states[n], flags)
             else:
                 y, _ = part(own[n], x, states[n], **flags)
@@ -186,7 +197,7 @@ class Sequential(Streams):
             raise InputError("Sequential.backward: tape must be what this model's forward returned")
         dstates = self._states("Sequential.backward", dstate)
         dx, grads = dy, {}
-        for n, part in reversed(self.parts.items()):
+        for n, part in reversed([*self.parts.items()]):
             dx, dstates[n], grads[n] = part.backward(tape[n], dx, dstates[n])
         return Gradients(dx, self._joined(dstates), {f"{n}.{k}": a for n in self.parts for k, a in grads[n].items()})
 
@@ -208,6 +219,12 @@ class Sequential(Streams):
     def config(self) -> dict[str, Any]:
         """The configuration as JSON-able data."""
         return {"type": "Sequential", "parts": {n: p.config() for n, p in self.parts.items()}}
+
+
+def _is_chain(part: Any) -> bool:
+    """Whether it is a Sequential whose verbs are Sequential's own: a class of your own may have others."""
+    verbs = ("__call__", "forward")
+    return isinstance(part, Sequential) and all(getattr(type(part), v) is getattr(Sequential, v) for v in verbs)
 
 
 def _stateless(part: Any) -> bool:

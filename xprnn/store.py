@@ -23,9 +23,11 @@ def save(path: str | Path, model: Any, params: Params, metadata: Mapping[str, An
     """Save a model and its parameters.
 
     Args:
-        path: ends in `.safetensors` or `.npz`; replaced in one step if it exists.
+        path: ends in `.safetensors` or `.npz`, which says what is written; replaced in one step if it exists. What
+            has another format has another function: to_onnx writes `.onnx`, torch.save takes what to_torch returns.
         model: a layer or Sequential.
-        params: its parameters, name -> array of any library.
+        params: its parameters, name -> array of any library, float16 to float64, each in a dtype and of a library of
+            its own if need be: `load` gives back the same bits, as NumPy arrays or all of one kind (`like`).
         metadata: whatever JSON can hold, read back by `load_metadata`.
 
     Raises:

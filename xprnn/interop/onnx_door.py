@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from xprnn.archive import as_path, write_atomically
-from xprnn.arrays import Array, Params, from_numpy, resolve
+from xprnn.arrays import Array, InputError, Params, from_numpy, resolve
 
 __all__ = ["from_onnx", "to_onnx"]
 
@@ -83,7 +83,8 @@ def to_onnx(
         model: a layer, or a Sequential of recurrent layers, Linear, Apply, Softmax and Merge, with an Embedding before
             and a Last behind them.
         params: its parameters, of any array library.
-        path: the file, replaced in one step; None: nothing is written.
+        path: the file, whose name ends in `.onnx`: here and for many other programs the ending says what a file holds.
+            Replaced in one step; None: nothing is written.
         lengths: whether the model has the input `lengths`.
         optional: whether lengths and states may be left out. ONNX Runtime then warns, when it loads the model, that
             inputs with a value of their own are no constants: that is what they are for.
@@ -93,8 +94,8 @@ def to_onnx(
         the onnx.ModelProto.
 
     Raises:
-        InputError: parameters that are not the model's, or what ONNX cannot express, all reasons at once; no onnx
-            package (the extra `onnx`).
+        InputError: parameters that are not the model's, or what ONNX cannot express, all reasons at once; another
+            ending, or a place that cannot be written; no onnx package (the extra `onnx`).
 
     >>> import numpy as np, xprnn
     >>> layer = xprnn.GRU(3, 4)
@@ -106,7 +107,10 @@ def to_onnx(
     """
     from xprnn.interop.onnx_export import exported
 
+    place = None if path is None else as_path("to_onnx", path)
+    if place is not None and place.name and place.suffix != ".onnx":
+        raise InputError(f"to_onnx {place}: expected a name ending in .onnx, found {place.suffix or 'no ending'}")
     proto = exported(model, params, lengths=lengths, optional=optional, dtype=dtype)
-    if path is not None:
-        write_atomically(as_path("to_onnx", path), proto.SerializeToString())
+    if place is not None:
+        write_atomically(place, proto.SerializeToString())
     return proto

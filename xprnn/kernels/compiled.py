@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from xprnn.affine import affine_back
+from xprnn.affine import flat
 from xprnn.arrays import Array, Params
 from xprnn.cells import Cell
 from xprnn.kernels import library, small
@@ -181,6 +181,8 @@ def _run_back(
     tape: Tape, dstate: Sequence[Array | None], injected: Sequence[Array | None]
 ) -> tuple[Array | None, list[Array], list[Array | None], Params]:
     """The time loop, in reverse order: the adjoints of x, first states, home states, parameters."""
+    from xprnn.kernels.classes import by_class  # imports numba
+
     kept, params, u = tape.saved, tape.params, tape.params["weight_hh"]
     (count, n), (width, hidden), item = kept.x.shape[:2], u.shape, u.itemsize
     table = Table({"turned": int(tape.reverse), "go": library.gemm(item).address})
@@ -206,7 +208,7 @@ def _run_back(
 
     dw, du, (db_ih, db_hh) = _total(each(walk, parts(kept.rows, count, n, (hidden + d) * width)))
     if dgates is not None:
-        dw = affine_back(np, dgates, kept.x, params["weight_ih"])[1]
+        dw = by_class(kept.x.reshape(-1), flat(np, dgates), params["weight_ih"].shape[1]).T
     grads = {"weight_ih": dw, "weight_hh": du, "bias_ih": db_ih}
     grads["bias_hh"] = db_ih.copy() if kept.sources.same else db_hh
     grads |= {name: np.add.reduce(room[f"P{k}"], axis=0) for k, name in enumerate(tape.cell.vectors)}

@@ -15,7 +15,7 @@ from typing import Any
 
 __all__ = ["available", "compiled", "gemm", "lanes", "tile_rows", "works", "works_gemm"]
 
-_PARTS = ("lanes", "rowdot", "tiles", "gemm")  # the modules whose functions kernels are built from
+_PARTS = ("lanes", "rowdot", "tiles", "gemm", "classes")  # the modules whose functions kernels are built from
 _TYPE = "void(int64[::1])"
 _GEMM = f"int64({', '.join(['int64'] * 12)})"
 _OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}

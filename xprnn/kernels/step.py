@@ -7,11 +7,12 @@ all tanh or sigmoid of their sum take one tanh together.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from xprnn.affine import columns
 from xprnn.cells import Cell
 from xprnn.kernels import library
 from xprnn.kernels.plan import squashed, trace_step
@@ -190,7 +191,8 @@ def numpy_step(its: Stepped, integer: bool, one: bool, once: Callable[..., Any])
         lines += ["x = e0.copy()", *(f"n{i} = e{i}.reshape(1, n, {w})" for i, w in enumerate(its.widths))]
     lines += [f"return x.reshape(n, {its.widths[0]}), {_result(its)}"]
     squash = _Squash(traced[1] if traced else (), its.hidden)
-    return _made(lines, {**FUNCTIONS, "where": np.where, "inf": np.inf, "nan": np.nan, "once": once, "squash": squash})
+    scope = {"where": np.where, "inf": np.inf, "nan": np.nan, "columns": partial(columns, np)}
+    return _made(lines, {**FUNCTIONS, **scope, "once": once, "squash": squash})
 
 
 def _input_fits(its: Stepped, integer: bool, one: bool) -> list[str]:
@@ -254,7 +256,7 @@ class _Layer:
 
     def lines(self, k: int, integer: bool) -> list[str]:
         """Those of layer k; with integers, x is the numbers of one-hot classes."""
-        look_up = f"w0_{k}[:, x].copy()" if self.one else f"w0_{k}.take(x, axis=1).T.copy()"
+        look_up = f"w0_{k}[:, x].copy()" if self.one else f"columns(w0_{k}, x)"
         lines = [f"a = {look_up if integer else self._product(f'w0_{k}', 'x')}"]
         lines += [f"h = {self._product(f'w1_{k}', 'r0')}", *self._sums(k)]
         if self.squash:

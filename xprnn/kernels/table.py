@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from xprnn.affine import columns, few
 from xprnn.arrays import Array, Params
 from xprnn.kernels import library
 from xprnn.kernels.ragged import Rows
@@ -140,9 +141,9 @@ def inputs(table: Table, params: Params, x: Array) -> Array:
         x = contiguous(x)
         table.read("A", x, x.shape[2] * x.itemsize)
         table.read("WI", w)
-    elif x.size < w.shape[1]:  # few look-ups in a large table: turn what is found, not the table
+    elif few(w, x):
         table.read("ids", np.arange(x.size), 8, np.int64)
-        table.read("WI", w.take(x.reshape(x.size), axis=1).T)
+        table.read("WI", columns(np, w, x.reshape(x.size)))
     else:
         table.read("ids", x, 8, np.int64)
         table.read("WI", w.T)

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from xprnn.affine import flat
+from xprnn.affine import columns, flat
 from xprnn.arrays import Array, Params
 from xprnn.cells import Cell
 from xprnn.kernels.plan import Plan
 from xprnn.kernels.ragged import Rows
 from xprnn.tape import State
 
-__all__ = ["Squash", "Walk", "contiguous", "look_up", "project", "room", "views"]
+__all__ = ["Squash", "Walk", "contiguous", "project", "room", "views"]
 
 _BLOCK_BYTES = 1 << 18  # the hoisted factors of a block should stay in the second-level cache
 _BLOCK_STEPS = 512
@@ -122,7 +122,7 @@ def project(w: Walk, squash: Squash | None, x: Array, out: Array | None) -> Arra
         wih = wih if x.dtype.kind in "iu" else squash.scaled(wih)
     to = None if out is None else flat(np, out)
     if x.dtype.kind in "iu":
-        y = look_up(wih, x.reshape(x.size))
+        y = columns(np, wih, x.reshape(x.size))
         if squash is not None:
             y[:, : squash.half.shape[0]] *= squash.half
         if to is not None:
@@ -133,12 +133,3 @@ def project(w: Walk, squash: Squash | None, x: Array, out: Array | None) -> Arra
     if b is not None:
         y += b
     return y.reshape(*x.shape[:2], wih.shape[0])
-
-
-def look_up(wih: Array, ids: Array) -> Array:
-    """The columns of W for these classes, as rows."""
-    if wih.flags.f_contiguous:  # as Recurrent.init lays wide ones: a class after the other
-        return wih.T.take(ids, axis=0)
-    # Few look-ups in a large table: turn what was found, not the table.
-    few = ids.size < wih.shape[1]
-    return np.ascontiguousarray(wih.take(ids, axis=1).T) if few else np.ascontiguousarray(wih.T).take(ids, axis=0)
