@@ -77,9 +77,13 @@ def _lstm(a, ut, h, saved):  # type: ignore[no-untyped-def]
     for t in range(len(a)):
         g = a[t]
         _add(g, h[t], ut)
+        for i in range(2 * n):
+            g[i] = _sigmoid(g[i])
         for i in range(n):
-            g[i], g[n + i], g[3 * n + i] = _sigmoid(g[i]), _sigmoid(g[n + i]), _sigmoid(g[3 * n + i])
             g[2 * n + i] = _tanh(g[2 * n + i])
+        for i in range(n):
+            g[3 * n + i] = _sigmoid(g[3 * n + i])
+        for i in range(n):
             saved[t + 1, i] = g[n + i] * saved[t, i] + g[i] * g[2 * n + i]
             h[t + 1, i] = g[3 * n + i] * _tanh(saved[t + 1, i])
 
@@ -110,8 +114,9 @@ def _gru(a, ut, h, saved):  # type: ignore[no-untyped-def]
     for t in range(len(a)):
         g, hg = a[t], saved[t]
         _add(hg, h[t], ut)
+        for i in range(2 * n):
+            g[i] = _sigmoid(g[i] + hg[i])
         for i in range(n):
-            g[i], g[n + i] = _sigmoid(g[i] + hg[i]), _sigmoid(g[n + i] + hg[n + i])
             g[2 * n + i] = _tanh(g[2 * n + i] + g[i] * hg[2 * n + i])
             h[t + 1, i] = g[2 * n + i] + g[n + i] * (h[t, i] - g[2 * n + i])
 
