@@ -48,12 +48,12 @@ def best(row: dict[str, Any], who: str, threads: list[int]) -> tuple[float, int]
 
 
 def goals(rows: list[dict[str, Any]], threads: list[int]) -> list[dict[str, Any]]:
-    """Each row against the faster peer, everyone with as many threads as suit it."""
+    """Each undisturbed row against the faster peer, everyone with as many threads as suit it."""
     out = []
     for row in rows:
         found = {who: b for who in NAMES if (b := best(row, who, threads))}
         rivals = {who: b[0] for who, b in found.items() if who != "xprnn"}
-        if rivals:
+        if rivals and row["set_aside"] >= 0:
             who = max(rivals, key=lambda k: rivals[k])
             what = f"training, {row['cell']}, batch {row['batch']}, up to {threads[-1]} cores, against {NAMES[who]}"
             out.append({"what": what, "value": found["xprnn"][0] / rivals[who], "least": 1.0})
@@ -100,7 +100,8 @@ def main() -> int:
         "brackets how many times faster xprnn is with the same number of threads: median of the rounds, quartiles. "
         f"The losses of the first {FIRST} windows agree.\n"
     )
-    figures = {"rows": rows, "goals": goals(rows, threads)}
+    undecided = [f"training, {r['cell']}, batch {r['batch']}" for r in rows if r["set_aside"] < 0]
+    figures = {"rows": rows, "goals": goals(rows, threads), "undecided": undecided}
     return finish(args, [caption, *table(rows, threads)], figures, any(row["disagree"] for row in rows))
 
 
