@@ -18,9 +18,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from options import arguments, finish
+from options import CELLS, arguments, finish
 
-from xprnn.bench.ours import LAYERS, core
+from xprnn.bench.ours import core
 from xprnn.bench.problem import BOTH, FORWARD, Problem
 
 D, H, T, N = 1, 16, 100, 1
@@ -42,7 +42,7 @@ def typical(call: Callable[[], Any], rounds: int) -> float:
 def measure(steps: list[int], rounds: int) -> list[dict[str, Any]]:
     """A row for each cell, pass and letter: sizes, seconds and exponents."""
     out = []
-    for cell in LAYERS:
+    for cell in CELLS:
         for letter, sizes in (("T", steps), ("N", ROWS)):
             seconds: dict[str, list[float]] = {FORWARD: [], BOTH: []}
             for size in sizes:

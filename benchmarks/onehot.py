@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from options import arguments, finish
+from options import CELLS, arguments, finish
 
 import xprnn
 from xprnn.bench import timing
@@ -57,7 +57,8 @@ def dense(rows: int, v: int) -> dict[str, Callable[[], Any]]:
 def measure(count: int) -> list[dict[str, Any]]:
     """Milliseconds at both sizes, and the ratio of each round."""
     rows = []
-    for cell, kind in LAYERS.items():
+    for cell in CELLS:
+        kind = LAYERS[cell]
         makers: dict[str, Callable[[int], Any]] = {
             f"{cell}, integers": lambda v, kind=kind: passes(kind(v, H), v),
             f"{cell}, Embedding": lambda v, kind=kind: passes(

@@ -16,14 +16,16 @@ __all__ = ["CELLS", "arguments", "finish"]
 CELLS = ["elman", "lstm", "gru"]
 
 
-def arguments(doc: str | None, *, rounds: int = 0, cells: list[str] | None = None) -> argparse.ArgumentParser:
-    """A parser with --json, and --rounds and --cell where there is a default for them."""
+def arguments(
+    doc: str | None, *, rounds: int = 0, cells: list[str] | None = None, known: list[str] = CELLS
+) -> argparse.ArgumentParser:
+    """A parser with --json, and --rounds and --cell (of the known ones) where there is a default for them."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
     if rounds:
         parser.add_argument("--rounds", type=int, default=rounds, help=f"default: {rounds}")
     if cells:
-        parser.add_argument("--cell", nargs="+", choices=CELLS, default=cells, help=f"default: {' '.join(cells)}")
+        parser.add_argument("--cell", nargs="+", choices=known, default=cells, help=f"default: {' '.join(cells)}")
     return parser
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/rnn.py                           Elman, one and two threads, some five minutes
     python benchmarks/rnn.py --cell elman lstm gru     all three cells
+    python benchmarks/rnn.py --cell lstm-proj gru-before   cells that fewer have: a projected LSTM, the original GRU
     python benchmarks/rnn.py --quick                   the five smaller rows, about a minute
 
 Each contender runs in a process of its own, on the same cores, and is stopped when it is not its turn. Before the clock
@@ -21,7 +22,7 @@ from picture import picture
 
 from xprnn.bench import machine, measure, tables
 from xprnn.bench.peers import PEERS
-from xprnn.bench.problem import GRID
+from xprnn.bench.problem import GATES, GRID
 from xprnn.bench.short import ROWS as SHORT_ROWS
 from xprnn.bench.short import shape_of
 
@@ -38,7 +39,7 @@ def options() -> argparse.Namespace:
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{error}, found {text!r}") from None
 
-    parser = arguments(__doc__, cells=["elman"])
+    parser = arguments(__doc__, cells=["elman"], known=list(GATES))
     add = parser.add_argument
     add("--threads", nargs="+", type=int, default=[1, 2], metavar="COUNT", help="default: 1 2")
     add("--shape", nargs="+", type=numbers, metavar="D,H,N,T", help="instead of the grid")

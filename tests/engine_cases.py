@@ -48,6 +48,43 @@ def own(cell):
     return lambda D, H, L=1, **options: xprnn.Recurrent(D, H, L, cell=cell, **options)
 
 
+def early_cell(first_apart: bool, late_apart: bool) -> xprnn.Cell:
+    """Two early gates r, z, two others that see q = r h + c/2; x and h of each pair apart, or only summed."""
+
+    def build(xp):
+        def first(x, h):
+            return 1.0 * x + h if first_apart else x + h
+
+        def late(x, h):
+            return x + 0.5 * h if late_apart else x + h
+
+        def early(x, h, state, p):
+            r, z = xp.tanh(first(x[0], h[0])), xp.tanh(first(x[1], h[1]) + p[1] * state[1])
+            return (r, z), r * state[0] + 0.5 * state[1]
+
+        def early_back(dvalues, dq, values, state, p):
+            (r, z), (h, c) = values, state
+            dar, daz = (dvalues[0] + dq * h) * (1.0 - r * r), dvalues[1] * (1.0 - z * z)
+            return (dar, daz), (dq * r, 0.5 * dq + daz * p[1]), (None, daz * c)
+
+        def step(x, h, state, p):
+            r, z, n, o = x[0], x[1], xp.tanh(late(x[2], h[0])), xp.tanh(late(x[3], h[1]))
+            c = state[1] + z * (n - state[1])
+            return (o * c + p[0] * r, c), (r, z, n, o, c)
+
+        def back(dstate, saved, state, p):
+            r, z, n, o, c = saved
+            dh, dc = dstate
+            dc = dc + dh * o
+            dan, dao = dc * z * (1.0 - n * n), dh * c * (1.0 - o * o)
+            d = (0.5 * dan, 0.5 * dao) if late_apart else (dan, dao)
+            return (dh * p[0], dc * (n - state[1]), dan, dao), d, (None, dc * (1.0 - z)), (dh * r, None)
+
+        return cells.Pointwise(step, back, early, early_back)
+
+    return xprnn.Cell("early", 4, build, ("h", "c"), ("weight_r", "weight_z"), early=2)
+
+
 CASES = {
     "rnn": Case(xprnn.RNN, naive.elman()),
     "rnn-relu": Case(lambda *a, **k: xprnn.RNN(*a, nonlinearity="relu", **k), naive.elman(naive.activation("relu"))),
@@ -71,6 +108,7 @@ CASES = {
         naive.gru(naive.activation(*HARD), naive.activation("softsign")),
     ),
 }
+EARLY = {f"early-{a:d}{b:d}": own(early_cell(a, b)) for a, b in ((True, True), (True, False), (False, True))}
 # Libraries on which a step costs a hundred times NumPy's: one check of each kind is enough there.
 SLOW = ("strict", "jax")
 MAIN = ["rnn", "lstm", "lstm-proj", "gru", "gru-before", "leaky"]

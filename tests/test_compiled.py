@@ -65,7 +65,7 @@ def test_without_a_folder_kernels_are_compiled_in_memory(tmp_path):
     assert "compiled" in in_a_process(XPRNN_CACHE=tmp_path / "file" / "cache")[0]
 
 
-@pytest.mark.parametrize("name", ["rnn", "rnn-clip", "lstm", "gru", "leaky"])
+@pytest.mark.parametrize("name", ["rnn", "rnn-clip", "lstm", "lstm-proj", "gru", "gru-before", "leaky"])
 @pytest.mark.parametrize("keep", [True, False])
 def test_blocks_of_steps_are_the_whole(rng, monkeypatch, name, keep):
     layer = CASES[name].make(3, 4, 2, bidirectional=True)

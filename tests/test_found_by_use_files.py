@@ -132,11 +132,3 @@ def test_a_forward_of_its_own_is_compared():
     xprnn.from_torch(Net(lambda m, x: m.rnn(m.head(x))[0]), order=["head", "rnn"])
     with pytest.warns(UserWarning, match="its outputs were not compared"):
         xprnn.from_torch(Net(lambda m, x: x.nothing))
-
-
-@pytest.mark.needs("onnx")
-def test_a_sequential_inside_another_is_named():
-    model = xprnn.Sequential(a=xprnn.Sequential(r=xprnn.GRU(3, 4)), b=xprnn.Linear(4, 2))
-    params = model.init(np.random.default_rng(0), like=np.zeros(0))
-    with pytest.raises(InputError, match=r"this model: a: a Sequential inside another: put its .* outer one$"):
-        xprnn.to_onnx(model, params)

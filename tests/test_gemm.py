@@ -145,7 +145,7 @@ def split(monkeypatch):
 
 
 @pytest.mark.parametrize("flags", ["", "l", "lmr"])
-@pytest.mark.parametrize("name", ["rnn", "lstm", "gru", "leaky"])
+@pytest.mark.parametrize("name", ["rnn", "lstm", "lstm-proj", "gru", "gru-before", "leaky"])
 def test_threads_give_what_one_gives(rng, dtype, split, name, flags):
     layer = CASES[name].make(5, 6, 2, bidirectional=True)
     p = problem(rng, layer, T=7, N=37, flags=flags)
@@ -159,8 +159,9 @@ def test_threads_give_what_one_gives(rng, dtype, split, name, flags):
     XP.assert_close(split(2, lambda: everything(layer, p, dtype, dy, dfinal)), two, condition=0)
 
 
-def test_threads_with_classes_for_input(rng, split):
-    layer = xprnn.GRU(11, 6)
+@pytest.mark.parametrize("name", ["gru", "lstm-proj", "gru-before"])
+def test_threads_with_classes_for_input(rng, split, name):
+    layer = CASES[name].make(11, 6)
     params = layer.init(rng, like=np.zeros(0))
     ids = rng.integers(0, 11, (5, 40))
 

@@ -7,14 +7,12 @@ import tracemalloc
 import numpy as np
 import pytest
 from backends import Backend
-from engine_cases import CASES, MAIN, cotangents, given, problem
+from engine_cases import CASES, EARLY, MAIN, cotangents, given, problem
 
 import xprnn
 from xprnn.gradcheck import check_layer
 from xprnn.kernels import compiling, generic_only, library
 
-# The original GRU's early gates are not traced; all others are to run in place.
-IN_PLACE = [name for name in CASES if not name.startswith("gru-before")]
 PATTERNS = {
     "full": {},
     "sorted": {"lengths": [6, 4, 1, 0]},
@@ -68,17 +66,40 @@ def both(layer, p, dtype, rng):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("name", CASES)
 def test_a_kernel_equals_generic(rng, dtype, kernel, name, pattern):
     layer = CASES[name].make(3, 4, 2, bidirectional=True)
     p = problem(rng, layer, T=6, N=4)._replace(flags=PATTERNS[pattern])
     p = p._replace(flags={k: np.asarray(v) for k, v in p.flags.items()})
     fast, slow, tape = both(layer, p, dtype, rng)
-    assert tape.explain().count(NAMES["in place"] if name == "lstm-proj" else kernel) == 2 * layer.num_layers
+    in_place = kernel == NAMES["in place"]
+    expected = "generic scan" if in_place and layer.core.early else kernel  # early gates are compiled only
+    assert tape.explain().count(expected) == 2 * layer.num_layers
     XP.assert_close(fast, slow, condition=200)
     XP.assert_home(fast, XP.asarray(np.zeros(1), dtype))
     params, x, state, flags = given(XP, p, dtype)
     XP.assert_close(layer(params, x, state, **flags), fast[:2], condition=0)  # no tape, the same bits
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_early_gates_of_a_cell_of_ones_own(rng, kernel, name):
+    """Whichever of its gates only look at x + h: the sequence, its gradients and a step are the generic scan's."""
+    layer = EARLY[name](3, 5, 2)
+    p = problem(rng, layer, T=6, N=4, flags="lmr", scale=0.3)
+    fast, slow, tape = both(layer, p, "float64", rng)
+    compiled = kernel == NAMES["compiled"]
+    assert (kernel if compiled else "generic scan") in tape.explain()
+    XP.assert_close(fast, slow, condition=200)
+    check_layer(layer, p.params, p.x, p.state, **p.flags)
+    ids = rng.integers(0, 3, (4, 2))
+    state = tuple(s[:, :2] for s in p.state)
+    for x in (p.x[:, :2], ids):
+        assert (layer._walk(p.params, x, state) is not None) == compiled
+        walked, steps = layer(p.params, x, state), state
+        for x_t in x:
+            y, steps = layer.step(p.params, x_t, steps)
+        XP.assert_close(layer.forward(p.params, x, state)[:2], walked, condition=64)
+        XP.assert_close((y, steps), (walked[0][-1], walked[1]), condition=64)
 
 
 @pytest.mark.parametrize("name", MAIN)
@@ -94,7 +115,7 @@ def test_the_same_bits_from_run_to_run_and_from_replay(rng, name):
     XP.assert_close(tuple(layer.backward(tape, dy, dfinal)), one[3:], condition=0)
 
 
-@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("name", CASES)
 def test_any_memory_layout(rng, name):
     """Fortran-ordered, strided and read-only arguments: the same numbers, and not one of them is written to."""
     layer = CASES[name].make(3, 4, 2, bidirectional=True)

@@ -219,21 +219,6 @@ def test_inputs_may_be_required(rng):
     close(onnx_runtime(without, {"x": x}), *model(params, x))
 
 
-def test_what_cannot_be_expressed_is_said_all_at_once(rng):
-    like = np.zeros(1, np.float32)
-    mine = xprnn.Activation("mine", lambda xp: (lambda v: v, lambda y: 0 * y + 1))
-    model = xprnn.Sequential(
-        a=xprnn.LSTM(3, 4, proj_size=2),
-        b=xprnn.RNN(2, 4, nonlinearity=mine),
-        c=xprnn.GRU(4, 4, batch_first=True, bidirectional=True),
-        d=xprnn.Around(4),
-    )
-    with pytest.raises(xprnn.InputError) as caught:
-        xprnn.to_onnx(model, model.init(rng, like=like))
-    for reason in ("a: proj_size", "b: the cell 'elman'", "d: Around", "some parts are batch_first"):
-        assert reason in str(caught.value)
-
-
 def test_bad_arguments(rng, tmp_path):
     model = xprnn.RNN(3, 4)
     params = trained(rng, model, np.zeros(1, np.float32))

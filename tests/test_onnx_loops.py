@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch_networks import made, network, recurrents, several
 
 import xprnn
-from xprnn.arrays import InputError
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 FLOAT32 = np.zeros(0, np.float32)
@@ -40,6 +39,7 @@ def run(session, x, state):
 
 
 @pytest.mark.needs("torch", "onnx", "onnxruntime")
+@pytest.mark.filterwarnings("ignore:LSTM with projections")  # which torch's oneDNN has not
 @several
 @given(recurrents(), st.sampled_from([0, 7]), st.sampled_from([0, 5]))
 def test_torch_here_onnx_and_onnx_runtime(rng, case, embedding, outputs):
@@ -47,7 +47,7 @@ def test_torch_here_onnx_and_onnx_runtime(rng, case, embedding, outputs):
     import torch
 
     name, arguments = case
-    module = network(made(name, arguments | {"proj_size": 0} if name == "LSTM" else arguments), embedding, outputs)
+    module = network(made(name, arguments), embedding, outputs)
     module = module.float()
     model, params = xprnn.from_torch(module)
     lead = (3, 4) if arguments["batch_first"] else (4, 3)
@@ -72,6 +72,7 @@ def test_torch_here_onnx_and_onnx_runtime(rng, case, embedding, outputs):
 
 
 @pytest.mark.needs("torch", "onnx", "onnxruntime")
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
 @several
 @given(recurrents(), st.sampled_from([0, 5]))
 def test_files_in_between(tmp_path, rng, case, outputs):
@@ -81,7 +82,7 @@ def test_files_in_between(tmp_path, rng, case, outputs):
     from xprnn import cli
 
     name, arguments = case
-    module = network(made(name, arguments | {"proj_size": 0} if name == "LSTM" else arguments), 0, outputs).float()
+    module = network(made(name, arguments), 0, outputs).float()
     first = {key: value.numpy() for key, value in module.state_dict().items()}
     torch.save(module.state_dict(), tmp_path / "0.pt")
     hints = ["--batch-first"] * arguments["batch_first"]
@@ -99,10 +100,3 @@ def test_files_in_between(tmp_path, rng, case, outputs):
     )
     with torch.no_grad():
         np.testing.assert_allclose(np.load(tmp_path / "y.npy"), module(torch.tensor(x))[0].numpy(), **CLOSE)
-
-
-@pytest.mark.needs("onnx")
-def test_what_onnx_has_no_operator_for_is_said(rng):
-    layer = xprnn.LSTM(3, 4, proj_size=2)
-    with pytest.raises(InputError, match="proj"):
-        xprnn.to_onnx(layer, layer.init(rng, like=FLOAT32))

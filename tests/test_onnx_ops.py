@@ -114,6 +114,7 @@ PLUMBING = [
     one("Gather", some(6, 3), ints(4, low=0, high=3), axis=1),
     one("Identity", X),
     one("Dropout", X, opset=12),
+    *(one("GatherElements", X, ints(2, 4, 3, low=-3, high=3), axis=k) for k in (0, 1, -1)),
     *(one("OneHot", ints(2, 3, low=0, high=4), known=[I64(4), np.float32([2, 5])], axis=k) for k in (-1, 0, 1)),
     one("Reshape", X, known=[I64([0, -1])]),
     one("Reshape", X, known=[I64([5, 2, 6])]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,13 +13,21 @@ from backends import Backend
 from engine_cases import CASES, MAIN, problem
 
 import xprnn
-from xprnn import quick, stack
+from xprnn import quick_recurrent, stack
 from xprnn.kernels import compiling, step
 
 XP = Backend.NUMPY
 WAYS = pytest.mark.parametrize("fast", [pytest.param(True, marks=pytest.mark.needs("numba")), False])
+
+
+def projected(D, H, *rest, **options):
+    """An LSTM of H units, whose h is projected to about half of them."""
+    return xprnn.LSTM(D, H + 1, *rest, proj_size=(H + 1) // 2, **options)
+
+
 SHAPES = ((1, 1), (2, 1), (1, 3), (2, 20), (3, 0))  # layers, rows
 LAYERS = {"rnn": xprnn.RNN, "lstm": xprnn.LSTM, "gru": xprnn.GRU}
+LAYERS |= {"gru-before": partial(xprnn.GRU, reset_after=False), "lstm-proj": projected}
 each_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 
 
@@ -75,7 +84,7 @@ def test_every_option_is_the_checked_step(rng, name, options, fast):
 @pytest.mark.needs("numba")
 @each_layer
 def test_a_few_rows_take_the_compiled_way(rng, make, monkeypatch):
-    monkeypatch.setattr(quick, "numpy_step", None)  # who calls it falls through to the checked step
+    monkeypatch.setattr(quick_recurrent, "numpy_step", None)  # who calls it falls through to the checked step
     layer = make(5, 19, 2)
     for n, taken in ((1, True), (step.FEW, True), (step.FEW + 1, False)):
         params, x, state = given(rng, layer, n)

@@ -16,6 +16,7 @@ LAYERS = {
     "relu": lambda **k: xprnn.RNN(3, 5, nonlinearity="relu", **k),
     "lstm": lambda **k: xprnn.LSTM(3, 5, **k),
     "gru": lambda **k: xprnn.GRU(3, 5, **k),
+    "gru-before": lambda **k: xprnn.GRU(3, 5, reset_after=False, **k),
     "peepholes": lambda **k: xprnn.LSTM(3, 5, cell=xprnn.cells.lstm(peepholes=True), **k),
 }
 OPTIONS = [{}, {"reverse": True}, {"bias": False}, {"bidirectional": True, "num_layers": 2}]

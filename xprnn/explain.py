@@ -24,10 +24,10 @@ def explain(layer: Any, params: Params, x: Array, lengths: Any = None, mask: Any
         InputError: what `forward` would refuse too.
 
     >>> import numpy as np, xprnn
-    >>> layer = xprnn.GRU(3, 4, reset_after=False)
-    >>> params = layer.init(np.random.default_rng(0), like=np.zeros(0))
-    >>> print(layer.explain(params, np.ones((5, 2, 3))))
-    layer 0, forward: generic scan (not in place: gates act before their product)
+    >>> layer = xprnn.GRU(3, 4)
+    >>> params = layer.init(np.random.default_rng(0), like=np.zeros(0, np.float16))
+    >>> print(layer.explain(params, np.ones((5, 2, 3), np.float16)))
+    layer 0, forward: NumPy in place (not compiled: float16 is neither float32 nor float64)
     """
     where = f"{type(layer).__name__}.explain"
     xp = checks.check_call(where, layer, params, x, None, "NT" if layer.batch_first else "TN")

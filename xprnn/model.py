@@ -170,10 +170,10 @@ class Sequential(Streams):
             InputError: what `forward` would refuse too.
 
         >>> import numpy as np, xprnn
-        >>> model = Sequential(read=Embedding(5, 3), rnn=xprnn.GRU(3, 4, reset_after=False), head=Linear(4, 2))
-        >>> params = model.init(np.random.default_rng(0), like=np.zeros(0))
+        >>> model = Sequential(read=Embedding(5, 3), rnn=xprnn.GRU(3, 4), head=Linear(4, 2))
+        >>> params = model.init(np.random.default_rng(0), like=np.zeros(0, np.float16))
         >>> print(model.explain(params, np.zeros((5, 2), dtype=int)))
-        rnn, layer 0, forward: generic scan (not in place: gates act before their product)
+        rnn, layer 0, forward: NumPy in place (not compiled: float16 is neither float32 nor float64)
         """
         own, states = self._own("Sequential.explain", params), self._states("Sequential.explain", state)
         flags, lines = {"lengths": lengths, "mask": mask, "reset": reset}, []

@@ -62,7 +62,7 @@ def load(path: str | Path, like: Array | None = None) -> tuple[Any, Params]:
     _check_like("load", like)
     with opened(path) as file:
         try:
-            _check_depth(file.header["model"], len(file.shapes))
+            check_depth(file.header["model"], len(file.shapes))
             model = from_config(file.header["model"])
             shapes = model.shapes()
         except (KeyError, TypeError, AttributeError, InputError) as error:
@@ -174,14 +174,14 @@ def moved(where: str, array: Any, like: Array) -> Array:
         raise InputError(f"{where}: cannot be loaded as {like.dtype}; load as another dtype and convert") from None
 
 
-def _check_depth(config: Any, arrays: int) -> None:
+def check_depth(config: Any, arrays: int) -> None:
     """Raise InputError for more layers than a file with so many arrays can have, before they take memory."""
     if isinstance(config, dict):
         count = config.get("num_layers", 1)
         if isinstance(count, int) and count > max(1, arrays):
             raise InputError(f"num_layers is {str(count)[:20]} but there are {arrays} arrays")
         for part in config.values():
-            _check_depth(part, arrays)
+            check_depth(part, arrays)
 
 
 def _compare(where: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:

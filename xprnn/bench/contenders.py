@@ -20,7 +20,8 @@ TOLERANCE = 1e-4  # of an array's largest entry; float32 sums over all steps and
 def names(cell: str, shape: tuple[int, ...], published: bool, others: list[str]) -> list[str]:
     """Ours first; then those of `others` who have something for this row."""
     article = ["door", "article", *["article f64"] * published] if cell == "elman" else []
-    return ["core", *article, *(k for k in others if k != "loop" or shape[2] == 1)]
+    able = [k for k in others if cell not in peers.WITHOUT.get(k, ())]
+    return ["core", *article, *(k for k in able if k != "loop" or shape[2] == 1)]
 
 
 def contender(name: str, cell: str, shape: tuple[int, int, int, int], order: str, threads: int) -> Contender:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from xprnn import article as own_functions
@@ -11,7 +13,13 @@ from xprnn.layers import GRU, LSTM, RNN
 
 __all__ = ["LAYERS", "articles", "core", "door"]
 
-LAYERS = {"elman": RNN, "lstm": LSTM, "gru": GRU}
+LAYERS: dict[str, Callable[[int, int], Any]] = {
+    "elman": RNN,
+    "lstm": LSTM,
+    "gru": GRU,
+    "lstm-proj": lambda d, h: LSTM(d, h, proj_size=h // 2),
+    "gru-before": partial(GRU, reset_after=False),
+}
 
 
 def core(problem: Problem) -> Contender:

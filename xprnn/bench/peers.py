@@ -10,10 +10,17 @@ import numpy as np
 
 from xprnn.bench.problem import BOTH, FORWARD, Call, Contender, Problem
 
-__all__ = ["PEERS", "jax_steps", "missing", "onnx_session", "peer", "torch_calls"]
+__all__ = ["PEERS", "WITHOUT", "jax_steps", "missing", "onnx_session", "peer", "torch_calls"]
 
 # What must be importable for each; in the order of the tables' columns.
 PEERS = {"loop": ("numba",), "torch": ("torch",), "jax": ("jax",), "onnxruntime": ("onnxruntime", "onnx")}
+# What each has no layer or operator of.
+WITHOUT = {
+    "loop": {"gru-before", "lstm-proj"},
+    "torch": {"gru-before"},
+    "jax": {"gru-before", "lstm-proj"},
+    "onnxruntime": {"lstm-proj"},
+}
 
 
 def missing(name: str) -> str:
@@ -53,7 +60,8 @@ def torch_calls(
     import torch
 
     kinds = {"elman": torch.nn.RNN, "lstm": torch.nn.LSTM, "gru": torch.nn.GRU}
-    layer = kinds[problem.cell](*problem.shape[:2]).to(where)
+    projected = {"proj_size": problem.wide} if problem.cell == "lstm-proj" else {}
+    layer = kinds[problem.cell.removesuffix("-proj")](*problem.shape[:2], **projected).to(where)
     with torch.no_grad():
         for name, value in problem.params.items():
             getattr(layer, f"{name}_l0").copy_(torch.from_numpy(value))
@@ -145,7 +153,7 @@ def _jax(problem: Problem, _: int) -> Contender:
 
 
 # For each ONNX gate, in its order, the number of torch's.
-ONNX_GATES = {"elman": (0,), "lstm": (0, 3, 1, 2), "gru": (1, 0, 2)}
+ONNX_GATES = {"elman": (0,), "lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "gru-before": (1, 0, 2)}
 
 
 def onnx_session(problem: Problem, threads: int, outputs: list[str]) -> Any:
@@ -161,9 +169,9 @@ def onnx_session(problem: Problem, threads: int, outputs: list[str]) -> Any:
 
     p = {k: ordered(v) for k, v in problem.params.items()}
     weights = {"W": p["weight_ih"], "R": p["weight_hh"], "B": np.concatenate((p["bias_ih"], p["bias_hh"]), axis=1)}
-    kind = {"elman": "RNN", "lstm": "LSTM", "gru": "GRU"}[problem.cell]
+    kind = {"elman": "RNN", "lstm": "LSTM"}.get(problem.cell, "GRU")
     names = ("initial_h", "initial_c")[: len(problem.state)]
-    options = {"linear_before_reset": 1} if kind == "GRU" else {}
+    options = {"linear_before_reset": int(problem.cell == "gru")} if kind == "GRU" else {}
     every = [k if k in outputs else "" for k in ("Y", "Y_h", "Y_c")[: 1 + len(names)]]
     node = helper.make_node(kind, ["X", "W", "R", "B", "", *names], every, hidden_size=h, **options)
     inputs = {"X": (t, n, d)} | dict.fromkeys(names, (1, n, h))

@@ -13,7 +13,7 @@ __all__ = ["BOTH", "FORWARD", "GATES", "GRID", "Call", "Contender", "Problem"]
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Call: TypeAlias = Callable[[], Any]
 FORWARD, BOTH = "forward", "forward+backward"
-GATES = {"elman": 1, "lstm": 4, "gru": 3}
+GATES = {"elman": 1, "lstm": 4, "gru": 3, "lstm-proj": 4, "gru-before": 3}  # proj: to H/2; before: the original GRU
 GRID = [  # D, H, N, T
     (1, 16, 1, 1000),
     (27, 50, 1, 100),
@@ -51,10 +51,12 @@ class Problem:
         rng = np.random.default_rng(0)
         scale = h**-0.5
         rows = GATES[cell] * h
-        sizes = {"weight_ih": (rows, d), "weight_hh": (rows, h), "bias_ih": (rows,), "bias_hh": (rows,)}
+        sizes = {"weight_ih": (rows, d), "weight_hh": (rows, self.wide), "bias_ih": (rows,), "bias_hh": (rows,)}
+        sizes |= {"weight_hr": (self.wide, h)} if self.wide < h else {}
         self.params = {k: rng.uniform(-scale, scale, s).astype(np.float32) for k, s in sizes.items()}
-        self.x, self.dy = self._normal(rng, t, n, d), self._normal(rng, t, n, h)
-        self.state = tuple(0.5 * self._normal(rng, n, h) for _ in range(2 if cell == "lstm" else 1))
+        self.x, self.dy = self._normal(rng, t, n, d), self._normal(rng, t, n, self.wide)
+        widths = [self.wide, h] if cell.startswith("lstm") else [h]
+        self.state = tuple(0.5 * self._normal(rng, n, wide) for wide in widths)
         self.head = (
             rng.uniform(-scale, scale, (d, h)).astype(np.float32),
             rng.uniform(-scale, scale, (d, 1)).astype(np.float32),
@@ -65,10 +67,16 @@ class Problem:
         return rng.standard_normal(shape, dtype=np.float32)
 
     @property
+    def wide(self) -> int:
+        """The width of h."""
+        return self.shape[1] // 2 if self.cell == "lstm-proj" else self.shape[1]
+
+    @property
     def flops(self) -> dict[str, float]:
         """Operations of the matrix products alone; the backward pass has two for each one of the forward pass."""
         d, h, n, t = self.shape
-        forward = 2.0 * t * n * (d + h) * GATES[self.cell] * h
+        products = (d + self.wide) * GATES[self.cell] * h + (self.wide * h if self.wide < h else 0)
+        forward = 2.0 * t * n * products
         return {FORWARD: forward, BOTH: 3 * forward}
 
     def _turned(self, a: Array) -> Array:

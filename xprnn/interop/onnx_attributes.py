@@ -14,7 +14,7 @@ from xprnn.arrays import InputError
 from xprnn.cells import Cell, elman, gru, gru_reset_before, lstm
 from xprnn.forms import activation_of
 
-__all__ = ["FUNCTIONS", "RECURRENT", "attributes_of", "cells_of", "function_of", "operator_of"]
+__all__ = ["FUNCTIONS", "RECURRENT", "attributes_of", "cells_of", "function_of", "in_operators", "operator_of"]
 
 RECURRENT = {"RNN": 1, "LSTM": 4, "GRU": 3}  # and their numbers of gates
 _DEFAULTS = {"RNN": ("Tanh",), "LSTM": ("Sigmoid", "Tanh", "Tanh"), "GRU": ("Sigmoid", "Tanh")}
@@ -88,6 +88,16 @@ def attributes_of(cell: Cell, hidden: int, ways: Sequence[bool]) -> dict[str, An
     if cell.name == "gru":
         out["linear_before_reset"] = 1
     return out
+
+
+def in_operators(f: Activation) -> bool:
+    """Whether RNN, LSTM and GRU have this activation.
+
+    >>> in_operators(activation("elu", 0.5))
+    True
+    """
+    names = {*_CONSTANTS, "tanh", "sigmoid", "relu", "softsign", "softplus", "identity"}
+    return f.name in names and activation(f.name, f.alpha, f.beta) == f
 
 
 def _functions(chosen: list[Activation]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from xprnn.interop.onnx_shapes import SHAPES
 __all__ = ["OPS", "Block", "Prepared", "compiled"]
 
 OPS: dict[str, Op] = {**MATH, **SHAPES, **OPERATORS}
-_CONTROL = {"Loop": ("body",), "If": ("then_branch", "else_branch")}
+_CONTROL = {"Loop": ("body",), "If": ("then_branch", "else_branch"), "Scan": ("body",)}
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _problems(node: Node, domain: str) -> list[str]:
     if domain not in ("", "ai.onnx"):
         return [f"{domain}.{node} is of another domain"]
     if node.op in _CONTROL:
-        return []
+        return [f"{node} of opset 8"] if node.op == "Scan" and node.opset < 9 else []
     if node.op not in OPS:
         return [f"{node} is no operator known here"]
     op = OPS[node.op]

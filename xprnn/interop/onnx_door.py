@@ -45,18 +45,22 @@ def from_onnx(source: Any, like: Array | None = None) -> tuple[Any, Params]:
     from xprnn.interop.onnx_compile import compiled
     from xprnn.interop.onnx_file import read_model
     from xprnn.interop.onnx_graph import Graph
-    from xprnn.interop.onnx_recognise import recognised
+    from xprnn.interop.onnx_recognise import recognised, told_in
+    from xprnn.interop.onnx_reread import reread
 
     if like is not None:
         resolve("from_onnx", {"like": like})
     proto = read_model(source)
     block = compiled("from_onnx", proto)
+    told = told_in({p.key: p.value for p in proto.metadata_props}, len(proto.graph.initializer))
     try:
-        model, params = recognised(block, {p.key: p.value for p in proto.metadata_props})
+        model, params = recognised(block, told)
     except OtherGraphError as reason:
         params = block.params
         shapes = {name: np.broadcast_to(np.float32(0), a.shape) for name, a in params.items()}
         model = Graph(replace(block, params=shapes), str(reason))
+    if told is not None and model != told and (found := reread(proto, told)) is not None:
+        model, params = found
     if like is None:
         return model, params
     return model, {name: from_numpy(a, like) for name, a in params.items()}
@@ -77,11 +81,16 @@ def to_onnx(
     values of their own so that they may be left out, `lengths` (N,) int32 and the states `initial_h` (L*directions,N,H)
     and `initial_c`; its outputs are `y`, `final_h` and `final_c`, which go back in as the next chunk's initial states.
     T and N are free. Several recurrent parts have "part.initial_h" each, layers with hidden sizes of their own
-    "initial_h_l0". `from_onnx` gives the same model back, with the same bits in float parameters of `dtype`.
+    "initial_h_l0". `from_onnx` gives the same model back, with the same bits in float parameters of `dtype`; of a model
+    with code of your own in it, a `Graph`.
+
+    RNN, LSTM and GRU are the operators of these names. What these do not say (a projected LSTM, a cell or an activation
+    of your own) is a Scan over elementary operators, which the cell's own lines write. Steps that Masking skips are
+    moved to the end of their rows before an operator and back behind it.
 
     Args:
-        model: a layer, or a Sequential of recurrent layers, Linear, Apply, Softmax and Merge, with an Embedding before
-            and a Last behind them.
+        model: a layer, or a Sequential with a recurrent layer in it, of any parts here, in other Sequentials too; but
+            not Merge(mode="pair"), which has two outputs, and no part of your own class.
         params: its parameters, of any array library.
         path: the file, whose name ends in `.onnx`: here and for many other programs the ending says what a file holds.
             Replaced in one step; None: nothing is written.
@@ -103,7 +112,7 @@ def to_onnx(
     >>> [i.name for i in proto.graph.input], [o.name for o in proto.graph.output]
     (['x', 'lengths', 'initial_h'], ['y', 'final_h'])
 
-    Source: the ONNX operators RNN, LSTM and GRU, opset 17 (onnx.ai/onnx/operators).
+    Source: the ONNX operators RNN, LSTM, GRU and Scan, opset 17 (onnx.ai/onnx/operators).
     """
     from xprnn.interop.onnx_export import exported
 

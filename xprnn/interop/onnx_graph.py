@@ -173,6 +173,8 @@ def _outputs(block: Block, node: Node, home: Context, scope: _Scope, params: Par
               for k, n in enumerate(node.inputs)]  # fmt: skip
     if node.op == "Loop":
         return _loop(node, home, scope, params, inputs)
+    if node.op == "Scan":
+        return _scan(node, home, scope, params, inputs)
     if node.op == "If":
         branch = node.bodies["then_branch" if _truth(inputs[0]) else "else_branch"]
         inner = ChainMap(dict[str, Any](branch.constants), scope)
@@ -218,6 +220,35 @@ def _loop(node: Node, home: Context, scope: _Scope, params: Params, inputs: list
         turn += 1
     columns = list(zip(*rows, strict=True)) if rows else [()] * (len(body.outputs) - 1 - kept)
     return [*carried, *(_stacked(home, node, column) for column in columns)]
+
+
+def _scan(node: Node, home: Context, scope: _Scope, params: Params, inputs: list[Any]) -> Sequence[Any]:
+    """A turn of the body for each entry along the scanned axes: states carried, outputs of all turns joined."""
+    body, kept = node.bodies["body"], len(inputs) - node.attrs["num_scan_inputs"]
+    made = len(body.outputs) - kept
+
+    def given(what: str, count: int) -> list[int]:
+        return list(node.attrs.get(f"scan_{what}") or [0] * count)
+
+    axes, backs = given("input_axes", len(inputs) - kept), given("input_directions", len(inputs) - kept)
+    out_axes, out_backs = given("output_axes", made), given("output_directions", made)
+    xs = [home.put(x) for x in inputs[kept:]]
+    xs = [home.xp.moveaxis(x, axis, 0) for x, axis in zip(xs, axes, strict=True)]
+    if len({x.shape[0] for x in xs}) != 1:
+        raise InputError(f"its scanned inputs have {[x.shape[0] for x in xs]} entries: expected as many of each")
+    carried, rows, count = list(inputs[:kept]), list[Any](), xs[0].shape[0]
+    for t in range(count):
+        now = [x[count - 1 - t if back else t, ...] for x, back in zip(xs, backs, strict=True)]
+        inner = ChainMap({**body.constants, **dict(zip(body.inputs, [*carried, *now], strict=True))}, scope)
+        _run(body, home, inner, params)
+        found = [inner[name] for name in body.outputs]
+        carried = found[:kept]
+        rows.append(found[kept:])
+    columns = list(zip(*rows, strict=True)) if rows else [()] * made
+    joined = [
+        _stacked(home, node, column[::-1] if back else column) for column, back in zip(columns, out_backs, strict=True)
+    ]
+    return [*carried, *(home.xp.moveaxis(home.put(y), 0, axis) for y, axis in zip(joined, out_axes, strict=True))]
 
 
 def _number(value: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from xprnn.activations import activation
+from xprnn.around import Around
 from xprnn.arrays import Params
 from xprnn.cells import elman, gru, gru_reset_before, lstm
 from xprnn.dense import Embedding, Linear
@@ -17,7 +18,7 @@ from xprnn.model import Sequential
 from xprnn.parts import Merge, Part
 from xprnn.recurrent import Recurrent
 
-__all__ = ["Piece", "from_pieces", "pieces_of", "same", "with_structure"]
+__all__ = ["Piece", "flat_parts", "from_pieces", "pieces_of", "same", "with_structure"]
 
 
 @dataclass(frozen=True)
@@ -27,15 +28,17 @@ class Piece:
     Args:
         name: of the part that it belongs to, "" where the network has but one.
         kind: "embedding", "linear", "rnn" or "part".
-        inputs, outputs: V and D, H and V, or D and H; 0 of a part that takes any number of features.
+        inputs, outputs: V and D, H and V, or D and H (P where h is projected); 0 of a part that takes any number of
+            features.
         bias: whether there is one.
         cell: the Cell of a recurrent layer.
         ways: its directions: for each, whether it walks from the end.
         learned: whether its initial state is learned.
         batch_first: whether x and y are (N, T, .).
+        projected: whether h is.
         own: a recurrent layer's arrays by the names of a layer of its own ("weight_ih_l0", "weight_ih_l0_reverse",
             "initial_h" (directions, H)...), else weight and bias.
-        part: one without parameters: Apply, Softmax or Last.
+        part: one without parameters: Apply, Softmax, Last...
     """
 
     name: str
@@ -48,6 +51,7 @@ class Piece:
     ways: tuple[bool, ...] = ()
     learned: bool = False
     batch_first: bool = False
+    projected: bool = False
     part: Any = None
 
     def width(self, before: int) -> int:
@@ -55,6 +59,12 @@ class Piece:
         if self.kind == "part":
             return before // 2 if isinstance(self.part, Merge) else before
         return self.outputs * max(1, len(self.ways))
+
+    def state_width(self, state: str) -> int:
+        """Features of a recurrent layer's state; h alone may be projected."""
+        if state == self.cell.states[0]:
+            return self.outputs
+        return int(self.own["weight_hh_l0"].shape[0]) // int(self.cell.gates)
 
 
 def same(a: Sequence[Piece], b: Sequence[Piece]) -> bool:
@@ -77,18 +87,29 @@ def _rounded(value: Any) -> Any:
     return float(np.float32(value)) if isinstance(value, float) else value
 
 
+def flat_parts(model: Any, name: str = "") -> dict[str, Any]:
+    """Name -> part; those of chains inside are "outer.inner", as their parameters' names have it.
+
+    >>> list(flat_parts(Sequential(low=Sequential(rnn=RNN(2, 3)), head=Linear(3, 1))))
+    ['low.rnn', 'head']
+    """
+    if not isinstance(model, Sequential):
+        return {name: model}
+    prefix = f"{name}." if name else ""
+    return {k: p for n, part in model.parts.items() for k, p in flat_parts(part, prefix + n).items()}
+
+
 def pieces_of(model: Any, params: Params) -> list[Piece]:
-    """The pieces of a layer or Sequential (of Embedding, Linear, recurrent layers without a projection, and parts)."""
-    parts = model.parts if isinstance(model, Sequential) else {"": model}
+    """The pieces of a layer or Sequential."""
     out = []
-    for name, part in parts.items():
+    for name, part in flat_parts(model).items():
         prefix = f"{name}." if name else ""
         own = {k: params[prefix + k] for k in part.shapes()}
         if isinstance(part, Embedding):
             out.append(Piece(name, "embedding", part.num_embeddings, part.embedding_dim, False, own))
         elif isinstance(part, Linear):
             out.append(Piece(name, "linear", part.in_features, part.out_features, part.bias, own))
-        elif isinstance(part, Part):
+        elif isinstance(part, (Part, Around)):
             out.append(Piece(name, "part", 0, 0, False, {}, part=part))
         else:
             out += _layers(name, part, own)
@@ -106,8 +127,9 @@ def _layers(name: str, part: Recurrent, own: Params) -> list[Piece]:
             at = k * d if isinstance(part.hidden_size, int) else 0
             mine[f"initial_{state}"] = whole[at : at + d, ...]
         learned, first = part.learned_state, part.batch_first
-        out.append(Piece(name, "rnn", width, h, part.bias, mine, part.core, ways, learned, first))
-        width = d * h
+        wide, projected = part.projection or h, part.projection > 0
+        out.append(Piece(name, "rnn", width, wide, part.bias, mine, part.core, ways, learned, first, projected))
+        width = d * wide
     return out
 
 
@@ -154,7 +176,7 @@ def with_structure(model: Any, pieces: Sequence[Piece]) -> Params:
         return _own(model, pieces)
     params: Params = {}
     at = 0
-    for name, part in model.parts.items():
+    for name, part in flat_parts(model).items():
         count = getattr(part, "num_layers", 1)
         params |= {f"{name}.{k}": a for k, a in _own(part, pieces[at : at + count]).items()}
         at += count

@@ -33,6 +33,7 @@ class Plumbing:
         self.done: list[Piece] = []
         self.sizes = Sizes()
         self.time: str | None = None
+        self.lengths: set[str | None] = set()  # the input with lengths of each layer, None for none
 
     def _last(self, x: Any) -> bool:
         """Whether x is what the last piece wrote."""
@@ -110,11 +111,15 @@ class Plumbing:
             raise OtherGraphError(f"{node} cuts data")
         return x.axes[:axis] + x.axes[axis + 1 :]
 
+    def _taken(self) -> Last:
+        """What takes step T-1: with lengths among the inputs, that is no row's last valid one."""
+        return Last(valid=not self.lengths - {None})
+
     def _on_gather(self, node: Node, table: Any, ids: Any) -> Data:
         axis = node.attrs.get("axis", 0)
         if isinstance(ids, Host) and ids.array.shape == ():
             if isinstance(table, Data) and int(ids.array) in (-1, self.sizes[self.time or "0"] - 1):
-                return self._part(table, Last(), self._last_step(node, table, axis))
+                return self._part(table, self._taken(), self._last_step(node, table, axis))
             if isinstance(table, Final):
                 return self._final(node, table, axis, int(ids.array))
         whole = isinstance(table, Host) and table.array.ndim == 2 and table.array.dtype.kind == "f"
@@ -185,7 +190,7 @@ class Plumbing:
             k = given[2][0] % len(s.axes)
             rest = self._last_step(node, s, k)
             self.sizes["done"] = 1  # what is left of the axis of time, to be squeezed away
-            return self._part(s, Last(), (*rest[:k], ("done",), *rest[k:]))
+            return self._part(s, self._taken(), (*rest[:k], ("done",), *rest[k:]))
         if not isinstance(s, Given) or given[2:] not in ([[0]], [[0], [1]]):
             raise OtherGraphError(f"{node} cuts data")
         (start,), (stop,) = given[:2]

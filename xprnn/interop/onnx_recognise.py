@@ -22,16 +22,17 @@ from xprnn.interop.onnx_pieces import Piece, from_pieces, pieces_of, same, with_
 from xprnn.interop.onnx_plumbing import Plumbing, identifier
 from xprnn.masks import Last
 from xprnn.model import from_config
+from xprnn.store import check_depth
 
-__all__ = ["OtherGraphError", "recognised"]
+__all__ = ["OtherGraphError", "recognised", "told_in"]
 
 # What a graph that is none of ours may make of a stand-in.
 _TROUBLE = (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 _PROBES = (1009, 1013)  # sizes for the two free axes: primes, so that products tell them apart
 
 
-def recognised(block: Block, metadata: dict[str, str]) -> tuple[Any, Params]:
-    """The model and its parameters (NumPy).
+def recognised(block: Block, told: Any) -> tuple[Any, Params]:
+    """The model and its parameters (NumPy); `told`, what the file says it is, if it computes the same.
 
     Raises:
         OtherGraphError: not one of ours; says why.
@@ -41,16 +42,17 @@ def recognised(block: Block, metadata: dict[str, str]) -> tuple[Any, Params]:
         model, params = from_pieces(pieces)
     except _TROUBLE as error:
         raise OtherGraphError(f"it does something of its own ({error})") from None
-    hint = _from_metadata(metadata)
-    if hint is not None and same(pieces, pieces_of(hint, _blank(hint))):
-        return hint, with_structure(hint, pieces)
+    if told is not None and same(pieces, pieces_of(told, _blank(told))):
+        return told, with_structure(told, pieces)
     return model, params
 
 
-def _from_metadata(metadata: dict[str, str]) -> Any:
-    """The model that to_onnx wrote beside the graph; None where there is none, or another one."""
+def told_in(metadata: dict[str, str], arrays: int) -> Any:
+    """The model that to_onnx wrote beside a graph of so many arrays; None where there is none that could be it."""
     try:
-        return from_config(json.loads(metadata["xprnn"]))
+        config = json.loads(metadata["xprnn"])
+        check_depth(config, arrays)
+        return from_config(config)
     except (KeyError, ValueError, RecursionError, AttributeError, TypeError):
         return None
 
@@ -65,7 +67,6 @@ class Walk(Plumbing):
     def __init__(self, block: Block) -> None:
         super().__init__()
         self.block = block
-        self.lengths: set[Any] = set()
         self.starts: list[list[Any]] = []
         self.source = ""
         self.scope: dict[str, Any] = dict(block.constants)

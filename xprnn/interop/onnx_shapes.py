@@ -228,6 +228,15 @@ def _scatter_check(node: Node) -> str:
     return "" if found == "none" else f"reduction={found!r}"
 
 
+def _gather_elements(at: Context, node: Node, x: Array, indices: Array) -> Array:
+    """Along one axis, an entry for each index; on the other axes as many of them as there are indices."""
+    axis = node.attrs.get("axis", 0) % x.ndim
+    for k, count in enumerate(indices.shape):
+        x = x if k == axis else x[_cut(x.ndim, k, slice(0, count))]
+    ids = at.xp.where(indices < 0, indices + x.shape[axis], indices)
+    return at.xp.take_along_axis(x, ids, axis=axis)
+
+
 def _one_hot(at: Context, node: Node, indices: Array, depth: Any, values: Array) -> Array:
     xp, count = at.xp, _numbers(depth)[0]
     axis = node.attrs.get("axis", -1) % (indices.ndim + 1)
@@ -257,6 +266,7 @@ SHAPES: dict[str, Op] = {
     "Expand": Op(_expand, host=(1,)),
     "Flatten": Op(_flatten, ("axis",)),
     "Gather": Op(_gather, ("axis",), raw=(1,)),
+    "GatherElements": Op(_gather_elements, ("axis",)),
     "Identity": Op(lambda at, node, x: x),
     "OneHot": Op(_one_hot, ("axis",), host=(1,)),
     "Range": Op(_range, host=(0, 1, 2), from_host=False),

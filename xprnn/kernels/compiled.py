@@ -16,11 +16,11 @@ from xprnn.cells import Cell
 from xprnn.kernels import library, small
 from xprnn.kernels.ragged import Rows
 from xprnn.kernels.source import Sources, sources_of
-from xprnn.kernels.table import Kept, Table, address, back_room, call, forward_room, inputs, room_for
+from xprnn.kernels.table import Kept, Table, address, back_room, call, forward_room, inputs, projection, room_for
 from xprnn.kernels.threads import Part, each, parts
 from xprnn.tape import State, Steps, Tape
 
-__all__ = ["NAME", "find", "why_not"]
+__all__ = ["NAME", "find", "sources_of", "taped", "why_not"]
 
 NAME = "compiled by numba"
 _DTYPES = frozenset((np.dtype(np.float32), np.dtype(np.float64)))
@@ -30,7 +30,7 @@ def find(cell: Cell, params: Params) -> Callable[..., Any] | None:
     """`forward` where the cell can be compiled and numba is there, else None."""
     if why_not(cell, params):
         return None
-    sources = sources_of(cell, _bits(params))
+    sources = sources_of(cell, _bits(params), "weight_hr" in params)
     assert sources is not None
     return partial(_forward, sources)
 
@@ -43,13 +43,11 @@ def why_not(cell: Cell, params: Params) -> str:
     """Why `find` has nothing, or ""."""
     if (dtype := params["weight_hh"].dtype) not in _DTYPES:
         return f"{dtype} is neither float32 nor float64"
-    if "weight_hr" in params:
-        return "h is projected by weight_hr"
     if not library.available():
         return 'numba is not installed: pip install "xprnn[fast]"'
-    sources = sources_of(cell, _bits(params))
+    sources = sources_of(cell, _bits(params), "weight_hr" in params)
     if sources is None:
-        return "gates act before their product" if cell.early else "its cell can't be printed as scalar code"
+        return "its cell can't be printed as scalar code"
     works = library.works(sources.forward) and library.works_gemm(_bits(params) // 8)
     return "" if works else "numba can't compile its cell"
 
@@ -73,13 +71,11 @@ def _forward(
     """See xprnn.scan.forward, which is the specification."""
     done = small.forward(sources, cell, params, x, state, steps, reverse) if keep else None
     if done is not None:
-        kept, final = done
-        rows = kept.rows
-    else:
-        rows = Rows.of(x.shape[:2], steps)
-        kept, table = _prepare(sources, cell, params, rows.sort(x, 1), rows, reverse, keep)
-        ends = tuple(rows.sort(s, 0) for s in state), tuple(rows.sort(s, 0) for s in home)
-        final = tuple(rows.unsort(s, 0) for s in _run(kept, table, cell, params, ends, reverse, keep))
+        return taped(done, cell, params, x, state, steps, reverse)
+    rows = Rows.of(x.shape[:2], steps)
+    kept, table = _prepare(sources, cell, params, rows.sort(x, 1), rows, reverse, keep)
+    ends = tuple(rows.sort(s, 0) for s in state), tuple(rows.sort(s, 0) for s in home)
+    final = tuple(rows.unsort(s, 0) for s in _run(kept, table, cell, params, ends, reverse, keep))
     y = rows.unsort(kept.after[0].view(), 1)
     if not keep:
         return y, final, None
@@ -91,31 +87,42 @@ def _forward(
     return y, final, Tape(backward, np, cell, params, x, state, home, steps, reverse, shown, kept, NAME)
 
 
+def taped(
+    done: tuple[Kept, State], cell: Cell, params: Params, x: Array, state: State, steps: Steps, reverse: bool
+) -> tuple[Array, State, Tape]:
+    """What small.forward has done, as a scan returns it."""
+    kept, final = done
+    y = kept.after[0].view()
+    y.flags.writeable = False  # the tape lives in this memory
+    shown = partial(kept.rows.shown, kept.after)
+    return y, final, Tape(backward, np, cell, params, x, state, state, steps, reverse, shown, kept, NAME)
+
+
 def _prepare(
     sources: Sources, cell: Cell, params: Params, x: Array, rows: Rows, reverse: bool, keep: bool
 ) -> tuple[Kept, Table]:
     """All arrays with a step axis, of one step where no tape is kept."""
     u = params["weight_hh"]
     (count, n), hidden, item = x.shape[:2], u.shape[0] // cell.gates, u.itemsize
-    length, row = count if keep else 1, hidden * item
+    length, widths = count if keep else 1, [u.shape[1], *[hidden] * (len(cell.states) - 1)]
     table = Table({"keep": int(keep), "v0": n * hidden if keep else 0})
     before, after = [], []
-    for k in range(len(cell.states)):
+    for k, wide in enumerate(widths):
         # The state before the first step in line: those before all steps are a view.
-        memory = np.empty(((count if k == 0 else length) + 1, n, hidden), u.dtype)
+        memory, row = np.empty(((count if k == 0 else length) + 1, n, wide), u.dtype), wide * item
         before.append(memory[1:] if reverse else memory[:-1])
         after.append(memory[:-1] if reverse else memory[1:])
         at = address(memory)
         table.point(f"M{k}", at + (0 if reverse else n * row), row)
         table.point(f"S{k}", at + (n * row if reverse else 0), row)
-        table.entries[f"m{k}"] = n * hidden if keep or k == 0 else 0
+        table.entries[f"m{k}"] = n * wide if keep or k == 0 else 0
     if rows.reset is not None:
-        before = [np.empty((length, n, hidden), u.dtype) for _ in before]
+        before = [np.empty((length, n, wide), u.dtype) for wide in widths]
         for k, a in enumerate(before):
-            table.point(f"S{k}", address(a), row)
+            table.point(f"S{k}", address(a), widths[k] * item)
     spare = {slot: np.empty((length, n, hidden), u.dtype) for slot in sources.slots if slot[0] == "V"}
     for slot, a in spare.items():
-        table.point(slot, address(a), row)
+        table.point(slot, address(a), hidden * item)
     gates = None
     if keep and any(slot[0] == "X" for slot in sources.slots):
         gates = np.empty((count, n, u.shape[0]), u.dtype)
@@ -128,7 +135,8 @@ def _run(
 ) -> tuple[Array, ...]:
     """The time loop: fills what is kept and returns the states after the last step."""
     u, rows, (initial, home) = params["weight_hh"], kept.rows, ends
-    (count, n), (width, hidden), item = kept.x.shape[:2], u.shape, u.itemsize
+    (count, n), (width, inner), item = kept.x.shape[:2], u.shape, u.itemsize
+    hidden, projected = width // cell.gates, projection(params)
     table.given(rows, (count, n, hidden, width))
     running = tuple(np.array(s, u.dtype, order="C") for s in initial)
     if keep and rows.reset is None and count:
@@ -136,22 +144,24 @@ def _run(
             kept.before[k][-1 if reverse else 0] = s
     table.entries |= {"turned": int(reverse), "go": library.gemm(item).address}
     table.read("WH", u)
+    if projected:
+        table.read("WR", params["weight_hr"])
     for name, key in (("BI", "bias_ih"), ("BH", "bias_hh")):
         table.read(name, params[key] if key in params else np.zeros(width, u.dtype))
     for k, name in enumerate(cell.vectors):
         table.read(f"p{k}", params[name])
     for k, (s, e) in enumerate(zip(running, home, strict=True)):
-        table.point(f"C{k}", address(s), hidden * item)
+        table.point(f"C{k}", address(s), s.shape[1] * item)
         if rows.reset is not None:
-            table.read(f"E{k}", e, hidden * item)
+            table.read(f"E{k}", e, s.shape[1] * item)
     d = table.entries["D"]
 
     def walk(part: Part) -> None:
-        numbers, sizes = forward_room(kept.sources, (count, part.rows, d, hidden, width), item)
+        numbers, sizes = forward_room(kept.sources, (count, part.rows, d, hidden, width), item, projected)
         _room, here = room_for(u.dtype, sizes | ({} if kept.gates is not None else {"G": width}))
         call(kept.sources.forward, kept.sources.forward_table, table.of(part) | here | numbers)
 
-    each(walk, parts(rows, count, n, (hidden + d) * width))
+    each(walk, parts(rows, count, n, (inner + d) * width))
     return running
 
 
@@ -184,7 +194,8 @@ def _run_back(
     from xprnn.kernels.classes import by_class  # imports numba
 
     kept, params, u = tape.saved, tape.params, tape.params["weight_hh"]
-    (count, n), (width, hidden), item = kept.x.shape[:2], u.shape, u.itemsize
+    (count, n), (width, inner), item = kept.x.shape[:2], u.shape, u.itemsize
+    hidden, projected = width // tape.cell.gates, projection(params)
     table = Table({"turned": int(tape.reverse), "go": library.gemm(item).address})
     table.given(kept.rows, (count, n, hidden, width))
     room = _adjoints(table, tape, dstate, injected)
@@ -194,22 +205,23 @@ def _run_back(
     make = np.empty if count else np.zeros
 
     def walk(part: Part) -> tuple[Array, ...]:
-        numbers, sizes = back_room(kept.sources, (count, part.rows, d, hidden, width), item)
-        sums = make((width, d), u.dtype), make((width, hidden), u.dtype), np.zeros((2, width), u.dtype)
+        numbers, sizes = back_room(kept.sources, (count, part.rows, d, hidden, width), item, projected)
+        sums = [make((width, d), u.dtype), make(u.shape, u.dtype), np.zeros((2, width), u.dtype)]
+        sums += [make((projected, hidden), u.dtype)] * (projected > 0)
         own, here = room_for(u.dtype, sizes)
         own["B"].fill(0)
         own["O"].fill(0)
-        here |= {"GI": address(sums[0]), "GU": address(sums[1]), "SI": address(sums[2])} | numbers
+        here |= dict(zip(("GI", "GU", "SI", "GR"), map(address, sums), strict=False)) | numbers
         here |= {"SH": here["SI"] + width * item}
         call(kept.sources.backward, kept.sources.backward_table, table.of(part) | here)
-        through = own["B"].reshape(part.rows, numbers["Hz"])[:, :hidden]
+        through = own["B"].reshape(part.rows, numbers["Hz"])[:, :inner]
         room["D0"][part.first : part.first + part.rows] += through
-        return sums
+        return tuple(sums)
 
-    dw, du, (db_ih, db_hh) = _total(each(walk, parts(kept.rows, count, n, (hidden + d) * width)))
+    dw, du, (db_ih, db_hh), *dhr = _total(each(walk, parts(kept.rows, count, n, (inner + d) * width)))
     if dgates is not None:
         dw = by_class(kept.x.reshape(-1), flat(np, dgates), params["weight_ih"].shape[1]).T
-    grads = {"weight_ih": dw, "weight_hh": du, "bias_ih": db_ih}
+    grads = {"weight_ih": dw, "weight_hh": du, "bias_ih": db_ih} | dict(zip(["weight_hr"], dhr, strict=False))
     grads["bias_hh"] = db_ih.copy() if kept.sources.same else db_hh
     grads |= {name: np.add.reduce(room[f"P{k}"], axis=0) for k, name in enumerate(tape.cell.vectors)}
     states = range(len(dstate))
@@ -225,25 +237,22 @@ def _adjoints(
     n, hidden, dtype = table.entries["N"], table.entries["H"], tape.params["weight_hh"].dtype
     row, states, vectors = hidden * dtype.itemsize, range(len(dstate)), range(len(tape.cell.vectors))
     names = [*(f"D{k}" for k in states), *(f"E{k}" for k in states), *(f"P{k}" for k in vectors)]
-    room, here = room_for(dtype, {"nothing": hidden} | dict.fromkeys(names, n * hidden))
+    widths = dict.fromkeys(names, hidden) | dict.fromkeys(("D0", "E0"), tape.initial[0].shape[1])
+    room, here = room_for(dtype, {"nothing": hidden} | {name: n * wide for name, wide in widths.items()})
     for name, a in room.items():
         if name[0] != "D":
             a.fill(0)
-    room |= {name: room[name].reshape(n, hidden) for name in names}
-    for name in names:
-        table.point("R0" if name == "D0" else name, here[name], row)
+    for name, wide in widths.items():
+        room[name] = room[name].reshape(n, wide)
+        table.point("R0" if name == "D0" else name, here[name], wide * dtype.itemsize)
     for k, (d, sent) in enumerate(zip(dstate, injected, strict=True)):
         room[f"D{k}"][...] = 0 if d is None else d
-        table.point(f"M{k}", address(kept.after[k]), row)
-        table.point(f"S{k}", address(kept.before[k]), row)
+        table.point(f"M{k}", address(kept.after[k]), widths[f"D{k}"] * dtype.itemsize)
+        table.point(f"S{k}", address(kept.before[k]), widths[f"D{k}"] * dtype.itemsize)
         if sent is None:
             table.read(f"I{k}", room["nothing"])
         else:
-            there = _in_rows(sent, dtype)
-            a, b = there.strides[:2]
-            table.keep(there)
-            table.point(f"I{k}", address(there), b)
-            table.entries |= {f"a{k}": a // dtype.itemsize, f"b{k}": b // dtype.itemsize}
+            table.sent(k, sent, dtype)
     for slot, a in kept.spare.items():
         table.point(slot, address(a), row)
     if kept.gates is not None:
@@ -258,6 +267,8 @@ def _dx(table: Table, tape: Tape) -> tuple[Array | None, Array | None]:
     kept, params = tape.saved, tape.params
     x, u = kept.x, params["weight_hh"]
     table.read("WH", u)
+    if "weight_hr" in params:
+        table.read("WR", params["weight_hr"])
     if x.dtype.kind not in "iu":
         inputs(table, params, x)
         dx = np.empty(x.shape, u.dtype)
@@ -277,10 +288,3 @@ def _total(sums: list[tuple[Array, ...]]) -> tuple[Array, ...]:
         for total, more in zip(sums[0], one, strict=True):
             np.add(total, more, total)
     return sums[0]
-
-
-def _in_rows(d: Array, dtype: Any) -> Array:
-    """`d`, whose rows the kernel can read where they are, or else a copy."""
-    item = dtype.itemsize
-    whole = d.dtype == dtype and d.strides[-1] == item and not (d.strides[0] % item or d.strides[1] % item)
-    return d if whole else np.ascontiguousarray(d, dtype)

@@ -145,7 +145,7 @@ def forward(
     """The tape and the states after the last step; None where compiled.py is to walk."""
     u, arrays = params["weight_hh"], (x, *params.values())
     dtype, (width, hidden) = u.dtype, u.shape
-    if steps.active is not None or steps.reset is not None:
+    if steps.active is not None or steps.reset is not None or "weight_hr" in params:
         return None
     if not all(_plain(a, dtype) for a in arrays):
         return None

@@ -3,61 +3,84 @@
 A sequence hands its kernel a table of addresses (source.py); for a single step, asking for the addresses would take
 longer than the step. numba unpacks an array in 50 nanoseconds: the step takes arrays, and checks their shapes itself:
 
-    kernel(k, D, w, u, [bi, bh], p..., x, s..., y, n...) -> 0, or 1 where something does not fit
+    kernel(k, D, w, u, [bi, bh], p..., [hr], x, s..., y, n...) -> 0, or 1 where something does not fit
 
 for layer k of a stack, with w (G*H, D), u (G*H, H), bi, bh (G*H,), p (H,) the cell's vectors, x (N, D) or the numbers
-(N,) of one-hot classes, s (L, N, H) the states; y (N, H) and the new states n (L, N, H) are written.
+(N,) of one-hot classes, s (L, N, H) the states; y (N, H) and the new states n (L, N, H) are written. With hr (P, H), h
+is projected: u is (G*H, P), y, s0 and n0 end in P.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from xprnn.cells import Cell
-from xprnn.kernels.plan import trace_step
+from xprnn.kernels.plan import trace_early, trace_step
 from xprnn.kernels.scalar import Body
-from xprnn.kernels.trace import Graph
+from xprnn.kernels.trace import Graph, UntraceableError, leaves
 
-__all__ = ["argument_names", "signature", "step_source"]
+__all__ = ["QUEUE", "Traced", "argument_names", "signature", "step_source", "traced"]
 
+QUEUE = 63  # the scope of q or of h before its projection, and from there down those of early gates' values
 _HEAD = '''"""Written by xprnn for a step of the cell {cell!r}; it may be deleted at any time."""
 import math
 import numpy as np
-from xprnn.kernels.lanes import exp64, f{bits} as real, load, shift, store, tanh{bits} as tanh
+from xprnn.kernels.lanes import {any}exp64, f{bits} as real, load, shift, store, tanh{bits} as tanh
 from xprnn.kernels.rowdot import in_line, in_rows, product{bits} as product
 
 F = np.float{bits}
 
 
 def kernel({arguments}):
-    (N, H), W = y.shape, {gates} * y.shape[1]
+    {sizes}
     if not ({checks}):
         return 1
-    room = np.empty(2 * W, F)
+    room = np.empty({room}, F)
     X = real(room.ctypes.data)
     B = shift(X, W)
 '''
 
 
+class Traced(NamedTuple):
+    """What a step computes."""
+
+    new: tuple[Any, ...]
+    sums: str  # for which gates g only x + h is used
+    values: tuple[tuple[int, Any], ...] = ()  # of early gates, those that the step gets, by number
+    q: Any = None
+
+
+def traced(cell: Cell, projected: bool) -> Traced:
+    """The step of a cell, its early gates first."""
+    new, _, added = trace_step(cell, Graph())
+    used = set().union(*(leaves(v) for v in new))
+    if projected and (cell.early or "s0" in used):
+        raise UntraceableError("a unit of an h that is projected")
+    if not cell.early:
+        return Traced(new, f"g < {added}")
+    values, q, together = trace_early(cell, Graph())
+    passed = tuple((k, v) for k, v in enumerate(values[: cell.early]) if f"x{k}" in used)
+    return Traced(new, f"g < {added}" if together else f"{cell.early} <= g < {added}", passed, q)
+
+
 @lru_cache(maxsize=256)
-def step_source(cell: Cell, bits: int, bias: bool, integer: bool) -> tuple[str, str] | None:
+def step_source(cell: Cell, bits: int, bias: bool, integer: bool, projected: bool = False) -> tuple[str, str] | None:
     """The text of a cell's step and numba's signature for it, or None where the cell can't be traced."""
-    if cell.early:
-        return None
     try:
-        new, _, _ = trace_step(cell, Graph())
-        return _text(cell, bits, bias, integer, new), signature(cell, bits, bias, integer)
+        text = _text(cell, bits, bias, integer, projected, traced(cell, projected))
+        return text, signature(cell, bits, bias, integer, projected)
     except Exception:  # whatever goes wrong with stand-ins, arrays go on, and say so if it was the cell
         return None
 
 
 def argument_names(cell: Cell, bias: bool) -> tuple[list[str], list[str], list[str]]:
-    """The arguments' names: weights and vectors, states before, states after."""
+    """The arguments' names: biases and vectors, states before, states after."""
     states = range(len(cell.states))
     lines = [*(["bi", "bh"] if bias else []), *(f"p{k}" for k in range(len(cell.vectors)))]
     return lines, [f"s{k}" for k in states], [f"n{k}" for k in states]
 
 
-def signature(cell: Cell, bits: int, bias: bool, integer: bool, *, walk: bool = False) -> str:
+def signature(cell: Cell, bits: int, bias: bool, integer: bool, projected: bool, *, walk: bool = False) -> str:
     """Whatever its strides, and read-only too, an array is taken; what is written to was made for it."""
     lines, before, after = argument_names(cell, bias)
 
@@ -65,7 +88,7 @@ def signature(cell: Cell, bits: int, bias: bool, integer: bool, *, walk: bool = 
         return f"Array(float{bits}, {rank}, 'A', True)"
 
     x = f"Array(int64, {1 + walk}, 'A', True)" if integer else given(2 + walk)
-    inputs = [given(2), given(2), *[given(1)] * len(lines), x, *[given(3)] * len(before)]
+    inputs = [given(2), given(2), *[given(1)] * len(lines), *[given(2)] * projected, x, *[given(3)] * len(before)]
     outputs = [
         f"Array(float{bits}, 3, 'A')" if walk else f"Array(float{bits}, 2, 'C')",
         *[f"Array(float{bits}, 3, 'C')"] * len(after),
@@ -73,46 +96,98 @@ def signature(cell: Cell, bits: int, bias: bool, integer: bool, *, walk: bool = 
     return f"int64(int64, int64, {', '.join((*inputs, *outputs))})"
 
 
-def _text(cell: Cell, bits: int, bias: bool, integer: bool, new: tuple[Any, ...]) -> str:
+def _text(cell: Cell, bits: int, bias: bool, integer: bool, projected: bool, its: Traced) -> str:
     lines, before, after = argument_names(cell, bias)
-    look_up = "w.shape[0] == W and w.shape[1] == D"  # whatever its strides, one column is read
-    checks = [look_up if integer else "in_rows(w, W, D)", "in_rows(u, W, H)", "x.shape[0] == N"]
-    checks += [f"in_line({name}, {'W' if name[0] == 'b' else 'H'})" for name in lines]
-    checks += [] if integer else ["in_rows(x, N, D)"]
-    checks += [f"{s}.shape == {n}.shape and in_rows({s}[k], N, H)" for s, n in zip(before, after, strict=True)]
-    arguments = ", ".join(("k", "D", "w", "u", *lines, "x", *before, "y", *after))
-    text = [_HEAD.format(cell=cell.name, bits=bits, arguments=arguments, gates=cell.gates, checks=" and ".join(checks))]
+    text, item = [_head(cell, bits, bias, integer, projected, its)], bits // 8
+    text += ["    Q = shift(B, W)"] * (projected or cell.early > 0)
     text += [f"    {name.upper()} = real({name}.ctypes.data)" for name in lines]
     text += ["    for r in range(N):"]
     text += [f"        {s.upper()} = real({s}[k, r].ctypes.data)" for s in before]
     text += [f"        {n.upper()} = real({n}[k, r].ctypes.data)" for n in after]
     text += ["        Y = real(y[r].ctypes.data)"]
-    item = bits // 8
     if integer:
         text += ["        if x[r] < 0 or x[r] >= D:", "            return 1"]
         text += ["        for j in range(W):", "            store(X, j, 0, w[j, x[r]])"]
     else:
         text += [f"        product(real(w.ctypes.data), w.strides[0] // {item}, real(x[r].ctypes.data), D, X, W)"]
-    text += [f"        product(real(u.ctypes.data), u.strides[0] // {item}, S0, H, B, W)", "        for j in range(H):"]
-    body = Body(lambda name: _read(name, lines, before, bias))
-    values = body.names(new)
-    text += [f"            {line}" for line in body.lines]
-    at = {name: 2 + len(lines) + len(before) + k for k, name in enumerate(("y", *after))}
-    text += [f"            store(Y, j, {at['y']}, {values[0]})"]
-    text += [f"            store({n.upper()}, j, {at[n]}, {v})" for n, v in zip(after, values, strict=True)]
+    scopes = {name: 2 + i for i, name in enumerate((*lines, *before, "y", *after))}
+    read = _read(scopes, bias)
+    text += _early(cell, its, read, item) if cell.early else [_product(item, "S0", "P" if projected else "H", "W")]
+    passed = {f"x{k}": f"load(Q, {i} * H + j, {QUEUE - i})" for i, (k, _) in enumerate(its.values, 1)}
+    body = Body(lambda name: passed.get(name) or read(name))
+    values = body.names(its.new)
+    stores = [f"store({n.upper()}, j, {scopes[n]}, {v})" for n, v in zip(after, values, strict=True)]
+    if projected:
+        stores[0] = f"store(Q, j, {QUEUE}, {values[0]})"
+    else:
+        stores = [f"store(Y, j, {scopes['y']}, {values[0]})", *stores]
+    text += ["        for j in range(H):", *(f"            {line}" for line in (*body.lines, *stores))]
+    if projected:
+        text += [f"        product(real(hr.ctypes.data), hr.strides[0] // {item}, Q, H, Y, P)"]
+        text += ["        for j in range(P):", "            store(N0, j, ANY, load(Y, j, ANY))"]
     # Its memory is there as long as it has a name.
     return "\n".join((*text, "    return 0 * room.size", ""))
 
 
-def _read(name: str, lines: list[str], before: list[str], bias: bool) -> str:
+def _head(cell: Cell, bits: int, bias: bool, integer: bool, projected: bool, its: Traced) -> str:
+    """The function's head, its checks and its room."""
+    lines, before, after = argument_names(cell, bias)
+    sizes = f"(N, H), W = y.shape, {cell.gates} * y.shape[1]"
+    if projected:
+        sizes = f"(N, P), H, W = y.shape, hr.shape[1], {cell.gates} * hr.shape[1]"
+    return _HEAD.format(
+        cell=cell.name,
+        bits=bits,
+        any="ANY, " if projected else "",
+        arguments=", ".join(("k", "D", "w", "u", *lines, *["hr"] * projected, "x", *before, "y", *after)),
+        sizes=sizes,
+        checks=_checks(lines, before, after, integer, projected),
+        room=f"2 * W + {1 + len(its.values)} * H" if projected or cell.early else "2 * W",
+    )
+
+
+def _checks(lines: list[str], before: list[str], after: list[str], integer: bool, projected: bool) -> str:
+    """What must hold of the arguments, as an expression."""
+    look_up, p = "w.shape[0] == W and w.shape[1] == D", "P" if projected else "H"  # one column is read, as it lies
+    checks = [look_up if integer else "in_rows(w, W, D)", f"in_rows(u, W, {p})", "x.shape[0] == N"]
+    checks += [f"in_line({name}, {'W' if name[0] == 'b' else 'H'})" for name in lines]
+    checks += ["in_rows(hr, P, H)"] * projected
+    checks += [] if integer else ["in_rows(x, N, D)"]
+    for k, (s, n) in enumerate(zip(before, after, strict=True)):
+        checks += [f"{s}.shape == {n}.shape and in_rows({s}[k], N, {'H' if k else p})"]
+    return " and ".join(checks)
+
+
+def _product(item: int, a: str, inner: str, rows: str, out: str = "B", first: str = "") -> str:
+    """The recurrent product with some rows of u."""
+    u, stride = "real(u.ctypes.data)", f"u.strides[0] // {item}"
+    u = f"shift({u}, {first} * ({stride}))" if first else u
+    return f"        product({u}, {stride}, {a}, {inner}, {out}, {rows})"
+
+
+def _early(cell: Cell, its: Traced, read: Callable[[str], str], item: int) -> list[str]:
+    """The early gates, and the other gates' product."""
+    early, late = f"{cell.early} * H", f"{cell.gates - cell.early} * H"
+    text = [_product(item, "S0", "H", early), "        for j in range(H):"]
+    body = Body(read)
+    named = [body.name(value) for value in (its.q, *(value for _, value in its.values))]
+    text += [f"            {line}" for line in body.lines]
+    text += [f"            store(Q, {i} * H + j, {QUEUE - i}, {value})" for i, value in enumerate(named)]
+    return [*text, _product(item, "Q", "H", late, f"shift(B, {early})", early)]
+
+
+def _read(scopes: dict[str, int], bias: bool) -> Callable[[str], str]:
     """How the step reads an input of the trace; every array is a scope of its own (lanes.py)."""
-    letter, k = name[0], name[1:]
-    scopes = {array: 2 + i for i, array in enumerate((*lines, *before))}
-    if letter in "sp":
-        return f"load({name.upper()}, j, {scopes[name]})"
-    at = f"{k} * H + j"
-    x, h = f"load(X, {at}, 0)", f"load(B, {at}, 1)"
-    if bias:
-        bi, bh = (f"load({b.upper()}, {at}, {scopes[b]})" for b in ("bi", "bh"))
-        return {"g": f"({x} + ({bi} + {bh})) + {h}", "x": f"{x} + {bi}", "h": f"{h} + {bh}"}[letter]
-    return {"g": f"{x} + {h}", "x": x, "h": h}[letter]
+
+    def read(name: str) -> str:
+        letter, k = name[0], name[1:]
+        if letter in "sp":
+            return f"load({name.upper()}, j, {scopes[name]})"
+        at = f"{k} * H + j"
+        x, h = f"load(X, {at}, 0)", f"load(B, {at}, 1)"
+        if bias:
+            bi, bh = (f"load({b.upper()}, {at}, {scopes[b]})" for b in ("bi", "bh"))
+            return {"g": f"({x} + ({bi} + {bh})) + {h}", "x": f"{x} + {bi}", "h": f"{h} + {bh}"}[letter]
+        return {"g": f"{x} + {h}", "x": x, "h": h}[letter]
+
+    return read

@@ -14,7 +14,19 @@ from xprnn.kernels.threads import Part
 from xprnn.kernels.walk import contiguous
 from xprnn.tape import State
 
-__all__ = ["ALIGNED", "Kept", "Table", "address", "back_room", "call", "forward_room", "inputs", "padded", "room_for"]
+__all__ = [
+    "ALIGNED",
+    "Kept",
+    "Table",
+    "address",
+    "back_room",
+    "call",
+    "forward_room",
+    "inputs",
+    "padded",
+    "projection",
+    "room_for",
+]
 
 ALIGNED = 64  # bytes: a vector that lies across two lines of the cache is read twice
 _BLOCK_BYTES = 1 << 20  # of a block's projection, which should stay in the second-level cache
@@ -58,30 +70,50 @@ def padded(columns: int, item: int) -> int:
     return -(-columns // lanes) * lanes
 
 
+def projection(params: Params) -> int:
+    """P where h is projected, else 0."""
+    return int(params["weight_hr"].shape[0]) if "weight_hr" in params else 0
+
+
 Sizes = tuple[dict[str, int], dict[str, int]]
 
 
-def forward_room(sources: Sources, shape: Sequence[int], item: int) -> Sizes:
-    """What a forward kernel needs for rows of `shape` = (T, R, D, H, W): numbers, and sizes of memory by name."""
+def forward_room(sources: Sources, shape: Sequence[int], item: int, projected: int = 0) -> Sizes:
+    """What a forward kernel needs for rows of `shape` = (T, R, D, H, W): numbers, and sizes of memory by name.
+
+    `projected` is P, where h is.
+    """
     count, rows, d, hidden, width = shape
-    cut = sources.added * hidden
+    cut, apart = sources.halves.first * hidden, sources.halves.apart
     y = padded(cut, item)
     z = y + padded(width - cut, item)
+    late = y * apart[0] + (z - y) * apart[1]
     block = max(1, min(count, _BLOCK_BYTES // max(1, rows * z * item)))
-    sizes = {"Q": d * z, "U": hidden * z, "P": block * rows * z, "B": rows * (z - y), "K": z, "L": z - y, "O": 0}
-    return {"cut": cut, "Y": y, "Z": z, "J": block}, sizes
+    sizes = {"Q": d * z, "U": (projected or hidden) * z, "P": block * rows * z, "B": rows * late, "K": z, "L": late}
+    numbers, wide = {"cut": cut, "Y": y, "Z": z, "J": block}, padded(projected, item)
+    if projected:
+        numbers |= {"HP": projected, "Hw": wide}
+        sizes |= {"UR": hidden * wide, "HN": rows * wide}
+    return numbers, sizes | {"O": wide}
 
 
-def back_room(sources: Sources, shape: Sequence[int], item: int) -> Sizes:
+def back_room(sources: Sources, shape: Sequence[int], item: int, projected: int = 0) -> Sizes:
     """The same for a backward kernel; B and O must be 0 before."""
     count, n, d, hidden, width = shape
     block = max(1, min(count, -(-_BLOCK_ROWS // max(1, n))))
-    rows, wide, inputs = block * n, padded(hidden, item), padded(d, item)
-    edge = 2 * library.tile_rows() * library.lanes(item)
-    sizes = {"B": n * wide, "O": edge + max(d, wide, edge), "Q": width * inputs, "U": width * wide}
-    sizes |= {"LA": (width + edge) * rows, "LB": rows * max(inputs, wide)}
+    rows, wide, inputs = block * n, padded(projected or hidden, item), padded(d, item)
+    edge, own = 2 * library.tile_rows() * library.lanes(item), padded(hidden, item)
+    sizes = {"B": n * wide, "O": edge + max(d, own, edge), "Q": width * inputs, "U": width * wide}
+    sizes |= {"LA": (width + edge) * rows, "LB": rows * max(inputs, own)}
     sizes |= dict.fromkeys(("X", "Y")[: (2 - sources.same) * (d > 0)], rows * width)
-    return {"J": block, "Hz": wide, "room": rows, "zeros": edge}, sizes
+    numbers = {"J": block, "Hz": wide, "room": rows, "zeros": edge}
+    if sources.halves.early:
+        cut, sizes = sources.halves.first * hidden, sizes | {"DQ": n * wide}
+        numbers |= {"cut": cut, "half": -(-cut // library.tile_rows()) * library.tile_rows()}
+    if projected:
+        sizes |= {"UR": projected * own, "DH": rows * projected, "DR": n * own, "SR": projected}
+        numbers |= {"HP": projected, "Hw": own}
+    return numbers, sizes
 
 
 class Table:
@@ -104,6 +136,15 @@ class Table:
         a = contiguous(a) if dtype is None else np.ascontiguousarray(a, dtype)
         self.keep(a)
         self.point(name, address(a), stride)
+
+    def sent(self, k: int, d: Array, dtype: Any) -> None:
+        """What the caller sends into state k (T, N, H), where it is if the kernel can read its rows, or else a copy."""
+        item = dtype.itemsize
+        whole = d.dtype == dtype and d.strides[-1] == item and not (d.strides[0] % item or d.strides[1] % item)
+        d = d if whole else np.ascontiguousarray(d, dtype)
+        self.keep(d)
+        self.point(f"I{k}", address(d), d.strides[1])
+        self.entries |= {f"a{k}": d.strides[0] // item, f"b{k}": d.strides[1] // item}
 
     def keep(self, a: Array) -> None:
         """Hold on to an array of which the kernel knows only the address."""

@@ -22,9 +22,8 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from xprnn.cells import Cell
-from xprnn.kernels.plan import trace_back, trace_step
+from xprnn.kernels.plan import slots_of, trace_back, trace_step
 from xprnn.kernels.scalar import FORMS, Body
-from xprnn.kernels.source import slots_of
 from xprnn.kernels.trace import Graph
 
 __all__ = ["Printed", "printed"]
