@@ -23,13 +23,11 @@ __all__ = [
     "embedding_step",
     "guarded",
     "linear_step",
-    "no_subclass",
     "nothing",
     "plain",
     "quick_of",
 ]
 
-_OWN = frozenset({np.ndarray})
 KEPT = frozenset({"_step", "_walk", "_pass"})  # what a part has made for itself
 
 Quick = Callable[[Params, Array, Any], tuple[Array, Any] | None]
@@ -62,12 +60,6 @@ def nothing(params: Params, x: Array, state: Any) -> None:
 def plain(a: Array, shape: tuple[int, ...], dtype: Any) -> bool:
     """Whether this is NumPy's own array in this shape and dtype."""
     return a.__class__ is np.ndarray and a.dtype == dtype and a.shape == shape
-
-
-def no_subclass(params: Params, state: Any) -> bool:
-    """Whether all are NumPy's own arrays: numba would take a masked array for one, and lose its mask."""
-    given = state if state.__class__ is tuple else () if state is None else (state,)
-    return {*map(type, params.values()), *map(type, given)} <= _OWN
 
 
 def _all_plain(params: Params, shapes: tuple[tuple[str, tuple[int, ...]], ...], dtype: Any) -> bool:

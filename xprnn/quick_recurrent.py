@@ -14,7 +14,7 @@ from xprnn.arrays import Array, Params, namespace
 from xprnn.chain import Chain, ChainTape
 from xprnn.kernels.step import BITS, Stepped, compiled_step, compiled_walk, numpy_step
 from xprnn.layout import names_of
-from xprnn.quick import Quick, Streams, guarded, no_subclass, nothing, plain
+from xprnn.quick import Quick, Streams, guarded, nothing, plain
 from xprnn.scan import step_once
 from xprnn.stack import StackTape
 from xprnn.tape import Steps
@@ -47,6 +47,7 @@ def recurrent_step(layer: Any, prefix: str, count: int) -> Quick | None:
         return None
     its, fast = _stepped(layer, prefix), kernels.fast
     few, floats, ways = its.few, BITS, dict[tuple[bool, bool | None], Quick]()
+    fastest = list[Quick | None]([None, None])  # by whether x is integer
 
     def way(integer: bool, one: bool | None) -> Quick:
         """The compiled step, or that in NumPy for one row or for many; made when it is first wanted."""
@@ -61,9 +62,12 @@ def recurrent_step(layer: Any, prefix: str, count: int) -> Quick | None:
         integer, n = x.dtype not in floats, len(x)
         if integer and x.dtype.kind not in "iu":
             return None
-        if n <= few and fast() and no_subclass(params, state):
+        if n <= few and fast():
             try:
-                done = way(integer, None)(params, x, state)
+                run = fastest[integer]
+                if run is None:
+                    run = fastest[integer] = way(integer, None)
+                done = run(params, x, state)
             except (KeyError, TypeError):  # no kernel, or one that takes no such arrays
                 done = None
             if done is not None:
@@ -83,8 +87,6 @@ def recurrent_walk(layer: Any) -> Quick | None:
     def walk(params: Params, x: Array, state: Any) -> tuple[Array, Any] | None:
         integer, n = x.dtype not in floats, x.shape[0 if batch_first else 1]
         if not fast() or not its.short(n, integer) or (integer and x.dtype.kind not in "iu"):
-            return None
-        if not no_subclass(params, state):
             return None
         if integer not in ways:
             ways[integer] = compiled_walk(its, integer, batch_first) or nothing

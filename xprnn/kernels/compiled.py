@@ -252,11 +252,7 @@ def _adjoints(
         if sent is None:
             table.read(f"I{k}", room["nothing"])
         else:
-            there = _in_rows(sent, dtype)
-            a, b = there.strides[:2]
-            table.keep(there)
-            table.point(f"I{k}", address(there), b)
-            table.entries |= {f"a{k}": a // dtype.itemsize, f"b{k}": b // dtype.itemsize}
+            table.sent(k, sent, dtype)
     for slot, a in kept.spare.items():
         table.point(slot, address(a), row)
     if kept.gates is not None:
@@ -292,10 +288,3 @@ def _total(sums: list[tuple[Array, ...]]) -> tuple[Array, ...]:
         for total, more in zip(sums[0], one, strict=True):
             np.add(total, more, total)
     return sums[0]
-
-
-def _in_rows(d: Array, dtype: Any) -> Array:
-    """`d`, whose rows the kernel can read where they are, or else a copy."""
-    item = dtype.itemsize
-    whole = d.dtype == dtype and d.strides[-1] == item and not (d.strides[0] % item or d.strides[1] % item)
-    return d if whole else np.ascontiguousarray(d, dtype)
