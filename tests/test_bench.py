@@ -126,6 +126,15 @@ def test_torch_agrees(cell):
     assert not streams.measure(cell, 3, ["torch"], 5)["disagree"]
 
 
+@pytest.mark.needs("torch", "onnxruntime", "onnx")
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize(("cell", "who"), [("lstm-proj", "torch"), ("gru-before", "onnxruntime")])
+def test_who_has_a_rarer_cell_agrees(cell, who):
+    running, wrong = worker.checked(worker.contenders(Problem(cell, SMALL), TASK, ["torch", "jax", "onnxruntime"]))
+    assert not wrong
+    assert [c.name for c in running] == ["core", who]
+
+
 @pytest.mark.needs("jax")
 @pytest.mark.parametrize("cell", ["elman", "lstm", "gru"])
 def test_jax_agrees(cell):

@@ -129,6 +129,8 @@ def means_line(rows: list[Row]) -> list[str]:
     for us in OWN:
         for (_, _, which), means in geometric_means(rows, us).items():
             parts = [f"{v:.2f} × {TITLES.get(k, k)}" for k, v in means.items()]
+            if not means:  # where nobody else has the cell
+                continue
             count = sum(r["pass"] == which and not disturbed(r) for r in rows)
             lines.append(f"- geometric mean of {count} rows, {us}, {which}: {', '.join(parts)}")
     return lines
