@@ -13,7 +13,7 @@ from backends import Backend
 from engine_cases import CASES, MAIN, problem
 
 import xprnn
-from xprnn import quick, stack
+from xprnn import quick_recurrent, stack
 from xprnn.kernels import compiling, step
 
 XP = Backend.NUMPY
@@ -84,7 +84,7 @@ def test_every_option_is_the_checked_step(rng, name, options, fast):
 @pytest.mark.needs("numba")
 @each_layer
 def test_a_few_rows_take_the_compiled_way(rng, make, monkeypatch):
-    monkeypatch.setattr(quick, "numpy_step", None)  # who calls it falls through to the checked step
+    monkeypatch.setattr(quick_recurrent, "numpy_step", None)  # who calls it falls through to the checked step
     layer = make(5, 19, 2)
     for n, taken in ((1, True), (step.FEW, True), (step.FEW + 1, False)):
         params, x, state = given(rng, layer, n)

@@ -25,7 +25,7 @@ def wrong_arguments(params, x, state):
         "another name": (less | {"bias": params["bias_hh_l0"]}, x, state),
         "one more": (params | {"bias": params["bias_hh_l0"]}, x, state),
         "no dict": (list(params.values()), x, state),
-        "a smaller weight": (params | {"weight_hh_l0": u[:, :7]}, x, state),
+        "a smaller weight": (params | {"weight_hh_l0": u[:, :-1]}, x, state),
         "a longer bias": (params | {"bias_ih_l0": np.append(params["bias_ih_l0"], 0.0)}, x, state),
         "a weight of another dtype": (params | {"weight_hh_l0": u.astype("float32")}, x, state),
         "a weight that is a list": (params | {"weight_hh_l0": u.tolist()}, x, state),

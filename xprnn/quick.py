@@ -7,31 +7,31 @@ written into is seen at once, and threads may share all of it.
 """
 
 from collections.abc import Callable
-from functools import cached_property, partial
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 
 from xprnn import kernels
 from xprnn.arrays import Array, Params
-from xprnn.kernels.step import BITS, Stepped, compiled_step, compiled_walk, numpy_step
-from xprnn.layout import names_of
-from xprnn.scan import step_once
+from xprnn.kernels.step import BITS
 
 __all__ = [
     "Quick",
     "Streams",
     "chain_step",
     "embedding_step",
+    "guarded",
     "linear_step",
+    "nothing",
+    "plain",
     "quick_of",
-    "recurrent_step",
-    "recurrent_walk",
 ]
 
-_OWN = frozenset({np.ndarray})
+KEPT = frozenset({"_step", "_walk", "_pass"})  # what a part has made for itself
 
 Quick = Callable[[Params, Array, Any], tuple[Array, Any] | None]
+Result = TypeVar("Result")
 
 
 class Streams:
@@ -45,46 +45,35 @@ class Streams:
         """The name and shape of every parameter."""
         raise NotImplementedError
 
-    def quick_walk(self) -> Quick | None:
-        """As `quick`, for a whole sequence of which no tape is kept."""
-        return None
-
     @cached_property
     def _step(self) -> Quick:
-        return self.quick("", len(self.shapes())) or _nothing
-
-    @cached_property
-    def _walk(self) -> Quick:
-        return self.quick_walk() or _nothing
+        return self.quick("", len(self.shapes())) or nothing
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_step", "_walk")}
+        return {name: value for name, value in vars(self).items() if name not in KEPT}
 
 
-def _nothing(params: Params, x: Array, state: Any) -> None:
+def nothing(params: Params, x: Array, state: Any) -> None:
     """The quick step of what has none."""
 
 
-def _plain(a: Array, shape: tuple[int, ...], dtype: Any) -> bool:
+def plain(a: Array, shape: tuple[int, ...], dtype: Any) -> bool:
+    """Whether this is NumPy's own array in this shape and dtype."""
     return a.__class__ is np.ndarray and a.dtype == dtype and a.shape == shape
-
-
-def _no_subclass(params: Params, state: Any) -> bool:
-    """Whether all are NumPy's own arrays: numba would take a masked array for one, and lose its mask."""
-    given = state if state.__class__ is tuple else () if state is None else (state,)
-    return {*map(type, params.values()), *map(type, given)} <= _OWN
 
 
 def _all_plain(params: Params, shapes: tuple[tuple[str, tuple[int, ...]], ...], dtype: Any) -> bool:
     """Whether the parameters are plain arrays of this dtype, in these shapes."""
-    return all(_plain(params[name], shape, dtype) for name, shape in shapes)
+    return all(plain(params[name], shape, dtype) for name, shape in shapes)
 
 
-def _guarded(count: int, run: Quick) -> Quick:
+def guarded(
+    count: int, run: Callable[[Params, Array, Any], Result | None]
+) -> Callable[[Params, Array, Any], Result | None]:
     """`run` for plain arrays outside of the generic scan; it may raise or return None where something doesn't fit."""
     ndarray, generic = np.ndarray, kernels.generic
 
-    def step(params: Params, x: Array, state: Any) -> tuple[Array, Any] | None:
+    def step(params: Params, x: Array, state: Any) -> Result | None:
         if x.__class__ is not ndarray or params.__class__ is not dict or len(params) != count or generic():
             return None
         try:
@@ -93,71 +82,6 @@ def _guarded(count: int, run: Quick) -> Quick:
             return None
 
     return step
-
-
-def recurrent_step(layer: Any, prefix: str, count: int) -> Quick | None:
-    """The quick step of a recurrent layer: compiled for a few rows, or else in NumPy."""
-    if layer.bidirectional or layer.reverse or not isinstance(layer.hidden_size, int):
-        return None
-    its, fast = _stepped(layer, prefix), kernels.fast
-    few, floats, ways = its.few, BITS, dict[tuple[bool, bool | None], Quick]()
-
-    def way(integer: bool, one: bool | None) -> Quick:
-        """The compiled step, or that in NumPy for one row or for many; made when it is first wanted."""
-        found = ways.get((integer, one))
-        if found is None:
-            once = partial(step_once, np, its.cell)
-            made = compiled_step(its, integer) if one is None else numpy_step(its, integer, one, once)
-            found = ways[integer, one] = made or _nothing
-        return found
-
-    def step(params: Params, x: Array, state: Any) -> tuple[Array, Any] | None:
-        integer, n = x.dtype not in floats, len(x)
-        if integer and x.dtype.kind not in "iu":
-            return None
-        if n <= few and fast() and _no_subclass(params, state):
-            try:
-                done = way(integer, None)(params, x, state)
-            except (KeyError, TypeError):  # no kernel, or one that takes no such arrays
-                done = None
-            if done is not None:
-                return done
-        return way(integer, n == 1)(params, x, state)
-
-    return _guarded(count, step)
-
-
-def recurrent_walk(layer: Any) -> Quick | None:
-    """The quick walk of a recurrent layer, for few rows and small weights; compiled or not at all."""
-    if layer.bidirectional or layer.reverse or not isinstance(layer.hidden_size, int):
-        return None
-    its, fast, floats, batch_first = _stepped(layer, ""), kernels.fast, BITS, layer.batch_first
-    ways = dict[bool, Quick]()
-
-    def walk(params: Params, x: Array, state: Any) -> tuple[Array, Any] | None:
-        integer, n = x.dtype not in floats, x.shape[0 if batch_first else 1]
-        if not fast() or not its.short(n, integer) or (integer and x.dtype.kind not in "iu"):
-            return None
-        if not _no_subclass(params, state):
-            return None
-        if integer not in ways:
-            ways[integer] = compiled_walk(its, integer, batch_first) or _nothing
-        return ways[integer](params, x, state)
-
-    return _guarded(len(its.shapes), walk)
-
-
-def _stepped(layer: Any, prefix: str) -> Stepped:
-    core, (shapes, names) = layer.core, names_of(layer)
-    short = ["weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if layer.bias else ()), *core.vectors]
-    short += ["weight_hr"] if layer.projection else []
-    found = tuple(tuple(prefix + own[name] for name in short) for own in names)
-    learned = tuple(prefix + name for name in shapes if name.startswith("initial_"))
-    shapes = {prefix + name: shape for name, shape in shapes.items()}
-    return Stepped(core, layer.bias, layer.input_size, layer.hidden_size, layer.projection, found, learned, shapes)
-
-
-# --- and what stands around them
 
 
 def linear_step(layer: Any, prefix: str, count: int) -> Quick:
@@ -174,7 +98,7 @@ def linear_step(layer: Any, prefix: str, count: int) -> Quick:
             np.add(y, params[b], y)
         return y.reshape(len(x), -1), None
 
-    return _guarded(count, step)
+    return guarded(count, step)
 
 
 def embedding_step(layer: Any, prefix: str, count: int) -> Quick:
@@ -192,7 +116,7 @@ def embedding_step(layer: Any, prefix: str, count: int) -> Quick:
         fits = x.min(initial=0) >= 0 and x.max(initial=0) < layer.num_embeddings
         return (params[w].take(x, axis=0), None) if fits else None
 
-    return _guarded(count, step)
+    return guarded(count, step)
 
 
 def quick_of(part: Any, prefix: str, count: int) -> Quick | None:
@@ -205,7 +129,7 @@ def quick_of(part: Any, prefix: str, count: int) -> Quick | None:
         done: tuple[Array, Any] = part.step({short: params[name] for short, name in names.items()}, x, state)
         return done
 
-    return _guarded(count, step)
+    return guarded(count, step)
 
 
 def chain_step(steps: dict[str, Any], recurrent: list[str]) -> Quick:

@@ -19,7 +19,7 @@ from xprnn.cells import Cell
 from xprnn.checks import check_init, flag, fraction, keep_positive, positive
 from xprnn.forms import cell_form
 from xprnn.initial import draw, laid
-from xprnn.quick import Streams, recurrent_step, recurrent_walk
+from xprnn.quick_recurrent import QuickRecurrent
 from xprnn.stack import Gradients, StackTape
 
 __all__ = ["Recurrent", "keep_positive"]
@@ -28,7 +28,7 @@ State = Any
 
 
 @dataclass(frozen=True)
-class Recurrent(Streams):
+class Recurrent(QuickRecurrent):
     """A stack of one cell, in one or two directions. RNN, LSTM and GRU are this with their cells.
 
     Args:
@@ -236,6 +236,9 @@ class Recurrent(Streams):
         >>> dx.shape, dstate.shape, dparams["weight_hh_l0"].shape
         ((5, 2, 3), (1, 2, 4), (4, 4))
         """
+        plain = lengths is None and mask is None and reset is None and rng is None and checkpoint is None
+        if plain and (done := self._pass(params, x, state)) is not None:
+            return done
         y, final, tape = stack.forward(
             self, params, x, state, lengths=lengths, mask=mask, reset=reset, keep=True, rng=rng, checkpoint=checkpoint
         )
@@ -285,9 +288,6 @@ class Recurrent(Streams):
         """
         done = self._step(params, x, state)
         return stack.step(self, params, x, state) if done is None else done
-
-    quick = recurrent_step
-    quick_walk = recurrent_walk
 
     def config(self) -> dict[str, Any]:
         """The configuration as JSON-able data; `from_config` reads it back."""

@@ -20,7 +20,7 @@ from xprnn.kernels.table import Kept, Table, address, back_room, call, forward_r
 from xprnn.kernels.threads import Part, each, parts
 from xprnn.tape import State, Steps, Tape
 
-__all__ = ["NAME", "find", "why_not"]
+__all__ = ["NAME", "find", "sources_of", "taped", "why_not"]
 
 NAME = "compiled by numba"
 _DTYPES = frozenset((np.dtype(np.float32), np.dtype(np.float64)))
@@ -71,13 +71,11 @@ def _forward(
     """See xprnn.scan.forward, which is the specification."""
     done = small.forward(sources, cell, params, x, state, steps, reverse) if keep else None
     if done is not None:
-        kept, final = done
-        rows = kept.rows
-    else:
-        rows = Rows.of(x.shape[:2], steps)
-        kept, table = _prepare(sources, cell, params, rows.sort(x, 1), rows, reverse, keep)
-        ends = tuple(rows.sort(s, 0) for s in state), tuple(rows.sort(s, 0) for s in home)
-        final = tuple(rows.unsort(s, 0) for s in _run(kept, table, cell, params, ends, reverse, keep))
+        return taped(done, cell, params, x, state, steps, reverse)
+    rows = Rows.of(x.shape[:2], steps)
+    kept, table = _prepare(sources, cell, params, rows.sort(x, 1), rows, reverse, keep)
+    ends = tuple(rows.sort(s, 0) for s in state), tuple(rows.sort(s, 0) for s in home)
+    final = tuple(rows.unsort(s, 0) for s in _run(kept, table, cell, params, ends, reverse, keep))
     y = rows.unsort(kept.after[0].view(), 1)
     if not keep:
         return y, final, None
@@ -87,6 +85,17 @@ def _forward(
         y.flags.writeable = False  # the tape lives in this memory
     shown = partial(rows.shown, kept.after)
     return y, final, Tape(backward, np, cell, params, x, state, home, steps, reverse, shown, kept, NAME)
+
+
+def taped(
+    done: tuple[Kept, State], cell: Cell, params: Params, x: Array, state: State, steps: Steps, reverse: bool
+) -> tuple[Array, State, Tape]:
+    """What small.forward has done, as a scan returns it."""
+    kept, final = done
+    y = kept.after[0].view()
+    y.flags.writeable = False  # the tape lives in this memory
+    shown = partial(kept.rows.shown, kept.after)
+    return y, final, Tape(backward, np, cell, params, x, state, state, steps, reverse, shown, kept, NAME)
 
 
 def _prepare(
@@ -243,11 +252,7 @@ def _adjoints(
         if sent is None:
             table.read(f"I{k}", room["nothing"])
         else:
-            there = _in_rows(sent, dtype)
-            a, b = there.strides[:2]
-            table.keep(there)
-            table.point(f"I{k}", address(there), b)
-            table.entries |= {f"a{k}": a // dtype.itemsize, f"b{k}": b // dtype.itemsize}
+            table.sent(k, sent, dtype)
     for slot, a in kept.spare.items():
         table.point(slot, address(a), row)
     if kept.gates is not None:
@@ -283,10 +288,3 @@ def _total(sums: list[tuple[Array, ...]]) -> tuple[Array, ...]:
         for total, more in zip(sums[0], one, strict=True):
             np.add(total, more, total)
     return sums[0]
-
-
-def _in_rows(d: Array, dtype: Any) -> Array:
-    """`d`, whose rows the kernel can read where they are, or else a copy."""
-    item = dtype.itemsize
-    whole = d.dtype == dtype and d.strides[-1] == item and not (d.strides[0] % item or d.strides[1] % item)
-    return d if whole else np.ascontiguousarray(d, dtype)

@@ -8,6 +8,7 @@ all tanh or sigmoid of their sum take one tanh together.
 
 from collections.abc import Callable
 from functools import lru_cache, partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,12 +80,9 @@ def _head(its: Stepped, integer: bool) -> list[str]:
     return [*lines, "if state.__class__ is not tuple: return None", f"{', '.join(before)} = state"]
 
 
-def _fit(its: Stepped, names: tuple[str, ...]) -> list[str]:
-    """Checks of parameters that are at hand under no other name."""
-    lines = []
-    for name in names:
-        lines += [f"p = params[{name!r}]", _unless("p", str(its.shapes[name]))]
-    return lines
+def _fit(its: Stepped) -> list[str]:
+    """Checks of parameters that no step needs."""
+    return [line for p in its.learned for line in (f"p = params[{p!r}]", _unless("p", str(its.shapes[p])))]
 
 
 def _unless(name: str, shape: str) -> str:
@@ -137,15 +135,19 @@ def _compiled(its: Stepped, integer: bool, source: Callable[..., Any], head: lis
         return None
     scope = {"first": _Kernels(its, integer, source), "later": _Kernels(its, False, source), "long": np.int64}
     count, after = len(its.names), [f"n{k}" for k in range(len(its.widths))]
-    lines = [*head, *_fit(its, its.learned), "kernel = first[dtype]"]
+    before = [f"s{k}" for k in range(len(after))]
+    weights = [[f"w{j}_{k}" for j in range(len(names))] for k, names in enumerate(its.names)]
+    named = dict(zip(chain(*weights), chain(*its.names), strict=True))
+    lines = [*head, *_fit(its), "kernel = first[dtype]", *(f"{w} = params[{name!r}]" for w, name in named.items())]
+    # numba would take a masked array for one of NumPy's own, and lose its mask.
+    kinds = " is ".join(f"{name}.__class__" for name in (*before, *named))
+    lines += [f"if not ({kinds} is ndarray): return None"]
     lines += ["x = x.astype(long, casting='safe', copy=False)"] if integer else []
     lines += [f"{name} = empty(({count}, n, {w}), dtype)" for name, w in zip(after, its.widths, strict=True)]
-    states = ", ".join(f"s{k}" for k in range(len(after)))
     x, d = "x", its.inputs
-    for k, names in enumerate(its.names):
-        weights = ", ".join(f"params[{name!r}]" for name in names)
+    for k, own in enumerate(weights):
         # A row is read before it is written: y may well be x.
-        lines += [f"if kernel({k}, {d}, {weights}, {x}, {states}, y, {', '.join(after)}): return None"]
+        lines += [f"if kernel({', '.join((str(k), str(d), *own, x, *before, 'y', *after))}): return None"]
         lines += ["kernel = later[dtype]"] if integer and k == 0 and count > 1 else []
         x, d = "y", its.widths[0]
     return _made([*lines, f"return {out}, {_result(its)}"], scope)
@@ -174,7 +176,7 @@ def numpy_step(its: Stepped, integer: bool, one: bool, once: Callable[..., Any])
     lines, count = [*_head(its, integer), "if dtype not in bits: return None"], len(its.names)
     lines += _input_fits(its, integer, one)
     lines += [_unless(f"s{k}", f"({count}, n, {w})") for k, w in enumerate(its.widths)]
-    lines += _fit(its, its.learned)
+    lines += _fit(its)
     for k, names in enumerate(its.names):
         for j, name in enumerate(names):
             lines += [f"w{j}_{k} = params[{name!r}]", _unless(f"w{j}_{k}", str(its.shapes[name]))]

@@ -137,6 +137,15 @@ class Table:
         self.keep(a)
         self.point(name, address(a), stride)
 
+    def sent(self, k: int, d: Array, dtype: Any) -> None:
+        """What the caller sends into state k (T, N, H), where it is if the kernel can read its rows, or else a copy."""
+        item = dtype.itemsize
+        whole = d.dtype == dtype and d.strides[-1] == item and not (d.strides[0] % item or d.strides[1] % item)
+        d = d if whole else np.ascontiguousarray(d, dtype)
+        self.keep(d)
+        self.point(f"I{k}", address(d), d.strides[1])
+        self.entries |= {f"a{k}": d.strides[0] // item, f"b{k}": d.strides[1] // item}
+
     def keep(self, a: Array) -> None:
         """Hold on to an array of which the kernel knows only the address."""
         self._alive.append(a)
