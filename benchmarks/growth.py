@@ -10,21 +10,18 @@ is benchmarks/memory.py's.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from options import CELLS, arguments, finish
 
-from xprnn.bench import machine
-from xprnn.bench.ours import LAYERS, core
-from xprnn.bench.problem import Problem
+from xprnn.bench.ours import core
+from xprnn.bench.problem import BOTH, FORWARD, Problem
 
 D, H, T, N = 1, 16, 100, 1
 STEPS, ROWS = [10**3, 10**4, 10**5, 10**6], [1, 4, 16, 64, 256, 1024]
@@ -45,15 +42,14 @@ def typical(call: Callable[[], Any], rounds: int) -> float:
 def measure(steps: list[int], rounds: int) -> list[dict[str, Any]]:
     """A row for each cell, pass and letter: sizes, seconds and exponents."""
     out = []
-    for cell in LAYERS:
+    for cell in CELLS:
         for letter, sizes in (("T", steps), ("N", ROWS)):
-            seconds: dict[str, list[float]] = {"forward": [], "forward+backward": []}
+            seconds: dict[str, list[float]] = {FORWARD: [], BOTH: []}
             for size in sizes:
                 shape = (D, H, N, size) if letter == "T" else (D, H, size, T)
                 one = core(Problem(cell, shape))
-                assert one.both is not None
-                seconds["forward"].append(typical(one.forward, rounds))
-                seconds["forward+backward"].append(typical(one.both, rounds))
+                for which, times in seconds.items():
+                    times.append(typical(one.calls[which], rounds))
             for which, times in seconds.items():
                 x, y = np.log(sizes), np.log(times)
                 fitted, last = float(np.polyfit(x, y, 1)[0]), float((y[-1] - y[-2]) / (x[-1] - x[-2]))
@@ -85,21 +81,17 @@ def report(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def main() -> None:
+def main() -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--short", action="store_true", help="T up to 10^5, fewer rounds")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
     args = parser.parse_args()
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1):
         rows = measure(STEPS[:-1] if args.short else STEPS, 5 if args.short else 15)
-    run = {"machine": machine.describe(), "rows": rows, "goals": goals(rows)}
-    print(*report(rows), sep="\n")
-    if args.json:
-        args.json.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    return finish(args, report(rows), {"rows": rows, "goals": goals(rows)})
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

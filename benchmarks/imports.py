@@ -7,16 +7,13 @@ Each round is a fresh interpreter that imports NumPy and then xprnn, from files 
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
-from xprnn.bench import machine
+from options import arguments, finish
 
 LIMIT = 50.0  # milliseconds
 OPTIONAL = ("cupy", "h5py", "jax", "llvmlite", "matplotlib", "numba", "onnx", "onnxruntime", "torch")
@@ -38,12 +35,9 @@ def once(compiled: str) -> tuple[float, float, list[str]]:
     return float(first), float(second), sorted(set(loaded) & set(OPTIONAL))
 
 
-def main() -> None:
+def main() -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
-    args = parser.parse_args()
+    args = arguments(__doc__, rounds=21).parse_args()
     with tempfile.TemporaryDirectory() as compiled:
         once(compiled)  # compiles and reads the files, as an installation does
         numpy, own, extra = zip(*(once(compiled) for _ in range(args.rounds)), strict=True)
@@ -52,15 +46,14 @@ def main() -> None:
         {"what": "import xprnn after numpy, milliseconds", "value": middle, "most": LIMIT},
         {"what": "optional packages that import xprnn loads", "value": len(extra[-1]), "most": 0},
     ]
-    run = {"machine": machine.describe(), "numpy": numpy, "xprnn": own, "optional": extra[-1], "goals": goals}
-    print(
+    run = {"numpy": numpy, "xprnn": own, "optional": extra[-1], "goals": goals}
+    text = (
         f"`import xprnn` adds {middle:.0f} ms (quartiles {low:.0f} to {high:.0f}) to `import numpy`, which takes "
         f"{statistics.median(numpy):.0f} ms; optional packages imported: {', '.join(extra[-1]) or 'none'}. "
         f"{args.rounds} fresh processes."
     )
-    if args.json:
-        args.json.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    return finish(args, [text], run)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,21 +10,18 @@ Time is the process's own (time.process_time), medians of interleaved runs, one 
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
 import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from options import arguments, finish
 
 import xprnn
-from xprnn.bench import machine
 from xprnn.bptt import gradients, windows
 
 BUDGET = "4MiB"
@@ -148,22 +145,19 @@ def report(run: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main() -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--quick", action="store_true", help="T up to 20,000")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here too")
     args = parser.parse_args()
     from threadpoolctl import threadpool_limits
 
     lengths = [5_000, 20_000] if args.quick else [10_000, 100_000, 1_000_000]
     with threadpool_limits(1):
-        run = {"machine": machine.describe(), "times": times(5 if args.quick else 15), "memory": memory(lengths)}
+        run: dict[str, Any] = {"times": times(5 if args.quick else 15), "memory": memory(lengths)}
     run["goals"] = [] if args.quick else goals(run["memory"])  # short sequences do not show an exponent
-    print(report(run))
-    if args.json:
-        Path(args.json).write_text(json.dumps(run, indent=1), encoding="utf-8")
+    return finish(args, [report(run)], run)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,17 +10,15 @@ One BLAS thread, the two vocabularies in turn.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from options import CELLS, arguments, finish
 
 import xprnn
-from xprnn.bench import machine, timing
+from xprnn.bench import timing
 from xprnn.bench.ours import LAYERS
 
 SIZES = (50, 5000)
@@ -59,7 +57,8 @@ def dense(rows: int, v: int) -> dict[str, Callable[[], Any]]:
 def measure(count: int) -> list[dict[str, Any]]:
     """Milliseconds at both sizes, and the ratio of each round."""
     rows = []
-    for cell, kind in LAYERS.items():
+    for cell in CELLS:
+        kind = LAYERS[cell]
         makers: dict[str, Callable[[int], Any]] = {
             f"{cell}, integers": lambda v, kind=kind: passes(kind(v, H), v),
             f"{cell}, Embedding": lambda v, kind=kind: passes(
@@ -71,7 +70,7 @@ def measure(count: int) -> list[dict[str, Any]]:
             small, large = (make(v) for v in SIZES)
             for which, call in small.items():
                 calls = {"small": call, "large": large[which]}
-                times, _ = timing.interleave(calls, 0.0, count, count, 0.0)
+                times = timing.interleave(calls, count)
                 ratio = timing.paired_ratio(times["large"], times["small"])
                 seconds = {k: timing.summary(t) for k, t in times.items()}
                 rows.append({"what": what, "pass": which, "seconds": seconds, "ratio": ratio})
@@ -98,21 +97,15 @@ def report(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def main() -> None:
+def main() -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
-    args = parser.parse_args()
+    args = arguments(__doc__, rounds=25).parse_args()
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1):
         rows = measure(args.rounds)
-    run = {"machine": machine.describe(), "rows": rows, "goals": goals(rows)}
-    print(*report(rows), sep="\n")
-    if args.json:
-        args.json.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    return finish(args, report(rows), {"rows": rows, "goals": goals(rows)})
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,26 +10,22 @@ takes above it is its overhead. Contenders take turns in blocks, so that what di
 
 from __future__ import annotations
 
-import argparse
-import gc
-import json
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from options import CELLS, arguments, finish
 
 from xprnn.bench import article, machine, streams
+from xprnn.bench.peers import missing
 from xprnn.bench.problem import Problem
+from xprnn.bench.streams import Step
 from xprnn.kernels import compiling, library
 from xprnn.kernels.step_source import step_source
 
-Step = Callable[[], Any]
-BLOCK = 500
 OURS_IN_NUMPY = "xprnn, NumPy"
-CELLS = ("elman", "lstm", "gru")
+MOST = {"fast": 2.0, "NumPy": 6.0}  # microseconds above the floor
 
 
 def compiled_floor(problem: Problem) -> Step:
@@ -95,53 +91,40 @@ def articles(problem: Problem) -> Step:
     return step
 
 
-def contenders(problem: Problem, fast: bool) -> dict[str, Step]:
-    """Everyone who is installed."""
-    found = {"xprnn, fast": streams.ours(problem), "floor, fast": compiled_floor(problem)} if fast else {}
-    found |= {OURS_IN_NUMPY: streams.ours(problem), "floor, NumPy": numpy_floor(problem)}
-    for name, make in {"torch": streams.torch_cell, "ONNX Runtime": streams.onnxruntime_step}.items():
-        try:
-            found[name] = make(problem)
-        except ImportError as error:
-            print(f"{name}: left out ({error})", file=sys.stderr)
-    return found | ({"the article": articles(problem)} if problem.cell == "elman" else {})
-
-
-def measure(steps: dict[str, Step], count: int) -> dict[str, dict[str, float]]:
-    """Microseconds a step for each contender, the empty clock's own time taken off."""
-    clock, times = time.perf_counter_ns, {name: np.empty(count) for name in steps}
-    clock_cost = float(np.median([-(clock() - clock()) for _ in range(1000)]))
-    order = list(steps)
-    gc.collect()
-    gc.disable()
-    try:
-        for at in range(0, count, BLOCK):
-            for name in order:
-                step, here = steps[name], times[name]
-                with compiling(name != OURS_IN_NUMPY):
-                    for _ in range(20):
-                        step()
-                    for k in range(at, min(at + BLOCK, count)):
-                        start = clock()
-                        step()
-                        here[k] = clock() - start
-            order = order[1:] + order[:1]
-    finally:
-        gc.enable()
-    return {name: streams.percentiles(t - clock_cost) for name, t in times.items()}
-
-
 def row(cell: str, hidden: int, count: int, fast: bool) -> dict[str, Any]:
-    """One cell and size; everyone's first steps are compared before the clock starts."""
+    """One cell and size, with everyone who is installed."""
+    makers: dict[str, Callable[[Problem], Step]] = {}
+    if fast:
+        makers |= {"xprnn, fast": streams.ours, "floor, fast": compiled_floor}
+    makers |= {OURS_IN_NUMPY: streams.ours, "floor, NumPy": numpy_floor}
+    makers |= {
+        title: make
+        for name, title, make in (
+            ("torch", "torch", streams.torch_cell),
+            ("onnxruntime", "ONNX Runtime", streams.onnxruntime_step),
+        )
+        if not missing(name)
+    }
+    makers |= {"the article": articles} if cell == "elman" else {}
     problem = Problem(cell, (streams.D, hidden, 1, 1))
-    steps, wanted, wrong = contenders(problem, fast), None, []
-    for name, step in steps.items():
-        with compiling(name != OURS_IN_NUMPY):
-            found = np.stack([np.asarray(step()).copy() for _ in range(5)])
-        wanted = found if wanted is None else wanted
-        if found.shape != wanted.shape or not np.max(np.abs(found - wanted)) <= streams.CLOSE:
-            wrong.append(name)
-    return {"cell": cell, "hidden": hidden, "microseconds": measure(steps, count), "disagree": wrong}
+    return streams.compared(makers, problem, count, lambda name: compiling(name != OURS_IN_NUMPY))
+
+
+def overhead(row: dict[str, Any], way: str) -> float | None:
+    """Microseconds that our median takes above the arithmetic's."""
+    found = row["microseconds"]
+    ours, floor = found.get(f"xprnn, {way}"), found.get(f"floor, {way}")
+    return ours["p50"] - floor["p50"] if ours and floor else None
+
+
+def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The overhead of each cell and size."""
+    return [
+        {"what": f"step, {r['cell']}, H={r['hidden']}, {way}: overhead, microseconds", "value": value, "most": most}
+        for r in rows
+        for way, most in MOST.items()
+        if (value := overhead(r, way)) is not None
+    ]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -152,9 +135,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for r in rows:
         found = r["microseconds"]
         cells = ["" if n not in found else " / ".join(f"{v:.1f}" for v in found[n].values()) for n in names]
-        for way in ("fast", "NumPy"):
-            ours, floor = found.get(f"xprnn, {way}"), found.get(f"floor, {way}")
-            cells.append(f"{ours['p50'] - floor['p50']:.1f}" if ours and floor else "")
+        cells += ["" if (value := overhead(r, way)) is None else f"{value:.1f}" for way in MOST]
         note = f" (disagree: {', '.join(r['disagree'])})" if r["disagree"] else ""
         lines.append(f"| {r['cell']}{note} | {r['hidden']} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -162,23 +143,17 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, cells=CELLS)
     parser.add_argument("--steps", type=int, default=100_000)
-    parser.add_argument("--cell", nargs="+", choices=CELLS, default=CELLS)
     parser.add_argument("--hidden", nargs="+", type=int, default=[16, 32, 64])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     parser.add_argument("--short", action="store_true", help="a tenth of the steps")
     args = parser.parse_args()
-    if args.short:
-        args.steps = max(1, args.steps // 10)
+    steps = max(1, args.steps // 10) if args.short else args.steps
     machine.pin(machine.cores()[:1])  # one core, so that nobody's threads help
-    run: dict[str, Any] = {"machine": machine.describe(), "steps": args.steps}
-    print("\n".join(f"{k}: {v}" for k, v in run["machine"].items()), file=sys.stderr)
-    run["rows"] = [row(c, h, args.steps, library.available()) for c in args.cell for h in args.hidden]
-    print("Microseconds a step, p50 / p99 / p99.9:\n\n" + table(run["rows"]))
-    if args.json:
-        args.json.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
-    return 1 if any(r["disagree"] for r in run["rows"]) else 0
+    rows = [row(c, h, steps, library.available()) for c in args.cell for h in args.hidden]
+    lines = ["Microseconds a step, p50 / p99 / p99.9:", "", table(rows)]
+    failed = any(r["disagree"] for r in rows)
+    return finish(args, lines, {"steps": steps, "rows": rows, "goals": goals(rows)}, failed)
 
 
 if __name__ == "__main__":

@@ -3,66 +3,50 @@
     python benchmarks/threads.py [--cell elman lstm gru] [--rounds N]
 
 Small work must not be slowed by threads that it doesn't need. One process with one thread on one core and one with two
-on two, in turns (turns.py).
+on two, in turns.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 import sys
-from collections.abc import Callable
-from functools import lru_cache
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from turns import Player, rounds, serve
+from options import CELLS, arguments, finish
 
-from xprnn.bench import machine
-from xprnn.bench.ours import core
-from xprnn.bench.problem import GRID, Contender, Problem
+from xprnn.bench import machine, timing
+from xprnn.bench.contenders import agreeing, contender
+from xprnn.bench.players import Company, rounds
+from xprnn.bench.problem import BOTH, FORWARD, GRID
 
 LIMIT = 1.05
-PASSES = ("forward", "forward+backward")
-
-
-@lru_cache(maxsize=1)
-def row(cell: str, shape: tuple[int, int, int, int]) -> Contender:
-    """A row's arrays, kept while its passes are measured."""
-    return core(Problem(cell, shape))
-
-
-def make(task: dict[str, Any]) -> tuple[Callable[[str], Any], Any]:
-    """In the measuring process: the call whose word is cell/D,H,N,T/pass."""
-
-    def call(word: str) -> Any:
-        cell, shape, which = word.split("/")
-        d, h, n, t = map(int, shape.split(","))
-        one = row(cell, (d, h, n, t))
-        return one.forward() if which == "forward" else one.both()
-
-    return call, None
+PASSES = (FORWARD, BOTH)
 
 
 def measure(cells: list[str], shapes: list[tuple[int, ...]], count: int, seconds: float) -> list[dict[str, Any]]:
     """Seconds with one and with two threads, and the rounds' ratios."""
-    players = {str(k): Player(__file__, {}, k) for k in (1, 2)}
     rows = []
-    for cell in cells:
-        for shape in shapes:
-            for which in PASSES:
-                times = rounds(players, count, seconds, f"{cell}/{','.join(map(str, shape))}/{which}")
-                ratio = statistics.median(b / a for a, b in zip(times["1"], times["2"], strict=True))
-                rows.append({"cell": cell, "shape": shape, "pass": which, "seconds": times, "ratio": ratio})
-        print(f"{cell}: measured", file=sys.stderr, flush=True)
-    for player in players.values():
-        player.close()
+    with Company() as company, tempfile.TemporaryDirectory() as folder:
+        players = {str(k): company.player(str(k), k) for k in (1, 2)}
+        for cell in cells:
+            for shape in shapes:
+                about = {"name": "core", "cell": cell, "shape": shape, "order": "C"}
+                tasks = {name: about | {"threads": p.threads} for name, p in players.items()}
+                _, wrong = agreeing(players, contender, tasks, Path(folder))
+                if wrong:
+                    raise RuntimeError(f"{cell} {shape}: {'; '.join(wrong)}")
+                for which in PASSES:
+                    seen = rounds(players, which, 0.0, count, count, seconds)
+                    ratio = timing.paired_ratio(seen.times["2"], seen.times["1"])
+                    row = {"cell": cell, "shape": shape, "pass": which, "seconds": seen.times, "ratio": ratio}
+                    rows.append(row | {"set_aside": seen.set_aside})
+            print(f"{cell}: measured", file=sys.stderr, flush=True)
     return rows
 
 
 def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every row."""
+    """Every undisturbed row."""
     return [
         {
             "what": f"two threads over one, {r['cell']} {tuple(r['shape'])} {r['pass']}",
@@ -70,7 +54,13 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "most": LIMIT,
         }
         for r in rows
+        if r["set_aside"] >= 0
     ]
+
+
+def undecided(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows of which other processes disturbed most rounds."""
+    return [f"two threads over one, {r['cell']} {tuple(r['shape'])} {r['pass']}" for r in rows if r["set_aside"] < 0]
 
 
 def report(rows: list[dict[str, Any]]) -> list[str]:
@@ -87,26 +77,16 @@ def report(rows: list[dict[str, Any]]) -> list[str]:
 
 def main() -> int:
     """Measure, print, write."""
-    if "--play" in sys.argv:
-        serve(make)
-        return 0
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--cell", nargs="+", choices=("elman", "lstm", "gru"), default=["elman", "lstm", "gru"])
-    add("--rows", type=int, default=len(GRID), metavar="COUNT", help="the first rows of the grid; default: all")
-    add("--rounds", type=int, default=9)
-    add("--seconds", type=float, default=0.1, help="of a turn; default: 0.1")
-    add("--json", type=Path, metavar="FILE", help="write the figures here too")
+    parser = arguments(__doc__, rounds=9, cells=CELLS)
+    parser.add_argument(
+        "--rows", type=int, default=len(GRID), metavar="COUNT", help="the first of the grid; default: all"
+    )
+    parser.add_argument("--seconds", type=float, default=0.1, help="of a turn; default: 0.1")
     args = parser.parse_args()
     if len(machine.cores()) < 2:
-        print("one core here: nothing to compare")
-        return 0
+        return finish(args, ["one core here: nothing to compare"], {})
     rows = measure(args.cell, GRID[: args.rows], args.rounds, args.seconds)
-    print(*report(rows), sep="\n")
-    if args.json:
-        run = {"machine": machine.describe(), "rows": rows, "goals": goals(rows)}
-        args.json.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return finish(args, report(rows), {"rows": rows, "goals": goals(rows), "undecided": undecided(rows)})
 
 
 if __name__ == "__main__":

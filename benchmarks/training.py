@@ -10,46 +10,35 @@ core and with two on two; in turns of half a second, round by round. training_st
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from training_steps import FIRST, H, T, make
-from turns import Player, rounds, serve
+from options import CELLS, arguments, finish
+from training_steps import FIRST, STEP, H, T, make
 
 from xprnn.bench import machine
+from xprnn.bench.contenders import agreeing
+from xprnn.bench.players import Company, rounds
 
 NAMES = {"xprnn": "xprnn", "torch": "torch, eager", "jax": "JAX, jitted, optax"}
-SCRIPT = __file__
-CLOSE = 1e-3  # of the loss, over the first windows
+CLOSE = 1e-3  # of the largest loss, over the first windows
 
 
 def measure(cell: str, n: int, threads: list[int], count: int, seconds: float) -> dict[str, Any]:
     """A row: characters a second of each contender with each number of threads."""
-    players: dict[str, Player] = {}
-    wrong = []
-    try:
-        for who in NAMES:
-            for k in threads:
-                try:
-                    players[f"{who} {k}"] = Player(SCRIPT, {"who": who, "cell": cell, "batch": n}, k)
-                except RuntimeError as error:  # not installed, say: its own message stands on standard error
-                    wrong.append(f"{who}, {k} thread(s): {error}")
-        wanted = players[f"xprnn {threads[0]}"].said
-        for name in list(players):
-            losses = players[name].said
-            if max(abs(a - b) for a, b in zip(losses, wanted, strict=True)) > CLOSE * wanted[0]:
-                wrong.append(f"{name} thread(s): refused, its first losses are {losses}, xprnn's {wanted}")
-                players.pop(name).close()
-        times = rounds(players, count, seconds)
-    finally:
-        for player in players.values():
-            player.close()
-    rate = {name: [n * T / t for t in seen] for name, seen in times.items()}
-    return {"cell": cell, "batch": n, "rates": rate, "disagree": wrong, "losses": wanted}
+    with Company() as company, tempfile.TemporaryDirectory() as folder:
+        players = {f"{who} {k}": company.player(f"{who} {k}", k) for who in NAMES for k in threads}
+        about = {"cell": cell, "batch": n}
+        tasks = {name: about | {"who": name.split()[0], "threads": p.threads} for name, p in players.items()}
+        seated, wrong = agreeing(players, make, tasks, Path(folder), CLOSE)
+        playing = {name: players[name] for name in seated}
+        seen = rounds(playing, STEP, 0.0, count, count, seconds)
+    wrong += [f"{name} {why}" for name, why in seen.lost.items()]
+    rate = {name: [n * T / t for t in times] for name, times in seen.times.items()}
+    return {"cell": cell, "batch": n, "rates": rate, "disagree": wrong, "set_aside": seen.set_aside}
 
 
 def best(row: dict[str, Any], who: str, threads: list[int]) -> tuple[float, int] | None:
@@ -59,12 +48,12 @@ def best(row: dict[str, Any], who: str, threads: list[int]) -> tuple[float, int]
 
 
 def goals(rows: list[dict[str, Any]], threads: list[int]) -> list[dict[str, Any]]:
-    """Each row against the faster peer, everyone with as many threads as suit it."""
+    """Each undisturbed row against the faster peer, everyone with as many threads as suit it."""
     out = []
     for row in rows:
         found = {who: b for who in NAMES if (b := best(row, who, threads))}
         rivals = {who: b[0] for who, b in found.items() if who != "xprnn"}
-        if rivals:
+        if rivals and row["set_aside"] >= 0:
             who = max(rivals, key=lambda k: rivals[k])
             what = f"training, {row['cell']}, batch {row['batch']}, up to {threads[-1]} cores, against {NAMES[who]}"
             out.append({"what": what, "value": found["xprnn"][0] / rivals[who], "least": 1.0})
@@ -94,17 +83,11 @@ def table(rows: list[dict[str, Any]], threads: list[int]) -> list[str]:
 
 def main() -> int:
     """Measure and print."""
-    if "--play" in sys.argv:
-        serve(make)
-        return 0
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, rounds=7, cells=CELLS)
     add = parser.add_argument
-    add("--cell", nargs="+", choices=("elman", "lstm", "gru"), default=["elman", "lstm", "gru"])
     add("--batch", nargs="+", type=int, default=[16, 32], metavar="N", help="default: 16 32")
     add("--threads", nargs="+", type=int, default=[1, 2], metavar="COUNT", help="default: 1 2")
-    add("--rounds", type=int, default=7)
     add("--seconds", type=float, default=0.5, help="of a turn; default: 0.5")
-    add("--json", type=Path, metavar="FILE", help="write all figures")
     args = parser.parse_args()
     threads = [k for k in args.threads if k <= len(machine.cores())]
     rows = []
@@ -112,17 +95,14 @@ def main() -> int:
         for n in args.batch:
             rows.append(measure(cell, n, threads, args.rounds, args.seconds))
             print(f"{cell}, N = {n}: measured", file=sys.stderr, flush=True)
-    run = {"machine": machine.describe(), "rows": rows, "goals": goals(rows, threads)}
-    print(
+    caption = (
         f"Characters a second, the text job: H = {H}, windows of {T}, float32. Medians of {args.rounds} turns; in "
         "brackets how many times faster xprnn is with the same number of threads: median of the rounds, quartiles. "
-        f"The losses of the first {FIRST} windows agree.\n",
-        *table(rows, threads),
-        sep="\n",
+        f"The losses of the first {FIRST} windows agree.\n"
     )
-    if args.json:
-        args.json.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
-    return 1 if any(row["disagree"] for row in rows) else 0
+    undecided = [f"training, {r['cell']}, batch {r['batch']}" for r in rows if r["set_aside"] < 0]
+    figures = {"rows": rows, "goals": goals(rows, threads), "undecided": undecided}
+    return finish(args, [caption, *table(rows, threads)], figures, any(row["disagree"] for row in rows))
 
 
 if __name__ == "__main__":

@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 
 import xprnn
+from xprnn.bench.problem import Contender
 from xprnn.crew import Crew, keep_memory
 from xprnn.text import Vocabulary, default_text
 from xprnn.train import Schedule, Snapshot, learn
 
-__all__ = ["FIRST", "LOOK", "NORM", "RATE", "H", "Step", "T", "batches", "make"]
+__all__ = ["FIRST", "LOOK", "NORM", "RATE", "STEP", "H", "Step", "T", "batches", "make"]
 
 KINDS = {"elman": "RNN", "lstm": "LSTM", "gru": "GRU"}
 H, T, RATE, NORM = 256, 64, 2e-3, 1.0
+STEP = "step"  # the call's name
 FIRST = 5  # windows whose losses are compared
 LOOK = 10  # windows between two looks at the loss, as in xprnn.train
 Step = Callable[[Any, Any], Any]  # (x, targets), (T, N) integers -> the loss, a number or what float() makes one of
@@ -30,21 +32,24 @@ def batches(n: int) -> tuple[Iterator[tuple[Any, Any]], int]:
     return itertools.cycle(pairs), len(set(text))
 
 
-def make(task: dict[str, Any]) -> tuple[Callable[[str], Any], Any]:
-    """A call that learns from the next window, and the losses of the first ones."""
-    windows, v = batches(task["batch"])
-    model = xprnn.Sequential(rnn=getattr(xprnn, KINDS[task["cell"]])(v, H), head=xprnn.Linear(H, v))
+def make(who: str, cell: str, batch: int, threads: int) -> Contender:
+    """A call that learns from the next window; the results are the losses of the first ones."""
+    windows, v = batches(batch)
+    task = {"cell": cell, "batch": batch, "threads": threads}
+    model = xprnn.Sequential(rnn=getattr(xprnn, KINDS[cell])(v, H), head=xprnn.Linear(H, v))
     params = model.init(np.random.default_rng(0), like=np.zeros(0, np.float32))
-    step = {"xprnn": ours, "torch": torchs, "jax": jaxs}[task["who"]](task, model, params)
-    losses = [float(step(*next(windows))) for _ in range(FIRST)]
+    step = {"xprnn": ours, "torch": torchs, "jax": jaxs}[who](task, model, params)
     count = itertools.count(1)
 
-    def call(_: str) -> None:
+    def call() -> None:
         loss = step(*next(windows))
         if next(count) % LOOK == 0:
             float(loss)
 
-    return call, losses
+    def results() -> dict[str, Any]:
+        return {"losses": np.array([float(step(*next(windows))) for _ in range(FIRST)])}
+
+    return Contender({STEP: call}, results)
 
 
 class Constant(Schedule):

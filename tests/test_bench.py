@@ -3,41 +3,47 @@
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from xprnn import cli
-from xprnn.bench import measure, ours, peers, short, streams, tables, timing, worker
-from xprnn.bench.problem import Contender, Problem
+from xprnn.bench import contenders, measure, peers, players, short, streams, tables, timing
+from xprnn.bench.problem import BOTH, FORWARD
 
 SMALL = (2, 3, 2, 4)
-TASK = measure.TASK | {"cells": ["lstm"], "shapes": [SMALL], "seconds": 0.0, "least": 1, "most": 1}
+TASK = measure.TASK | {"cells": ["lstm"], "shapes": [SMALL], "seconds": 0.0, "least": 1, "most": 1, "peers": []}
+posix = pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
 
 
 @pytest.fixture(autouse=True)
-def small_gemm(monkeypatch):
+def small_and_short(monkeypatch):
     monkeypatch.setattr(timing, "GEMM_SIZE", 8)
     monkeypatch.setattr(timing, "SHORTEST", 1e-7)
+    for name in ("WARM", "TURN"):
+        monkeypatch.setattr(players, name, 0.0)
 
 
-@pytest.fixture
-def run_worker(monkeypatch, capsys):
-    """What a measuring process says, without the process."""
+def collected(task):
+    """A run, and what it returned."""
+    run = measure.new_run()
+    return measure.collect(task, run, lambda _: None), run
 
-    def run(task):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(task)))
-        worker.main()
-        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
-    return run
+def agreed(cell, names, order="C", shape=SMALL):
+    """In this process: what is wrong with each, compared with the first."""
+    known, wrong = {}, {}
+    for name in names:
+        found = contenders.contender(name, cell, shape, order, 1).results()
+        wrong[name] = contenders.differences(known, found, contenders.TOLERANCE)
+    return wrong
 
 
 def row(core, others, *, shape=SMALL, which="forward", aside=0, cell="gru"):
@@ -92,9 +98,8 @@ def test_a_paired_ratio_is_the_median_of_the_rounds_own():
 
 
 def test_every_contender_has_its_turn_in_each_round():
-    calls = {name: [] for name in "ab"}
-    seen, aside = timing.interleave({n: lambda n=n: calls[n].append(1) for n in calls}, 0.0, 3, 5, 0.0)
-    assert (len(seen["a"]), len(seen["b"]), aside) == (3, 3, 0)
+    seen = timing.interleave({name: lambda: None for name in "ab"}, 3)
+    assert {name: len(times) for name, times in seen.items()} == {"a": 3, "b": 3}
 
 
 def test_tables_are_aligned_for_a_terminal():
@@ -112,17 +117,15 @@ def test_tables_are_aligned_for_a_terminal():
 @pytest.mark.parametrize("cell", ["elman", "lstm", "gru"])
 def test_ours_and_the_article_agree(cell):
     for order in "CF":
-        running, wrong = worker.checked(worker.contenders(Problem(cell, SMALL, order), TASK | {"published": True}, []))
-        assert not wrong
-        assert len(running) == (4 if cell == "elman" else 1)
+        names = contenders.names(cell, SMALL, True, [])
+        assert len(names) == (4 if cell == "elman" else 1)
+        assert not any(agreed(cell, names, order).values())
 
 
 @pytest.mark.needs("torch")
 @pytest.mark.parametrize("cell", ["elman", "lstm", "gru"])
 def test_torch_agrees(cell):
-    running, wrong = worker.checked(worker.contenders(Problem(cell, SMALL), TASK, ["torch"]))
-    assert not wrong
-    assert "torch" in [c.name for c in running]
+    assert not any(agreed(cell, ["core", "torch"]).values())
     assert not streams.measure(cell, 3, ["torch"], 5)["disagree"]
 
 
@@ -138,56 +141,55 @@ def test_who_has_a_rarer_cell_agrees(cell, who):
 @pytest.mark.needs("jax")
 @pytest.mark.parametrize("cell", ["elman", "lstm", "gru"])
 def test_jax_agrees(cell):
-    running, wrong = worker.checked(worker.contenders(Problem(cell, SMALL), TASK, ["jax"]))
-    assert not wrong
-    assert "jax" in [c.name for c in running]
+    assert not any(agreed(cell, ["core", "jax"]).values())
 
 
-def test_who_disagrees_or_raises_is_named_and_refused():
-    problem = Problem("gru", SMALL)
-    good = ours.core(problem)
-    wrong = good.results()
-    wrong["dx"] = wrong["dx"] * 1.01
-    wrong["y"] = wrong["y"][:-1]
+@pytest.mark.needs("numba")
+@pytest.mark.parametrize("cell", ["elman", "lstm", "gru"])
+@pytest.mark.parametrize("shape", [(1, 3, 1, 40), (3, 6, 1, 7)])
+def test_the_compiled_loop_agrees(cell, shape):
+    assert contenders.names(cell, shape, False, ["loop"])[-1] == "loop"
+    wrong = agreed(cell, ["core", "loop"], shape=shape)
+    assert not any(wrong.values())
 
-    def broken():
-        raise OSError("no licence")
 
-    liar, lazy = (
-        Contender(name, good.forward, good.both, f) for name, f in (("liar", lambda: wrong), ("lazy", broken))
-    )
-    nans = Contender("nans", good.forward, good.both, lambda: {"dx": wrong["dx"] * np.nan})
-    running, said = worker.checked([good, liar, lazy, nans])
-    assert [c.name for c in running] == ["core"]
-    assert said == [
-        "liar: y is off by inf",
-        "liar: dx is off by 1.0e-02",
-        "lazy raises OSError: no licence",
-        "nans: dx is off by nan",
+def test_the_compiled_loop_has_nothing_for_a_batch():
+    assert "loop" not in contenders.names("gru", SMALL, False, ["loop"])
+
+
+def test_a_player_without_its_library_is_left_out_and_the_reason_said(monkeypatch):
+    monkeypatch.setitem(peers.PEERS, "torch", ("no_such_module",))
+    monkeypatch.setitem(sys.modules, "no_such_module", None)
+    assert peers.missing("torch").startswith("ModuleNotFoundError: import of no_such_module")
+
+
+def test_a_peer_that_is_no_peer_is_noted_and_the_others_are_measured():
+    code, run = collected(TASK | {"peers": ["nobody"], "steps": 3, "stream_sizes": [2]})
+    assert code == 0
+    assert run["notes"] == ["nobody: left out (KeyError: 'nobody')"]
+    assert [(r["pass"], list(r["seconds"]), r["disagree"]) for r in run["rows"]] == [
+        (FORWARD, ["core"], []),
+        (BOTH, ["core"], []),
     ]
-
-
-def test_a_refused_peer_is_not_timed_and_the_table_says_so(run_worker, monkeypatch):
-    def impostor(problem, names, threads):
-        core = ours.core(problem)
-        return [Contender("torch", core.forward, core.both, lambda: {"y": core.results()["y"] + 1})]
-
-    monkeypatch.setattr(peers, "peers", impostor)
-    rows = [heard["row"] for heard in run_worker(TASK | {"peers": []}) if "row" in heard]
-    assert [list(r["seconds"]) for r in rows] == [["core"], ["core"]]
-    assert "refused: torch: y is off by" in "\n".join(tables.table(rows))
-
-
-def test_a_missing_peer_is_left_out_and_the_reason_said(run_worker, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)  # an import then fails
-    monkeypatch.setattr(peers, "PEERS", {"torch": ("torch",)})
-    heard = run_worker(TASK | {"peers": ["torch"], "steps": 3, "stream_sizes": [2]})
-    (note,) = [h["note"] for h in heard if "note" in h]
-    assert note.startswith("torch: left out (ModuleNotFoundError")
-    assert [list(h["row"]["seconds"]) for h in heard if "row" in h] == [["core"], ["core"]]
-    (stream,) = [h["stream"] for h in heard if "stream" in h]
+    (stream,) = run["streams"]
     assert list(stream["microseconds"]) == ["core"]
     assert set(stream["microseconds"]["core"]) == {"p50", "p99", "p99.9"}
+
+
+def test_a_refused_peer_is_not_timed_and_the_table_says_so():
+    # Its player raises when it sits down; nobody has checked whether it is there.
+    with players.Company() as company, tempfile.TemporaryDirectory() as folder:
+        rows = list(measure._grid(company, TASK, ["nobody"], Path(folder)))
+    assert [list(r["seconds"]) for r in rows] == [["core"], ["core"]]
+    assert "refused: nobody raises" in "\n".join(tables.table(rows))
+
+
+def test_without_the_core_a_task_is_given_up_and_the_reason_said():
+    code, run = collected(TASK | {"order": "C", "shapes": [(2, 3, 2)]})
+    assert code == 1
+    assert not run["rows"]
+    (note,) = run["notes"]
+    assert note.startswith("1 thread(s): given up, ")
 
 
 def test_the_command_prints_its_tables_and_writes_its_figures(tmp_path, capsys, monkeypatch):
@@ -233,7 +235,7 @@ def test_bad_words_are_one_line(words, problem, capsys, tmp_path, monkeypatch):
     assert problem in said[0]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+@posix
 def test_ctrl_c_ends_it_and_its_measuring_process():
     words = [sys.executable, "-m", "xprnn", "bench", "--peers", "--cell", "gru", "--rows", "1,4,1,10", "512,1024,64,50"]
     paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])

@@ -106,7 +106,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    add, cells, peers = parser.add_argument, ("elman", "lstm", "gru"), ("torch", "jax", "onnxruntime")
+    add, cells, peers = parser.add_argument, ("elman", "lstm", "gru"), ("loop", "torch", "jax", "onnxruntime")
     add("--cell", nargs="+", choices=cells, default=cells, help="recurrent cells (default: all three)")
     add("--rows", nargs="+", type=_shape, metavar="D,H,N,T", help="sizes: inputs, hidden units, batch, steps")
     add("--peers", nargs="*", choices=peers, default=peers, help="whom to try (default: all that are installed)")
@@ -184,7 +184,7 @@ _SAMPLE_EXAMPLES = """
   python -m xprnn sample book --temperature 0.4 --length 5000 > more.txt
 """
 _BENCH_EXAMPLES = """
-  python -m xprnn bench                                    under a minute, beside torch, JAX and ONNX Runtime if there
+  python -m xprnn bench                                    about a minute, beside torch, JAX and ONNX Runtime if there
   python -m xprnn bench --quick --cell lstm
   python -m xprnn bench --rows 1,16,1,1000 64,128,32,100 --threads 2 --json figures.json
 Everyone's results are compared before the clock starts; the exit code is 1 where they disagree.

@@ -28,8 +28,12 @@ def pin(chosen: list[int]) -> None:
 
 
 def measuring_environment(threads: int) -> dict[str, str]:
-    """The environment of a process in which everyone has this number of threads."""
-    env = dict(os.environ)
+    """The environment of a process in which everyone has this number of threads, and keeps the memory it has freed.
+
+    Given back and taken anew, memory costs what the system makes of it at that moment: in a virtual machine a twentieth
+    of a large row or a fifth, torch's as ours. (glibc reads these two names; other C libraries don't.)
+    """
+    env = dict(os.environ) | {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
     for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):
         env.pop(name, None)  # they make a current NumPy run an older processor's kernels
     for name in (

@@ -6,14 +6,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from xprnn import article as own_functions
 from xprnn.bench import article
-from xprnn.bench.problem import Contender, Problem
+from xprnn.bench.problem import BOTH, FORWARD, Contender, Problem
 from xprnn.layers import GRU, LSTM, RNN
 
-__all__ = ["LAYERS", "core", "door", "loop"]
+__all__ = ["LAYERS", "articles", "core", "door"]
 
 LAYERS: dict[str, Callable[[int, int], Any]] = {
     "elman": RNN,
@@ -43,10 +41,10 @@ def core(problem: Problem) -> Contender:
         found |= {f"d{name}0": s[0] for name, s in zip("hc", dstates, strict=False)}
         return found | {f"d{k}": dparams[f"{k}_l0"] for k in problem.params}
 
-    return Contender("core", lambda: layer(params, problem.x, state), both, results)
+    return Contender({FORWARD: lambda: layer(params, problem.x, state), BOTH: both}, results)
 
 
-def _article(name: str, module: Any, problem: Problem, **options: Any) -> Contender:
+def _article(module: Any, problem: Problem, **options: Any) -> Contender:
     """The five functions of `module`, in the article's layout."""
     x, a0, da, parameters = problem.article()
 
@@ -62,16 +60,14 @@ def _article(name: str, module: Any, problem: Problem, **options: Any) -> Conten
         found = {"y": a.T, "y_pred": y_pred.T, "dx": g["dx"].T, "dh0": g["da0"].T, "dweight_ih": g["dWax"]}
         return found | {"dweight_hh": g["dWaa"], "dbias_ih": g["dba"][:, 0], "dbias_hh": g["dba"][:, 0]}
 
-    return Contender(name, forward, both, results)
+    return Contender({FORWARD: forward, BOTH: both}, results)
 
 
 def door(problem: Problem) -> Contender:
     """xprnn.rnn_forward and rnn_backward."""
-    return _article("door", own_functions, problem)
+    return _article(own_functions, problem)
 
 
-def loop(problem: Problem, published: bool = False) -> Contender:
-    """The article's formulation; `published`: with its float64 zeros."""
-    if published:
-        return _article("article f64", article, problem, zeros=np.float64)
-    return _article("article", article, problem)
+def articles(problem: Problem, zeros: Any = None) -> Contender:
+    """The article's formulation, with zeros of x's dtype or of another."""
+    return _article(article, problem, zeros=zeros)

@@ -8,18 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from xprnn.bench.problem import Contender, Problem
+from xprnn.bench.problem import BOTH, FORWARD, Call, Contender, Problem
 
-__all__ = ["PEERS", "jax_steps", "missing", "onnx_session", "peers", "torch_calls"]
-
-Call = Callable[[], Any]
+__all__ = ["PEERS", "WITHOUT", "jax_steps", "missing", "onnx_session", "peer", "torch_calls"]
 
 # What must be importable for each; in the order of the tables' columns.
-PEERS = {"torch": ("torch",), "jax": ("jax",), "onnxruntime": ("onnxruntime", "onnx")}
-
-
+PEERS = {"loop": ("numba",), "torch": ("torch",), "jax": ("jax",), "onnxruntime": ("onnxruntime", "onnx")}
 # What each has no layer or operator of.
-WITHOUT = {"torch": {"gru-before"}, "jax": {"gru-before", "lstm-proj"}, "onnxruntime": {"lstm-proj"}}
+WITHOUT = {
+    "loop": {"gru-before", "lstm-proj"},
+    "torch": {"gru-before"},
+    "jax": {"gru-before", "lstm-proj"},
+    "onnxruntime": {"lstm-proj"},
+}
 
 
 def missing(name: str) -> str:
@@ -28,21 +29,28 @@ def missing(name: str) -> str:
         for module in PEERS[name]:
             importlib.import_module(module)
     except Exception as error:  # a broken installation raises whatever it likes
-        return f"{name}: left out ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return ""
 
 
-def peers(problem: Problem, names: list[str], threads: int) -> list[Contender]:
-    """The contenders of these names, as far as they have the cell."""
-    makers: dict[str, Callable[[Problem, int], Contender]] = {"torch": _torch, "jax": _jax, "onnxruntime": _onnxruntime}
-    return [makers[name](problem, threads) for name in names if problem.cell not in WITHOUT[name]]
+def peer(name: str, problem: Problem, threads: int) -> Contender:
+    """The contender of this name."""
+    makers: dict[str, Callable[[Problem, int], Contender]] = {"loop": _loop, "torch": _torch, "jax": _jax}
+    return (makers | {"onnxruntime": _onnxruntime})[name](problem, threads)
+
+
+def _loop(problem: Problem, _: int) -> Contender:
+    from xprnn.bench.loop import loop
+
+    return loop(problem)
 
 
 def _torch(problem: Problem, threads: int) -> Contender:
     import torch
 
     torch.set_num_threads(threads)
-    return Contender("torch", *torch_calls(problem))
+    forward, both, results = torch_calls(problem)
+    return Contender({FORWARD: forward, BOTH: both}, results)
 
 
 def torch_calls(
@@ -105,7 +113,7 @@ def jax_steps(cell: str) -> Callable[..., Any]:
     return {"elman": elman, "lstm": lstm, "gru": gru}[cell]
 
 
-def _jax(problem: Problem, threads: int) -> Contender:
+def _jax(problem: Problem, _: int) -> Contender:
     """A jitted lax.scan, the input's projection hoisted out of it; compiled before the clock starts."""
     import jax
 
@@ -141,7 +149,7 @@ def _jax(problem: Problem, threads: int) -> Contender:
         found |= {f"d{c}0": s for c, s in zip("hc", ds, strict=False)}
         return {k: np.asarray(v) for k, v in found.items()}
 
-    return Contender("jax", forward, both, results)
+    return Contender({FORWARD: forward, BOTH: both}, results)
 
 
 # For each ONNX gate, in its order, the number of torch's.
@@ -188,4 +196,4 @@ def _onnxruntime(problem: Problem, threads: int) -> Contender:
     def forward() -> Any:
         return session.run(None, feed)
 
-    return Contender("onnxruntime", forward, None, lambda: {"y": forward()[0][:, 0]})
+    return Contender({FORWARD: forward}, lambda: {"y": forward()[0][:, 0]})

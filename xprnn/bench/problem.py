@@ -8,9 +8,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-__all__ = ["GATES", "GRID", "Contender", "Problem"]
+__all__ = ["BOTH", "FORWARD", "GATES", "GRID", "Call", "Contender", "Problem"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
+Call: TypeAlias = Callable[[], Any]
+FORWARD, BOTH = "forward", "forward+backward"
 GATES = {"elman": 1, "lstm": 4, "gru": 3, "lstm-proj": 4, "gru-before": 3}  # proj: to H/2; before: the original GRU
 GRID = [  # D, H, N, T
     (1, 16, 1, 1000),
@@ -25,15 +27,14 @@ GRID = [  # D, H, N, T
 
 @dataclass(frozen=True)
 class Contender:
-    """Someone who can run a row.
+    """Someone who can run a task.
 
-    `results` returns, as NumPy arrays in the core's layout and under the core's names, what the two calls compute:
-    y (T, N, H), dx, dh0 (and dc0), dweight_ih, ...; those that a contender has no notion of are left out.
+    calls: what is timed, by name: of a row FORWARD, and BOTH (forward and backward) of those who can.
+    results: what the calls compute, as NumPy arrays in the core's layout and under the core's names: y (T, N, H), dx,
+        dh0 (and dc0), dweight_ih, ...; those that a contender has no notion of are left out.
     """
 
-    name: str
-    forward: Callable[[], Any]
-    both: Callable[[], Any] | None  # forward and backward; None: inference only
+    calls: dict[str, Call]
     results: Callable[[], dict[str, Array]]
 
 
@@ -76,7 +77,7 @@ class Problem:
         d, h, n, t = self.shape
         products = (d + self.wide) * GATES[self.cell] * h + (self.wide * h if self.wide < h else 0)
         forward = 2.0 * t * n * products
-        return {"forward": forward, "both": 3 * forward}
+        return {FORWARD: forward, BOTH: 3 * forward}
 
     def _turned(self, a: Array) -> Array:
         return np.asfortranarray(a.T) if self.order == "F" else np.ascontiguousarray(a.T)

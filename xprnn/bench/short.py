@@ -47,7 +47,7 @@ def bench_command(
     Args:
         cells: "elman", "lstm", "gru".
         rows: (D, H, N, T); None: three of the grid's, two if quick.
-        peers: those of "torch", "jax", "onnxruntime" that are to be tried; what is not installed is left out.
+        peers: those of "loop", "torch", "jax", "onnxruntime" that are to be tried; what is not installed is left out.
         threads: of everyone.
         quick: few rounds.
         file: where to write the figures as JSON, or None.

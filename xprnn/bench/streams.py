@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from xprnn.bench.ours import LAYERS
 from xprnn.bench.problem import Problem
 
-__all__ = ["measure", "onnxruntime_step", "ours", "percentiles", "torch_cell"]
+__all__ = ["Step", "compared", "measure", "onnxruntime_step", "ours", "torch_cell"]
 
-Step = Callable[[], Any]  # one step of an endless stream; returns y (1, H)
+Step: TypeAlias = Callable[[], Any]  # one step of an endless stream; returns y (1, H)
+Around: TypeAlias = Callable[[str], AbstractContextManager[Any]]
 D = 1
+BLOCK = 500  # steps of a turn
 CLOSE = 1e-5  # float32 values below 1, after a few steps
 
 
@@ -65,39 +68,50 @@ def onnxruntime_step(problem: Problem) -> Step:
     return step
 
 
-def _distribution(step: Step, count: int) -> dict[str, float]:
-    """Microseconds a step: p50, p99, p99.9."""
-    times, clock = np.empty(count), time.perf_counter_ns
-    for _ in range(min(count, 200)):
-        step()
+def _times(steps: dict[str, Step], count: int, around: Around) -> dict[str, Any]:
+    """Nanoseconds of each step of each contender, who take turns in blocks; the empty clock's own are taken off."""
+    clock, times = time.perf_counter_ns, {name: np.empty(count) for name in steps}
+    clock_cost = float(np.median([-(clock() - clock()) for _ in range(1000)]))
+    order = list(steps)
     gc.collect()
     gc.disable()
     try:
-        for k in range(count):
-            start = clock()
-            step()
-            times[k] = clock() - start
+        for at in range(0, count, BLOCK):
+            for name in order:
+                step, here = steps[name], times[name]
+                with around(name):
+                    for _ in range(20):
+                        step()
+                    for k in range(at, min(at + BLOCK, count)):
+                        start = clock()
+                        step()
+                        here[k] = clock() - start
+            order = order[1:] + order[:1]
     finally:
         gc.enable()
-    return percentiles(times)
+    return {name: t - clock_cost for name, t in times.items()}
 
 
-def percentiles(nanoseconds: Any) -> dict[str, float]:
-    """p50, p99 and p99.9, in microseconds."""
-    return {f"p{q:g}": float(np.percentile(nanoseconds, q)) / 1e3 for q in (50, 99, 99.9)}
+def compared(
+    makers: Mapping[str, Callable[[Problem], Step]],
+    problem: Problem,
+    count: int,
+    around: Around = lambda _: nullcontext(),
+) -> dict[str, Any]:
+    """One row: {"cell", "hidden", "microseconds": name -> p50, p99, p99.9, "disagree": [...]}.
 
-
-def measure(cell: str, hidden: int, names: list[str], count: int) -> dict[str, Any]:
-    """One row: {"cell", "hidden", "microseconds": name -> percentiles, "disagree": [...]}."""
-    problem = Problem(cell, (D, hidden, 1, 1))
-    makers = {"core": ours} | {
-        k: m for k, m in (("torch", torch_cell), ("onnxruntime", onnxruntime_step)) if k in names
-    }
+    Args:
+        makers: name -> what makes its step; whose first steps differ from the first's is not timed.
+        problem: of one step and one row.
+        count: steps of each.
+        around: name -> the context in which it runs.
+    """
     steps, wrong, wanted = {}, [], None
     for name, make in makers.items():
         try:
             step = make(problem)
-            found = np.array([np.asarray(step()) for _ in range(5)])
+            with around(name):
+                found = np.array([np.asarray(step()).copy() for _ in range(5)])
         except Exception as error:  # the table must say so; the others' figures still count
             wrong.append(f"{name} raises {type(error).__name__}: {error}")
             continue
@@ -105,6 +119,14 @@ def measure(cell: str, hidden: int, names: list[str], count: int) -> dict[str, A
         if found.shape == wanted.shape and np.max(np.abs(found - wanted)) <= CLOSE:
             steps[name] = step
         else:
-            wrong.append(f"{name}: other values than the core's")
-    times = {name: _distribution(step, count) for name, step in steps.items()}
-    return {"cell": cell, "hidden": hidden, "microseconds": times, "disagree": wrong}
+            wrong.append(f"{name}: other values than the first's")
+    seen = _times(steps, count, around)
+    percentiles = {n: {f"p{q:g}": float(np.percentile(t, q)) / 1e3 for q in (50, 99, 99.9)} for n, t in seen.items()}
+    return {"cell": problem.cell, "hidden": problem.shape[1], "microseconds": percentiles, "disagree": wrong}
+
+
+def measure(cell: str, hidden: int, names: list[str], count: int) -> dict[str, Any]:
+    """The row of our step and of those of the peers' names who have one."""
+    peers = {"torch": torch_cell, "onnxruntime": onnxruntime_step}
+    makers = {"core": ours} | {k: make for k, make in peers.items() if k in names}
+    return compared(makers, Problem(cell, (D, hidden, 1, 1)), count)

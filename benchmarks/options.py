@@ -1,0 +1,38 @@
+"""What the commands of this folder share: their options, and how they end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from xprnn.archive import write_atomically
+from xprnn.bench import machine
+
+__all__ = ["CELLS", "arguments", "finish"]
+
+CELLS = ["elman", "lstm", "gru"]
+
+
+def arguments(
+    doc: str | None, *, rounds: int = 0, cells: list[str] | None = None, known: list[str] = CELLS
+) -> argparse.ArgumentParser:
+    """A parser with --json, and --rounds and --cell (of the known ones) where there is a default for them."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
+    if rounds:
+        parser.add_argument("--rounds", type=int, default=rounds, help=f"default: {rounds}")
+    if cells:
+        parser.add_argument("--cell", nargs="+", choices=known, default=cells, help=f"default: {' '.join(cells)}")
+    return parser
+
+
+def finish(args: argparse.Namespace, lines: Iterable[str], figures: dict[str, Any], failed: bool = False) -> int:
+    """Print the lines, write the figures; returns the exit code."""
+    print(*lines, sep="\n")
+    if args.json:
+        figures = {"machine": machine.describe()} | figures
+        write_atomically(args.json, (json.dumps(figures, indent=1) + "\n").encode())
+    return int(failed)
