@@ -134,8 +134,6 @@ def means_line(rows: list[Row]) -> list[str]:
             if not means:
                 continue
             parts = [f"{v:.2f} × {TITLES.get(k, k)}" for k, v in means.items()]
-            if not means:  # where nobody else has the cell
-                continue
             count = sum(r["pass"] == which and not disturbed(r) for r in rows)
             lines.append(f"- geometric mean of {count} rows, {us}, {which}: {', '.join(parts)}")
     return lines
