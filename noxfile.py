@@ -73,7 +73,9 @@ def jax(session: nox.Session) -> None:
 def keras(session: nox.Session) -> None:
     """Test against live Keras: random architectures, masks, every option; its gradients on JAX."""
     install(session, "keras")
-    session.run("python", "-m", "pytest", "tests/test_keras_live.py", *session.posargs)
+    session.run(
+        "python", "-m", "pytest", "tests/test_keras_live.py", "tests/test_keras_activations.py", *session.posargs
+    )
 
 
 @nox.session
