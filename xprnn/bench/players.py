@@ -47,8 +47,8 @@ class Player:
         allowed = machine.cores()
         machine.pin(allowed[: cores or threads])  # the child inherits it
         try:
-            # A group of its own: Ctrl-C is for the parent, which then ends this one. And where the parent is killed, the
-            # system hangs up on a stopped group that has lost its last relative, and wakes it.
+            # A group of its own: Ctrl-C is for the parent, which then ends this one. And where the parent is killed,
+            # the system hangs up on a stopped group that has lost its last relative, and wakes it.
             self._child = subprocess.Popen(
                 [sys.executable, "-c", code],
                 env=machine.measuring_environment(threads),
