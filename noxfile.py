@@ -74,7 +74,7 @@ def jax(session: nox.Session) -> None:
 def keras(session: nox.Session) -> None:
     """Test against live Keras: random architectures, masks, every option; its gradients on JAX."""
     install(session, "keras")
-    pytest(session, "tests/test_keras_live.py")
+    pytest(session, "tests/test_keras_live.py", "tests/test_keras_activations.py")
 
 
 @nox.session
