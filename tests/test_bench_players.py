@@ -108,10 +108,12 @@ def test_a_player_that_is_not_at_its_turn_is_stopped(company):
     assert player.ended
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="what ends a stopped process with its parent is Linux's")
-def test_stopped_players_end_with_a_parent_that_is_killed():
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="it is read from Linux's /proc")
+@pytest.mark.parametrize("hangup", ["SIG_DFL", "SIG_IGN"])
+def test_stopped_players_end_with_a_parent_that_is_killed(hangup):
     code = (
-        "import os, signal; from xprnn.bench import machine, players\n"
+        f"import os, signal; signal.signal(signal.SIGHUP, signal.{hangup})\n"
+        "from xprnn.bench import machine, players\n"
         "one = players.Player(1); one.call(machine.cores)\n"
         "print(one._child.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
