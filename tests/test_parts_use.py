@@ -25,7 +25,7 @@ ALL = [
 ]
 
 
-@pytest.mark.parametrize("part", ALL, ids=repr)
+@pytest.mark.parametrize("part", ALL, ids=lambda part: str(part.config()))
 def test_config_and_files(tmp_path, part):
     assert from_config(part.config()) == part
     model = xprnn.Sequential(part=part)
