@@ -69,9 +69,9 @@ def _forward(
     keep: bool,
 ) -> tuple[Array, State, Tape | None]:
     """See xprnn.scan.forward, which is the specification."""
-    done = small.forward(sources, cell, params, x, state, steps, reverse) if keep else None
+    done = small.forward(sources, cell, params, x, state, steps, reverse, keep)
     if done is not None:
-        return taped(done, cell, params, x, state, steps, reverse)
+        return taped(done, cell, params, x, state, steps, reverse, keep)
     rows = Rows.of(x.shape[:2], steps)
     kept, table = _prepare(sources, cell, params, rows.sort(x, 1), rows, reverse, keep)
     ends = tuple(rows.sort(s, 0) for s in state), tuple(rows.sort(s, 0) for s in home)
@@ -88,10 +88,19 @@ def _forward(
 
 
 def taped(
-    done: tuple[Kept, State], cell: Cell, params: Params, x: Array, state: State, steps: Steps, reverse: bool
-) -> tuple[Array, State, Tape]:
+    done: tuple[Kept, State],
+    cell: Cell,
+    params: Params,
+    x: Array,
+    state: State,
+    steps: Steps,
+    reverse: bool,
+    keep: bool,
+) -> tuple[Array, State, Tape | None]:
     """What small.forward has done, as a scan returns it."""
     kept, final = done
+    if not keep:
+        return kept.after[0], final, None
     y = kept.after[0].view()
     y.flags.writeable = False  # the tape lives in this memory
     shown = partial(kept.rows.shown, kept.after)

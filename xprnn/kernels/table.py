@@ -43,7 +43,7 @@ class Kept(NamedTuple):
     spare: dict[str, Array]  # the other saved values
     before: State
     after: State
-    memory: Array | None = None  # all of the tape, where small.py wrote it
+    memory: tuple[Array, Array] | None = None  # all of the tape, where small.py wrote it
 
 
 def address(a: Array) -> int:
