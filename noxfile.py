@@ -25,55 +25,56 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 def install(session: nox.Session, group: str, *, extra: str = "") -> None:
     """The working tree, editable, and one dependency group of pyproject.toml."""
     needed = nox.project.dependency_groups(PYPROJECT, group)
-    session.install("--quiet", "--editable", f".[{extra}]" if extra else ".", *needed)
+    # What is never imported needn't be turned into byte code: half of pip's time.
+    session.install("--quiet", "--no-compile", "--editable", f".[{extra}]" if extra else ".", *needed)
 
 
-def run_tests(session: nox.Session, backend: str, *, python: str = "python") -> None:
-    """The test suite on one array library."""
-    args = ["-m", "pytest", "--backend", backend, *session.posargs]
-    session.run(python, *args, external=python != "python")
+def pytest(session: nox.Session, *args: str, **env: str) -> None:
+    """Tests over the cores, each process with one thread for its products; `-- -n 0`: all in one process."""
+    spread = ["-n", "auto", "--maxprocesses", "8", "--dist", "worksteal"]
+    session.run("python", "-m", "pytest", *spread, *args, *session.posargs, env={"OMP_NUM_THREADS": "1", **env})
 
 
 @nox.session
 def numpy(session: nox.Session) -> None:
     """Test on NumPy, also with read-only inputs."""
     install(session, "test")
-    run_tests(session, "numpy")
+    pytest(session, "--backend", "numpy")
 
 
 @nox.session
 def fast(session: nox.Session) -> None:
     """Test on NumPy with kernels compiled by numba."""
     install(session, "test", extra="fast")
-    run_tests(session, "numpy")
+    pytest(session, "--backend", "numpy")
 
 
 @nox.session
 def strict(session: nox.Session) -> None:
     """Test on array-api-strict: three devices, nothing beyond the standard, no hidden syncs."""
     install(session, "test")
-    run_tests(session, "strict")
+    pytest(session, "--backend", "strict")
 
 
 @nox.session
 def torch(session: nox.Session) -> None:
     """Test on torch tensors, and against torch's own layers and gradients."""
     install(session, "torch")
-    run_tests(session, "torch")
+    pytest(session, "--backend", "torch")
 
 
 @nox.session
 def jax(session: nox.Session) -> None:
     """Test on JAX arrays, which cannot be written to."""
     install(session, "jax")
-    run_tests(session, "jax")
+    pytest(session, "--backend", "jax")
 
 
 @nox.session
 def keras(session: nox.Session) -> None:
     """Test against live Keras: random architectures, masks, every option; its gradients on JAX."""
     install(session, "keras")
-    session.run("python", "-m", "pytest", "tests/test_keras_live.py", *session.posargs)
+    pytest(session, "tests/test_keras_live.py", "tests/test_keras_activations.py")
 
 
 @nox.session
@@ -81,7 +82,7 @@ def onnx(session: nox.Session) -> None:
     """Test against ONNX Runtime: cells, every operator of ONNX graphs, models written and read back."""
     install(session, "onnx")
     tests = sorted(str(path) for path in Path("tests").glob("test_onnx_*.py"))
-    session.run("python", "-m", "pytest", "--backend", "numpy", *tests, *session.posargs)
+    pytest(session, "--backend", "numpy", *tests)
 
 
 @nox.session
@@ -90,10 +91,7 @@ def cuda(session: nox.Session) -> None:
     install(session, "cuda")
     tests = sorted(str(path) for path in Path("tests").glob("test_cuda*.py"))
     tests.append("tests/test_article.py")  # its one bias, its layout: a caller like no layer
-    # Compilers take most of the time: the files are spread over the cores.
-    spread = ["-n", "auto", "--dist", "loadfile"]
-    args = ["-m", "pytest", "-q", *spread, "--backend", "cupy:standin", *tests, *session.posargs]
-    session.run("python", *args, env={"XPRNN_NVRTC": "required", "OMP_NUM_THREADS": "1"})
+    pytest(session, "-q", "--dist", "loadfile", "--backend", "cupy:standin", *tests, XPRNN_NVRTC="required")
 
 
 @nox.session(venv_backend="none")
@@ -104,7 +102,7 @@ def cupy(session: nox.Session) -> None:
     if importlib.util.find_spec("cupy") is None:
         session.notify("cupy_install", session.posargs)
         return
-    run_tests(session, "cupy", python=sys.executable)
+    session.run(sys.executable, "-m", "pytest", "--backend", "cupy", *session.posargs, external=True)
 
 
 @nox.session(default=False)
@@ -114,7 +112,7 @@ def cupy_install(session: nox.Session) -> None:
     if not version:
         session.skip("no CUDA device: skipped")
     install(session, "test", extra="cuda13" if version >= 13000 else "cuda12")
-    run_tests(session, "cupy")
+    session.run("python", "-m", "pytest", "--backend", "cupy", *session.posargs)
 
 
 @nox.session

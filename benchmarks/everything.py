@@ -37,7 +37,7 @@ class Part(NamedTuple):
 
 CELLS = "--cell elman lstm gru"
 PARTS = {
-    "grid": Part("Side by side, one thread and two", f"rnn.py {CELLS} --seconds 660", f"rnn.py {CELLS} --short"),
+    "grid": Part("Side by side, one thread and two", f"rnn.py {CELLS} --seconds 480", f"rnn.py {CELLS} --short"),
     "threads": Part("What a second thread does", "threads.py", "threads.py --rows 5 --rounds 5"),
     "streaming": Part("Streaming, one step at a time", "streaming.py", "streaming.py --short"),
     "training": Part("Training end to end", "training.py", "training.py --batch 16 --rounds 3"),

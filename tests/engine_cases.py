@@ -108,7 +108,9 @@ CASES = {
         naive.gru(naive.activation(*HARD), naive.activation("softsign")),
     ),
 }
-EARLY = {f"early-{a:d}{b:d}": own(early_cell(a, b)) for a, b in ((True, True), (True, False), (False, True))}
+# Whose products are where no other case's are; the kernels' tests hold them to the generic scan.
+RARE = {f"early-{a:d}{b:d}": own(early_cell(a, b)) for a, b in ((True, True), (True, False), (False, True))}
+RARE["peepholes-proj"] = lambda D, H, L=1: xprnn.LSTM(D, H, L, proj_size=3, cell=cells.lstm(peepholes=True, clip=0.5))
 # Libraries on which a step costs a hundred times NumPy's: one check of each kind is enough there.
 SLOW = ("strict", "jax")
 MAIN = ["rnn", "lstm", "lstm-proj", "gru", "gru-before", "leaky"]

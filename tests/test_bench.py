@@ -129,6 +129,15 @@ def test_torch_agrees(cell):
     assert not streams.measure(cell, 3, ["torch"], 5)["disagree"]
 
 
+@pytest.mark.needs("torch", "onnxruntime", "onnx")
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize(("cell", "who"), [("lstm-proj", "torch"), ("gru-before", "onnxruntime")])
+def test_who_has_a_rarer_cell_agrees(cell, who):
+    names = contenders.names(cell, SMALL, False, list(peers.PEERS))
+    assert names == ["core", who]
+    assert not any(agreed(cell, names).values())
+
+
 @pytest.mark.needs("jax")
 @pytest.mark.parametrize("cell", ["elman", "lstm", "gru"])
 def test_jax_agrees(cell):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xprnn.bench import contenders, machine, players
+from xprnn.bench import contenders, machine, players, seat
 from xprnn.bench.problem import FORWARD, Contender
 
 
@@ -108,10 +108,12 @@ def test_a_player_that_is_not_at_its_turn_is_stopped(company):
     assert player.ended
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="what ends a stopped process with its parent is Linux's")
-def test_stopped_players_end_with_a_parent_that_is_killed():
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="it is read from Linux's /proc")
+@pytest.mark.parametrize("hangup", ["SIG_DFL", "SIG_IGN"])
+def test_stopped_players_end_with_a_parent_that_is_killed(hangup):
     code = (
-        "import os, signal; from xprnn.bench import machine, players\n"
+        f"import os, signal; signal.signal(signal.SIGHUP, signal.{hangup})\n"
+        "from xprnn.bench import machine, players\n"
         "one = players.Player(1); one.call(machine.cores)\n"
         "print(one._child.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -135,3 +137,15 @@ def test_busy_rounds_are_set_aside_where_threads_wait_for_each_other(company, tm
     monkeypatch.setattr(players, "_busy", lambda: next(ever))
     seen = players.rounds(those, FORWARD, 0.0, 2, 2)
     assert (len(seen.times["core"]), seen.set_aside) == (2 * players.PATIENCE, -1)
+
+
+def test_a_turn_warms_up_off_the_clock_unless_a_call_is_long(monkeypatch):
+    now, lasts = [0.0], iter([5.0, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01, 0.01])  # one long call; then a turn of short ones
+
+    def call():
+        now[0] += next(lasts)
+
+    monkeypatch.setattr(seat.time, "perf_counter", lambda: now[0])
+    monkeypatch.setitem(seat._calls, "work", call)
+    assert seat.turn("work", 0.25, 0.03)[0] == 5.0
+    assert seat.turn("work", 0.25, 0.035)[0] == pytest.approx(0.01)  # three of 0.1 off the clock, four on it

@@ -120,6 +120,8 @@ def test_activations_and_softmax_are_parts(rng):
     nn = torch.nn
     torch.manual_seed(3)
     between = [nn.Tanh(), nn.Sigmoid(), nn.ReLU(), nn.Softsign(), nn.Softplus(), nn.LeakyReLU(0.2), nn.ELU(0.7)]
+    between += [nn.SELU(), nn.ReLU6(), nn.Hardtanh(), nn.LogSigmoid(), nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.Mish()]
+    between += [nn.Hardswish(), nn.Tanhshrink(), nn.CELU(0.7), nn.Softshrink(0.3), nn.Hardshrink(0.2)]
     chain = [nn.Sequential(nn.Linear(4, 4, dtype=torch.float64), f) for f in between]
     module = nn.Sequential(*chain, nn.Dropout(0.3), nn.Identity(), nn.LogSoftmax(dim=-1)).eval()
     model, params = xprnn.from_torch(module)
@@ -129,11 +131,12 @@ def test_activations_and_softmax_are_parts(rng):
     rebuilt = nn.Sequential(*(getattr(nn, name)(**arguments) for name, arguments in constructor.values()))
     rebuilt.load_state_dict(dict(zip(rebuilt.state_dict(), state_dict.values(), strict=True)))
     close(rebuilt(x).detach().numpy(), module(x).detach().numpy())
-    assert model.parts["9"] == xprnn.Softmax(log=True)
+    assert model.parts[str(len(between) + 2)] == xprnn.Softmax(log=True)
     for odd, why in (
         (nn.Softmax(dim=1), "runs along axis 1"),
         (nn.Softplus(2.0), "has constants"),
-        (nn.GELU(), "has no co"),
+        (nn.Hardtanh(-2, 2), "has constants"),
+        (nn.PReLU(), "has no co"),
     ):
         with pytest.raises(InputError, match=f"1 .*: {why}"):
             xprnn.from_torch(nn.Sequential(nn.Linear(4, 4), odd))

@@ -25,7 +25,8 @@ FUNCTION_LINES = 40
 # Each room and the rooms it may import from: only those written above it, so no cycle can form.
 ROOMS = {
     "arrays": "",
-    "activations": "arrays",
+    "bends": "",
+    "activations": "arrays bends",
     "forms": "arrays activations",
     "contract": "arrays",
     "cells": "arrays activations forms contract",
@@ -59,7 +60,8 @@ ROOMS = {
     "text": "arrays archive",
     "sample": "arrays around text",
     "store": "arrays model archive",
-    "interop": "arrays activations forms around cells checks recurrent layers dense parts masks model archive store",
+    "interop": "arrays bends activations forms around cells checks recurrent layers dense parts masks model archive "
+    "store",
     "crew": "arrays losses",
     "train": "arrays around layers dense model losses optim text sample archive crew",
     "plots": "arrays archive",

@@ -94,7 +94,7 @@ def mutant(base, back, slip):
 
         return base.over(xp).step, wrong
 
-    return xprnn.Cell(f"{base.name}: {slip}", base.gates, build, base.states)
+    return xprnn.Cell(base.name, base.gates, build, base.states)  # one name, one text: its forward is compiled once
 
 
 TABLE = [(cells.lstm(), lstm_back, s) for s in LSTM_SLIPS] + [(cells.gru(), gru_back, s) for s in GRU_SLIPS]

@@ -1,4 +1,4 @@
-"""Scan in graphs of others: axes, directions, several states, on every array library, against ONNX Runtime."""
+"""Scan: in graphs of others, its axes, directions and states, against ONNX Runtime; and every activation in ours."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from onnx_cases import onnx_runtime
 
 import xprnn
+from xprnn.activations import OF_INPUT, activation, names
 
 pytestmark = pytest.mark.needs("onnx", "onnxruntime")
 T, N, D = 4, 2, 3
@@ -100,3 +101,21 @@ def test_the_last_step_of_a_graph_with_lengths_is_no_rows_own_last_step(rng):
         assert back.parts["last"] == xprnn.Last(valid=False)
         np.testing.assert_allclose(back(found, x, lengths=lengths)[0], want, atol=1e-6)
         del proto.metadata_props[:]  # the graph alone says it too
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_activation_goes_out(rng, name):
+    """In Apply, in a layer of its operator or of a Scan, and before a product."""
+    parts = {"rnn": xprnn.GRU(3, 4), "bend": xprnn.Apply(name), "head": xprnn.Linear(4, 2), "end": xprnn.Apply(name)}
+    if name not in OF_INPUT:
+        low = xprnn.GRU(3, 4, cell=xprnn.cells.gru_reset_before(candidate=name), bidirectional=True)
+        parts |= {"rnn": low, "down": xprnn.Merge(4, "ave"), "bend": xprnn.RNN(4, 4, nonlinearity=activation(name))}
+        parts = {k: parts[k] for k in ("rnn", "down", "bend", "head", "end")}
+    model = xprnn.Sequential(**parts)
+    params = {k: 0.4 * a for k, a in model.init(rng, like=np.zeros(0, np.float32)).items()}  # exponentials explode
+    proto = xprnn.to_onnx(model, params)
+    x, lengths = rng.standard_normal((5, 3, 3)).astype(np.float32), [5, 1, 3]
+    y, _ = model(params, x, lengths=lengths)
+    found = onnx_runtime(proto, {"x": x, "lengths": np.asarray(lengths, np.int32)})["y"]
+    np.testing.assert_allclose(found, y, rtol=2e-5, atol=2e-6)
+    assert xprnn.from_onnx(proto)[0] == model

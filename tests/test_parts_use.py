@@ -25,7 +25,7 @@ ALL = [
 ]
 
 
-@pytest.mark.parametrize("part", ALL, ids=repr)
+@pytest.mark.parametrize("part", ALL, ids=lambda part: str(part.config()))
 def test_config_and_files(tmp_path, part):
     assert from_config(part.config()) == part
     model = xprnn.Sequential(part=part)
@@ -48,7 +48,7 @@ BAD = {
     "walk": (lambda: Hold(walk="up"), r"Hold: walk must be forward, reverse or both, found 'up'"),
     "mode": (lambda: Merge(2, "max"), r"Merge: mode must be sum, mul, ave or pair, found 'max'"),
     "value": (lambda: Masking("0"), r"Masking: value must be a number, found '0'"),
-    "activation": (lambda: Apply("gelu"), r"activation: expected one of .* found 'gelu'"),
+    "activation": (lambda: Apply("glu"), r"activation: expected one of .* found 'glu'"),
     "valid": (lambda: Last(valid=1), r"Last: valid must be True or False"),
     "no time": (lambda: Last()({}, x2), r"Last\.forward: x must be \(T,N,D\), 3 axes, found shape \(4, 4\)"),
     "no time, batch first": (lambda: Hold(batch_first=True)({}, x2), r"Hold\.forward: x must be \(N,T,D\)"),

@@ -159,7 +159,7 @@ class Skip(Sequential):
     ("model", "out"),
     [
         (Sequential(rnn=RNN(3, 4), own=Doubled(), head=Linear(8, 2)), 2),
-        (Sequential(wide=Wide(3, 4), rnn=RNN(8, 2)), 2),
+        (Sequential(up=Linear(3, 3), wide=Wide(3, 4), rnn=RNN(8, 2)), 2),
         (Skip(a=Linear(3, 4), b=Linear(7, 2)), 2),
         (Sequential(skip=Skip(a=Linear(3, 4), b=Linear(7, 2)), head=Linear(2, 5)), 5),
         (Sequential(mask=Masking(), rnn=Recurrent(3, 4, cell=xprnn.cells.elman()), head=Linear(4, 1)), 1),

@@ -58,7 +58,13 @@ def _plain(where: str, name: str, value: Any) -> Any:
             raise InputError(f"{where}: {name} must be True or False, found {value!r}")
         return value
     if name != "clip":
-        return activation(value)
+        found = activation(value)
+        if found.of_input:
+            raise InputError(
+                f"{where}: {name}={found.name}: its derivative cannot be told from its output, which is what a cell "
+                "keeps: it stands in Apply alone"
+            )
+        return found
     if value is not None and not (_is_number(value) and value > 0):
         raise InputError(f"{where}: clip must be None or a number above 0, found {value!r}")
     return None if value is None else float(value)

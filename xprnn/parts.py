@@ -96,12 +96,13 @@ class Apply(Part):
     def forward(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Array, None, Any]:
         """y like x, None, and the tape."""
         xp = resolved("Apply.forward", params, x)
-        f, _ = activation(self.f).build(xp)
+        found = activation(self.f)
+        f, _ = found.build(xp)
         y = f(x)
-        return y, None, y
+        return y, None, x if found.of_input else y
 
     def backward(self, tape: Any, dy: Array, dstate: None = None) -> Gradients:
-        """dx = dy * f'(x), in terms of y."""
+        """dx = dy * f'(x), in terms of y, or of x where y does not tell."""
         xp = resolve("Apply.backward", {"x": tape})
         check_dy("Apply.backward", xp, dy, tape, tuple(tape.shape))
         _, slope = activation(self.f).build(xp)

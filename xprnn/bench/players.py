@@ -43,11 +43,12 @@ class Player:
 
     def __init__(self, threads: int, cores: int | None = None) -> None:
         self.threads = threads
-        code = f"import sys; sys.path[:] = {sys.path}; from xprnn.bench.seat import main; main({os.getpid()})"
+        code = f"import sys; sys.path[:] = {sys.path}; from xprnn.bench.seat import main; main()"
         allowed = machine.cores()
         machine.pin(allowed[: cores or threads])  # the child inherits it
         try:
-            # A group of its own: Ctrl-C is for the parent, which then ends this one.
+            # A group of its own: Ctrl-C is for the parent, which then ends this one. And where the parent is killed,
+            # the system hangs up on a stopped group that has lost its last relative, and wakes it.
             self._child = subprocess.Popen(
                 [sys.executable, "-c", code],
                 env=machine.measuring_environment(threads),

@@ -6,12 +6,10 @@ its calls and arrays until the next one sits down.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib
 import json
 import os
-import signal
 import sys
 import time
 from typing import Any
@@ -22,7 +20,7 @@ from xprnn.bench.problem import Call
 
 __all__ = ["find", "main", "sit", "turn"]
 
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+LONG = 0.2  # seconds of a call that is its own warming up: what it finds cold is a hundredth of it
 _calls: dict[str, Call] = {}
 
 
@@ -46,12 +44,18 @@ def sit(make: str, task: dict[str, Any], file: str) -> list[str]:
 
 
 def turn(what: str, warm: float, seconds: float) -> tuple[float, float]:
-    """Seconds a call, after `warm` seconds of calls off the clock and over `seconds`; and the turn's CPU seconds."""
+    """Seconds a call, after `warm` seconds of calls off the clock and over `seconds`; and the turn's CPU seconds.
+
+    A call that takes LONG is timed at once, and only once.
+    """
     call, clock, cpu = _calls[what], time.perf_counter, time.process_time()
     gc.disable()
     try:
         start = clock()
         call()
+        passed = clock() - start
+        if passed >= LONG:
+            return passed, time.process_time() - cpu
         while clock() - start < warm:
             call()
         count, start, passed = 0, clock(), 0.0
@@ -63,17 +67,8 @@ def turn(what: str, warm: float, seconds: float) -> tuple[float, float]:
     return passed / count, time.process_time() - cpu
 
 
-def _end_with(parent: int) -> None:
-    """Have Linux end this process with its parent: one that is stopped would not notice."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:
-            sys.exit(1)
-
-
-def main(parent: int) -> None:
+def main() -> None:
     """Answer until nobody asks any more; what a library prints goes to standard error."""
-    _end_with(parent)
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
         os.dup2(2, 1)
         for line in sys.stdin:

@@ -24,7 +24,7 @@ from xprnn.dense import Embedding, Linear
 from xprnn.interop.conventions import from_system
 from xprnn.interop.keras_chain import Spec, inner_spec, snake
 from xprnn.interop.keras_file import Arrays
-from xprnn.interop.keras_options import activation_layer, activation_named, flag, number, units
+from xprnn.interop.keras_options import activation_layer, activation_named, cell_activation, flag, number, units
 from xprnn.interop.parts import Entry, Part
 from xprnn.layers import GRU, LSTM, RNN
 from xprnn.masks import Hold, Last, Masking
@@ -92,10 +92,10 @@ def _make(cell: _CellSpec, width: int, **how: Any) -> tuple[Any, str]:
         "bias": flag(o, "use_bias", True),
         "batch_first": True,
     }
-    f = activation_named(o.get("activation", "tanh"))
+    f = cell_activation(o, "activation", "tanh")
     if cell.kind == "SimpleRNN":
         return RNN(**sizes, nonlinearity=f, **how), "elman"
-    gate = activation_named(o.get("recurrent_activation", "sigmoid"))
+    gate = cell_activation(o, "recurrent_activation", "sigmoid")
     usual = (gate, f) == (activation("sigmoid"), activation("tanh"))
     if cell.kind == "LSTM":
         return LSTM(**sizes, **how, cell=None if usual else lstm(gate, f, f)), "lstm"

@@ -8,7 +8,7 @@ from xprnn.activations import Activation, activation
 from xprnn.arrays import InputError
 from xprnn.interop.keras_chain import Spec, inner_spec
 
-__all__ = ["activation_layer", "activation_named", "flag", "number", "units"]
+__all__ = ["activation_layer", "activation_named", "cell_activation", "flag", "number", "units"]
 
 # Keras's name -> ours, with the constants that Keras means.
 _KNOWN: dict[str, tuple[Any, ...]] = {
@@ -22,6 +22,23 @@ _KNOWN: dict[str, tuple[Any, ...]] = {
     "elu": ("elu", 1.0),
     "celu": ("elu", 1.0),
     "leaky_relu": ("leakyrelu", 0.2),
+    "selu": ("selu",),
+    "relu6": ("relu6",),
+    "exponential": ("exponential",),
+    "hard_tanh": ("hardtanh",),
+    "log_sigmoid": ("logsigmoid",),
+    "sparse_plus": ("sparseplus",),
+    "sparse_sigmoid": ("hardsigmoid", 0.5, 0.5),
+    "squareplus": ("squareplus", 4.0),
+    "soft_shrink": ("softshrink", 0.5),
+    "hard_shrink": ("hardshrink", 0.5),
+    "silu": ("silu",),
+    "swish": ("silu",),
+    "gelu": ("gelu",),
+    "mish": ("mish",),
+    "hard_silu": ("hardswish",),
+    "hard_swish": ("hardswish",),
+    "tanh_shrink": ("tanhshrink",),
 }
 
 
@@ -39,6 +56,17 @@ def activation_named(value: Any) -> Activation:
     return activation(*_KNOWN[value])
 
 
+def cell_activation(options: dict[str, Any], name: str, default: str) -> Activation:
+    """The activation of a recurrent layer, which must be told from its output."""
+    value = options.get(name, default)
+    found = activation_named(value)
+    if found.of_input:
+        raise InputError(
+            f"{name} {value!r} has no counterpart in a cell, which keeps outputs: one does not tell its slope"
+        )
+    return found
+
+
 def number(options: dict[str, Any], *names: str, default: float) -> float:
     """The first of these options that is there; older files have older names."""
     found: Any = next((options[n] for n in names if n in options), default)
@@ -54,9 +82,11 @@ def activation_layer(spec: Spec) -> Activation:
         return activation("elu", number(o, "alpha", default=1.0))
     if spec.kind == "LeakyReLU":
         return activation("leakyrelu", number(o, "negative_slope", "alpha", default=0.3))
-    if o.get("max_value") is not None or o.get("threshold", 0):
-        raise InputError("a max_value or threshold has no counterpart here")
     slope = number(o, "negative_slope", default=0.0)
+    if o.get("max_value") == 6 and not o.get("threshold", 0) and not slope:
+        return activation("relu6")
+    if o.get("max_value") is not None or o.get("threshold", 0):
+        raise InputError("a max_value (but 6) or threshold has no counterpart here")
     return activation("leakyrelu", slope) if slope else activation("relu")
 
 

@@ -125,6 +125,8 @@ FUNCTIONS = {
     "LeakyRelu": ("alpha",),
     "ThresholdedRelu": ("alpha",),
     "HardSigmoid": ("alpha", "beta"),
+    "Celu": ("alpha",),
+    "HardSwish": (),
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from xprnn.activations import activation
 from xprnn.arrays import Array, InputError
+from xprnn.bends import erf
 from xprnn.interop.onnx_node import Context, Node, Op
 
 __all__ = ["MATH"]
@@ -45,6 +46,20 @@ def _activation(name: str, alpha: float | None = None, beta: float | None = None
 
     attrs = tuple(k for k, v in constants.items() if v is not None)
     return Op(lambda at, node, x: chosen(node).build(at.xp)[0](x), attrs, check=check)
+
+
+def _gelu(at: Context, node: Node, x: Array) -> Array:
+    name = "gelutanh" if node.attrs.get("approximate", "none") == "tanh" else "gelu"
+    return activation(name).build(at.xp)[0](x)
+
+
+def _selu(at: Context, node: Node, x: Array) -> Array:
+    """The constants are the standard's, float32 numbers."""
+    alpha, gamma = (
+        node.attrs.get("alpha", 1.67326319217681884765625),
+        node.attrs.get("gamma", 1.05070102214813232421875),
+    )
+    return gamma * at.xp.where(x > 0, x, alpha * at.xp.expm1(at.xp.minimum(x, 0 * x)))
 
 
 def _divide(xp: Any, a: Array, b: Array) -> Array:
@@ -182,6 +197,12 @@ MATH: dict[str, Op] = {
     "LeakyRelu": _activation("leakyrelu", 0.01),
     "ThresholdedRelu": _activation("thresholdedrelu", 1.0),
     "HardSigmoid": _activation("hardsigmoid", 0.2, 0.5),
+    "Celu": _activation("celu", 1.0),
+    "Erf": Op(lambda at, node, x: erf(at.xp)(x)),
+    "Gelu": Op(_gelu, ("approximate",)),
+    "HardSwish": _activation("hardswish"),
+    "Mish": _activation("mish"),
+    "Selu": Op(_selu, ("alpha", "gamma")),
     "Add": _pair(lambda xp, a, b: a + b),
     "Sub": _pair(lambda xp, a, b: a - b),
     "Mul": _pair(lambda xp, a, b: a * b),

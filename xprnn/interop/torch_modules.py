@@ -24,8 +24,23 @@ _PLAIN = {
     "Identity": "identity",
     "Softsign": "softsign",
     "Softplus": "softplus",
+    "SELU": "selu",
+    "ReLU6": "relu6",
+    "Hardtanh": "hardtanh",
+    "LogSigmoid": "logsigmoid",
+    "SiLU": "silu",
+    "GELU": "gelu",
+    "Mish": "mish",
+    "Hardswish": "hardswish",
+    "Tanhshrink": "tanhshrink",
 }
-_WITH_ALPHA = {"LeakyReLU": ("leakyrelu", "negative_slope"), "ELU": ("elu", "alpha")}
+_WITH_ALPHA = {
+    "LeakyReLU": ("leakyrelu", "negative_slope"),
+    "ELU": ("elu", "alpha"),
+    "CELU": ("celu", "alpha"),
+    "Softshrink": ("softshrink", "lambd"),
+    "Hardshrink": ("hardshrink", "lambd"),
+}
 
 
 def layer_of(module: Any) -> Any:
@@ -64,6 +79,10 @@ def _apply(module: Any) -> Any:
         return Softmax(log=name == "LogSoftmax")
     if name == "Softplus" and (module.beta, module.threshold) != (1, 20):
         raise InputError("has constants that the one here has not")
+    if name == "Hardtanh" and (module.min_val, module.max_val) != (-1, 1):
+        raise InputError("has constants that the one here has not")
+    if name == "GELU" and module.approximate == "tanh":
+        return Apply("gelutanh")
     if name in _WITH_ALPHA:
         ours, constant = _WITH_ALPHA[name]
         return Apply(activation(ours, getattr(module, constant)))
@@ -105,6 +124,8 @@ def _activation(f: Activation) -> tuple[str, dict[str, Any]] | None:
     for theirs, ours in _PLAIN.items():
         if f == activation(ours):
             return theirs, {}
+    if f == activation("gelutanh"):
+        return "GELU", {"approximate": "tanh"}
     for theirs, (ours, constant) in _WITH_ALPHA.items():
         if f.name == ours and f.alpha is not None and f == activation(ours, f.alpha):
             return theirs, {constant: f.alpha}
