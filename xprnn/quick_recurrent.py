@@ -111,7 +111,8 @@ def recurrent_pass(layer: Any, *, keep: bool) -> Pass | None:
     simple = not (layer.bidirectional or layer.batch_first or layer.learned_state or layer.projection)
     if not simple or len(layer.sizes) > 1:
         return None
-    from xprnn.kernels import compiled, small  # here, because the walks of others don't need them
+    from xprnn.kernels import compiled  # here, because the walks of others don't need them
+    from xprnn.kernels import plain as way
 
     cell, (shapes, (names,)), fast = layer.core, names_of(layer), kernels.fast
     count, steps, xp, found = len(cell.states), Steps(), namespace(np.zeros(0)), dict[Any, Any]()
@@ -132,7 +133,7 @@ def recurrent_pass(layer: Any, *, keep: bool) -> Pass | None:
         if len(given) != count or not all(plain(s, one, dtype) for s in given):
             return None
         start = tuple(s[0] for s in given)
-        done = found[dtype] and small.forward(found[dtype], cell, own, x, start, steps, layer.reverse, keep)
+        done = found[dtype] and way.forward(found[dtype], cell, own, x, start, steps, layer.reverse, keep)
         if done is None:
             return None
         y, final, tape = compiled.taped(done, cell, own, x, start, steps, layer.reverse, keep)

@@ -1,4 +1,4 @@
-"""Small nets take a shorter way to the compiled kernels: the same bits, and what is not for it goes the long way."""
+"""Plain passes take a shorter way to the compiled kernels: the same bits, and what is not for it goes the long way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 import xprnn
 from xprnn import stack
-from xprnn.kernels import small
+from xprnn.kernels import plain
 
 pytestmark = pytest.mark.needs("numba")
 LAYERS = {
@@ -50,7 +50,7 @@ class Counted:
     def __init__(self, monkeypatch):
         self.counts, self.closed = {"forward": 0, "backward": 0}, False
         for name in self.counts:
-            monkeypatch.setattr(small, name, self._watched(name, getattr(small, name)))
+            monkeypatch.setattr(plain, name, self._watched(name, getattr(plain, name)))
 
     def _watched(self, name, run):
         def watch(*args):
