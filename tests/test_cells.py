@@ -77,27 +77,52 @@ def test_activations_do_not_overflow(xp, dtype, name):
     assert np.isfinite(xp.to_numpy(slope(y) + 0.0 * y)).all()
 
 
+def elman(a):
+    return own(cells.elman(made(a))), naive.elman(by_reference(a))
+
+
+def lstm(gate, candidate, output):
+    ours = cells.lstm(made(gate), made(candidate), made(output))
+    return own(ours), naive.lstm(*map(by_reference, (gate, candidate, output)))
+
+
+def gru(gate, candidate):
+    return own(cells.gru(made(gate), made(candidate))), naive.gru(by_reference(gate), by_reference(candidate))
+
+
+def original_gru(gate, candidate):
+    ours = cells.gru_reset_before(made(gate), made(candidate))
+    return own(ours), naive.gru(by_reference(gate), by_reference(candidate), reset_after=False)
+
+
+def by_reference(name):
+    return naive.activation(name, *CONSTANTS[name])
+
+
+# place -> the cell, and which of its activations the place is.
 PLACES = {
-    "elman": (cells.elman, naive.elman),
-    "lstm gate": (lambda a: cells.lstm(gate=a), naive.lstm),
-    "lstm candidate": (lambda a: cells.lstm(candidate=a), lambda a: naive.lstm(t=a)),
-    "lstm output": (lambda a: cells.lstm(output=a), lambda a: naive.lstm(u=a)),
-    "gru gate": (lambda a: cells.gru(gate=a), naive.gru),
-    "gru candidate": (lambda a: cells.gru(candidate=a), lambda a: naive.gru(t=a)),
-    "original gru gate": (lambda a: cells.gru_reset_before(gate=a), lambda a: naive.gru(a, reset_after=False)),
-    "original gru candidate": (
-        lambda a: cells.gru_reset_before(candidate=a),
-        lambda a: naive.gru(t=a, reset_after=False),
-    ),
+    "elman": (elman, 1, 0),
+    "lstm gate": (lstm, 3, 0),
+    "lstm candidate": (lstm, 3, 1),
+    "lstm output": (lstm, 3, 2),
+    "gru gate": (gru, 2, 0),
+    "gru candidate": (gru, 2, 1),
+    "original gru gate": (original_gru, 2, 0),
+    "original gru candidate": (original_gru, 2, 1),
 }
 
 
 @pytest.mark.parametrize("place", PLACES)
 @each
 def test_every_activation_in_every_place(rng, name, place):
-    """On NumPy, whose programs are printed from the cell: the forward by the reference, the adjoint by differences."""
-    ours, theirs = PLACES[place]
-    case = Case(own(ours(made(name))), theirs(naive.activation(name, *CONSTANTS[name])))
+    """On NumPy, whose programs are printed from the cell: the forward by the reference, the adjoint by differences.
+
+    The other places have the list's neighbours: no two of a cell are the same, and each cell is printed and compiled
+    once for all of its places.
+    """
+    build, count, k = PLACES[place]
+    names = list(CONSTANTS)
+    case = Case(*build(*(names[(names.index(name) + i - k) % len(names)] for i in range(count))))
     layer = case.make(2, 3)
     p = problem(rng, layer, T=3, N=2, scale=0.4)
     y, final, _ = layer.forward(p.params, p.x, p.state)

@@ -43,12 +43,11 @@ class Player:
 
     def __init__(self, threads: int, cores: int | None = None) -> None:
         self.threads = threads
-        code = f"import sys; sys.path[:] = {sys.path}; from xprnn.bench.seat import main; main()"
+        code = f"import sys; sys.path[:] = {sys.path}; from xprnn.bench.seat import main; main({os.getpid()})"
         allowed = machine.cores()
         machine.pin(allowed[: cores or threads])  # the child inherits it
         try:
-            # A group of its own: Ctrl-C is for the parent, which then ends this one. And where the parent is killed,
-            # the system hangs up on a stopped group that has lost its last relative, and wakes it.
+            # A group of its own: Ctrl-C is for the parent, which then ends this one.
             self._child = subprocess.Popen(
                 [sys.executable, "-c", code],
                 env=machine.measuring_environment(threads),
