@@ -138,7 +138,7 @@ def split(monkeypatch):
         result = call()
         monkeypatch.undo()
         assert all(len(those) == count for those in seen)
-        assert seen
+        assert seen or count == 1  # one thread may take the plain way, which knows no parts
         return result
 
     return run

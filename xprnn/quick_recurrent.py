@@ -21,7 +21,7 @@ from xprnn.tape import Steps
 
 __all__ = ["QuickRecurrent"]
 
-Passed = tuple[Array, Any, StackTape]
+Passed = tuple[Array, Any, Any]  # the third is a StackTape, or None where no tape is kept
 Pass = Callable[[Params, Array, Any], Passed | None]
 
 
@@ -38,7 +38,18 @@ class QuickRecurrent(Streams):
 
     @cached_property
     def _pass(self) -> Pass:
-        return recurrent_pass(self) or nothing
+        return recurrent_pass(self, keep=True) or nothing
+
+    @cached_property
+    def _tapeless(self) -> Pass:
+        return recurrent_pass(self, keep=False) or nothing
+
+    def _sequence(self, params: Params, x: Array, state: Any) -> tuple[Array, Any] | None:
+        """A whole sequence of which no tape is kept."""
+        if (done := self._walk(params, x, state)) is not None:
+            return done
+        whole = self._tapeless(params, x, state)
+        return None if whole is None else whole[:2]
 
 
 def recurrent_step(layer: Any, prefix: str, count: int) -> Quick | None:
@@ -95,12 +106,13 @@ def recurrent_walk(layer: Any) -> Quick | None:
     return guarded(len(its.shapes), walk)
 
 
-def recurrent_pass(layer: Any) -> Pass | None:
-    """The quick pass, y, state and tape, of one small layer in one direction; compiled or not at all."""
+def recurrent_pass(layer: Any, *, keep: bool) -> Pass | None:
+    """The quick pass of one layer in one direction: y, state and tape, or None; compiled or not at all."""
     simple = not (layer.bidirectional or layer.batch_first or layer.learned_state or layer.projection)
     if not simple or len(layer.sizes) > 1:
         return None
-    from xprnn.kernels import compiled, small  # here, because the walks of others don't need them
+    from xprnn.kernels import compiled  # here, because the walks of others don't need them
+    from xprnn.kernels import plain as way
 
     cell, (shapes, (names,)), fast = layer.core, names_of(layer), kernels.fast
     count, steps, xp, found = len(cell.states), Steps(), namespace(np.zeros(0)), dict[Any, Any]()
@@ -121,15 +133,18 @@ def recurrent_pass(layer: Any) -> Pass | None:
         if len(given) != count or not all(plain(s, one, dtype) for s in given):
             return None
         start = tuple(s[0] for s in given)
-        done = found[dtype] and small.forward(found[dtype], cell, own, x, start, steps, layer.reverse)
+        done = found[dtype] and way.forward(found[dtype], cell, own, x, start, steps, layer.reverse, keep)
         if done is None:
             return None
-        y, final, tape = compiled.taped(done, cell, own, x, start, steps, layer.reverse)
+        y, final, tape = compiled.taped(done, cell, own, x, start, steps, layer.reverse, keep)
+        packed = tuple(s[None] for s in final)
+        after = packed if count > 1 else packed[0]
+        if tape is None:
+            return y, after, None
         chain = Chain(xp, cell, [own], layer.reverse, layer.dropout)
         record = ChainTape(x, [start], steps, [(0, length)], [[start]], [], [tape], [None])
         whole = StackTape(layer, xp, params, x, y, [(chain, record)], [], state is None)
-        packed = tuple(s[None] for s in final)
-        return y, packed if count > 1 else packed[0], whole
+        return y, after, whole
 
     return guarded(len(shapes), run)
 

@@ -187,7 +187,8 @@ class Recurrent(QuickRecurrent):
         self, params: Params, x: Array, state: State = None, lengths: Any = None, mask: Any = None, reset: Any = None
     ) -> tuple[Array, State]:
         """Inference: as `forward`, but nothing is kept and nothing is dropped out. Returns y and the final state."""
-        if lengths is None and mask is None and reset is None and (done := self._walk(params, x, state)) is not None:
+        plain = lengths is None and mask is None and reset is None
+        if plain and (done := self._sequence(params, x, state)) is not None:
             return done
         y, final, _ = stack.forward(self, params, x, state, lengths=lengths, mask=mask, reset=reset, keep=False)
         return y, final

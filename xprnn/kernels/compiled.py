@@ -13,10 +13,22 @@ import numpy as np
 from xprnn.affine import flat
 from xprnn.arrays import Array, Params
 from xprnn.cells import Cell
-from xprnn.kernels import library, small
+from xprnn.kernels import library, plain
 from xprnn.kernels.ragged import Rows
 from xprnn.kernels.source import Sources, sources_of
-from xprnn.kernels.table import Kept, Table, address, back_room, call, forward_room, inputs, projection, room_for
+from xprnn.kernels.table import (
+    Kept,
+    Table,
+    address,
+    aligned,
+    back_room,
+    call,
+    forward_room,
+    inputs,
+    inputs_back,
+    projection,
+    room_for,
+)
 from xprnn.kernels.threads import Part, each, parts
 from xprnn.tape import State, Steps, Tape
 
@@ -69,9 +81,9 @@ def _forward(
     keep: bool,
 ) -> tuple[Array, State, Tape | None]:
     """See xprnn.scan.forward, which is the specification."""
-    done = small.forward(sources, cell, params, x, state, steps, reverse) if keep else None
+    done = plain.forward(sources, cell, params, x, state, steps, reverse, keep)
     if done is not None:
-        return taped(done, cell, params, x, state, steps, reverse)
+        return taped(done, cell, params, x, state, steps, reverse, keep)
     rows = Rows.of(x.shape[:2], steps)
     kept, table = _prepare(sources, cell, params, rows.sort(x, 1), rows, reverse, keep)
     ends = tuple(rows.sort(s, 0) for s in state), tuple(rows.sort(s, 0) for s in home)
@@ -88,10 +100,19 @@ def _forward(
 
 
 def taped(
-    done: tuple[Kept, State], cell: Cell, params: Params, x: Array, state: State, steps: Steps, reverse: bool
-) -> tuple[Array, State, Tape]:
-    """What small.forward has done, as a scan returns it."""
+    done: tuple[Kept, State],
+    cell: Cell,
+    params: Params,
+    x: Array,
+    state: State,
+    steps: Steps,
+    reverse: bool,
+    keep: bool,
+) -> tuple[Array, State, Tape | None]:
+    """What plain.forward has done, as a scan returns it."""
     kept, final = done
+    if not keep:
+        return kept.after[0], final, None
     y = kept.after[0].view()
     y.flags.writeable = False  # the tape lives in this memory
     shown = partial(kept.rows.shown, kept.after)
@@ -109,7 +130,7 @@ def _prepare(
     before, after = [], []
     for k, wide in enumerate(widths):
         # The state before the first step in line: those before all steps are a view.
-        memory, row = np.empty(((count if k == 0 else length) + 1, n, wide), u.dtype), wide * item
+        memory, row = aligned(((count if k == 0 else length) + 1, n, wide), u.dtype), wide * item
         before.append(memory[1:] if reverse else memory[:-1])
         after.append(memory[:-1] if reverse else memory[1:])
         at = address(memory)
@@ -117,15 +138,15 @@ def _prepare(
         table.point(f"S{k}", at + (n * row if reverse else 0), row)
         table.entries[f"m{k}"] = n * wide if keep or k == 0 else 0
     if rows.reset is not None:
-        before = [np.empty((length, n, wide), u.dtype) for wide in widths]
+        before = [aligned((length, n, wide), u.dtype) for wide in widths]
         for k, a in enumerate(before):
             table.point(f"S{k}", address(a), widths[k] * item)
-    spare = {slot: np.empty((length, n, hidden), u.dtype) for slot in sources.slots if slot[0] == "V"}
+    spare = {slot: aligned((length, n, hidden), u.dtype) for slot in sources.slots if slot[0] == "V"}
     for slot, a in spare.items():
         table.point(slot, address(a), hidden * item)
     gates = None
     if keep and any(slot[0] == "X" for slot in sources.slots):
-        gates = np.empty((count, n, u.shape[0]), u.dtype)
+        gates = aligned((count, n, u.shape[0]), u.dtype)
         table.point("G", address(gates), u.shape[0] * item)
     return Kept(sources, rows, inputs(table, params, x), gates, spare, tuple(before), tuple(after)), table
 
@@ -172,7 +193,7 @@ def backward(
     tape: Tape, dy: Array | None, dstate: Sequence[Array | None], dstates: Sequence[Array | None]
 ) -> tuple[Array | None, State, Sequence[Array | None], Params]:
     """See xprnn.scan.backward."""
-    if all(d is None for d in dstates) and (done := small.backward(tape, dy, dstate)) is not None:
+    if all(d is None for d in dstates) and (done := plain.backward(tape, dy, dstate)) is not None:
         return *done[:2], [None] * len(dstate), done[2]
     kept: Kept = tape.saved
     params, rows = tape.params, kept.rows
@@ -199,10 +220,10 @@ def _run_back(
     table = Table({"turned": int(tape.reverse), "go": library.gemm(item).address})
     table.given(kept.rows, (count, n, hidden, width))
     room = _adjoints(table, tape, dstate, injected)
-    dx, dgates = _dx(table, tape)
+    dx, dgates = inputs_back(table, tape)
     d = table.entries["D"]
     # The rows of the gradients are summed over all steps and rows, or, where there are none, are zero.
-    make = np.empty if count else np.zeros
+    make = aligned if count else np.zeros
 
     def walk(part: Part) -> tuple[Array, ...]:
         numbers, sizes = back_room(kept.sources, (count, part.rows, d, hidden, width), item, projected)
@@ -260,26 +281,6 @@ def _adjoints(
     for k, name in enumerate(tape.cell.vectors):
         table.read(f"p{k}", tape.params[name])
     return room
-
-
-def _dx(table: Table, tape: Tape) -> tuple[Array | None, Array | None]:
-    """Into the table, x, the weights and where dx goes; for integers, where the gates' adjoints go instead."""
-    kept, params = tape.saved, tape.params
-    x, u = kept.x, params["weight_hh"]
-    table.read("WH", u)
-    if "weight_hr" in params:
-        table.read("WR", params["weight_hr"])
-    if x.dtype.kind not in "iu":
-        inputs(table, params, x)
-        dx = np.empty(x.shape, u.dtype)
-        table.point("DX", address(dx), x.shape[2] * u.itemsize)
-        return dx, None
-    table.entries["D"] = 0
-    dgates = [np.empty((*x.shape, u.shape[0]), u.dtype) for _ in range(2 - kept.sources.same)]
-    for name, a in zip("XY", dgates, strict=False):
-        table.keep(a)
-        table.point(name, address(a), u.shape[0] * u.itemsize)
-    return None, dgates[0]
 
 
 def _total(sums: list[tuple[Array, ...]]) -> tuple[Array, ...]:

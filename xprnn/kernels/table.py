@@ -1,5 +1,6 @@
 """What a compiled pass hands to its kernel: a table of numbers and addresses, and the arrays behind them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,17 +13,19 @@ from xprnn.kernels.ragged import Rows
 from xprnn.kernels.source import Sources
 from xprnn.kernels.threads import Part
 from xprnn.kernels.walk import contiguous
-from xprnn.tape import State
+from xprnn.tape import State, Tape
 
 __all__ = [
     "ALIGNED",
     "Kept",
     "Table",
     "address",
+    "aligned",
     "back_room",
     "call",
     "forward_room",
     "inputs",
+    "inputs_back",
     "padded",
     "projection",
     "room_for",
@@ -43,12 +46,20 @@ class Kept(NamedTuple):
     spare: dict[str, Array]  # the other saved values
     before: State
     after: State
-    memory: Array | None = None  # all of the tape, where small.py wrote it
+    memory: tuple[Array, Array] | None = None  # all of the tape, where plain.py wrote it
 
 
 def address(a: Array) -> int:
     """Where its first element lies."""
     return int(a.__array_interface__["data"][0])
+
+
+def aligned(shape: tuple[int, ...], dtype: Any) -> Array:
+    """Fresh memory that begins on a line of the cache."""
+    size, line = math.prod(shape), ALIGNED // np.dtype(dtype).itemsize
+    whole = np.empty(size + line, dtype)
+    skip = -address(whole) % ALIGNED // whole.itemsize
+    return whole[skip : skip + size].reshape(shape)
 
 
 def room_for(dtype: Any, sizes: Mapping[str, int]) -> tuple[dict[str, Array], dict[str, int]]:
@@ -189,6 +200,26 @@ def inputs(table: Table, params: Params, x: Array) -> Array:
         table.read("ids", x, 8, np.int64)
         table.read("WI", w.T)
     return x
+
+
+def inputs_back(table: Table, tape: Tape) -> tuple[Array | None, Array | None]:
+    """Into the table, x, the weights and where dx goes; for integers, where the gates' adjoints go instead."""
+    kept, params = tape.saved, tape.params
+    x, u = kept.x, params["weight_hh"]
+    table.read("WH", u)
+    if "weight_hr" in params:
+        table.read("WR", params["weight_hr"])
+    if x.dtype.kind not in "iu":
+        inputs(table, params, x)
+        dx = aligned(x.shape, u.dtype)
+        table.point("DX", address(dx), x.shape[2] * u.itemsize)
+        return dx, None
+    table.entries["D"] = 0
+    dgates = [aligned((*x.shape, u.shape[0]), u.dtype) for _ in range(2 - kept.sources.same)]
+    for name, a in zip("XY", dgates, strict=False):
+        table.keep(a)
+        table.point(name, address(a), u.shape[0] * u.itemsize)
+    return None, dgates[0]
 
 
 def call(source: str, names: Sequence[str], table: Mapping[str, int]) -> None:

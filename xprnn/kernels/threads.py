@@ -17,7 +17,7 @@ from threadpoolctl import ThreadpoolController
 
 from xprnn.kernels.ragged import Rows
 
-__all__ = ["Part", "allowed", "each", "parts", "worth"]
+__all__ = ["Part", "allowed", "each", "parts", "several", "worth"]
 
 _WORTH = 1 << 25  # multiplications: less than this isn't split, a thread takes some tens of microseconds to wake up
 _FEWEST = 8  # rows for a thread: fewer read the weights as often for less
@@ -60,12 +60,16 @@ def worth(count: int, n: int, weights: int) -> bool:
     return n >= 2 * _FEWEST and count * n * weights >= _WORTH
 
 
+def several(count: int, n: int, weights: int) -> int:
+    """How many threads take a part each, or 0 where one takes all."""
+    threads = min(allowed(), n // _FEWEST) if worth(count, n, weights) else 0
+    return threads if threads > 1 else 0
+
+
 def parts(rows: Rows, count: int, n: int, weights: int) -> list[Part]:
     """One part, or, where it is worth it, as many of about the same number of steps as there are threads."""
-    if not worth(count, n, weights):
-        return [Part(0, n)]
-    threads = min(allowed(), n // _FEWEST)
-    if threads < 2:
+    threads = several(count, n, weights)
+    if not threads:
         return [Part(0, n)]
     work = np.cumsum(np.full(n, count) if rows.active is None else rows.active.sum(axis=0))
     ends = [int(np.searchsorted(work, work[-1] * k / threads)) + 1 for k in range(1, threads)]

@@ -1,4 +1,4 @@
-"""The compiled scan of small nets: its table worked out once for its sizes, its memory in a few pieces.
+"""The compiled scan of the plain case: its table worked out once for its sizes, its memory in a few pieces.
 
 A hundred steps of fifty units take twenty microseconds; so does asking for twenty arrays and for their addresses. Here
 compiled.py's kernels get what they get there, where every row takes part in every step, x holds features, all lies in C
@@ -18,13 +18,12 @@ from xprnn.kernels import library
 from xprnn.kernels.ragged import Rows
 from xprnn.kernels.source import Sources
 from xprnn.kernels.table import ALIGNED, Kept, back_room, forward_room
-from xprnn.kernels.threads import worth
+from xprnn.kernels.threads import several
 from xprnn.kernels.walk import contiguous
 from xprnn.tape import State, Steps, Tape
 
 __all__ = ["backward", "forward"]
 
-_SMALL = 1 << 18  # numbers on a tape: as gradients lie beside dx, whoever keeps one keeps that
 _SLOTS = {"weight_ih": "WI", "weight_hh": "WH", "bias_ih": "BI", "bias_hh": "BH"}
 _ADDRESS = '''"""Written by xprnn: where an array lies; it may be deleted at any time."""
 
@@ -66,7 +65,8 @@ class _Piece:
 class _Plan(NamedTuple):
     """What the sizes of a pass decide: its pieces of memory, and places[i, j], what piece i is to entry j."""
 
-    first: _Piece  # the tape, or the gradients
+    whole: _Piece  # y with the state before it, or dx: the caller may keep it alone
+    rest: _Piece  # of the tape, or of the gradients
     scratch: _Piece
     places: Array
     wide: int = 0  # a row of the adjoint that comes through h U'
@@ -95,19 +95,26 @@ def _numbers(shape: Shape, item: int, reverse: bool) -> dict[str, int]:
     return turned | {"T": count, "N": n, "R": n, "D": d, "H": hidden, "W": width}
 
 
-def _states(tape: _Piece, states: int, step: int, reverse: bool) -> dict[str, int]:
-    """Where a tape holds the states after and before each step: a step apart in the same place."""
-    after, before = (0, step) if reverse else (step, 0)
-    bytes_ = [tape.bytes[f"M{k}"] for k in range(states)]
-    return {f"M{k}": at + after for k, at in enumerate(bytes_)} | {f"S{k}": at + before for k, at in enumerate(bytes_)}
+def _tape(
+    sources: Sources, states: int, shape: Shape, item: int, reverse: bool, keep: bool
+) -> tuple[_Piece, _Piece, list[dict[str, int]]]:
+    """The pieces of a tape, and where they hold the states after and before each step: in the same place, one apart.
 
-
-def _tape(sources: Sources, states: int, shape: Shape, item: int) -> _Piece:
+    Without `keep`, of what only backward asks for, there is room for one step.
+    """
     count, n, _, hidden, width = shape
-    sizes = {f"M{k}": (count + 1) * n * hidden for k in range(states)}
-    sizes |= {slot: count * n * hidden for slot in sources.slots if slot[0] == "V"}
+    size, length = n * hidden, count if keep else 1
+    first, sizes = _Piece(item, {"M0": (count + 1) * size}), {f"M{k}": (length + 1) * size for k in range(1, states)}
+    sizes |= {slot: length * size for slot in sources.slots if slot[0] == "V"}
     gates = any(slot[0] == "X" for slot in sources.slots)
-    return _Piece(item, sizes | ({"G": count * n * width} if gates else {}))
+    rest = _Piece(item, sizes | ({"G": count * n * width if keep else width} if gates else {}))
+    after, before = (0, size * item) if reverse else (size * item, 0)
+    places = []
+    for piece in (first, rest):
+        here = {f"M{k}": at for k in range(states) if (at := piece.bytes.get(f"M{k}")) is not None}
+        states_ = {f"{c}{name[1:]}": at + d for name, at in here.items() for c, d in (("M", after), ("S", before))}
+        places.append(piece.bytes | states_)
+    return first, rest, places
 
 
 def _plain(a: Array, dtype: Any) -> bool:
@@ -119,28 +126,25 @@ def _plain(a: Array, dtype: Any) -> bool:
 
 @lru_cache(maxsize=1024)
 def _plan(
-    sources: Sources, states: int, names: tuple[str, ...], shape: Shape, item: int, reverse: bool
+    sources: Sources, states: int, names: tuple[str, ...], shape: Shape, item: int, reverse: bool, keep: bool
 ) -> _Plan | None:
     count, n, _, hidden, width = shape
-    tape = _tape(sources, states, shape, item)
-    if not count * n or tape.size > _SMALL:
+    if not count * n:
         return None
+    first, rest, places = _tape(sources, states, shape, item, reverse, keep)
     numbers, sizes = forward_room(sources, shape, item)
-    scratch, step = (
-        _Piece(item, {slot: width for name, slot in _SLOTS.items() if name not in names} | sizes),
-        n * hidden * item,
-    )
-    numbers |= _numbers(shape, item, reverse) | {"keep": 1, "v0": n * hidden}
-    numbers |= {f"m{k}": n * hidden for k in range(states)}
-    pieces = [tape.bytes | _states(tape, states, step, reverse), scratch.bytes]
-    pieces += [{f"C{k}": k * step for k in range(states)}, {"A": 0}]
+    scratch = _Piece(item, {slot: width for name, slot in _SLOTS.items() if name not in names} | sizes)
+    step = n * hidden
+    numbers |= _numbers(shape, item, reverse) | {"keep": int(keep), "v0": step * keep}
+    numbers |= {f"m{k}": step if keep or k == 0 else 0 for k in range(states)}
+    pieces = [*places, scratch.bytes, {f"C{k}": k * step * item for k in range(states)}, {"A": 0}]
     own = [_SLOTS[name] for name in names if name in _SLOTS]
     pieces += [{slot: 0} for slot in (*own, *(f"p{k}" for k in range(len(names) - len(own))))]
-    return _Plan(tape, scratch, _places(sources.forward_table, numbers, pieces))
+    return _Plan(first, rest, scratch, _places(sources.forward_table, numbers, pieces))
 
 
 def forward(
-    sources: Sources, cell: Cell, params: Params, x: Array, state: State, steps: Steps, reverse: bool
+    sources: Sources, cell: Cell, params: Params, x: Array, state: State, steps: Steps, reverse: bool, keep: bool
 ) -> tuple[Kept, State] | None:
     """The tape and the states after the last step; None where compiled.py is to walk."""
     u, arrays = params["weight_hh"], (x, *params.values())
@@ -151,25 +155,26 @@ def forward(
         return None
     (count, n, d), states = x.shape, len(state)
     names = tuple(name for name in (*_SLOTS, *cell.vectors) if name in params)
-    plan = _plan(sources, states, names, (count, n, d, hidden, width), u.itemsize, reverse)
-    if plan is None or worth(count, n, (hidden + d) * width):
+    plan = _plan(sources, states, names, (count, n, d, hidden, width), u.itemsize, reverse, keep)
+    if plan is None or several(count, n, (hidden + d) * width):
         return None
-    tape = plan.first
-    at = _addresses()
+    at, tape = _addresses(), plan.rest
+    whole, whole_at = plan.whole.made(at, dtype)
     memory, tape_at = tape.made(at, dtype)
     _scratch, scratch_at = plan.scratch.made(at, dtype, "" if "bias_ih" in params and "bias_hh" in params else "Q")
     running, first = np.empty((states, n, hidden), dtype), -1 if reverse else 0
-    kept = [tape.view(memory, f"M{k}", (count + 1, n, hidden)) for k in range(states)]
+    kept = [plan.whole.view(whole, "M0", (count + 1, n, hidden))]
+    kept += [tape.view(memory, f"M{k}", ((count if keep else 1) + 1, n, hidden)) for k in range(1, states)]
     for s, r, m in zip(state, running, kept, strict=True):
         r[...] = s
         m[first] = s
     given = (running, x, *(params[name] for name in names))
-    _run(sources.forward, plan, (tape_at, scratch_at, *map(at, given)))
+    _run(sources.forward, plan, (whole_at, tape_at, scratch_at, *map(at, given)))
     before, after = tuple(m[:-1] for m in kept), tuple(m[1:] for m in kept)
-    gates = tape.view(memory, "G", (count, n, width)) if "G" in tape.starts else None
-    spare = {slot: tape.view(memory, slot, (count, n, hidden)) for slot in tape.starts if slot[0] == "V"}
+    gates = tape.view(memory, "G", (count, n, width)) if keep and "G" in tape.starts else None
+    spare = {slot: tape.view(memory, slot, (count, n, hidden)) for slot in tape.starts if keep and slot[0] == "V"}
     ends = (after, before) if reverse else (before, after)
-    return Kept(sources, Rows.of((count, n), steps), x, gates, spare, *ends, memory), tuple(running)
+    return Kept(sources, Rows.of((count, n), steps), x, gates, spare, *ends, (whole, memory)), tuple(running)
 
 
 def _run(source: str, plan: _Plan, starts: tuple[int, ...]) -> None:
@@ -183,18 +188,17 @@ def _run(source: str, plan: _Plan, starts: tuple[int, ...]) -> None:
 def _back_plan(sources: Sources, states: int, vectors: int, shape: Shape, item: int, reverse: bool) -> _Plan:
     count, n, d, hidden, width = shape
     row, step = hidden, n * hidden
-    tape = _tape(sources, states, shape, item)
+    _, _, places = _tape(sources, states, shape, item, reverse, True)
     numbers, sizes = back_room(sources, shape, item)
     scratch = _Piece(item, {"nothing": hidden, "B": sizes.pop("B"), "O": sizes.pop("O")} | sizes)
     sums = {"SI": width, "SH": width} | dict.fromkeys((f"D{k}" for k in range(states)), step)
     sums |= dict.fromkeys((f"P{k}" for k in range(vectors)), step)
-    result = _Piece(item, sums | {"GI": width * d, "GU": width * hidden, "DX": count * n * d})
+    dx, grads = _Piece(item, {"DX": count * n * d}), _Piece(item, sums | {"GI": width * d, "GU": width * hidden})
     numbers |= _numbers(shape, item, reverse) | {"a0": step, "b0": row}
     nothing = {f"I{k}": scratch.bytes["nothing"] for k in range(1, states)}
-    pieces = [result.bytes | {"R0": result.bytes["D0"]}, scratch.bytes | nothing]
-    pieces += [tape.bytes | _states(tape, states, step * item, reverse)]
+    pieces = [dx.bytes, grads.bytes | {"R0": grads.bytes["D0"]}, scratch.bytes | nothing, *places]
     pieces += [{name: 0} for name in ("I0", "A", "WI", "WH", *(f"p{k}" for k in range(vectors)))]
-    return _Plan(result, scratch, _places(sources.backward_table, numbers, pieces), numbers["Hz"])
+    return _Plan(dx, grads, scratch, _places(sources.backward_table, numbers, pieces), numbers["Hz"])
 
 
 def backward(tape: Tape, dy: Array | None, dstate: Sequence[Array | None]) -> tuple[Array, State, Params] | None:
@@ -204,18 +208,21 @@ def backward(tape: Tape, dy: Array | None, dstate: Sequence[Array | None]) -> tu
     if kept.memory is None or dy is None or not _plain(dy := contiguous(dy), u.dtype):
         return None
     (count, n, d), (width, hidden), sources = kept.x.shape, u.shape, kept.sources
+    if several(count, n, (hidden + d) * width):
+        return None
     states, vectors, shape = len(dstate), len(cell.vectors), (count, n, d, hidden, width)
     plan = _back_plan(sources, states, vectors, shape, u.itemsize, tape.reverse)
-    result, scratch = plan.first, plan.scratch
+    result, scratch = plan.rest, plan.scratch
     at = _addresses()
+    dx, dx_at = plan.whole.made(at, u.dtype)
     memory, result_at = result.made(at, u.dtype, "GI")
     room, room_at = scratch.made(at, u.dtype, "Q")
     ds = tuple(result.view(memory, f"D{k}", (n, hidden)) for k in range(states))
     for mine, given in zip(ds, dstate, strict=True):
         if given is not None:
             mine[...] = given
-    pieces = (kept.memory, dy, kept.x, w, u, *(params[name] for name in cell.vectors))
-    _run(sources.backward, plan, (result_at, room_at, *map(at, pieces)))
+    pieces = (*kept.memory, dy, kept.x, w, u, *(params[name] for name in cell.vectors))
+    _run(sources.backward, plan, (dx_at, result_at, room_at, *map(at, pieces)))
     ds[0][...] += scratch.view(room, "B", (n, plan.wide))[:, :hidden]
     grads = {
         "weight_ih": result.view(memory, "GI", (width, d)),
@@ -225,4 +232,4 @@ def backward(tape: Tape, dy: Array | None, dstate: Sequence[Array | None]) -> tu
     grads["bias_hh"] = grads["bias_ih"].copy() if sources.same else result.view(memory, "SH", (width,))
     for k, name in enumerate(cell.vectors):
         grads[name] = np.add.reduce(result.view(memory, f"P{k}", (n, hidden)), axis=0)
-    return result.view(memory, "DX", (count, n, d)), ds, {name: grads[name] for name in params}
+    return plan.whole.view(dx, "DX", (count, n, d)), ds, {name: grads[name] for name in params}

@@ -1,4 +1,4 @@
-"""Small nets take a shorter way to the compiled kernels: the same bits, and what is not for it goes the long way."""
+"""Plain passes take a shorter way to the compiled kernels: the same bits, and what is not for it goes the long way."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import xprnn
-from xprnn.kernels import small
+from xprnn import stack
+from xprnn.kernels import plain
 
 pytestmark = pytest.mark.needs("numba")
 LAYERS = {
@@ -49,7 +50,7 @@ class Counted:
     def __init__(self, monkeypatch):
         self.counts, self.closed = {"forward": 0, "backward": 0}, False
         for name in self.counts:
-            monkeypatch.setattr(small, name, self._watched(name, getattr(small, name)))
+            monkeypatch.setattr(plain, name, self._watched(name, getattr(plain, name)))
 
     def _watched(self, name, run):
         def watch(*args):
@@ -72,16 +73,18 @@ def test_the_same_bits(rng, short, name, options, shape, dtype):
     """300 steps are more than a block of backward's, 9 rows more than a tile."""
     layer = LAYERS[name](**options)
     params, x, dy, state = made(rng, layer, shape, dtype)
+    short.counts["forward"] = 0
 
     def run():
         y, final, tape = layer.forward(params, x, state)
         zero, end, other = layer.forward(params, x)
         inner = [tuple(np.ones_like(s) for s in one) for one in tape.states()]
         found = [y, final, zero, end, *tape.states(), layer.backward(tape, dy), layer.backward(other, dy, state)]
+        found += stack.forward(layer, params, x, state, keep=False)[:2]
         return [*found, layer.backward(tape, dy, state, dstates=inner), layer.backward(tape, None, state)]
 
     found, ways = run(), layer.num_layers * layer.directions
-    assert short.counts["forward"] == 2 * ways
+    assert short.counts["forward"] == 3 * ways
     assert short.counts["backward"] >= 2 * ways
     short.closed = True
     assert_same(found, run())
@@ -130,18 +133,49 @@ def test_what_takes_the_long_way(rng, short):
     layer = xprnn.GRU(3, 5)
     params, x, _, state = made(rng, layer, (6, 2))
     mask = np.ones((6, 2), bool)
+    short.counts["forward"] = 0
     layer.forward(params, x, state, lengths=[6, 3])
     layer.forward(params, x, state, mask=mask)
     layer.forward(params, x, state, reset=mask)
     layer.forward(params, np.zeros((6, 2), int))
     layer.forward(params, x[:0], state)
     layer.forward(params, x[:, :0])
-    layer(params, x, state)
-    large = xprnn.RNN(3, 600)
-    large.forward(large.init(rng, like=np.zeros(0)), np.zeros((500, 1, 3)))
     assert short.counts["forward"] == 0
     layer.forward(params, x, state, checkpoint=2)
-    assert short.counts["forward"] == 1  # the last segment keeps its tape
+    assert short.counts["forward"] == 3  # segments
+
+
+def test_several_threads_take_the_long_way(rng, short, monkeypatch):
+    layer = xprnn.LSTM(64, 128)
+    params, x, dy, state = made(rng, layer, (40, 32))
+    threads = 1
+    monkeypatch.setattr("xprnn.kernels.threads.allowed", lambda: threads)
+    y, final, tape = layer.forward(params, x, state)
+    grads = layer.backward(tape, dy)
+    plain = layer(params, x, state)
+    assert short.counts["forward"] > 1
+    assert short.counts["backward"] == 1
+    threads, before = 2, dict(short.counts)
+    assert_same(layer(params, x, state), plain)
+    assert_same(layer.forward(params, x, state)[:2], (y, final))
+    # A tape that one thread wrote, read by two: their sums are added up in another order.
+    for one, two in zip(arrays_of(list(grads)), arrays_of(list(layer.backward(tape, dy))), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4 * np.abs(one).max())
+    assert short.counts == before
+
+
+def test_what_inference_returns_is_the_callers(rng):
+    layer = xprnn.LSTM(30, 100)  # too large for the compiled walk
+    params, x, _, state = made(rng, layer, (6, 2))
+    y, final = layer(params, x, state)
+    want = copy.deepcopy((y, final))
+    fresh = [y, *final]
+    for k, a in enumerate(fresh):
+        assert a.flags.c_contiguous
+        assert not any(np.shares_memory(a, b) for b in (x, *params.values(), *state, *fresh[:k]))
+        a[...] = 7
+    assert_same(layer(params, x, state), want)
+    assert_same(layer.forward(params, x, state)[:2], want)
 
 
 @pytest.mark.parametrize("name", LAYERS)
