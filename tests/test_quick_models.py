@@ -89,3 +89,26 @@ def test_a_layer_that_has_stepped_can_be_copied_and_pickled(rng):
             assert twin == part
             assert hash(twin) == hash(part)
             XP.assert_close(twin.step(params, x)[0], want[0])
+
+
+class Doubled(xprnn.Linear):
+    """A part of one's own that differs in its step alone."""
+
+    def step(self, params, x, state=None):  # noqa: D102 - as the layer's own
+        y, state = super().step(params, x, state)
+        return 2 * y, state
+
+
+class Slower(xprnn.GRU):
+    """A recurrent one."""
+
+    def step(self, params, x, state=None):  # noqa: D102 - as the layer's own
+        return super().step(params, x / 2, state)
+
+
+def test_a_step_of_ones_own_is_not_passed_over(rng):
+    params = xprnn.Sequential(rnn=xprnn.GRU(3, 4), head=xprnn.Linear(4, 2)).init(rng, like=np.zeros(0))
+    x, plain = rng.standard_normal((1, 3)), xprnn.Sequential(rnn=xprnn.GRU(3, 4), head=xprnn.Linear(4, 2))
+    wanted, _ = plain.step(params, x / 2)
+    found, _ = xprnn.Sequential(rnn=Slower(3, 4), head=Doubled(4, 2)).step(params, x)
+    np.testing.assert_allclose(found, 2 * wanted, rtol=1e-13)
