@@ -235,7 +235,16 @@ def test_bad_words_are_one_line(words, problem, capsys, tmp_path, monkeypatch):
     assert problem in said[0]
 
 
+@pytest.fixture
+def interruptible():
+    """A shell ignores Ctrl-C for what it runs in the background, and so would all that is started from there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @posix
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_it_and_its_measuring_process():
     words = [sys.executable, "-m", "xprnn", "bench", "--peers", "--cell", "gru", "--rows", "1,4,1,10", "512,1024,64,50"]
     paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])

@@ -1,9 +1,9 @@
 """The compiled scan of the plain case: its table worked out once for its sizes, its memory in a few pieces.
 
 A hundred steps of fifty units take twenty microseconds; so does asking for twenty arrays and for their addresses. Here
-compiled.py's kernels get what they get there, where every row takes part in every step, x holds features, all lies in C
-order and one thread walks. An entry of their table is a number, or lies so many bytes behind the start of one of a
-call's pieces of memory, whatever these are: table = (1, start of each piece) . places.
+compiled.py's kernels get what they get there, where every row takes part in every step, x holds features and all lies
+in C order (backward: and one thread walks). An entry of their table is a number, or lies so many bytes behind the start
+of one of a call's pieces of memory, whatever these are: table = (1, start of each piece) . places.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from xprnn.kernels import library
 from xprnn.kernels.ragged import Rows
 from xprnn.kernels.source import Sources
 from xprnn.kernels.table import ALIGNED, Kept, back_room, forward_room
-from xprnn.kernels.threads import several
+from xprnn.kernels.threads import Part, each, parts, several
 from xprnn.kernels.walk import contiguous
 from xprnn.tape import State, Steps, Tape
 
@@ -106,8 +106,8 @@ def _tape(
     size, length = n * hidden, count if keep else 1
     first, sizes = _Piece(item, {"M0": (count + 1) * size}), {f"M{k}": (length + 1) * size for k in range(1, states)}
     sizes |= {slot: length * size for slot in sources.slots if slot[0] == "V"}
-    gates = any(slot[0] == "X" for slot in sources.slots)
-    rest = _Piece(item, sizes | ({"G": count * n * width if keep else width} if gates else {}))
+    gates = keep and any(slot[0] == "X" for slot in sources.slots)
+    rest = _Piece(item, sizes | ({"G": count * n * width} if gates else {}))
     after, before = (0, size * item) if reverse else (size * item, 0)
     places = []
     for piece in (first, rest):
@@ -126,18 +126,25 @@ def _plain(a: Array, dtype: Any) -> bool:
 
 @lru_cache(maxsize=1024)
 def _plan(
-    sources: Sources, states: int, names: tuple[str, ...], shape: Shape, item: int, reverse: bool, keep: bool
-) -> _Plan | None:
-    count, n, _, hidden, width = shape
-    if not count * n:
-        return None
+    sources: Sources,
+    states: int,
+    names: tuple[str, ...],
+    shape: Shape,
+    item: int,
+    reverse: bool,
+    keep: bool,
+    part: Part,
+) -> _Plan:
+    count, n, d, hidden, width = shape
     first, rest, places = _tape(sources, states, shape, item, reverse, keep)
-    numbers, sizes = forward_room(sources, shape, item)
-    scratch = _Piece(item, {slot: width for name, slot in _SLOTS.items() if name not in names} | sizes)
-    step = n * hidden
-    numbers |= _numbers(shape, item, reverse) | {"keep": int(keep), "v0": step * keep}
+    numbers, sizes = forward_room(sources, (count, part.rows, d, hidden, width), item)
+    missing = {slot: width for name, slot in _SLOTS.items() if name not in names}
+    scratch = _Piece(item, missing | sizes | ({} if keep else {"G": width}))
+    step, row = n * hidden, part.first * item
+    places = [{name: at + row * (width if name == "G" else hidden) for name, at in piece.items()} for piece in places]
+    numbers |= _numbers(shape, item, reverse) | {"R": part.rows, "keep": int(keep), "v0": step * keep}
     numbers |= {f"m{k}": step if keep or k == 0 else 0 for k in range(states)}
-    pieces = [*places, scratch.bytes, {f"C{k}": k * step * item for k in range(states)}, {"A": 0}]
+    pieces = [*places, scratch.bytes, {f"C{k}": k * step * item + row * hidden for k in range(states)}, {"A": row * d}]
     own = [_SLOTS[name] for name in names if name in _SLOTS]
     pieces += [{slot: 0} for slot in (*own, *(f"p{k}" for k in range(len(names) - len(own))))]
     return _Plan(first, rest, scratch, _places(sources.forward_table, numbers, pieces))
@@ -154,31 +161,36 @@ def forward(
     if not all(_plain(a, dtype) for a in arrays):
         return None
     (count, n, d), states = x.shape, len(state)
-    names = tuple(name for name in (*_SLOTS, *cell.vectors) if name in params)
-    plan = _plan(sources, states, names, (count, n, d, hidden, width), u.itemsize, reverse, keep)
-    if plan is None or several(count, n, (hidden + d) * width):
+    if not count * n:
         return None
-    at, tape = _addresses(), plan.rest
+    names = tuple(name for name in (*_SLOTS, *cell.vectors) if name in params)
+    rows, shape = Rows.of((count, n), steps), (count, n, d, hidden, width)
+    those = parts(rows, count, n, (hidden + d) * width)
+    plans = [_plan(sources, states, names, shape, u.itemsize, reverse, keep, part) for part in those]
+    at, plan, tape = _addresses(), plans[0], plans[0].rest
     whole, whole_at = plan.whole.made(at, dtype)
     memory, tape_at = tape.made(at, dtype)
-    _scratch, scratch_at = plan.scratch.made(at, dtype, "" if "bias_ih" in params and "bias_hh" in params else "Q")
     running, first = np.empty((states, n, hidden), dtype), -1 if reverse else 0
     kept = [plan.whole.view(whole, "M0", (count + 1, n, hidden))]
     kept += [tape.view(memory, f"M{k}", ((count if keep else 1) + 1, n, hidden)) for k in range(1, states)]
     for s, r, m in zip(state, running, kept, strict=True):
         r[...] = s
         m[first] = s
-    given = (running, x, *(params[name] for name in names))
-    _run(sources.forward, plan, (whole_at, tape_at, scratch_at, *map(at, given)))
+    given = tuple(map(at, (running, x, *(params[name] for name in names))))
+    zeros = "" if "bias_ih" in params and "bias_hh" in params else "Q"
+    rooms = [one.scratch.made(at, dtype, zeros) for one in plans]
+    starts = [(whole_at, tape_at, room_at, *given) for _, room_at in rooms]
+    tables = [_table(one, start) for one, start in zip(plans, starts, strict=True)]
+    each(library.compiled(sources.forward), tables)
     before, after = tuple(m[:-1] for m in kept), tuple(m[1:] for m in kept)
     gates = tape.view(memory, "G", (count, n, width)) if keep and "G" in tape.starts else None
     spare = {slot: tape.view(memory, slot, (count, n, hidden)) for slot in tape.starts if keep and slot[0] == "V"}
     ends = (after, before) if reverse else (before, after)
-    return Kept(sources, Rows.of((count, n), steps), x, gates, spare, *ends, (whole, memory)), tuple(running)
+    return Kept(sources, rows, x, gates, spare, *ends, (whole, memory)), tuple(running)
 
 
-def _run(source: str, plan: _Plan, starts: tuple[int, ...]) -> None:
-    library.compiled(source)(np.array((1, *starts), np.int64).dot(plan.places))
+def _table(plan: _Plan, starts: tuple[int, ...]) -> Array:
+    return np.array((1, *starts), np.int64).dot(plan.places)
 
 
 # --- and its adjoint
@@ -222,7 +234,7 @@ def backward(tape: Tape, dy: Array | None, dstate: Sequence[Array | None]) -> tu
         if given is not None:
             mine[...] = given
     pieces = (*kept.memory, dy, kept.x, w, u, *(params[name] for name in cell.vectors))
-    _run(sources.backward, plan, (dx_at, result_at, room_at, *map(at, pieces)))
+    library.compiled(sources.backward)(_table(plan, (dx_at, result_at, room_at, *map(at, pieces))))
     ds[0][...] += scratch.view(room, "B", (n, plan.wide))[:, :hidden]
     grads = {
         "weight_ih": result.view(memory, "GI", (width, d)),

@@ -23,6 +23,7 @@ _WORTH = 1 << 25  # multiplications: less than this isn't split, a thread takes 
 _FEWEST = 8  # rows for a thread: fewer read the weights as often for less
 _GROUP = 4
 _pools: dict[int, ThreadPoolExecutor] = {}
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -71,13 +72,24 @@ def parts(rows: Rows, count: int, n: int, weights: int) -> list[Part]:
     threads = several(count, n, weights)
     if not threads:
         return [Part(0, n)]
-    work = np.cumsum(np.full(n, count) if rows.active is None else rows.active.sum(axis=0))
+    if rows.active is None:
+        return _even(n, threads)
+    return _cut(np.cumsum(rows.active.sum(axis=0)), n, threads)
+
+
+@cache
+def _even(n: int, threads: int) -> list[Part]:
+    return _cut(np.arange(1, n + 1), n, threads)
+
+
+def _cut(work: Any, n: int, threads: int) -> list[Part]:
+    """Parts that end where about as much of the work is done as there are parts so far."""
     ends = [int(np.searchsorted(work, work[-1] * k / threads)) + 1 for k in range(1, threads)]
     cuts = sorted({0, *(min(n, -(-end // _GROUP) * _GROUP) for end in ends), n})
     return [Part(a, b - a) for a, b in pairwise(cuts)]
 
 
-def each(walk: Callable[[Part], Result], those: list[Part]) -> list[Result]:
+def each(walk: Callable[[Item], Result], those: list[Item]) -> list[Result]:
     """What `walk` returns for each part, in their order; this thread takes the first."""
     if len(those) == 1:
         return [walk(those[0])]
