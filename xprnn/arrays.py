@@ -6,6 +6,7 @@ Array libraries are recognised by the arrays they made; none is ever imported to
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, TypeAlias
 
 import array_api_compat
@@ -37,8 +38,6 @@ __all__ = [
     "to_numpy",
 ]
 
-
-_NUMPY = array_api_compat.array_namespace(np.zeros(0))
 _PLAIN = frozenset((np.dtype(np.float32), np.dtype(np.float64)))
 
 
@@ -48,6 +47,12 @@ class InputError(ValueError):
     >>> issubclass(InputError, ValueError)
     True
     """
+
+
+@cache
+def _numpy() -> Namespace:
+    """NumPy's namespace, asked for when it is first wanted: to make it imports all of NumPy, f2py and testing too."""
+    return array_api_compat.array_namespace(np.zeros(0))
 
 
 def namespace(*arrays: Array) -> Namespace:
@@ -111,7 +116,7 @@ def resolve(
     xprnn.arrays.InputError: f: h is float32 but x is float64: give all arrays one dtype
     """
     if not others and _plain([a for a in floats.values() if a is not None]):
-        return _NUMPY
+        return _numpy()
     named = [(n, a) for n, a in (*floats.items(), *(others or {}).items()) if a is not None]
     name, first = named[0]
     xp = _namespace_named(where, name, first)
