@@ -190,7 +190,7 @@ def test_the_front_door_imports_nothing_optional():
     loaded = {module.partition(".")[0] for module in run.stdout.split()}
     assert "xprnn" in loaded
     assert not loaded & OPTIONAL
-    # array-api-compat's namespace of NumPy imports all of NumPy, which takes as long as xprnn: the first call does that.
+    # array-api-compat's namespace imports all of NumPy, which takes as long as xprnn: the first call asks for it.
     assert "numpy.f2py" not in run.stdout.split()
 
 
