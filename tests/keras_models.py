@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from typing import Any
 
 import numpy as np
@@ -168,3 +170,16 @@ def ask(keras: Any, model: Any, x: Any, rng: np.random.Generator) -> dict[str, A
     found = {f"y{k}": a for k, a in enumerate(y)} | {f"dy{k}": a for k, a in enumerate(dy)} | {"x": x}
     found |= {f"grad.{k}": a for k, a in named.items()}
     return found | ({} if integer else {"dx": np.asarray(dx[0])})
+
+
+def on_jax():
+    """Keras on JAX, in float64."""
+    os.environ["KERAS_BACKEND"] = "jax"
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import keras
+    use(keras, "float64")
+    return keras

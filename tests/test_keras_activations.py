@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import warnings
-
 import keras_models
 import numpy as np
 import pytest
@@ -30,15 +27,7 @@ OTHERS = {"glu", "softmax", "log_softmax", "sparsemax", "threshold"}  # along an
 @pytest.fixture(scope="module")
 def keras():
     """Keras on JAX, in float64."""
-    os.environ["KERAS_BACKEND"] = "jax"
-    import jax
-
-    jax.config.update("jax_enable_x64", True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import keras
-    keras_models.use(keras, "float64")
-    return keras
+    return keras_models.on_jax()
 
 
 def compare(rng, keras, theirs, source=None):

@@ -134,16 +134,6 @@ class Chain:
         if len(tape.segments) == 1 == len(self.params):
             dx, start, home, dp = scan.backward(tape.scans[0], dy, dfinals[0], inner[0])
             return dx, [tuple(map(_add, start, home))], [dp]
-        return self._back_through(tape, dy, dfinals, inner)
-
-    def _back_through(
-        self,
-        tape: ChainTape,
-        dy: Array | None,
-        dfinals: Sequence[Sequence[Array | None]],
-        inner: Sequence[Sequence[Array | None]],
-    ) -> tuple[Array | None, list[State], Grads]:
-        """The same through segments and layers."""
         ds: list[Any] = [*dfinals]
         dhome: list[Any] = [(None,) * len(d) for d in ds]
         grads: list[Any] = [None] * len(self.params)

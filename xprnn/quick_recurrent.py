@@ -57,16 +57,14 @@ def recurrent_step(layer: Any, prefix: str, count: int) -> Quick | None:
     if layer.bidirectional or layer.reverse or not isinstance(layer.hidden_size, int):
         return None
     its, fast = _stepped(layer, prefix), kernels.fast
-    few, floats, ways = its.few, BITS, dict[tuple[bool, bool | None], Quick]()
-    fastest = list[Quick | None]([None, None])  # by whether x is integer
+    few, floats, ways = its.few, BITS, dict[tuple[bool, bool], Quick]()
+    fastest = list[Quick | None]([None, None])  # the compiled ones, by whether x is integer
 
-    def way(integer: bool, one: bool | None) -> Quick:
-        """The compiled step, or that in NumPy for one row or for many; made when it is first wanted."""
+    def way(integer: bool, one: bool) -> Quick:
+        """The step in NumPy, for one row or for many; made when it is first wanted."""
         found = ways.get((integer, one))
         if found is None:
-            once = partial(step_once, np, its.cell)
-            made = compiled_step(its, integer) if one is None else numpy_step(its, integer, one, once)
-            found = ways[integer, one] = made or nothing
+            found = ways[integer, one] = numpy_step(its, integer, one, partial(step_once, np, its.cell))
         return found
 
     def step(params: Params, x: Array, state: Any) -> tuple[Array, Any] | None:
@@ -77,7 +75,7 @@ def recurrent_step(layer: Any, prefix: str, count: int) -> Quick | None:
             try:
                 run = fastest[integer]
                 if run is None:
-                    run = fastest[integer] = way(integer, None)
+                    run = fastest[integer] = compiled_step(its, integer) or nothing
                 done = run(params, x, state)
             except (KeyError, TypeError):  # no kernel, or one that takes no such arrays
                 done = None
@@ -106,6 +104,20 @@ def recurrent_walk(layer: Any) -> Quick | None:
     return guarded(len(its.shapes), walk)
 
 
+class _Found(dict[Any, Any]):
+    """dtype -> the sources of a cell's kernels, looked for once; None where it has none."""
+
+    def __init__(self, cell: Any) -> None:
+        self.cell = cell
+
+    def __missing__(self, dtype: Any) -> Any:
+        from xprnn.kernels import compiled
+
+        none = compiled.why_not(self.cell, {"weight_hh": np.empty((0, 0), dtype)})
+        self[dtype] = None if none else compiled.sources_of(self.cell, BITS[dtype])
+        return self[dtype]
+
+
 def recurrent_pass(layer: Any, *, keep: bool) -> Pass | None:
     """The quick pass of one layer in one direction: y, state and tape, or None; compiled or not at all."""
     simple = not (layer.bidirectional or layer.batch_first or layer.learned_state or layer.projection)
@@ -115,7 +127,7 @@ def recurrent_pass(layer: Any, *, keep: bool) -> Pass | None:
     from xprnn.kernels import plain as way
 
     cell, (shapes, (names,)), fast = layer.core, names_of(layer), kernels.fast
-    count, steps, xp, found = len(cell.states), Steps(), namespace(np.zeros(0)), dict[Any, Any]()
+    count, steps, xp, found = len(cell.states), Steps(), namespace(np.zeros(0)), _Found(cell)
     fits = tuple((short, name, shapes[name]) for short, name in names.items())
 
     def run(params: Params, x: Array, state: Any) -> Passed | None:
@@ -126,14 +138,14 @@ def recurrent_pass(layer: Any, *, keep: bool) -> Pass | None:
                 return None
         if not fast() or d != layer.input_size:
             return None
-        if dtype not in found:
-            found[dtype] = None if compiled.why_not(cell, own) else compiled.sources_of(cell, BITS[dtype])
+        if (sources := found[dtype]) is None:
+            return None
         one = (1, n, layer.hidden_size)
         given = (np.zeros(one, dtype),) * count if state is None else (state,) if count == 1 else state
         if len(given) != count or not all(plain(s, one, dtype) for s in given):
             return None
         start = tuple(s[0] for s in given)
-        done = found[dtype] and way.forward(found[dtype], cell, own, x, start, steps, layer.reverse, keep)
+        done = way.forward(sources, cell, own, x, start, steps, layer.reverse, keep)
         if done is None:
             return None
         y, final, tape = compiled.taped(done, cell, own, x, start, steps, layer.reverse, keep)

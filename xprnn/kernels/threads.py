@@ -17,7 +17,7 @@ from threadpoolctl import ThreadpoolController
 
 from xprnn.kernels.ragged import Rows
 
-__all__ = ["Part", "allowed", "each", "parts", "several", "worth"]
+__all__ = ["Part", "allowed", "each", "parts", "several"]
 
 _WORTH = 1 << 25  # multiplications: less than this isn't split, a thread takes some tens of microseconds to wake up
 _FEWEST = 8  # rows for a thread: fewer read the weights as often for less
