@@ -12,6 +12,7 @@ from numbers import Real
 from typing import Any
 
 from xprnn.arrays import Array, InputError, Params, check_dicts, is_numpy, namespace, resolve
+from xprnn.clipping import clip_by_global_norm, clip_by_value
 
 __all__ = [
     "Optimizer",
@@ -230,51 +231,6 @@ def adamw(
     'adamw'
     """
     return _adam("adamw", learning_rate, b1, b2, eps, weight_decay)
-
-
-def clip_by_value(grads: Params, limit: float) -> Params:
-    """Each entry bounded to [-limit, limit], the article's clipping.
-
-    >>> import numpy as np
-    >>> clip_by_value({"w": np.asarray([-3.0, 0.5])}, 1.0)["w"]
-    array([-1. ,  0.5])
-    """
-    if not limit > 0:
-        raise InputError(f"clip_by_value: limit must be > 0, found {limit!r}")
-    limit = float(limit)
-    check_dicts("clip_by_value", grads=grads)
-    spaces = {k: resolve("clip_by_value", {k: g}) for k, g in grads.items()}
-    return {k: spaces[k].minimum(spaces[k].maximum(g, -limit), limit) for k, g in grads.items()}
-
-
-def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Array]:
-    """All gradients scaled by min(1, max_norm / (norm + 1e-6)), norm over all of them (Pascanu et al. 2012).
-
-    The 1e-6 is torch's (clip_grad_norm_). Nothing is read on the host.
-
-    Args:
-        grads: the gradients.
-        max_norm: > 0.
-
-    Returns:
-        the scaled gradients, and the norm before scaling, a 0-d array.
-
-    >>> import numpy as np
-    >>> grads, norm = clip_by_global_norm({"w": np.asarray([3.0, 4.0])}, 1.0)
-    >>> float(norm), grads["w"].round(3)
-    (5.0, array([0.6, 0.8]))
-    """
-    if not max_norm > 0:
-        raise InputError(f"clip_by_global_norm: max_norm must be > 0, found {max_norm!r}")
-    check_dicts("clip_by_global_norm", grads=grads)
-    if not grads:
-        raise InputError("clip_by_global_norm: grads must hold at least one array, found none")
-    xp = resolve("clip_by_global_norm", dict(grads))
-    # A row's own product with itself, then the sum: no array of squares is made.
-    squares = [xp.sum(xp.vecdot(g, g) if g.ndim else g * g, dtype=g.dtype) for g in grads.values()]
-    norm = xp.sqrt(xp.sum(xp.stack(squares), dtype=squares[0].dtype))
-    scale = xp.minimum(float(max_norm) / (norm + 1e-6), xp.ones_like(norm))
-    return {k: g * scale for k, g in grads.items()}, norm
 
 
 def cosine(peak: float, steps: int, *, final: float = 0.0) -> Callable[[int], float]:

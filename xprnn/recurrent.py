@@ -19,6 +19,7 @@ from xprnn.cells import Cell
 from xprnn.checks import check_init, flag, fraction, keep_positive, positive
 from xprnn.forms import cell_form
 from xprnn.initial import draw, laid
+from xprnn.layout import parameter_shapes
 from xprnn.quick_recurrent import QuickRecurrent
 from xprnn.stack import Gradients, StackTape
 
@@ -113,30 +114,7 @@ class Recurrent(QuickRecurrent):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The name and shape of every parameter, in torch's order."""
-        out: dict[str, tuple[int, ...]] = {}
-        width, core = self.input_size, self.core
-        for k, h in enumerate(self.sizes):
-            p = self.projection or h
-            for suffix in ("", "_reverse")[: self.directions]:
-                one: dict[str, tuple[int, ...]] = {
-                    "weight_ih": (core.gates * h, width),
-                    "weight_hh": (core.gates * h, p),
-                }
-                if self.bias:
-                    one |= {"bias_ih": (core.gates * h,), "bias_hh": (core.gates * h,)}
-                if self.projection:
-                    one["weight_hr"] = (p, h)
-                one |= dict.fromkeys(core.vectors, (h,))
-                out |= {f"{name}_l{k}{suffix}": shape for name, shape in one.items()}
-            width = self.directions * p
-        if self.learned_state:
-            for i, name in enumerate(core.states):
-                for k, h in enumerate(self.sizes):
-                    size = h if i or not self.projection else self.projection
-                    key = f"initial_{name}" if isinstance(self.hidden_size, int) else f"initial_{name}_l{k}"
-                    lead = self.num_layers if isinstance(self.hidden_size, int) else 1
-                    out[key] = (lead * self.directions, size)
-        return out
+        return parameter_shapes(self)
 
     def init(
         self,
