@@ -1,6 +1,9 @@
-"""Gradients kept within bounds: each entry, or all of them together by their norm."""
+"""Gradients kept within bounds: each entry, or all of them together by their norm. Sparse ones stay sparse."""
+
+from typing import Any
 
 from xprnn.arrays import Array, InputError, Params, check_dicts, resolve
+from xprnn.sparse import SparseGradient
 
 __all__ = ["clip_by_global_norm", "clip_by_value"]
 
@@ -16,8 +19,12 @@ def clip_by_value(grads: Params, limit: float) -> Params:
         raise InputError(f"clip_by_value: limit must be > 0, found {limit!r}")
     limit = float(limit)
     check_dicts("clip_by_value", grads=grads)
-    spaces = {k: resolve("clip_by_value", {k: g}) for k, g in grads.items()}
-    return {k: spaces[k].minimum(spaces[k].maximum(g, -limit), limit) for k, g in grads.items()}
+    out: Params = {}
+    for k, g in grads.items():
+        a = _entries(g)
+        xp = resolve("clip_by_value", {k: a})
+        out[k] = _with(g, xp.minimum(xp.maximum(a, -limit), limit))
+    return out
 
 
 def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Array]:
@@ -42,9 +49,19 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Array]:
     check_dicts("clip_by_global_norm", grads=grads)
     if not grads:
         raise InputError("clip_by_global_norm: grads must hold at least one array, found none")
-    xp = resolve("clip_by_global_norm", dict(grads))
+    arrays = {k: _entries(g) for k, g in grads.items()}
+    xp = resolve("clip_by_global_norm", arrays)
     # A row's own product with itself, then the sum: no array of squares is made.
-    squares = [xp.sum(xp.vecdot(g, g) if g.ndim else g * g, dtype=g.dtype) for g in grads.values()]
+    squares = [xp.sum(xp.vecdot(a, a) if a.ndim else a * a, dtype=a.dtype) for a in arrays.values()]
     norm = xp.sqrt(xp.sum(xp.stack(squares), dtype=squares[0].dtype))
     scale = xp.minimum(float(max_norm) / (norm + 1e-6), xp.ones_like(norm))
     return {k: g * scale for k, g in grads.items()}, norm
+
+
+def _entries(g: Any) -> Array:
+    """All of a gradient that may differ from zero."""
+    return g.values if isinstance(g, SparseGradient) else g
+
+
+def _with(g: Any, entries: Array) -> Any:
+    return SparseGradient(g.indices, entries, g.shape, g.axis) if isinstance(g, SparseGradient) else entries

@@ -44,6 +44,8 @@ class Recurrent(QuickRecurrent):
             one at step 0, and parameter names have no suffix. Not together with bidirectional.
         learned_state: the state that `state=None` stands for is a parameter, "initial_h" (and "initial_c"),
             (L*directions, H), instead of zero.
+        sparse: where x is integer, the gradient of layer 0's weight_ih (of both directions) is a SparseGradient of the
+            classes that occur, where it is dense otherwise; that of features is always dense.
         cell: what happens in a step; RNN, LSTM and GRU choose their own.
 
     >>> import numpy as np, xprnn
@@ -63,6 +65,7 @@ class Recurrent(QuickRecurrent):
     bidirectional: bool = False
     reverse: bool = field(default=False, kw_only=True)
     learned_state: bool = field(default=False, kw_only=True)
+    sparse: bool = field(default=False, kw_only=True)
     cell: Cell | None = field(default=None, kw_only=True)
     explain = explaining.explain  # a method: its first argument is the layer
 
@@ -77,7 +80,7 @@ class Recurrent(QuickRecurrent):
         else:
             keep_positive(self, "hidden_size")
         fraction(where, "dropout", self.dropout)
-        for name in ("bias", "batch_first", "bidirectional", "reverse", "learned_state"):
+        for name in ("bias", "batch_first", "bidirectional", "reverse", "learned_state", "sparse"):
             flag(where, name, getattr(self, name))
         if self.reverse and self.bidirectional:
             raise InputError(f"{where}: reverse is one direction and bidirectional is both: choose one of them")
