@@ -106,7 +106,7 @@ def _in_rows(
 ) -> tuple[Array, tuple[Array, ...]]:
     """The rule on the rows of the classes that occur."""
     some, *before = (g.rows_of(a) for a in (p, *old))
-    first, more = rule(xp, some, g.values, tuple(before), rate, step)
+    first, more = _in_blocks(rule, xp, some, g.values, tuple(before), rate, step)
     return g.replaced(p, first), tuple(g.replaced(a, rows) for a, rows in zip(old, more, strict=True))
 
 

@@ -17,6 +17,7 @@ from xprnn.arrays import (
     Namespace,
     as_index,
     device_of,
+    is_integer,
     is_numpy,
     namespace,
     on_host,
@@ -69,11 +70,11 @@ class SparseGradient:
     shape: tuple[int, int]
     axis: int = 0
 
-    __array_ufunc__ = None  # so that NumPy's arrays and numbers leave sums and products to this class
-
     def __post_init__(self) -> None:
         where = "SparseGradient"
-        resolve(where, {"values": self.values}, {"indices": self.indices})
+        xp = resolve(where, {"values": self.values}, {"indices": self.indices})
+        if not is_integer(xp, self.indices):
+            raise InputError(f"{where}: indices must be integers, found {self.indices.dtype}")
         shape = tuple(self.shape)
         object.__setattr__(self, "shape", shape)
         if self.axis not in (0, 1) or len(shape) != 2:
@@ -156,6 +157,19 @@ class SparseGradient:
     def __truediv__(self, divisor: Any) -> "SparseGradient":
         _check_factor(divisor)
         return SparseGradient(self.indices, self.values / divisor, self.shape, self.axis)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, out: Any = None, **options: Any) -> Any:
+        """What NumPy's arrays and numbers ask for that stand on the left: their sums, also in place, and products."""
+        if method != "__call__" or options or ufunc not in (np.add, np.multiply):
+            _refuse(self)
+        other = inputs[1] if inputs[0] is self else inputs[0]
+        result = self + other if ufunc is np.add else self * other
+        if out is None:
+            return result
+        if isinstance(result, SparseGradient):
+            _refuse(self)
+        out[0][...] = result
+        return out[0]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         return np.asarray(to_numpy(self.dense()), dtype)
