@@ -239,7 +239,9 @@ def test_lazy_adam_of_dense_gradients_is_adam(rng):
     np.testing.assert_array_equal(found["t"], wanted["t"])
 
 
-@pytest.mark.parametrize("rule", [xprnn.sgd(0.1), xprnn.adam(0.1), xprnn.adam(0.1, lazy=True)], ids=str)
+@pytest.mark.parametrize(
+    "rule", [xprnn.sgd(0.1), xprnn.adam(0.1), xprnn.adam(0.1, lazy=True)], ids=["sgd", "adam", "lazy"]
+)
 def test_a_gradient_of_another_table_is_refused(rule):
     p = {"t": np.zeros((4, 2))}
     with pytest.raises(InputError, match=r"the gradient of t has shape \(3, 2\), expected \(4, 2\)"):
