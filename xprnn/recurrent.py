@@ -245,7 +245,7 @@ class Recurrent(QuickRecurrent):
         Raises:
             InputError: an adjoint whose shape, dtype, library or device is not that of what it belongs to.
         """
-        return stack.backward(self, tape, dy, dstate, dstates)
+        return self._back(tape, dy, dstate, dstates) or stack.backward(self, tape, dy, dstate, dstates)
 
     def step(self, params: Params, x: Array, state: State = None) -> tuple[Array, State]:
         """Streaming: one time step, the same numbers as the whole sequence.

@@ -235,8 +235,6 @@ def _run_back(
         here |= dict(zip(("GI", "GU", "SI", "GR"), map(address, sums), strict=False)) | numbers
         here |= {"SH": here["SI"] + width * item}
         call(kept.sources.backward, kept.sources.backward_table, table.of(part) | here)
-        through = own["B"].reshape(part.rows, numbers["Hz"])[:, :inner]
-        room["D0"][part.first : part.first + part.rows] += through
         return tuple(sums)
 
     dw, du, (db_ih, db_hh), *dhr = _total(each(walk, parts(kept.rows, count, n, (inner + d) * width)))
