@@ -50,12 +50,22 @@ def test_every_cell_is_the_scan(rng, name, given):
         agree(layer, p, p.state if given else None, rng.standard_normal((steps, n, 5)))
 
 
-@pytest.mark.parametrize("options", [{"bias": False}, {"reverse": True}, {"dropout": 0.5}], ids=str)
+OPTIONS = [{"bias": False}, {"reverse": True}, {"dropout": 0.5}, {"num_layers": 3}, {"batch_first": True}]
+OPTIONS += [{"num_layers": 2, "batch_first": True, "reverse": True, "bias": False, "dropout": 0.5}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
 def test_every_option_is_the_scan(rng, kind, options):
     layer = getattr(xprnn, kind)(3, 19, **options)
     p = problem(rng, layer, 6, N=2)
-    agree(layer, p, p.state, rng.standard_normal((6, 2, 19)))
+    dy = rng.standard_normal((6, 2, 19))
+    if layer.batch_first:
+        p, dy = p._replace(x=p.x.swapaxes(0, 1)), dy.swapaxes(0, 1).copy()
+    for state in (p.state, None):
+        agree(layer, p, state, dy)
+    assert layer._tapeless(p.params, p.x, None) is not None
+    np.testing.assert_equal(layer._tapeless(p.params, p.x, p.state)[:2], layer.forward(p.params, p.x, p.state)[:2])
 
 
 def test_it_is_the_way_that_forward_takes_and_says_so(rng):
@@ -95,7 +105,7 @@ def test_what_does_not_fit_goes_the_checked_way(rng):
 
 
 def test_other_layers_and_switched_off_kernels_have_none(rng):
-    for layer in (xprnn.GRU(3, 5, 2), xprnn.GRU(3, 5, bidirectional=True), xprnn.GRU(3, 5, batch_first=True)):
+    for layer in (xprnn.GRU(3, (5, 5), 2), xprnn.GRU(3, 5, bidirectional=True), xprnn.GRU(3, 5, learned_state=True)):
         p = problem(rng, layer, 6, N=2)
         assert layer._pass(p.params, p.x, p.state) is None
     layer = xprnn.GRU(3, 5)

@@ -39,7 +39,6 @@ class Done(NamedTuple):
         Array, Array
     ]  # all of the tape: y with the state before it, which the caller may keep alone; the rest
     skips: int
-    finals: tuple[Array, ...]  # (1, N, H) each
 
     @property
     def y(self) -> Array:
@@ -150,18 +149,17 @@ class Ahead:
         at = start * step + (self.rest.starts[f"M{k}"] + (done.skips >> 8 & 255) if k else done.skips & 255)
         return done.memory[k > 0][at : at + length * step].reshape(length, n, hidden)
 
-    def __call__(self, x: Array, arrays: tuple[Array, ...], start: Sequence[Array]) -> Done | None:
-        """The pass from states `start` (1, N, H) each; None where an array has another shape.
+    def __call__(
+        self, x: Array, arrays: tuple[Array, ...], start: Sequence[Array], finals: Sequence[Array]
+    ) -> Done | None:
+        """The pass from states `start`, (1, N, H) each, into `finals`; None where an array has another shape.
 
         Raises TypeError for another dtype, or what is not in C order. Masked arrays and their like are the caller's to
         keep out.
         """
-        (count, n, _, hidden, _), dtype = self.shape, self.dtype
+        (count, n, *_), dtype = self.shape, self.dtype
         whole, rest = np.empty(self.whole.room, dtype), np.empty(self.rest.room, dtype)
-        finals, pairs = list[Array](), list[Array]()
-        for s in start:
-            finals.append(f := np.empty((1, n, hidden), dtype))
-            pairs += (f, s)
+        pairs = [a for pair in zip(finals, start, strict=True) for a in pair]
         those = parts(Rows.of((count, n), Steps()), count, n, self._weights) if self.large() else self._one
         tables, rooms, skips = [], [], 0
         for part in those:
@@ -175,7 +173,7 @@ class Ahead:
             tables.append(table)
             rooms.append(room)
         each(self._kernel, tables)
-        return Done(self, x, arrays, (whole, rest), skips, tuple(finals))
+        return Done(self, x, arrays, (whole, rest), skips)
 
     def large(self) -> bool:
         """Whether several threads are to walk."""
@@ -208,8 +206,9 @@ def forward(
         return None
     names = tuple(name for name in (*_SLOTS, *cell.vectors) if name in params)
     way = ahead(sources, cell, names, (*x.shape, hidden, width), dtype, reverse, keep)
-    done = way(x, tuple(params[name] for name in names), start)
-    return None if done is None else (done.kept(), tuple(f[0] for f in done.finals))
+    finals = np.empty((len(state), 1, x.shape[1], hidden), dtype)
+    done = way(x, tuple(params[name] for name in names), start, list(finals))
+    return None if done is None else (done.kept(), tuple(f[0] for f in finals))
 
 
 # --- and its adjoint
