@@ -35,7 +35,8 @@ class Sequential(Streams):
 
     Raises:
         InputError: no parts, something that is not a part, or a part that takes another number of features than the
-            one before it gives. Parts of your own, whose widths are not known, are left to the first call.
+            one before it gives, another order of axes (batch_first), or a time axis that a Last before it has ended.
+            Parts of your own, of which this is not known, are left to the first call.
 
     >>> import numpy as np, xprnn
     >>> model = Sequential(rnn=xprnn.RNN(3, 4), head=Linear(4, 2))
