@@ -44,7 +44,7 @@ ROOMS = {
     "quick_recurrent": "arrays chain kernels layout quick scan stack tape",
     "around": "arrays checks stack",
     "initial": "arrays",
-    "recurrent": "arrays cells checks forms initial quick_recurrent stack explain",
+    "recurrent": "arrays cells checks forms initial quick quick_recurrent stack explain",
     "layers": "arrays activations forms cells recurrent",
     "dense": "arrays affine checks quick scatter stack",
     "parts": "arrays activations forms tape checks stack",

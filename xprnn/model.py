@@ -14,7 +14,7 @@ from xprnn.forms import activation_of, cell_of
 from xprnn.layers import GRU, LSTM, RNN
 from xprnn.masks import Hold, Last, Masking
 from xprnn.parts import Apply, Flip, Merge, Part, Softmax
-from xprnn.quick import Quick, Streams, chain_step, quick_of
+from xprnn.quick import Calls, Quick, Streams, chain_step, quick_of
 from xprnn.recurrent import Recurrent
 from xprnn.stack import Gradients
 from xprnn.widths import check_widths
@@ -24,7 +24,7 @@ __all__ = ["Sequential", "from_config"]
 _Flags = dict[str, Any]
 
 
-class Sequential(Streams):
+class Sequential(Streams, Calls):
     """A chain of named parts that is itself a part: its parameters are "name.parameter".
 
     Its state is that of its recurrent part; with several, a dict from their names to theirs. A mask found by one part
