@@ -50,7 +50,7 @@ ROOMS = {
     "parts": "arrays activations forms tape checks stack",
     "masks": "arrays checks stack parts",
     "widths": "arrays around dense recurrent layers parts masks",
-    "model": "arrays forms checks quick stack around dense recurrent layers parts masks widths",
+    "model": "arrays tape forms checks quick stack around dense recurrent layers parts masks widths",
     "losses": "arrays affine",
     "bptt": "arrays affine",
     "gradcheck": "arrays",

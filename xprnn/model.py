@@ -17,6 +17,7 @@ from xprnn.parts import Apply, Flip, Merge, Part, Softmax
 from xprnn.quick import Calls, Quick, Streams, chain_step, quick_of
 from xprnn.recurrent import Recurrent
 from xprnn.stack import Gradients
+from xprnn.tape import ModelTape
 from xprnn.widths import check_widths
 
 __all__ = ["Sequential", "from_config"]
@@ -147,7 +148,7 @@ class Sequential(Streams, Calls):
 
     def _forward(self, params: Params, x: Any, state: Any, flags: _Flags) -> tuple[Any, Any, Any, _Flags]:
         own, states = self._own("Sequential.forward", params), self._states("Sequential.forward", state)
-        tapes = {}
+        tapes = ModelTape()
         for n, part in self.parts.items():
             if _is_chain(part):
                 x, states[n], tapes[n], flags = part._forward(own[n], x, states[n], flags)
