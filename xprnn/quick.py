@@ -29,7 +29,7 @@ __all__ = [
     "quick_of",
 ]
 
-KEPT = frozenset({"_step", "_walk", "_pass", "_tapeless"})  # what a part has made for itself
+KEPT = frozenset({"_step", "_walk", "_pass", "_tapeless", "_back"})  # what a part has made for itself
 
 Quick = Callable[[Params, Array, Any], tuple[Array, Any] | None]
 Result = TypeVar("Result")

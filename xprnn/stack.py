@@ -52,8 +52,8 @@ class StackTape(Record):
 def _chains(layer: Any, xp: Namespace, params: Params) -> list[Chain]:
     own = layout.own_params(layer, params)
     if not layer.bidirectional:
-        return [Chain(xp, layer.core, own, reverse=layer.reverse, dropout=layer.dropout)]
-    return [Chain(xp, layer.core, [p], reverse=bool(i % 2)) for i, p in enumerate(own)]
+        return [Chain(xp, layer.core, own, reverse=layer.reverse, dropout=layer.dropout, sparse=layer.sparse)]
+    return [Chain(xp, layer.core, [p], reverse=bool(i % 2), sparse=layer.sparse) for i, p in enumerate(own)]
 
 
 def _segment(where: str, layer: Any, checkpoint: Any, params: Params, count: int, n: int) -> int | None:

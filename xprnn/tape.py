@@ -65,3 +65,4 @@ class Tape(Record):
     states: Callable[[], State]  # one (T, N, .) for each of the cell's states: after each step
     saved: Any  # what the writer keeps for its backward
     kernel: str
+    sparse: bool = False  # whether, where x is integer, weight_ih's gradient is to be a SparseGradient
