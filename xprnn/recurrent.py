@@ -1,8 +1,7 @@
 """A recurrent layer of any cell: stacks and directions of scans, on parameters that the caller keeps.
 
 A layer is a frozen configuration. Parameters are a flat dict with torch's state_dict names and shapes; states are
-torch's (L*directions, N, H), for the LSTM the pair (h, c). Where layers have hidden sizes of their own, a state is a
-tuple with one (directions, N, H_l) for each layer.
+torch's (L*directions, N, H), the LSTM's a pair (h, c), of layers with sizes of their own (directions, N, H_l) for each.
 """
 
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from xprnn.checks import check_init, flag, fraction, keep_positive, positive
 from xprnn.forms import cell_form
 from xprnn.initial import draw, laid
 from xprnn.layout import parameter_shapes
+from xprnn.quick import Calls
 from xprnn.quick_recurrent import QuickRecurrent
 from xprnn.stack import Gradients, StackTape
 
@@ -29,7 +29,7 @@ State = Any
 
 
 @dataclass(frozen=True)
-class Recurrent(QuickRecurrent):
+class Recurrent(QuickRecurrent, Calls):
     """A stack of one cell, in one or two directions. RNN, LSTM and GRU are this with their cells.
 
     Args:

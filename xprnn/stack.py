@@ -9,6 +9,7 @@ from numpy.random import Generator
 from xprnn import checks, layout, scan
 from xprnn.arrays import Array, InputError, Namespace, Params, check_shape, resolve
 from xprnn.chain import Chain, ChainTape, dropout_mask, segment_length
+from xprnn.tape import Record
 
 __all__ = ["Gradients", "StackTape", "backward", "forward", "step"]
 
@@ -22,7 +23,7 @@ class Gradients(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StackTape:
+class StackTape(Record):
     """The record of one forward pass of a recurrent layer."""
 
     layer: Any
