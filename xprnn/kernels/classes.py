@@ -19,7 +19,8 @@ __all__ = ["by_class"]
 def sum_rows(ids, rows, out):  # type: ignore[no-untyped-def]
     """out[v] = sum of rows[m] over the m with ids[m] = v, in the order of the rows; zero where there is none.
 
-    A class after the other: each row of the table is written once, and what is added up stays in the cache, in float64.
+    A class after the other: each row of the table is written once, those of absent classes in one go up to the next
+    that occurs, and what is added up stays in the cache, in float64.
     """
     count, width = out.shape
     ends = np.zeros(count + 1, np.int64)
@@ -31,12 +32,13 @@ def sum_rows(ids, rows, out):  # type: ignore[no-untyped-def]
     for m in range(ids.size):
         order[place[ids[m]]] = m
         place[ids[m]] += 1
-    total = np.empty(width, np.float64)
-    for v in range(count):
-        some = order[ends[v] : ends[v + 1]]
-        if some.size == 0:
-            out[v, :] = 0
-        elif some.size == 1:
+    total, flat, written, k = np.empty(width, np.float64), out.reshape(-1), 0, 0
+    while k < ids.size:
+        v = ids[order[k]]
+        flat[written * width : v * width] = 0
+        some = order[k : ends[v + 1]]
+        written, k = v + 1, ends[v + 1]
+        if some.size == 1:
             out[v, :] = rows[some[0], :]
         else:
             total[:] = rows[some[0], :]
@@ -44,6 +46,7 @@ def sum_rows(ids, rows, out):  # type: ignore[no-untyped-def]
                 for j in range(width):
                     total[j] += rows[m, j]
             out[v, :] = total
+    flat[written * width :] = 0
 
 
 _SOURCE = '''"""Written by xprnn: sums of rows by class; it may be deleted at any time."""
