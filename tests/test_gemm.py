@@ -25,6 +25,8 @@ SIZES = [
     (23, 513, 70),
     (16, 8, 32),
     (9, 17, 100),
+    (5, 9, 61),
+    (12, 31, 130),
     (3, 600, 1),
 ]
 
@@ -36,8 +38,8 @@ def do(number, dtype, *args):
 
 
 def edge(dtype):
-    item = np.dtype(dtype).itemsize
-    return np.zeros(2 * library.lanes(item) * (library.tile_rows() + 1), dtype)
+    size = library.tile_size(np.dtype(dtype).itemsize)
+    return np.zeros(size + size // library.tile_rows(), dtype)
 
 
 def unset(size, dtype):

@@ -114,9 +114,9 @@ def back_room(sources: Sources, shape: Sequence[int], item: int, projected: int 
     count, n, d, hidden, width = shape
     block = max(1, min(count, -(-_BLOCK_ROWS // max(1, n))))
     rows, wide, inputs = block * n, padded(projected or hidden, item), padded(d, item)
-    edge, own = 2 * library.tile_rows() * library.lanes(item), padded(hidden, item)
+    edge, own = library.tile_size(item), padded(hidden, item)
     sizes = {"B": n * wide, "O": edge + max(d, own, edge), "Q": width * inputs, "U": width * wide}
-    sizes |= {"LA": (width + edge) * rows, "LB": rows * max(inputs, own)}
+    sizes |= {"LA": (width + 2 * library.tile_rows()) * rows, "LB": rows * max(inputs, own)}
     apart = width + ALIGNED // item * (d > 0 and width * item % _CLASH == 0)
     sizes |= dict.fromkeys(("X", "Y")[: (2 - sources.same) * (d > 0)], rows * apart)
     numbers = {"J": block, "Hz": wide, "Xw": apart, "room": rows, "zeros": edge}
