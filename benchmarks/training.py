@@ -10,6 +10,7 @@ core and with two on two; in turns of half a second, round by round. training_st
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 import tempfile
@@ -48,7 +49,10 @@ def best(row: dict[str, Any], who: str, threads: list[int]) -> tuple[float, int]
 
 
 def goals(rows: list[dict[str, Any]], threads: list[int]) -> list[dict[str, Any]]:
-    """Each undisturbed row against the faster peer, everyone with as many threads as suit it."""
+    """Each undisturbed row against the faster peer, everyone with as many threads as suit it.
+
+    A row that xprnn could not run is missed by an unknown factor, with why in its `disagree`.
+    """
     out = []
     for row in rows:
         found = {who: b for who in NAMES if (b := best(row, who, threads))}
@@ -56,7 +60,8 @@ def goals(rows: list[dict[str, Any]], threads: list[int]) -> list[dict[str, Any]
         if rivals and row["set_aside"] >= 0:
             who = max(rivals, key=lambda k: rivals[k])
             what = f"training, {row['cell']}, batch {row['batch']}, up to {threads[-1]} cores, against {NAMES[who]}"
-            out.append({"what": what, "value": found["xprnn"][0] / rivals[who], "least": 1.0})
+            ours = found["xprnn"][0] if "xprnn" in found else math.nan
+            out.append({"what": what, "value": ours / rivals[who], "least": 1.0})
     return out
 
 
@@ -72,13 +77,19 @@ def table(rows: list[dict[str, Any]], threads: list[int]) -> list[str]:
                 if not seen:
                     cells.append("")
                     continue
-                pairs = zip(row["rates"][f"xprnn {k}"], seen, strict=True)
-                low, ratio, high = statistics.quantiles([a / b for a, b in pairs], n=4)
-                note = "" if who == "xprnn" else f" ({ratio:.2f}; {low:.2f} to {high:.2f})"
-                cells.append(f"{statistics.median(seen):,.0f}{note}")
+                ours = [] if who == "xprnn" else row["rates"].get(f"xprnn {k}", [])
+                cells.append(f"{statistics.median(seen):,.0f}{_ratios(ours, seen)}")
             lines.append(f"| {row['cell']} | {row['batch']} | {k} | {' | '.join(cells)} |")
         lines += [f"| | **{remark}** |" + " |" * (len(heads) - 2) for remark in row["disagree"]]
     return lines
+
+
+def _ratios(ours: list[float], theirs: list[float]) -> str:
+    """How many times as fast we are, round by round; nothing where we have no times."""
+    if not ours:
+        return ""
+    low, ratio, high = statistics.quantiles([a / b for a, b in zip(ours, theirs, strict=True)], n=4)
+    return f" ({ratio:.2f}; {low:.2f} to {high:.2f})"
 
 
 def main() -> int:

@@ -19,6 +19,8 @@ import pytest
 from backends import Backend, choose
 from quick_run import TEXT
 
+from xprnn import kernels
+
 CHOSEN = pytest.StashKey[list[Backend]]()
 MARKERS = (
     "skip_backends(*names, reason): leave these backends (or libraries) out of the test",
@@ -103,6 +105,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def float_errors_raise() -> Iterator[None]:
     """A NaN or infinity is reported where it is born, not where it is noticed."""
     with np.errstate(over="raise", invalid="raise", divide="raise"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def compiled_where_numba_is_needed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that needs numba asks for what it compiles, also where XPRNN_FAST=0 in the environment says no."""
+    needed = any("numba" in mark.args for mark in request.node.iter_markers("needs"))
+    with pytest.MonkeyPatch.context() as patch:  # its own: a test may undo what it changed
+        if needed:
+            patch.setattr(kernels, "_ALLOWED", True)
         yield
 
 

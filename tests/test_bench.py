@@ -276,3 +276,19 @@ def test_the_report_names_what_falls_short_and_by_how_much(monkeypatch):
         "- a row: not judged, other processes kept the cores busy",
         "- **Import: ended with code 3**",
     ]
+
+
+def test_training_goes_on_where_xprnn_itself_fails(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    training = importlib.import_module("training")
+    why = "xprnn 1 raises MemoryError: none left"
+    row = {"cell": "gru", "batch": 4, "rates": {"torch 1": [1.0, 3.0], "torch 2": [6.0, 6.0], "xprnn 2": [12.0, 12.0]}}
+    row |= {"disagree": [why], "set_aside": 0}
+    assert [goal["value"] for goal in training.goals([row], [1, 2])] == [2.0]
+    assert np.isnan([goal["value"] for goal in training.goals([row], [1])]).tolist() == [True]
+    lines = training.table([row], [1, 2])
+    assert lines[2:] == [
+        "| gru | 4 | 1 |  | 2 |  |",
+        "| gru | 4 | 2 | 12 | 6 (2.00; 2.00 to 2.00) |  |",
+        f"| | **{why}** | | | | |",
+    ]

@@ -88,7 +88,7 @@ def test_info_says_layers_shapes_parameters_and_dtype(tmp_path, capsys, model, p
         total = sum(p.size for p in params.values())
         kind = "torch" if "theirs" in name else "xprnn"
         assert out.startswith(f"{tmp_path / name} ({kind}): {total} parameters, float32\n")
-        for part in ("emb: Embedding(num_embeddings=7, embedding_dim=3)", "rnn: GRU(input_size=3, ", "head: Linear("):
+        for part in ("emb: Embedding(num_embeddings=7, embedding_dim=3, ", "rnn: GRU(input_size=3, ", "head: Linear("):
             assert f"  {part}" in out
         for key, array in params.items():
             assert f"  {key:24} {array.shape!s:16} float32\n" in out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras_models
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, seed, settings
 from hypothesis import given as drawn
 from hypothesis import strategies as st
 
@@ -95,19 +95,20 @@ def data(rng, source):
     return np.where(skipped[..., None], 0.0, rng.normal(size=(N, T, D)))
 
 
-def test_random_architectures(keras):
+@pytest.mark.parametrize("part", range(5))  # of one test's work, so that several processes can share it
+def test_random_architectures(keras, part):
+    @seed(part)
     @settings(
-        max_examples=25,
-        derandomize=True,
+        max_examples=6,
         deadline=None,
         database=None,
         suppress_health_check=[HealthCheck.too_slow],
     )
     @drawn(architectures())
     def check(architecture):
-        source, layers, between, head, seed = architecture
+        source, layers, between, head, drawn_seed = architecture
         keras.backend.clear_session()
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(drawn_seed)
         model = built(keras, source, layers, between, head)
         keras_models.draw(rng, model)
         ours, params = xprnn.from_keras(model)

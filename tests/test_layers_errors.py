@@ -187,7 +187,11 @@ def test_rng_of_dropout(xp, rng, bad):
         (np.zeros((T, N)), r"x must be \(T,N,D\), 3 axes, found shape \(4, 3\)"),
         (np.zeros((T, N, 5)), r"x has 5 features but weight_ih_l0 expects 2"),
         (np.zeros((T, N, 2), np.int64), r"integer x must be \(T,N\), the numbers of one-hot classes"),
-        (np.zeros((T, N, 2), bool), "x must be of a real floating or an integer dtype, found .*bool"),
+        (np.zeros((T, N, 2), bool), r"x must be of a real floating or an integer dtype, found \S*bool$"),
+        (
+            np.zeros((T, N), bool),
+            "a real floating or an integer dtype, found .*bool: as class numbers, convert it to int",
+        ),
     ],
 )
 def test_x(xp, rng, x, says):
@@ -202,5 +206,9 @@ def test_x_of_a_step(xp, rng):
     params, x, state = setting(xp, rng, layer)
     with pytest.raises(InputError, match=r"GRU.step: x must be \(N,D\), 2 axes, found shape \(4, 3, 2\)"):
         layer.step(params, x, state)
+    with pytest.raises(
+        InputError, match=r"GRU\.step: x must be of .* found .*bool: as class numbers, convert it to int"
+    ):
+        layer.step(params, on(xp, np.ones(N, bool)), state)
     with pytest.raises(InputError, match=r"GRU\.step: x has 1 features but weight_ih_l0 expects 2"):
         layer.step(params, x[0, :, :1], state)

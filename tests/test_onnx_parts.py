@@ -274,7 +274,10 @@ def test_what_cannot_be_written_is_said_all_at_once(rng):
     ):
         assert reason in str(caught.value)
     for parts, reason in (
-        ({"a": xprnn.RNN(3, 4), "b": Last(), "c": Hold()}, "c: behind b, a Last, there is no time to walk in"),
+        (
+            {"a": xprnn.RNN(3, 4), "b": Last(), "s": Strange(), "c": Hold()},
+            "c: behind b, a Last, there is no time to walk in",
+        ),
         ({"a": Linear(3, 4)}, "there is no recurrent layer"),
     ):
         model = Sequential(**parts)

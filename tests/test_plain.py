@@ -50,8 +50,8 @@ class Counted:
 
     def __init__(self, monkeypatch):
         self.counts, self.closed = {"forward": 0, "backward": 0}, False
-        for name in self.counts:
-            monkeypatch.setattr(plain, name, self._watched(name, getattr(plain, name)))
+        for name, way in (("forward", plain.Ahead), ("backward", plain.Back)):
+            monkeypatch.setattr(way, "__call__", self._watched(name, way.__call__))
 
     def _watched(self, name, run):
         def watch(*args):

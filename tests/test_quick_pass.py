@@ -105,3 +105,37 @@ def test_other_layers_and_switched_off_kernels_have_none(rng):
             assert layer._pass(p.params, p.x, p.state) is None
     assert layer._pass(p.params, p.x[:0], p.state) is None
     assert layer._pass(p.params, rng.integers(0, 3, (6, 2)), p.state) is None
+
+
+def test_records_are_made_when_asked_for(rng):
+    layer = xprnn.LSTM(3, 5)
+    p = problem(rng, layer, 6, N=2)
+    y, _, tape = layer.forward(p.params, p.x, p.state)
+    dy = rng.standard_normal(y.shape)
+    grads = layer.backward(tape, dy, p.state)
+    assert "chains" not in vars(tape)
+    states = tape.states()
+    assert "chains" in vars(tape)
+    np.testing.assert_array_equal(states[0][0], y)
+    np.testing.assert_equal(layer.backward(tape, dy, p.state), grads)
+    np.testing.assert_equal(xprnn.LSTM(3, 5).backward(tape, dy, p.state), grads)  # an equal layer
+
+
+def test_adjoints_that_do_not_fit_are_explained(rng):
+    layer = xprnn.LSTM(3, 5)
+    p = problem(rng, layer, 6, N=2)
+    y, (h, c), tape = layer.forward(p.params, p.x, p.state)
+    want = layer.backward(tape, y, (None, c))
+    for dy, dstate in (
+        (y[:-1], None),
+        (y.astype("float32"), None),
+        (y.astype(object), None),
+        (np.ma.masked_array(y), None),
+        (y, h),
+        (y, (h, c, c)),
+        (y, (h, c[0])),
+        (y, (h, c.astype("float32"))),
+    ):
+        with pytest.raises(xprnn.InputError, match=r"LSTM\.backward"):
+            layer.backward(tape, dy, dstate)
+    XP.assert_close(layer.backward(tape, np.asfortranarray(y), (np.zeros_like(h), c)), want)

@@ -104,7 +104,10 @@ def unchecked(parts):
 @example([Merge(1, "pair"), xprnn.Hold()], 1)
 @example([xprnn.Last(), Embedding(1, 1)], 2)
 def test_nothing_that_runs_is_refused(parts, cut):
-    """What is refused fails for every input; a chain inside the chain changes nothing about it."""
+    """What is refused fails for every input; a chain inside the chain changes nothing about it.
+
+    A step has no time to lose, so what would walk along a lost time axis runs there; Around would move rows instead.
+    """
     parts = {f"p{k}": part for k, part in enumerate(parts)}
     nested = dict(list(parts.items())[:cut])
     nested = {"inner": unchecked(nested), **{k: p for k, p in parts.items() if k not in nested}}
@@ -117,13 +120,14 @@ def test_nothing_that_runs_is_refused(parts, cut):
         else:
             verdicts.append("")
     assert verdicts[0] == verdicts[1]
-    if not verdicts[0]:
+    lost = "walks along time" in verdicts[0]
+    if not verdicts[0] or (lost and "(Around)" in verdicts[0]):
         return
     model = unchecked(parts)
     params = model.init(np.random.default_rng(0), np.zeros(0))
     inputs = [np.ones((3, 2, d)) for d in range(1, 9)] + [np.ones((2, d)) for d in range(1, 9)]
     for x in [*inputs, np.zeros((3, 2), int), np.zeros(2, int)]:
-        for verb in (model, model.step):
+        for verb in (model,) if lost else (model, model.step):
             with pytest.raises(InputError):
                 verb(params, x)
 

@@ -23,6 +23,7 @@ from xprnn.model import Sequential
 from xprnn.optim import adagrad, adam, adamw, clip_by_global_norm, clip_by_value, rmsprop, sgd
 from xprnn.parts import Apply, Flip, Merge, Part, Softmax
 from xprnn.recurrent import Recurrent
+from xprnn.sparse import SparseGradient
 from xprnn.stack import Gradients
 from xprnn.store import load, load_state, save, save_state
 
@@ -54,6 +55,7 @@ __all__ = [
     "Recurrent",
     "Sequential",
     "Softmax",
+    "SparseGradient",
     "activation",
     "activations",
     "adagrad",

@@ -39,6 +39,13 @@ class Activation:
     beta: float | None = None
     of_input: bool = False
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        try:
+            known = activation(self.name, self.alpha, self.beta) == self
+        except InputError:
+            known = False
+        return (activation, (self.name, self.alpha, self.beta)) if known else super().__reduce_ex__(protocol)
+
 
 def _tanh(xp: Any) -> Pair:
     return xp.tanh, lambda y: 1.0 - y * y

@@ -4,12 +4,15 @@ Integer x of shape (T, N) stands for one-hot vectors: x W' is then a look-up of 
 scatter-add, and no one-hot matrix exists.
 """
 
+from functools import partial
+
 import numpy as np
 
 from xprnn.arrays import Array, Namespace, as_index, device_of, is_integer, is_numpy
 from xprnn.scatter import sum_rows_by_id
+from xprnn.sparse import SparseGradient, Total, occurring
 
-__all__ = ["affine", "affine_back", "columns", "few", "flat"]
+__all__ = ["affine", "affine_back", "columns", "few", "flat", "table_back"]
 
 
 def flat(xp: Namespace, a: Array) -> Array:
@@ -56,18 +59,56 @@ def few(w: Array, ids: Array) -> bool:
 
 
 def affine_back(
-    xp: Namespace, dy: Array, x: Array, w: Array, *, need_dx: bool = True
-) -> tuple[Array | None, Array, Array]:
-    """The adjoint of `affine`: dy (..., K) -> dx like x (None for integers), dw like w, db (K,)."""
+    xp: Namespace,
+    dy: Array,
+    x: Array,
+    w: Array,
+    *,
+    need_dx: bool = True,
+    sparse: bool = False,
+    active: Array | None = None,
+) -> tuple[Array | None, Array | SparseGradient, Array]:
+    """The adjoint of `affine`: dy (..., K) -> dx like x (None for integers), dw like w, db (K,).
+
+    Where x is integer, `sparse` and `active` are those of `table_back`.
+    """
     dy2 = flat(xp, dy)
     # A sum down the rows as a product: the matrix libraries do it at the speed of memory.
     db = xp.matmul(xp.ones((1, dy2.shape[0]), dtype=dy.dtype, device=device_of(dy)), dy2)[0, :]
     if is_integer(xp, x):
         ids = as_index(xp, xp.reshape(x, (dy2.shape[0],)))
-        return None, xp.permute_dims(sum_rows_by_id(xp, ids, dy2, w.shape[1]), (1, 0)), db
+        return None, table_back(xp, ids, dy2, w.shape[1], sparse=sparse, active=active), db
     dw = xp.matmul(xp.permute_dims(dy2, (1, 0)), flat(xp, x))
     dx = xp.reshape(xp.matmul(dy2, w), x.shape) if need_dx else None
     return dx, dw, db
+
+
+def table_back(
+    xp: Namespace,
+    ids: Array,
+    rows: Array,
+    count: int,
+    *,
+    sparse: bool = False,
+    active: Array | None = None,
+    total: Total | None = None,
+) -> Array | SparseGradient:
+    """The adjoint of `columns`: the gradient of a table (K, V) of which columns were looked up.
+
+    Args:
+        xp: the namespace.
+        ids: (M,) their numbers.
+        rows: (M, K) the adjoint of each.
+        count: V.
+        sparse: whether only the classes that occur are wanted, as a SparseGradient.
+        active: which of `ids` occur (any shape with M entries), see sparse.occurring; None: all.
+        total: how rows are summed by number: ids, rows, count -> (count, K).
+    """
+    total = total or partial(sum_rows_by_id, xp)
+    if not sparse:
+        return xp.permute_dims(total(ids, rows, count), (1, 0))
+    active = None if active is None else xp.reshape(active, (rows.shape[0],))
+    return occurring(xp, ids, rows, (rows.shape[1], count), 1, active=active, total=total)
 
 
 def zeros(xp: Namespace, shape: tuple[int, ...], like: Array) -> Array:

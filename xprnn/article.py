@@ -16,7 +16,7 @@ from xprnn.affine import affine, affine_back
 from xprnn.arrays import Array, InputError, Namespace, Params, check_shape, resolve
 from xprnn.cells import elman
 from xprnn.losses import softmax, softmax_over
-from xprnn.tape import Steps
+from xprnn.tape import Record, Steps
 
 __all__ = ["CellCaches", "rnn_backward", "rnn_cell_backward", "rnn_cell_forward", "rnn_forward", "softmax"]
 
@@ -24,7 +24,7 @@ Cache = tuple[Array, Array, Array, Params]
 _KEYS = ("Wax", "Waa", "Wya", "ba", "by")
 
 
-class CellCaches(Sequence[Cache]):
+class CellCaches(Record, Sequence[Cache]):
     """The T_x caches of the steps, (a_next, a_prev, xt, parameters) each, made when they are looked at.
 
     >>> import numpy as np

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from xprnn.activations import Activation, activation
 from xprnn.arrays import InputError
 from xprnn.contract import checked
-from xprnn.forms import in_files
+from xprnn.forms import cell_form, cell_of, in_files
 
 __all__ = ["Cell", "Pointwise", "elman", "gru", "gru_reset_before", "lstm"]
 
@@ -79,6 +79,12 @@ class Cell:
             raise InputError(f"Cell {self.name}: gates must be an integer >= 1, found {self.gates!r}")
         if not callable(self.build):
             raise InputError(f"Cell {self.name}: build must be a function of a namespace, found {self.build!r}")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        form = cell_form(self)
+        if form is None or cell_of(form) != self:
+            return super().__reduce_ex__(protocol)  # your own goes where its functions go
+        return cell_of, (form,)
 
     def over(self, xp: Any) -> Pointwise:
         """The cell's functions over the namespace `xp`; those of your own cell are held to their word."""

@@ -8,7 +8,7 @@ Dropout masks are drawn step after step from one generator for each layer, so th
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, isqrt, sqrt
 from typing import Any
 
@@ -48,6 +48,7 @@ class Chain:
     params: list[Params]
     reverse: bool = False
     dropout: float = 0.0
+    sparse: bool = False
 
     def generators(self, rng: Generator | None) -> list[Generator]:
         """A generator for the mask after each layer but the last; none where nothing is dropped."""
@@ -96,6 +97,8 @@ class Chain:
             y, final, tape = scan.forward(
                 self.cell, params, y, state, steps, home=home[k], xp=self.xp, reverse=self.reverse, keep=keep
             )
+            if tape is not None and self.sparse:
+                tape = replace(tape, sparse=True)
             mask = dropout_mask(rngs[k], self.dropout, y, self.reverse) if k < len(rngs) else None
             y = y if mask is None else y * mask
             finals.append(final)

@@ -98,9 +98,11 @@ def check_call(where: str, layer: Any, params: Params, x: Array, state: Any, lea
     integer = not hasattr(x, "dtype") or not _is_float(x)
     xp = resolve(where, floats if integer else {"x": x, **floats}, {"x": x} if integer else None)
     check_param_shapes(where, params, shapes)
-    _check_x(where, layer, xp, x, lead)
     if integer and not is_integer(xp, x):
-        raise InputError(f"{where}: x must be of a real floating or an integer dtype, found {x.dtype}")
+        classes = xp.isdtype(x.dtype, "bool") and x.ndim == len(lead)
+        hint = ": as class numbers, convert it to integers" if classes else ""
+        raise InputError(f"{where}: x must be of a real floating or an integer dtype, found {x.dtype}{hint}")
+    _check_x(where, layer, xp, x, lead)
     return xp
 
 

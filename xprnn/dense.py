@@ -3,7 +3,7 @@
 Every part has init, call, forward, backward, step, config and shapes; a part without a state passes None through.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,10 @@ from xprnn.arrays import (
     is_integer,
     resolve,
 )
-from xprnn.checks import check_init, check_param_shapes, check_params, keep_positive, need
+from xprnn.checks import check_init, check_param_shapes, check_params, flag, keep_positive, need
 from xprnn.quick import Quick, Streams, embedding_step, linear_step
 from xprnn.scatter import sum_rows_by_id
+from xprnn.sparse import occurring
 from xprnn.stack import Gradients
 
 __all__ = ["Embedding", "Linear"]
@@ -117,6 +118,7 @@ class Embedding(Streams):
     Args:
         num_embeddings: V >= 1.
         embedding_dim: D >= 1.
+        sparse: the weight's gradient is a SparseGradient of the rows that were looked up, where it is dense otherwise.
 
     >>> import numpy as np
     >>> table = Embedding(5, 2)
@@ -127,9 +129,11 @@ class Embedding(Streams):
 
     num_embeddings: int
     embedding_dim: int
+    sparse: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         keep_positive(self, "num_embeddings", "embedding_dim")
+        flag("Embedding", "sparse", self.sparse)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The name and shape of every parameter."""
@@ -166,6 +170,8 @@ class Embedding(Streams):
         resolve("Embedding.backward", {"params": table, "dy": dy})
         check_shape("Embedding.backward", "dy", "(the shape of y)", dy, (*x.shape, self.embedding_dim))
         ids = as_index(xp, xp.reshape(x, (-1,)))
+        if self.sparse:
+            return Gradients(None, None, {"weight": occurring(xp, ids, flat(xp, dy), tuple(table.shape))})
         return Gradients(None, None, {"weight": sum_rows_by_id(xp, ids, flat(xp, dy), self.num_embeddings)})
 
     def step(self, params: Params, x: Array, state: None = None) -> tuple[Array, None]:
@@ -179,4 +185,5 @@ class Embedding(Streams):
 
     def config(self) -> dict[str, Any]:
         """The configuration as JSON-able data."""
-        return {"type": "Embedding", "num_embeddings": self.num_embeddings, "embedding_dim": self.embedding_dim}
+        sizes = {"num_embeddings": self.num_embeddings, "embedding_dim": self.embedding_dim}
+        return {"type": "Embedding"} | sizes | {"sparse": self.sparse}

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.random import Generator
 
 from xprnn.arrays import InputError, from_numpy, is_integer, namespace, to_numpy
+from xprnn.sparse import SparseGradient
 
 __all__ = ["GradientError", "NotDifferentiableError", "check_gradients", "check_layer"]
 
@@ -230,6 +231,8 @@ def _gradient(name: str, gradients: Any, path: Path, leaf: Any) -> Any:
             raise GradientError(f"{name}: backward returns no gradient for it") from None
     if found is None:
         return namespace(leaf).zeros_like(leaf)
+    if isinstance(found, SparseGradient):
+        found = found.dense()
     if not _is_array(found):
         raise GradientError(f"{name}: its gradient must be an array, found {type(found).__name__}")
     if tuple(found.shape) != tuple(leaf.shape) or found.dtype != leaf.dtype:

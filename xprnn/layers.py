@@ -40,6 +40,7 @@ class RNN(Recurrent):
         *,
         reverse: bool = False,
         learned_state: bool = False,
+        sparse: bool = False,
         cell: Cell | None = None,
     ) -> None:
         # Written out for torch's order, where the nonlinearity stands in the middle of what all layers share.
@@ -47,7 +48,7 @@ class RNN(Recurrent):
             nonlinearity = name  # one way to say it, so that layers compare equal
         object.__setattr__(self, "nonlinearity", nonlinearity)
         shared = (bias, batch_first, dropout, bidirectional)
-        named: dict[str, Any] = {"reverse": reverse, "learned_state": learned_state, "cell": cell}
+        named: dict[str, Any] = {"reverse": reverse, "learned_state": learned_state, "sparse": sparse, "cell": cell}
         super().__init__(input_size, hidden_size, num_layers, *shared, **named)
 
     @property

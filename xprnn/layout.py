@@ -15,7 +15,35 @@ from xprnn.affine import zeros
 from xprnn.arrays import Array, InputError, Namespace, Params, check_shape
 from xprnn.tape import State
 
-__all__ = ["blank", "learned_gradients", "names_of", "own_params", "pack", "time_major", "unpack"]
+__all__ = ["blank", "learned_gradients", "names_of", "own_params", "pack", "parameter_shapes", "time_major", "unpack"]
+
+
+def parameter_shapes(layer: Any) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every parameter of a recurrent layer, in torch's order."""
+    out: dict[str, tuple[int, ...]] = {}
+    width, core = layer.input_size, layer.core
+    for k, h in enumerate(layer.sizes):
+        p = layer.projection or h
+        for suffix in ("", "_reverse")[: layer.directions]:
+            one: dict[str, tuple[int, ...]] = {
+                "weight_ih": (core.gates * h, width),
+                "weight_hh": (core.gates * h, p),
+            }
+            if layer.bias:
+                one |= {"bias_ih": (core.gates * h,), "bias_hh": (core.gates * h,)}
+            if layer.projection:
+                one["weight_hr"] = (p, h)
+            one |= dict.fromkeys(core.vectors, (h,))
+            out |= {f"{name}_l{k}{suffix}": shape for name, shape in one.items()}
+        width = layer.directions * p
+    if layer.learned_state:
+        for i, name in enumerate(core.states):
+            for k, h in enumerate(layer.sizes):
+                size = h if i or not layer.projection else layer.projection
+                key = f"initial_{name}" if isinstance(layer.hidden_size, int) else f"initial_{name}_l{k}"
+                lead = layer.num_layers if isinstance(layer.hidden_size, int) else 1
+                out[key] = (lead * layer.directions, size)
+    return out
 
 
 @lru_cache(maxsize=512)

@@ -168,6 +168,9 @@ def cross_entropy(
     if is_integer(xp, targets):
         classes = _classes(where, xp, logits, targets, w if some else None, axis)
         return _of_classes(xp, logits, classes, scaled, axis)
+    if xp.isdtype(targets.dtype, "bool"):
+        dtype = str(logits.dtype).rpartition(".")[2]
+        raise InputError(f"{where}: targets must be integer classes or {dtype} probabilities, found bool: convert them")
     resolve(where, {"logits": logits, "targets": targets})
     check_shape(where, "targets", "(one-hot: the shape of logits)", targets, tuple(logits.shape))
     return _of_probabilities(xp, logits, targets, scaled, axis)

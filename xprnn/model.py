@@ -14,9 +14,10 @@ from xprnn.forms import activation_of, cell_of
 from xprnn.layers import GRU, LSTM, RNN
 from xprnn.masks import Hold, Last, Masking
 from xprnn.parts import Apply, Flip, Merge, Part, Softmax
-from xprnn.quick import Quick, Streams, chain_step, quick_of
+from xprnn.quick import Calls, Quick, Streams, chain_step, quick_of
 from xprnn.recurrent import Recurrent
 from xprnn.stack import Gradients
+from xprnn.tape import ModelTape
 from xprnn.widths import check_widths
 
 __all__ = ["Sequential", "from_config"]
@@ -24,7 +25,7 @@ __all__ = ["Sequential", "from_config"]
 _Flags = dict[str, Any]
 
 
-class Sequential(Streams):
+class Sequential(Streams, Calls):
     """A chain of named parts that is itself a part: its parameters are "name.parameter".
 
     Its state is that of its recurrent part; with several, a dict from their names to theirs. A mask found by one part
@@ -35,7 +36,8 @@ class Sequential(Streams):
 
     Raises:
         InputError: no parts, something that is not a part, or a part that takes another number of features than the
-            one before it gives. Parts of your own, whose widths are not known, are left to the first call.
+            one before it gives, another order of axes (batch_first), or a time axis that a Last before it has ended.
+            Parts of your own, of which this is not known, are left to the first call.
 
     >>> import numpy as np, xprnn
     >>> model = Sequential(rnn=xprnn.RNN(3, 4), head=Linear(4, 2))
@@ -146,7 +148,7 @@ class Sequential(Streams):
 
     def _forward(self, params: Params, x: Any, state: Any, flags: _Flags) -> tuple[Any, Any, Any, _Flags]:
         own, states = self._own("Sequential.forward", params), self._states("Sequential.forward", state)
-        tapes = {}
+        tapes = ModelTape()
         for n, part in self.parts.items():
             if _is_chain(part):
                 x, states[n], tapes[n], flags = part._forward(own[n], x, states[n], flags)

@@ -2,16 +2,20 @@
 
 Parameters, gradients and moments are flat dicts with the same keys; nothing is changed in place. Formulas and defaults
 are torch's, so a training run can move between the two. The learning rate is a number or a schedule, a function of the
-step number 0, 1, 2, ...
+step number 0, 1, 2, ... A SparseGradient counts as the dense one that it stands for: where a rule would leave the
+classes that do not occur as they are, only the others are computed.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import cos, pi
 from numbers import Real
 from typing import Any
 
 from xprnn.arrays import Array, InputError, Params, check_dicts, is_numpy, namespace, resolve
+from xprnn.clipping import clip_by_global_norm, clip_by_value
+from xprnn.sparse import SparseGradient
 
 __all__ = [
     "Optimizer",
@@ -40,6 +44,8 @@ class Optimizer:
         moments: names of what it remembers for each parameter.
         rule: (xp, p, g, moments of this parameter, rate, step number from 1) -> new p, new moments.
         rate: the learning rate, a number > 0 or a function of the step number from 0.
+        sparse_rule: the rule for the rows of a SparseGradient's classes, where the other rows of the parameter and of
+            its moments stay as they are; None: `rule`, on the dense gradient.
 
     >>> import numpy as np
     >>> opt = sgd(0.1)
@@ -53,6 +59,7 @@ class Optimizer:
     moments: tuple[str, ...]
     rule: Callable[..., Any]
     rate: Rate
+    sparse_rule: Callable[..., Any] | None = None
 
     def init(self, params: Params) -> OptState:
         """The state before the first step: zeros like each parameter."""
@@ -64,7 +71,7 @@ class Optimizer:
         """One step.
 
         Args:
-            params, grads: dicts with the same keys and shapes.
+            params, grads: dicts with the same keys and shapes; a gradient may be a SparseGradient.
             state: from `init` or the last `update`.
 
         Returns:
@@ -83,10 +90,24 @@ class Optimizer:
         xp = namespace(next(iter(params.values()))) if params else None
         for key, p in params.items():
             old = tuple(state[m][key] for m in self.moments)
-            out[key], new = _in_blocks(self.rule, xp, p, grads[key], old, rate, step)
+            g = grads[key]
+            if isinstance(g, SparseGradient) and self.sparse_rule is not None:
+                out[key], new = _in_rows(self.sparse_rule, xp, p, g, old, rate, step)
+            else:
+                g = g.dense() if isinstance(g, SparseGradient) else g
+                out[key], new = _in_blocks(self.rule, xp, p, g, old, rate, step)
             for m, value in zip(self.moments, new, strict=True):
                 moments[m][key] = value
         return out, {"step": step, **moments}
+
+
+def _in_rows(
+    rule: Callable[..., Any], xp: Any, p: Array, g: SparseGradient, old: tuple[Array, ...], rate: float, step: int
+) -> tuple[Array, tuple[Array, ...]]:
+    """The rule on the rows of the classes that occur."""
+    some, *before = (g.rows_of(a) for a in (p, *old))
+    first, more = _in_blocks(rule, xp, some, g.values, tuple(before), rate, step)
+    return g.replaced(p, first), tuple(g.replaced(a, rows) for a, rows in zip(old, more, strict=True))
 
 
 def _in_blocks(
@@ -117,11 +138,10 @@ def _check_keys(where: str, params: Params, grads: Params) -> None:
         odd = sorted(params.keys() ^ grads.keys())
         raise InputError(f"{where}: params and grads must have the same keys, found {', '.join(odd)} in only one")
     for key, p in params.items():
-        resolve(where, {f"params[{key!r}]": p, f"grads[{key!r}]": grads[key]})
-        if tuple(p.shape) != tuple(grads[key].shape):
-            raise InputError(
-                f"{where}: the gradient of {key} has shape {tuple(grads[key].shape)}, expected {tuple(p.shape)}"
-            )
+        g = grads[key]
+        resolve(where, {f"params[{key!r}]": p, f"grads[{key!r}]": g.values if isinstance(g, SparseGradient) else g})
+        if tuple(p.shape) != tuple(g.shape):
+            raise InputError(f"{where}: the gradient of {key} has shape {tuple(g.shape)}, expected {tuple(p.shape)}")
 
 
 def _check_state(where: str, moments: tuple[str, ...], params: Params, state: Any) -> None:
@@ -162,7 +182,7 @@ def sgd(learning_rate: Rate, momentum: float = 0.0, *, nesterov: bool = False) -
         v = momentum * old[0] + g
         return p - rate * (g + momentum * v if nesterov else v), (v,)
 
-    return Optimizer("sgd", ("velocity",) if momentum else (), rule, learning_rate)
+    return Optimizer("sgd", ("velocity",) if momentum else (), rule, learning_rate, None if momentum else rule)
 
 
 def adagrad(learning_rate: Rate = 0.01, eps: float = 1e-10) -> Optimizer:
@@ -177,7 +197,7 @@ def adagrad(learning_rate: Rate = 0.01, eps: float = 1e-10) -> Optimizer:
         s = old[0] + g * g
         return p - rate * g / (xp.sqrt(s) + eps), (s,)
 
-    return Optimizer("adagrad", ("sum",), rule, learning_rate)
+    return Optimizer("adagrad", ("sum",), rule, learning_rate, rule)
 
 
 def rmsprop(learning_rate: Rate = 0.01, decay: float = 0.99, eps: float = 1e-8) -> Optimizer:
@@ -196,29 +216,39 @@ def rmsprop(learning_rate: Rate = 0.01, decay: float = 0.99, eps: float = 1e-8) 
     return Optimizer("rmsprop", ("square",), rule, learning_rate)
 
 
-def _adam(name: str, learning_rate: Rate, b1: float, b2: float, eps: float, decay: float) -> Optimizer:
+def _adam(
+    name: str, learning_rate: Rate, b1: float, b2: float, eps: float, decay: float = 0.0, lazy: bool = False
+) -> Optimizer:
     _check_rate(name, learning_rate)
     _within(name, b1=b1, b2=b2)
 
-    def rule(xp: Any, p: Array, g: Array, old: Any, rate: float, step: int) -> Any:
+    def rule(xp: Any, p: Array, g: Array, old: Any, rate: float, step: int, *, late: bool = False) -> Any:
         m = b1 * old[0] + (1 - b1) * g
         v = b2 * old[1] + (1 - b2) * (g * g)
         # Bias corrections are scalars of the step: on the host, no array is read. With c that of the root,
         # m / (c sqrt(v) + eps) = (m / c) / (sqrt(v) + eps / c), one pass less.
         c = 1 / (1 - b2**step) ** 0.5
         kept = p if not decay else p * (1 - rate * decay)
-        return kept - (rate / (1 - b1**step) / c) * m / (xp.sqrt(v) + eps / c), (m, v)
+        return kept - (rate / (1 - b1**step) / c) * m / (xp.sqrt(v) + (eps if late else eps / c)), (m, v)
 
-    return Optimizer(name, ("mean", "square"), rule, learning_rate)
+    return Optimizer(name, ("mean", "square"), rule, learning_rate, partial(rule, late=True) if lazy else None)
 
 
-def adam(learning_rate: Rate = 1e-3, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Optimizer:
+def adam(
+    learning_rate: Rate = 1e-3, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, *, lazy: bool = False
+) -> Optimizer:
     """Adam (Kingma & Ba 2015): m, v running means of g, g^2;  p -= lr m^ / (sqrt(v^) + eps), m^ and v^ bias-corrected.
+
+    Args:
+        learning_rate, b1, b2, eps: as above.
+        lazy: of a SparseGradient, only the classes that occur move, and only their m and v: those of the others neither
+            shrink nor push on. That is torch.optim.SparseAdam, whose root is corrected after eps has been added to it.
+            Dense gradients are not touched by this.
 
     >>> adam(1e-3).moments
     ('mean', 'square')
     """
-    return _adam("adam", learning_rate, b1, b2, eps, 0.0)
+    return _adam("adam", learning_rate, b1, b2, eps, lazy=lazy)
 
 
 def adamw(
@@ -230,51 +260,6 @@ def adamw(
     'adamw'
     """
     return _adam("adamw", learning_rate, b1, b2, eps, weight_decay)
-
-
-def clip_by_value(grads: Params, limit: float) -> Params:
-    """Each entry bounded to [-limit, limit], the article's clipping.
-
-    >>> import numpy as np
-    >>> clip_by_value({"w": np.asarray([-3.0, 0.5])}, 1.0)["w"]
-    array([-1. ,  0.5])
-    """
-    if not limit > 0:
-        raise InputError(f"clip_by_value: limit must be > 0, found {limit!r}")
-    limit = float(limit)
-    check_dicts("clip_by_value", grads=grads)
-    spaces = {k: resolve("clip_by_value", {k: g}) for k, g in grads.items()}
-    return {k: spaces[k].minimum(spaces[k].maximum(g, -limit), limit) for k, g in grads.items()}
-
-
-def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Array]:
-    """All gradients scaled by min(1, max_norm / (norm + 1e-6)), norm over all of them (Pascanu et al. 2012).
-
-    The 1e-6 is torch's (clip_grad_norm_). Nothing is read on the host.
-
-    Args:
-        grads: the gradients.
-        max_norm: > 0.
-
-    Returns:
-        the scaled gradients, and the norm before scaling, a 0-d array.
-
-    >>> import numpy as np
-    >>> grads, norm = clip_by_global_norm({"w": np.asarray([3.0, 4.0])}, 1.0)
-    >>> float(norm), grads["w"].round(3)
-    (5.0, array([0.6, 0.8]))
-    """
-    if not max_norm > 0:
-        raise InputError(f"clip_by_global_norm: max_norm must be > 0, found {max_norm!r}")
-    check_dicts("clip_by_global_norm", grads=grads)
-    if not grads:
-        raise InputError("clip_by_global_norm: grads must hold at least one array, found none")
-    xp = resolve("clip_by_global_norm", dict(grads))
-    # A row's own product with itself, then the sum: no array of squares is made.
-    squares = [xp.sum(xp.vecdot(g, g) if g.ndim else g * g, dtype=g.dtype) for g in grads.values()]
-    norm = xp.sqrt(xp.sum(xp.stack(squares), dtype=squares[0].dtype))
-    scale = xp.minimum(float(max_norm) / (norm + 1e-6), xp.ones_like(norm))
-    return {k: g * scale for k, g in grads.items()}, norm
 
 
 def cosine(peak: float, steps: int, *, final: float = 0.0) -> Callable[[int], float]:

@@ -17,6 +17,7 @@ from xprnn.arrays import Array, Params
 from xprnn.kernels.step import BITS
 
 __all__ = [
+    "Calls",
     "Quick",
     "Streams",
     "chain_step",
@@ -28,7 +29,7 @@ __all__ = [
     "quick_of",
 ]
 
-KEPT = frozenset({"_step", "_walk", "_pass", "_tapeless"})  # what a part has made for itself
+KEPT = frozenset({"_step", "_walk", "_pass", "_tapeless", "_back"})  # what a part has made for itself
 
 Quick = Callable[[Params, Array, Any], tuple[Array, Any] | None]
 Result = TypeVar("Result")
@@ -55,6 +56,32 @@ class Streams:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in KEPT}
+
+
+class Calls:
+    """What is called without a tape by a way of its own: of a class of yours that overrides `forward`, by that.
+
+    Which of the two is decided once, when the class is made, so that a call asks nothing.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if _is_ours(cls, "__call__") and not _is_ours(cls, "forward"):
+            cls.__call__ = _by_forward  # type: ignore[method-assign]
+
+
+def _is_ours(cls: type, verb: str) -> bool:
+    """Whether this verb of a part is xprnn's own; one of a class of yours may do more."""
+    return str(getattr(getattr(cls, verb), "__module__", "")).startswith("xprnn.")
+
+
+def _by_forward(
+    self: Any, params: Params, x: Array, state: Any = None, lengths: Any = None, mask: Any = None, reset: Any = None
+) -> tuple[Array, Any]:
+    """y and the final state of `forward`, whose tape is dropped."""
+    flags = {"lengths": lengths, "mask": mask, "reset": reset}
+    y, final, _ = self.forward(params, x, state, **{name: flag for name, flag in flags.items() if flag is not None})
+    return y, final
 
 
 def nothing(params: Params, x: Array, state: Any) -> None:
@@ -88,8 +115,15 @@ def guarded(
     return step
 
 
+def _steps_by_row(layer: Any) -> bool:
+    """Whether a part's step, which is a call of one step, does what xprnn's own does."""
+    return all(_is_ours(type(layer), verb) for verb in ("__call__", "forward"))
+
+
 def linear_step(layer: Any, prefix: str, count: int) -> Quick:
-    """The quick step of a Linear."""
+    """The quick step of a Linear; none of one whose step is a call that does more."""
+    if not _steps_by_row(layer):
+        return nothing
     shapes = tuple((prefix + name, shape) for name, shape in layer.shapes().items())
     w, b = prefix + "weight", prefix + "bias" if layer.bias else None
 
@@ -106,7 +140,9 @@ def linear_step(layer: Any, prefix: str, count: int) -> Quick:
 
 
 def embedding_step(layer: Any, prefix: str, count: int) -> Quick:
-    """The quick step of an Embedding."""
+    """The quick step of an Embedding; none of one whose step is a call that does more."""
+    if not _steps_by_row(layer):
+        return nothing
     w = prefix + "weight"
     shapes = ((w, layer.shapes()["weight"]),)
 
@@ -125,8 +161,10 @@ def embedding_step(layer: Any, prefix: str, count: int) -> Quick:
 
 def quick_of(part: Any, prefix: str, count: int) -> Quick | None:
     """A part's quick step, or where it has none its own step."""
-    if isinstance(part, Streams) and type(part).step.__module__.startswith("xprnn."):  # a class of yours may do more
-        return part.quick(prefix, count)
+    if isinstance(part, Streams) and _is_ours(type(part), "step"):
+        quick = part.quick(prefix, count)
+        if quick is not nothing:
+            return quick
     names = {name: prefix + name for name in part.shapes()}
 
     def step(params: Params, x: Array, state: Any) -> tuple[Array, Any] | None:

@@ -3,26 +3,20 @@
 As in quick.py, each returns None for what it does not know, and stack.py, which explains what does not fit, goes on.
 """
 
-from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from xprnn import kernels
-from xprnn.arrays import Array, Params, namespace
-from xprnn.chain import Chain, ChainTape
+from xprnn.arrays import Array, Params
 from xprnn.kernels.step import BITS, Stepped, compiled_step, compiled_walk, numpy_step
 from xprnn.layout import names_of
-from xprnn.quick import Quick, Streams, guarded, nothing, plain
+from xprnn.quick import Quick, Streams, guarded, nothing
+from xprnn.quick_pass import Back, Pass, recurrent_back, recurrent_pass
 from xprnn.scan import step_once
-from xprnn.stack import StackTape
-from xprnn.tape import Steps
 
 __all__ = ["QuickRecurrent"]
-
-Passed = tuple[Array, Any, Any]  # the third is a StackTape, or None where no tape is kept
-Pass = Callable[[Params, Array, Any], Passed | None]
 
 
 class QuickRecurrent(Streams):
@@ -43,6 +37,10 @@ class QuickRecurrent(Streams):
     @cached_property
     def _tapeless(self) -> Pass:
         return recurrent_pass(self, keep=False) or nothing
+
+    @cached_property
+    def _back(self) -> Back:
+        return recurrent_back(self)
 
     def _sequence(self, params: Params, x: Array, state: Any) -> tuple[Array, Any] | None:
         """A whole sequence of which no tape is kept."""
@@ -102,63 +100,6 @@ def recurrent_walk(layer: Any) -> Quick | None:
         return ways[integer](params, x, state)
 
     return guarded(len(its.shapes), walk)
-
-
-class _Found(dict[Any, Any]):
-    """dtype -> the sources of a cell's kernels, looked for once; None where it has none."""
-
-    def __init__(self, cell: Any) -> None:
-        self.cell = cell
-
-    def __missing__(self, dtype: Any) -> Any:
-        from xprnn.kernels import compiled
-
-        none = compiled.why_not(self.cell, {"weight_hh": np.empty((0, 0), dtype)})
-        self[dtype] = None if none else compiled.sources_of(self.cell, BITS[dtype])
-        return self[dtype]
-
-
-def recurrent_pass(layer: Any, *, keep: bool) -> Pass | None:
-    """The quick pass of one layer in one direction: y, state and tape, or None; compiled or not at all."""
-    simple = not (layer.bidirectional or layer.batch_first or layer.learned_state or layer.projection)
-    if not simple or len(layer.sizes) > 1:
-        return None
-    from xprnn.kernels import compiled  # here, because the walks of others don't need them
-    from xprnn.kernels import plain as way
-
-    cell, (shapes, (names,)), fast = layer.core, names_of(layer), kernels.fast
-    count, steps, xp, found = len(cell.states), Steps(), namespace(np.zeros(0)), _Found(cell)
-    fits = tuple((short, name, shapes[name]) for short, name in names.items())
-
-    def run(params: Params, x: Array, state: Any) -> Passed | None:
-        own, dtype, (length, n, d) = {}, x.dtype, x.shape
-        for short, name, shape in fits:
-            own[short] = a = params[name]
-            if a.shape != shape:
-                return None
-        if not fast() or d != layer.input_size:
-            return None
-        if (sources := found[dtype]) is None:
-            return None
-        one = (1, n, layer.hidden_size)
-        given = (np.zeros(one, dtype),) * count if state is None else (state,) if count == 1 else state
-        if len(given) != count or not all(plain(s, one, dtype) for s in given):
-            return None
-        start = tuple(s[0] for s in given)
-        done = way.forward(sources, cell, own, x, start, steps, layer.reverse, keep)
-        if done is None:
-            return None
-        y, final, tape = compiled.taped(done, cell, own, x, start, steps, layer.reverse, keep)
-        packed = tuple(s[None] for s in final)
-        after = packed if count > 1 else packed[0]
-        if tape is None:
-            return y, after, None
-        chain = Chain(xp, cell, [own], layer.reverse, layer.dropout)
-        record = ChainTape(x, [start], steps, [(0, length)], [[start]], [], [tape], [None])
-        whole = StackTape(layer, xp, params, x, y, [(chain, record)], [], state is None)
-        return y, after, whole
-
-    return guarded(len(shapes), run)
 
 
 def _stepped(layer: Any, prefix: str) -> Stepped:

@@ -1,8 +1,7 @@
 """A recurrent layer of any cell: stacks and directions of scans, on parameters that the caller keeps.
 
 A layer is a frozen configuration. Parameters are a flat dict with torch's state_dict names and shapes; states are
-torch's (L*directions, N, H), for the LSTM the pair (h, c). Where layers have hidden sizes of their own, a state is a
-tuple with one (directions, N, H_l) for each layer.
+torch's (L*directions, N, H), the LSTM's a pair (h, c), of layers with sizes of their own (directions, N, H_l) for each.
 """
 
 from collections.abc import Sequence
@@ -19,6 +18,8 @@ from xprnn.cells import Cell
 from xprnn.checks import check_init, flag, fraction, keep_positive, positive
 from xprnn.forms import cell_form
 from xprnn.initial import draw, laid
+from xprnn.layout import parameter_shapes
+from xprnn.quick import Calls
 from xprnn.quick_recurrent import QuickRecurrent
 from xprnn.stack import Gradients, StackTape
 
@@ -28,7 +29,7 @@ State = Any
 
 
 @dataclass(frozen=True)
-class Recurrent(QuickRecurrent):
+class Recurrent(QuickRecurrent, Calls):
     """A stack of one cell, in one or two directions. RNN, LSTM and GRU are this with their cells.
 
     Args:
@@ -43,6 +44,8 @@ class Recurrent(QuickRecurrent):
             one at step 0, and parameter names have no suffix. Not together with bidirectional.
         learned_state: the state that `state=None` stands for is a parameter, "initial_h" (and "initial_c"),
             (L*directions, H), instead of zero.
+        sparse: where x is integer, the gradient of layer 0's weight_ih (of both directions) is a SparseGradient of the
+            classes that occur, where it is dense otherwise; that of features is always dense.
         cell: what happens in a step; RNN, LSTM and GRU choose their own.
 
     >>> import numpy as np, xprnn
@@ -62,6 +65,7 @@ class Recurrent(QuickRecurrent):
     bidirectional: bool = False
     reverse: bool = field(default=False, kw_only=True)
     learned_state: bool = field(default=False, kw_only=True)
+    sparse: bool = field(default=False, kw_only=True)
     cell: Cell | None = field(default=None, kw_only=True)
     explain = explaining.explain  # a method: its first argument is the layer
 
@@ -76,7 +80,7 @@ class Recurrent(QuickRecurrent):
         else:
             keep_positive(self, "hidden_size")
         fraction(where, "dropout", self.dropout)
-        for name in ("bias", "batch_first", "bidirectional", "reverse", "learned_state"):
+        for name in ("bias", "batch_first", "bidirectional", "reverse", "learned_state", "sparse"):
             flag(where, name, getattr(self, name))
         if self.reverse and self.bidirectional:
             raise InputError(f"{where}: reverse is one direction and bidirectional is both: choose one of them")
@@ -113,30 +117,7 @@ class Recurrent(QuickRecurrent):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The name and shape of every parameter, in torch's order."""
-        out: dict[str, tuple[int, ...]] = {}
-        width, core = self.input_size, self.core
-        for k, h in enumerate(self.sizes):
-            p = self.projection or h
-            for suffix in ("", "_reverse")[: self.directions]:
-                one: dict[str, tuple[int, ...]] = {
-                    "weight_ih": (core.gates * h, width),
-                    "weight_hh": (core.gates * h, p),
-                }
-                if self.bias:
-                    one |= {"bias_ih": (core.gates * h,), "bias_hh": (core.gates * h,)}
-                if self.projection:
-                    one["weight_hr"] = (p, h)
-                one |= dict.fromkeys(core.vectors, (h,))
-                out |= {f"{name}_l{k}{suffix}": shape for name, shape in one.items()}
-            width = self.directions * p
-        if self.learned_state:
-            for i, name in enumerate(core.states):
-                for k, h in enumerate(self.sizes):
-                    size = h if i or not self.projection else self.projection
-                    key = f"initial_{name}" if isinstance(self.hidden_size, int) else f"initial_{name}_l{k}"
-                    lead = self.num_layers if isinstance(self.hidden_size, int) else 1
-                    out[key] = (lead * self.directions, size)
-        return out
+        return parameter_shapes(self)
 
     def init(
         self,
@@ -264,7 +245,7 @@ class Recurrent(QuickRecurrent):
         Raises:
             InputError: an adjoint whose shape, dtype, library or device is not that of what it belongs to.
         """
-        return stack.backward(self, tape, dy, dstate, dstates)
+        return self._back(tape, dy, dstate, dstates) or stack.backward(self, tape, dy, dstate, dstates)
 
     def step(self, params: Params, x: Array, state: State = None) -> tuple[Array, State]:
         """Streaming: one time step, the same numbers as the whole sequence.

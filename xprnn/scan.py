@@ -281,7 +281,7 @@ def _weight_gradients(tape: Tape, rows: list[Any], totals: dict[str, Array]) -> 
     blank = zeros(xp, (n, w.shape[0]), w)
     dxg = _stack(xp, [r[0] for r in rows], blank)
     dhg = flat(xp, _stack(xp, [r[1] for r in rows], blank))
-    dx, dw, db = affine_back(xp, dxg, tape.x, w)
+    dx, dw, db = affine_back(xp, dxg, tape.x, w, sparse=tape.sparse, active=tape.steps.active)
     before = flat(xp, _stack(xp, [s[0][0] for s in tape.saved], tape.initial[0]))
     cut = cell.early * (u.shape[0] // cell.gates) if cell.early else u.shape[0]
     dhg_t = xp.permute_dims(dhg, (1, 0))

@@ -9,6 +9,7 @@ from numpy.random import Generator
 from xprnn import checks, layout, scan
 from xprnn.arrays import Array, InputError, Namespace, Params, check_shape, resolve
 from xprnn.chain import Chain, ChainTape, dropout_mask, segment_length
+from xprnn.tape import Record
 
 __all__ = ["Gradients", "StackTape", "backward", "forward", "step"]
 
@@ -22,7 +23,7 @@ class Gradients(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StackTape:
+class StackTape(Record):
     """The record of one forward pass of a recurrent layer."""
 
     layer: Any
@@ -51,8 +52,8 @@ class StackTape:
 def _chains(layer: Any, xp: Namespace, params: Params) -> list[Chain]:
     own = layout.own_params(layer, params)
     if not layer.bidirectional:
-        return [Chain(xp, layer.core, own, reverse=layer.reverse, dropout=layer.dropout)]
-    return [Chain(xp, layer.core, [p], reverse=bool(i % 2)) for i, p in enumerate(own)]
+        return [Chain(xp, layer.core, own, reverse=layer.reverse, dropout=layer.dropout, sparse=layer.sparse)]
+    return [Chain(xp, layer.core, [p], reverse=bool(i % 2), sparse=layer.sparse) for i, p in enumerate(own)]
 
 
 def _segment(where: str, layer: Any, checkpoint: Any, params: Params, count: int, n: int) -> int | None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from xprnn.arrays import Array, Namespace, Params
 from xprnn.cells import Cell
 
-__all__ = ["State", "Steps", "Tape"]
+__all__ = ["ModelTape", "Record", "State", "Steps", "Tape"]
 
 State = tuple[Array, ...]
 
@@ -26,8 +26,31 @@ class Steps(NamedTuple):
         return Steps(active, reset, self.lengths, self.start + t0)
 
 
+class Record:
+    """What a forward pass leaves for its backward: it refers to arrays and to code, and stays in its process.
+
+    >>> import pickle
+    >>> pickle.dumps(Record())
+    Traceback (most recent call last):
+    TypeError: a tape can be neither pickled nor copied: keep params, x and the state, and run forward again
+    """
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a tape can be neither pickled nor copied: keep params, x and the state, and run forward again")
+
+    def __copy__(self) -> Any:
+        return self  # frozen, and what it refers to would be shared anyway
+
+
+class ModelTape(Record, dict[str, Any]):
+    """The tapes of a model's parts, by their names."""
+
+    def __copy__(self) -> "ModelTape":
+        return ModelTape(self)
+
+
 @dataclass(frozen=True)
-class Tape:
+class Tape(Record):
     """What backward needs of a forward pass; replaying it any number of times gives the same gradients."""
 
     back: Callable[..., Any]  # the backward of the implementation that wrote this tape
@@ -42,3 +65,4 @@ class Tape:
     states: Callable[[], State]  # one (T, N, .) for each of the cell's states: after each step
     saved: Any  # what the writer keeps for its backward
     kernel: str
+    sparse: bool = False  # whether, where x is integer, weight_ih's gradient is to be a SparseGradient

@@ -1,4 +1,6 @@
-"""How many features each part of a chain takes and gives, compared when the chain is made and not at its first call.
+"""What each part of a chain takes and gives, compared when the chain is made and not at its first call.
+
+How many features, and which axis is time: a part that walks along the wrong one would mix rows and steps in silence.
 
 Only what is certain is judged: parts of xprnn's own classes, whose maths is known. A part of your own, or a subclass,
 may do anything: whatever it is given and whatever comes after it is left to the first call.
@@ -14,7 +16,7 @@ from xprnn.arrays import InputError
 from xprnn.dense import Embedding, Linear
 from xprnn.layers import GRU, LSTM, RNN
 from xprnn.masks import Hold, Last, Masking
-from xprnn.parts import Apply, Flip, Merge, Softmax
+from xprnn.parts import Apply, Flip, Merge, OverTime, Softmax
 from xprnn.recurrent import Recurrent
 
 __all__ = ["check_widths"]
@@ -33,8 +35,15 @@ class _Flow(NamedTuple):
     source: str = ""  # which part made it so, for errors
 
 
+class _Time(NamedTuple):
+    """Where time stands between two parts: `axes` is "TN", "NT", "N" where there is none left, or "", not known."""
+
+    axes: str = ""
+    source: str = ""  # which part showed it, for errors
+
+
 def check_widths(where: str, parts: Mapping[str, Any], chain: Any) -> None:
-    """Raise InputError if a part is certain to refuse what the part before it gives.
+    """Raise InputError if a part is certain to refuse what the part before it gives, or to take its rows for steps.
 
     Args:
         where: for errors.
@@ -47,15 +56,18 @@ def check_widths(where: str, parts: Mapping[str, Any], chain: Any) -> None:
     >>> check_widths("Sequential", {"rnn": LSTM(3, 16), "head": Linear(8, 2)}, dict)
     Traceback (most recent call last):
     xprnn.arrays.InputError: Sequential: head (Linear) has in_features=8, expected 16: rnn (LSTM) gives 16 features
+    >>> check_widths("Sequential", {"low": GRU(3, 4, batch_first=True), "high": GRU(4, 2)}, dict)
+    Traceback (most recent call last):
+    xprnn.arrays.InputError: Sequential: high (GRU) has batch_first=False, expected True: low (GRU) gives (N,T,...)
     """
-    flow = _Flow()
+    flow, time = _Flow(), _Time()
     for name, part in _flat("", parts, chain):
         if type(part) not in (*_RECURRENT, *_HALVES, *_SAME, Linear, Embedding, Masking):
-            flow = _Flow()
+            flow, time = _Flow(), _Time()
             continue
         called = f"{name} ({type(part).__name__})"
         _compare(f"{where}: {called}", part, flow)
-        flow = _behind(called, part, flow)
+        flow, time = _behind(called, part, flow), _later(f"{where}: {called}", called, part, time)
 
 
 def _flat(prefix: str, parts: Mapping[str, Any], chain: Any) -> Iterator[tuple[str, Any]]:
@@ -115,3 +127,22 @@ def _behind(called: str, part: Any, flow: _Flow) -> _Flow:
         return _Flow("pair", 0, called) if part.mode == "pair" else _Flow("floats", part.hidden_size, called)
     width = flow.width or (2 * part.hidden_size if type(part) is Around else 0)
     return _Flow("floats", width, flow.source if flow.width else called)
+
+
+def _later(what: str, called: str, part: Any, time: _Time) -> _Time:
+    """Where time stands behind a part; InputError if it walks along another axis. The others act on features alone."""
+    if type(part) not in _RECURRENT and not isinstance(part, (OverTime, Around)):
+        return time
+    if time.axes == "N":
+        raise InputError(
+            f"{what} walks along time, (T,N,...), but {time.source} leaves one output of each row, (N,...): "
+            "what walks stands before it"
+        )
+    first = getattr(part, "batch_first", False)  # Around is always time first
+    axes = "NT" if first else "TN"
+    if time.axes and time.axes != axes:
+        gives = f"{time.source} gives ({','.join(time.axes)},...)"
+        if type(part) is Around:
+            raise InputError(f"{what} takes (T,N,...), but {gives}: give that part batch_first=False")
+        raise InputError(f"{what} has batch_first={first}, expected {not first}: {gives}")
+    return _Time("N" if type(part) is Last else axes, called)

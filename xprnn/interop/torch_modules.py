@@ -53,7 +53,7 @@ def layer_of(module: Any) -> Any:
     if isinstance(module, nn.Embedding):
         if module.max_norm is not None:
             raise InputError("max_norm changes the weights while it runs, which Embedding here does not")
-        return Embedding(module.num_embeddings, module.embedding_dim)
+        return Embedding(module.num_embeddings, module.embedding_dim, sparse=module.sparse)
     if isinstance(module, nn.Linear):
         return Linear(module.in_features, module.out_features, bias=module.bias is not None)
     names = {nn.RNN: RNN, nn.LSTM: LSTM, nn.GRU: GRU, nn.RNNCell: RNN, nn.LSTMCell: LSTM, nn.GRUCell: GRU}

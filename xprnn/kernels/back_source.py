@@ -1,6 +1,6 @@
 """Prints the adjoint of source.py's scan: the time loop in reverse order, and of a block dx and all gradients.
 
-In the letters of source.py, where the adjoint of h before a step is B + R0, so that no pass is needed to add the two:
+In the letters of source.py, where the adjoint of h before a step is B + R0, added where it is read, and at the end:
 
     X (J,R,Xw) a block's dx, (T,N,W) with D = 0; Y dh, or X          B (R,Hz), R0 (N,H)  dh U, and what comes directly
     Dk (N,H)   the other states' adjoints                            Ek, Pk (N,H)  those of home states and vectors
@@ -42,6 +42,9 @@ def backward_text(cell: Cell, slots: tuple[str, ...], values: int, projected: bo
     _gradients(out, dh, cell.early > 0)
     if projected:
         projected_source.gradients(out)
+    first = f"{out.load('R0', out.unit(0))} + {out.load('B', 'r * Hz + j')}"
+    out.add(1, "for r in range(R):", f"    for j in range({out.wide}):")
+    out.add(3, out.store("R0", out.unit(0), first))
     return out, same
 
 

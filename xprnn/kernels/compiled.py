@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from xprnn.affine import flat
+from xprnn.affine import flat, table_back
 from xprnn.arrays import Array, Params
 from xprnn.cells import Cell
 from xprnn.kernels import library, plain
@@ -235,13 +235,12 @@ def _run_back(
         here |= dict(zip(("GI", "GU", "SI", "GR"), map(address, sums), strict=False)) | numbers
         here |= {"SH": here["SI"] + width * item}
         call(kept.sources.backward, kept.sources.backward_table, table.of(part) | here)
-        through = own["B"].reshape(part.rows, numbers["Hz"])[:, :inner]
-        room["D0"][part.first : part.first + part.rows] += through
         return tuple(sums)
 
     dw, du, (db_ih, db_hh), *dhr = _total(each(walk, parts(kept.rows, count, n, (inner + d) * width)))
     if dgates is not None:
-        dw = by_class(kept.x.reshape(-1), flat(np, dgates), params["weight_ih"].shape[1]).T
+        wanted = {"sparse": tape.sparse, "active": kept.rows.active, "total": by_class}
+        dw = table_back(np, kept.x.reshape(-1), flat(np, dgates), params["weight_ih"].shape[1], **wanted)
     grads = {"weight_ih": dw, "weight_hh": du, "bias_ih": db_ih} | dict(zip(["weight_hr"], dhr, strict=False))
     grads["bias_hh"] = db_ih.copy() if kept.sources.same else db_hh
     grads |= {name: np.add.reduce(room[f"P{k}"], axis=0) for k, name in enumerate(tape.cell.vectors)}

@@ -198,7 +198,7 @@ def backward(
     projected = make(before.shape, dtype) if "weight_hr" in params else None
     sent = _Sent(dxg, dxg if plan.same else make(shape, dtype), vectors, projected)
     dhome = _walk_back(w, ds, injected, sent)
-    dx, dw, db = affine_back(np, dxg, x, params["weight_ih"])
+    dx, dw, db = affine_back(np, dxg, x, params["weight_ih"], sparse=tape.sparse, active=rows.active)
     grads = {"weight_ih": dw, "weight_hh": np.dot(flat(np, sent.dhg).T, flat(np, before))}
     if "bias_ih" in params:
         grads |= {"bias_ih": db, "bias_hh": db.copy() if plan.same else _sum_rows(sent.dhg)}

@@ -2,13 +2,16 @@
 
 The folder is XPRNN_CACHE, else `xprnn` in XDG_CACHE_HOME or ~/.cache. A kernel's file is named by a hash of its text,
 of the modules it is built from and of numba's version; next to it numba keeps the machine code for each kind of
-processor. Where the folder can't be written, kernels are compiled afresh in each process.
+processor. Of processes that want a kernel at the same time, one compiles it. Where the folder can't be written, kernels
+are compiled afresh in each process.
 """
 
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ __all__ = ["available", "compiled", "gemm", "lanes", "tile_rows", "tile_size", "
 _PARTS = ("lanes", "rowdot", "tiles", "gemm", "classes")  # the modules whose functions kernels are built from
 _TYPE = "void(int64[::1])"
 _GEMM = f"int64({', '.join(['int64'] * 12)})"
+_PATIENCE = 30.0  # seconds for another process to compile a kernel; after that it is compiled here, too
 _OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 
 
@@ -88,12 +92,46 @@ def _made(source: str, compiler: Callable[..., Any]) -> Any:
     path = _written(source)
     if path is not None:
         try:
-            return compiler(cache=True)(_imported(path).kernel)
+            with _alone(path):
+                return compiler(cache=True)(_imported(path).kernel)
         except Exception:  # a damaged cache may fail in any way, and is only a cache
             pass
     scope: dict[str, Any] = {}
     exec(source, scope)  # printed by source.py and gemm.py, from a finite list of names
     return compiler()(scope["kernel"])
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """While no other process makes this kernel; the system lets go of a lock whose holder ends, however it ends.
+
+    Without such locks (Windows, some network file systems) nobody waits, and a kernel may be compiled twice.
+    """
+    try:
+        import fcntl
+
+        lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        end = time.monotonic() + _PATIENCE
+        while not _taken(fcntl, lock) and time.monotonic() < end:
+            time.sleep(0.02)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _taken(fcntl: Any, lock: int) -> bool:
+    """Whether the lock is ours now, or there are none here."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _imported(path: Path) -> Any:

@@ -1,13 +1,13 @@
-"""The compiled scan of the plain case: its table worked out once for its sizes, its memory in a few pieces.
+"""The compiled scan of the plain case: everything worked out once for its sizes, its memory in a few pieces.
 
 A hundred steps of fifty units take twenty microseconds; so does asking for twenty arrays and for their addresses. Here
 compiled.py's kernels get what they get there, where every row takes part in every step, x holds features and all lies
-in C order (backward: and one thread walks). An entry of their table is a number, or lies so many bytes behind the start
-of one of a call's pieces of memory, whatever these are: table = (1, start of each piece) . places.
+in C order (backward: and one thread walks). What remains to do at a call is in `Ahead.__call__`, and below it in
+`Back.__call__`; pieces.py says how the tables are made.
 """
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,78 +15,48 @@ import numpy as np
 from xprnn.arrays import Array, Params
 from xprnn.cells import Cell
 from xprnn.kernels import library
+from xprnn.kernels.pieces import Piece, Places, places_of
 from xprnn.kernels.ragged import Rows
 from xprnn.kernels.source import Sources
-from xprnn.kernels.table import ALIGNED, Kept, back_room, forward_room
+from xprnn.kernels.table import Kept, back_room, forward_room
 from xprnn.kernels.threads import Part, each, parts, several
 from xprnn.kernels.walk import contiguous
 from xprnn.tape import State, Steps, Tape
 
-__all__ = ["backward", "forward"]
+__all__ = ["Ahead", "Done", "ahead", "backward", "forward"]
 
 _SLOTS = {"weight_ih": "WI", "weight_hh": "WH", "bias_ih": "BI", "bias_hh": "BH"}
-_ADDRESS = '''"""Written by xprnn: where an array lies; it may be deleted at any time."""
-
-
-def kernel(a):
-    return a.ctypes.data
-'''
-_ARRAYS = ";".join(f"int64(Array(float{bits}, {rank}, 'C', True))" for bits in (32, 64) for rank in (1, 2, 3))
 Shape = tuple[int, int, int, int, int]  # T, N, D, H, W
 
 
-class _Piece:
-    """Places in one piece of memory, each on a line of the cache."""
+class Done(NamedTuple):
+    """A pass, as far as its memory goes."""
 
-    def __init__(self, item: int, sizes: dict[str, int]) -> None:
-        self.line, self.size, self.starts = ALIGNED // item, 0, dict[str, int]()
-        self.bytes = dict[str, int]()  # behind the start of the piece
-        for name, size in sizes.items():
-            self.starts[name], self.bytes[name] = self.size, self.size * item
-            self.size += -(-size // self.line) * self.line
+    way: "Ahead"
+    x: Array
+    arrays: tuple[Array, ...]  # the parameters in the way's order
+    memory: tuple[
+        Array, Array
+    ]  # all of the tape: y with the state before it, which the caller may keep alone; the rest
+    skips: int
+    finals: tuple[Array, ...]  # (1, N, H) each
 
-    def made(self, at: Callable[[Array], int], dtype: Any, zeros: str = "") -> tuple[Array, int]:
-        """The memory, its places before the one that is named set to 0, and its address."""
-        whole = np.empty(self.size + self.line, dtype)
-        skip = -(start := at(whole)) % ALIGNED
-        whole = whole[skip // whole.itemsize :]
-        if zeros:
-            whole[: self.starts[zeros]] = 0
-        return whole, start + skip
+    @property
+    def y(self) -> Array:
+        """(T, N, H)."""
+        return self.way.states(self, 0, 0 if self.way.reverse else 1)
 
-    def view(self, memory: Array, name: str, shape: tuple[int, ...]) -> Array:
-        """The array in a place."""
-        start, size = self.starts[name], 1
-        for n in shape:
-            size *= n
-        return memory[start : start + size].reshape(shape)
-
-
-class _Plan(NamedTuple):
-    """What the sizes of a pass decide: its pieces of memory, and places[i, j], what piece i is to entry j."""
-
-    whole: _Piece  # y with the state before it, or dx: the caller may keep it alone
-    rest: _Piece  # of the tape, or of the gradients
-    scratch: _Piece
-    places: Array
-    wide: int = 0  # a row of the adjoint that comes through h U'
-
-
-def _places(names: Sequence[str], numbers: dict[str, int], pieces: Sequence[dict[str, int]]) -> Array:
-    places = np.zeros((1 + len(pieces), len(names)), np.int64)
-    places[0] = [numbers.get(name, 0) for name in names]
-    for i, piece in enumerate(pieces, 1):
-        for name, start in piece.items():
-            if name in names:
-                j = names.index(name)
-                assert not places[1:, j].any()
-                places[0, j], places[i, j] = start, 1
-    return places
-
-
-def _addresses() -> Callable[[Array], int]:
-    """NumPy takes ten times as long to say where an array lies."""
-    return library.compiled(_ADDRESS, _ARRAYS)
+    def kept(self) -> Kept:
+        """What compiled.py keeps of a pass."""
+        way = self.way
+        (count, n, _, hidden, width), (_, memory), skip = way.shape, self.memory, self.skips >> 8 & 255
+        ends = tuple(tuple(way.states(self, k, i) for k in range(way.count)) for i in (0, 1))
+        before, after = ends[::-1] if way.reverse else ends
+        gates = way.rest.view(memory, skip, "G", (count, n, width)) if way.keep and "G" in way.rest.starts else None
+        slots = [slot for slot in way.rest.starts if way.keep and slot[0] == "V"]
+        spare = {slot: way.rest.view(memory, skip, slot, (count, n, hidden)) for slot in slots}
+        rows = Rows.of((count, n), Steps())
+        return Kept(way.sources, rows, self.x, gates, spare, before, after, self)
 
 
 def _numbers(shape: Shape, item: int, reverse: bool) -> dict[str, int]:
@@ -97,17 +67,17 @@ def _numbers(shape: Shape, item: int, reverse: bool) -> dict[str, int]:
 
 def _tape(
     sources: Sources, states: int, shape: Shape, item: int, reverse: bool, keep: bool
-) -> tuple[_Piece, _Piece, list[dict[str, int]]]:
+) -> tuple[Piece, Piece, list[dict[str, int]]]:
     """The pieces of a tape, and where they hold the states after and before each step: in the same place, one apart.
 
     Without `keep`, of what only backward asks for, there is room for one step.
     """
     count, n, _, hidden, width = shape
     size, length = n * hidden, count if keep else 1
-    first, sizes = _Piece(item, {"M0": (count + 1) * size}), {f"M{k}": (length + 1) * size for k in range(1, states)}
+    first, sizes = Piece(item, {"M0": (count + 1) * size}), {f"M{k}": (length + 1) * size for k in range(1, states)}
     sizes |= {slot: length * size for slot in sources.slots if slot[0] == "V"}
     gates = keep and any(slot[0] == "X" for slot in sources.slots)
-    rest = _Piece(item, sizes | ({"G": count * n * width} if gates else {}))
+    rest = Piece(item, sizes | ({"G": count * n * width} if gates else {}))
     after, before = (0, size * item) if reverse else (size * item, 0)
     places = []
     for piece in (first, rest):
@@ -124,124 +94,191 @@ def _plain(a: Array, dtype: Any) -> bool:
 # --- forward
 
 
+class Ahead:
+    """The forward pass of a cell for one shape.
+
+    Args:
+        sources, cell: the cell and its kernels.
+        names: of the parameters, biases before the cell's vectors.
+        shape: (T, N, D, H, W), all >= 1.
+        dtype: float32 or float64.
+        reverse: whether time runs backwards.
+        keep: whether there is to be a tape.
+    """
+
+    def __init__(
+        self, sources: Sources, cell: Cell, names: tuple[str, ...], shape: Shape, dtype: Any, reverse: bool, keep: bool
+    ) -> None:
+        self.sources, self.cell, self.names, self.shape, self.dtype = sources, cell, names, shape, dtype
+        self.reverse, self.keep, self.count = reverse, keep, len(cell.states)
+        self.whole, self.rest, self._held = _tape(sources, self.count, shape, dtype.itemsize, reverse, keep)
+        self._weights = (shape[3] + shape[2]) * shape[4]
+        self._kernel = library.compiled(sources.forward)
+        self._one = (Part(0, shape[1]),)
+        self._parts = dict[Part, tuple[Places, Piece]]()
+
+    def _part(self, part: Part) -> tuple[Places, Piece]:
+        """The table for these rows, and their piece of memory."""
+        (count, n, d, hidden, width), item, keep = self.shape, self.dtype.itemsize, self.keep
+        numbers, sizes = forward_room(self.sources, (count, part.rows, d, hidden, width), item)
+        missing = {slot: width for name, slot in _SLOTS.items() if name not in self.names}
+        room = Piece(item, missing | sizes | ({} if keep else {"G": width}), "Q" if missing else "")
+        step, row = n * hidden, part.first * item
+        held = [{k: at + row * (width if k == "G" else hidden) for k, at in piece.items()} for piece in self._held]
+        numbers |= _numbers(self.shape, item, self.reverse) | {"R": part.rows, "keep": int(keep), "v0": step * keep}
+        numbers |= {f"m{k}": step if keep or k == 0 else 0 for k in range(self.count)}
+        own = [_SLOTS[name] for name in self.names if name in _SLOTS]
+        vectors = [f"p{k}" for k in range(len(self.names) - len(own))]
+        given = [{f"C{k}": row * hidden} for k in range(self.count)] + [{"A": row * d}]
+        given += [{slot: 0} for slot in (*own, *vectors)]
+        fresh = [(self.whole, held[0]), (self.rest, held[1]), (room, room.bytes)]
+        begins = [self._begin(k) for k in range(self.count)]
+        shapes = [(count, n, d), (width, d), (width, hidden), *[(width,)] * (len(own) - 2), *[(hidden,)] * len(vectors)]
+        table, bits = self.sources.forward_table, 8 * item
+        return places_of(table, numbers, fresh, given, 0, begins, shapes, bits, (n, hidden)), room
+
+    def _begin(self, k: int) -> int:
+        """Where the state before the first step lies, in its piece."""
+        count, n, _, hidden, _ = self.shape
+        start = self.rest.starts[f"M{k}"] if k else 0
+        return start + ((count if self.keep or not k else 1) * n * hidden if self.reverse else 0)
+
+    def states(self, done: Done, k: int, start: int) -> Array:
+        """State k at T steps from the first (0) or the second (1) entry of its place on: before or after each step."""
+        count, n, _, hidden, _ = self.shape
+        step, length = n * hidden, count if self.keep or not k else 1
+        at = start * step + (self.rest.starts[f"M{k}"] + (done.skips >> 8 & 255) if k else done.skips & 255)
+        return done.memory[k > 0][at : at + length * step].reshape(length, n, hidden)
+
+    def __call__(self, x: Array, arrays: tuple[Array, ...], start: Sequence[Array]) -> Done | None:
+        """The pass from states `start` (1, N, H) each; None where an array has another shape.
+
+        Raises TypeError for another dtype, or what is not in C order. Masked arrays and their like are the caller's to
+        keep out.
+        """
+        (count, n, _, hidden, _), dtype = self.shape, self.dtype
+        whole, rest = np.empty(self.whole.room, dtype), np.empty(self.rest.room, dtype)
+        finals, pairs = list[Array](), list[Array]()
+        for s in start:
+            finals.append(f := np.empty((1, n, hidden), dtype))
+            pairs += (f, s)
+        those = parts(Rows.of((count, n), Steps()), count, n, self._weights) if self.large() else self._one
+        tables, rooms, skips = [], [], 0
+        for part in those:
+            if part not in self._parts:
+                self._parts[part] = self._part(part)
+            its, piece = self._parts[part]
+            table, room = np.empty(its.entries, np.int64), np.empty(piece.room, dtype)
+            skips = its.fill(its.places, its.sizes, table, whole, rest, room, *pairs, x, *arrays)
+            if skips < 0:
+                return None
+            tables.append(table)
+            rooms.append(room)
+        each(self._kernel, tables)
+        return Done(self, x, arrays, (whole, rest), skips, tuple(finals))
+
+    def large(self) -> bool:
+        """Whether several threads are to walk."""
+        return several(*self.shape[:2], self._weights) > 0
+
+    @cached_property
+    def back(self) -> "Back":
+        """The way back."""
+        return Back(self)
+
+
 @lru_cache(maxsize=1024)
-def _plan(
-    sources: Sources,
-    states: int,
-    names: tuple[str, ...],
-    shape: Shape,
-    item: int,
-    reverse: bool,
-    keep: bool,
-    part: Part,
-) -> _Plan:
-    count, n, d, hidden, width = shape
-    first, rest, places = _tape(sources, states, shape, item, reverse, keep)
-    numbers, sizes = forward_room(sources, (count, part.rows, d, hidden, width), item)
-    missing = {slot: width for name, slot in _SLOTS.items() if name not in names}
-    scratch = _Piece(item, missing | sizes | ({} if keep else {"G": width}))
-    step, row = n * hidden, part.first * item
-    places = [{name: at + row * (width if name == "G" else hidden) for name, at in piece.items()} for piece in places]
-    numbers |= _numbers(shape, item, reverse) | {"R": part.rows, "keep": int(keep), "v0": step * keep}
-    numbers |= {f"m{k}": step if keep or k == 0 else 0 for k in range(states)}
-    pieces = [*places, scratch.bytes, {f"C{k}": k * step * item + row * hidden for k in range(states)}, {"A": row * d}]
-    own = [_SLOTS[name] for name in names if name in _SLOTS]
-    pieces += [{slot: 0} for slot in (*own, *(f"p{k}" for k in range(len(names) - len(own))))]
-    return _Plan(first, rest, scratch, _places(sources.forward_table, numbers, pieces))
+def ahead(
+    sources: Sources, cell: Cell, names: tuple[str, ...], shape: Shape, dtype: Any, reverse: bool, keep: bool
+) -> Ahead:
+    """The one for these."""
+    return Ahead(sources, cell, names, shape, dtype, reverse, keep)
 
 
 def forward(
     sources: Sources, cell: Cell, params: Params, x: Array, state: State, steps: Steps, reverse: bool, keep: bool
 ) -> tuple[Kept, State] | None:
     """The tape and the states after the last step; None where compiled.py is to walk."""
-    u, arrays = params["weight_hh"], (x, *params.values())
+    u, start = params["weight_hh"], [s[None] for s in state]
     dtype, (width, hidden) = u.dtype, u.shape
-    if steps.active is not None or steps.reset is not None or "weight_hr" in params:
+    if steps.active is not None or steps.reset is not None or "weight_hr" in params or not x.size:
         return None
-    if not all(_plain(a, dtype) for a in arrays):
-        return None
-    (count, n, d), states = x.shape, len(state)
-    if not count * n:
+    start = [s if _plain(s, dtype) else np.array(s, dtype, order="C") for s in start]
+    if not all(_plain(a, dtype) for a in (x, *params.values())):
         return None
     names = tuple(name for name in (*_SLOTS, *cell.vectors) if name in params)
-    rows, shape = Rows.of((count, n), steps), (count, n, d, hidden, width)
-    those = parts(rows, count, n, (hidden + d) * width)
-    plans = [_plan(sources, states, names, shape, u.itemsize, reverse, keep, part) for part in those]
-    at, plan, tape = _addresses(), plans[0], plans[0].rest
-    whole, whole_at = plan.whole.made(at, dtype)
-    memory, tape_at = tape.made(at, dtype)
-    running, first = np.empty((states, n, hidden), dtype), -1 if reverse else 0
-    kept = [plan.whole.view(whole, "M0", (count + 1, n, hidden))]
-    kept += [tape.view(memory, f"M{k}", ((count if keep else 1) + 1, n, hidden)) for k in range(1, states)]
-    for s, r, m in zip(state, running, kept, strict=True):
-        r[...] = s
-        m[first] = s
-    given = tuple(map(at, (running, x, *(params[name] for name in names))))
-    zeros = "" if "bias_ih" in params and "bias_hh" in params else "Q"
-    rooms = [one.scratch.made(at, dtype, zeros) for one in plans]
-    starts = [(whole_at, tape_at, room_at, *given) for _, room_at in rooms]
-    tables = [_table(one, start) for one, start in zip(plans, starts, strict=True)]
-    each(library.compiled(sources.forward), tables)
-    before, after = tuple(m[:-1] for m in kept), tuple(m[1:] for m in kept)
-    gates = tape.view(memory, "G", (count, n, width)) if keep and "G" in tape.starts else None
-    spare = {slot: tape.view(memory, slot, (count, n, hidden)) for slot in tape.starts if keep and slot[0] == "V"}
-    ends = (after, before) if reverse else (before, after)
-    return Kept(sources, rows, x, gates, spare, *ends, (whole, memory)), tuple(running)
-
-
-def _table(plan: _Plan, starts: tuple[int, ...]) -> Array:
-    return np.array((1, *starts), np.int64).dot(plan.places)
+    way = ahead(sources, cell, names, (*x.shape, hidden, width), dtype, reverse, keep)
+    done = way(x, tuple(params[name] for name in names), start)
+    return None if done is None else (done.kept(), tuple(f[0] for f in done.finals))
 
 
 # --- and its adjoint
 
 
-@lru_cache(maxsize=1024)
-def _back_plan(sources: Sources, states: int, vectors: int, shape: Shape, item: int, reverse: bool) -> _Plan:
-    count, n, d, hidden, width = shape
-    row, step = hidden, n * hidden
-    _, _, places = _tape(sources, states, shape, item, reverse, True)
-    numbers, sizes = back_room(sources, shape, item)
-    scratch = _Piece(item, {"nothing": hidden, "B": sizes.pop("B"), "O": sizes.pop("O")} | sizes)
-    sums = {"SI": width, "SH": width} | dict.fromkeys((f"D{k}" for k in range(states)), step)
-    sums |= dict.fromkeys((f"P{k}" for k in range(vectors)), step)
-    dx, grads = _Piece(item, {"DX": count * n * d}), _Piece(item, sums | {"GI": width * d, "GU": width * hidden})
-    numbers |= _numbers(shape, item, reverse) | {"a0": step, "b0": row}
-    nothing = {f"I{k}": scratch.bytes["nothing"] for k in range(1, states)}
-    pieces = [dx.bytes, grads.bytes | {"R0": grads.bytes["D0"]}, scratch.bytes | nothing, *places]
-    pieces += [{name: 0} for name in ("I0", "A", "WI", "WH", *(f"p{k}" for k in range(vectors)))]
-    return _Plan(dx, grads, scratch, _places(sources.backward_table, numbers, pieces), numbers["Hz"])
+class Back:
+    """The adjoint of an `Ahead` that keeps a tape."""
+
+    def __init__(self, way: Ahead) -> None:
+        self.way, item = way, way.dtype.itemsize
+        (count, n, d, hidden, width), vectors = way.shape, way.cell.vectors
+        self._kernel, self._biases = library.compiled(way.sources.backward), len(way.names) - 2 - len(vectors)
+        states, step = range(way.count), n * hidden
+        _, _, held = _tape(way.sources, way.count, way.shape, item, way.reverse, True)
+        numbers, sizes = back_room(way.sources, way.shape, item)
+        sums = {"SI": width, "SH": width} | dict.fromkeys((f"D{k}" for k in states), step)
+        sums |= dict.fromkeys((f"P{k}" for k in range(len(vectors))), step)
+        self.dx = Piece(item, {"DX": count * n * d})
+        self.sums = Piece(item, sums | {"GI": width * d, "GU": width * hidden}, "GI")
+        self.room = Piece(item, {"nothing": hidden, "B": sizes.pop("B"), "O": sizes.pop("O")} | sizes, "Q")
+        numbers |= _numbers(way.shape, item, way.reverse) | {"a0": step, "b0": hidden}
+        nothing = {f"I{k}": self.room.bytes["nothing"] for k in states[1:]}
+        fresh = [(self.dx, self.dx.bytes), (self.sums, self.sums.bytes | {"R0": self.sums.bytes["D0"]})]
+        fresh += [(self.room, self.room.bytes | nothing)]
+        names = ("I0", "A", "WI", "WH", *(f"p{k}" for k in range(len(vectors))))
+        shapes = [(count, n, hidden), (count, n, d), (width, d), (width, hidden), *[(hidden,)] * len(vectors)]
+        rest = [*held, *({name: 0} for name in names)]
+        self.places = places_of(way.sources.backward_table, numbers, fresh, rest, 2, (), shapes, 8 * item)
+        slots: dict[str, tuple[str, tuple[int, ...]]] = {
+            "weight_ih": ("GI", (width, d)),
+            "weight_hh": ("GU", (width, hidden)),
+        }
+        slots |= {"bias_ih": ("SI", (width,)), "bias_hh": ("SI" if way.sources.same else "SH", (width,))}
+        slots |= {name: (f"P{k}", (n, hidden)) for k, name in enumerate(vectors)}
+        self._slots = [slots[name] for name in way.names]
+
+    def __call__(
+        self, done: Done, dy: Array, dstate: Sequence[Array | None]
+    ) -> tuple[Array, State, list[Array]] | None:
+        """The adjoints of x, of the first states (1, N, H), of the parameters in the way's order; else as forward."""
+        way, places, skip = self.way, self.places, self._biases
+        (count, n, d, hidden, _), dtype = way.shape, way.dtype
+        dx, sums, room = np.empty(self.dx.room, dtype), np.empty(self.sums.room, dtype), np.empty(self.room.room, dtype)
+        table, (w, u, *others) = np.empty(places.entries, np.int64), done.arrays
+        its = (*done.memory, dy, done.x, w, u, *others[skip:])
+        skips = places.fill(places.places, places.sizes, table, dx, sums, room, *its)
+        if skips < 0:
+            return None
+        at, view = skips >> 8 & 255, self.sums.view
+        ds = tuple([view(sums, at, f"D{k}", (1, n, hidden)) for k in range(way.count)])
+        for mine, given in zip(ds, dstate, strict=True):
+            if given is not None:
+                mine[...] = given
+        self._kernel(table)
+        grads = [view(sums, at, *slot) for slot in self._slots]
+        if skip == 2 and way.sources.same:
+            grads[3] = grads[2].copy()
+        for k in range(2 + skip, len(grads)):
+            grads[k] = np.add.reduce(grads[k], axis=0)
+        return self.dx.view(dx, skips & 255, "DX", (count, n, d)), ds, grads
 
 
 def backward(tape: Tape, dy: Array | None, dstate: Sequence[Array | None]) -> tuple[Array, State, Params] | None:
     """The adjoints of x, of the first states, of the parameters; None where compiled.py is to walk."""
-    kept, params, cell = tape.saved, tape.params, tape.cell
-    w, u = params["weight_ih"], params["weight_hh"]
-    if kept.memory is None or dy is None or not _plain(dy := contiguous(dy), u.dtype):
+    done: Done | None = tape.saved.done
+    if done is None or dy is None or done.way.large() or not _plain(dy := contiguous(dy), done.way.dtype):
         return None
-    (count, n, d), (width, hidden), sources = kept.x.shape, u.shape, kept.sources
-    if several(count, n, (hidden + d) * width):
+    found = done.way.back(done, dy, dstate)
+    if found is None:
         return None
-    states, vectors, shape = len(dstate), len(cell.vectors), (count, n, d, hidden, width)
-    plan = _back_plan(sources, states, vectors, shape, u.itemsize, tape.reverse)
-    result, scratch = plan.rest, plan.scratch
-    at = _addresses()
-    dx, dx_at = plan.whole.made(at, u.dtype)
-    memory, result_at = result.made(at, u.dtype, "GI")
-    room, room_at = scratch.made(at, u.dtype, "Q")
-    ds = tuple(result.view(memory, f"D{k}", (n, hidden)) for k in range(states))
-    for mine, given in zip(ds, dstate, strict=True):
-        if given is not None:
-            mine[...] = given
-    pieces = (*kept.memory, dy, kept.x, w, u, *(params[name] for name in cell.vectors))
-    library.compiled(sources.backward)(_table(plan, (dx_at, result_at, room_at, *map(at, pieces))))
-    ds[0][...] += scratch.view(room, "B", (n, plan.wide))[:, :hidden]
-    grads = {
-        "weight_ih": result.view(memory, "GI", (width, d)),
-        "weight_hh": result.view(memory, "GU", (width, hidden)),
-    }
-    grads["bias_ih"] = result.view(memory, "SI", (width,))
-    grads["bias_hh"] = grads["bias_ih"].copy() if sources.same else result.view(memory, "SH", (width,))
-    for k, name in enumerate(cell.vectors):
-        grads[name] = np.add.reduce(result.view(memory, f"P{k}", (n, hidden)), axis=0)
-    return plan.whole.view(dx, "DX", (count, n, d)), ds, {name: grads[name] for name in params}
+    grads = dict(zip(done.way.names, found[2], strict=True))
+    return found[0], tuple(s[0] for s in found[1]), {name: grads[name] for name in tape.params}

@@ -47,7 +47,7 @@ class Kept(NamedTuple):
     spare: dict[str, Array]  # the other saved values
     before: State
     after: State
-    memory: tuple[Array, Array] | None = None  # all of the tape, where plain.py wrote it
+    done: Any = None  # plain.py's record, where that wrote the tape
 
 
 def address(a: Array) -> int:

@@ -17,6 +17,8 @@ from xprnn.kernels.step_source import QUEUE, Traced, argument_names, signature, 
 
 __all__ = ["walk_source"]
 
+LINE = 64  # bytes: where vectors of its memory lay across two lines of the cache, a walk took a quarter longer
+
 _TEXT = '''"""Written by xprnn for a walk of the cell {cell!r}; it may be deleted at any time."""
 import math
 import numpy as np
@@ -24,6 +26,7 @@ from xprnn.kernels.lanes import ANY, LANES{bits}, exp64, f{bits} as real, load, 
 from xprnn.kernels.rowdot import in_rows, turn, turned{bits} as turned
 
 F = np.float{bits}
+LINE = {line} // {item}
 
 
 def kernel({arguments}):
@@ -33,8 +36,8 @@ def kernel({arguments}):
     P, W = -(-H // LANES{bits}) * LANES{bits}, -(-{gates} * H // LANES{bits}) * LANES{bits}
     S, E = max(1, min(T, 16)), {turned_inputs}
     R = W + LANES{bits} * (1 - W // LANES{bits} % 2)  # an even number of vectors would fill few of the cache's sets
-    room = np.zeros((E + {h}) * R + (S * N + 3) * (W + P) + ({states} * N + {vectors}) * P{more}, F)
-    w_turned = real(room.ctypes.data)
+    room = np.zeros((E + {h}) * R + (S * N + 3) * (W + P) + ({states} * N + {vectors}) * P{more} + LINE, F)
+    w_turned = real(room.ctypes.data + -room.ctypes.data % {line})
     u_turned = shift(w_turned, E * R)
     projected = shift(u_turned, {h} * R)
     B = shift(projected, S * N * (W + P))
@@ -94,6 +97,8 @@ def _text(cell: Cell, bits: int, bias: bool, integer: bool, projected: bool, its
     return _TEXT.format(
         cell=cell.name,
         bits=bits,
+        item=bits // 8,
+        line=LINE,
         arguments=", ".join(("k", "D", "w", "u", *lines, *["hr"] * projected, "x", *before, "y", *after)),
         sizes="(T, N, V), H = y.shape, hr.shape[1]" if projected else "T, N, H = y.shape",
         checks=_checks(cell, lines, before, after, integer, projected),

@@ -7,7 +7,7 @@ weights' gradients are one each, over all T*N rows. Letters and arrays are those
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from xprnn.affine import flat
+from xprnn.affine import flat, table_back
 from xprnn.arrays import Array, Namespace, Params, device_of
 from xprnn.cells import Cell
 from xprnn.kernels.cuda.device import (
@@ -187,7 +187,7 @@ def backward(
             row = kept.reset[-1 if tape.reverse else 0, :, None]
             dhome = [e + xp.where(row, d, xp.zeros_like(d)) for e, d in zip(dhome, ds, strict=True)]
             ds = [xp.where(row, xp.zeros_like(d), d) for d in ds]
-        dx, grads = gradients(p, xp, params, kept.x, dxg)
+        dx, grads = gradients(p, tape, kept.x, dxg)
         du = grads["weight_hh"] = empty(u.shape, dtype)
         p.summed(du, flat(xp, dhg), flat(xp, kept.before[0]))
         if "bias_ih" in params:
@@ -224,11 +224,16 @@ def _walk_back(
         multiply(d_at, from_at + t * step, u_at)
 
 
-def gradients(p: Products, xp: Namespace, params: Params, x: Array, dxg: Array) -> tuple[Array | None, Params]:
-    """dx (None for class numbers), and the gradient of weight_ih."""
-    w, d = contiguous(params["weight_ih"]), flat(xp, dxg)
+def gradients(p: Products, tape: Tape, x: Array, dxg: Array) -> tuple[Array | None, Params]:
+    """dx (None for class numbers), and the gradient of weight_ih; x (T, N, .) is the tape's."""
+    xp, w, d = tape.xp, contiguous(tape.params["weight_ih"]), flat(tape.xp, dxg)
     if x.dtype.kind in "iu":
-        return None, {"weight_ih": summed_by_class(xp, x.reshape(-1), d, w.shape[1])}
+
+        def total(ids: Array, rows: Array, count: int) -> Array:
+            return summed_by_class(xp, ids, rows, count).T
+
+        wanted: dict[str, Any] = {"sparse": tape.sparse, "active": tape.steps.active, "total": total}
+        return None, {"weight_ih": table_back(xp, x.reshape(-1), d, w.shape[1], **wanted)}
     dx, dw = empty(x.shape, x.dtype), empty(w.shape, w.dtype)
     p.rows(flat(xp, dx), d, w)
     p.summed(dw, d, flat(xp, x))

@@ -188,7 +188,7 @@ def _backward(
             None if dhg is dxg else dhg,
         )
         launch(config, KERNELS[1], ceil(n / config.rows), (*pointers, count, n, hidden, int(tape.reverse)))
-        dx, grads = gradients(p, xp, params, kept.x, dxg)
+        dx, grads = gradients(p, tape, kept.x, dxg)
         du = grads["weight_hh"] = empty(u.shape, dtype)
         p.summed(du, flat(xp, dhg), flat(xp, kept.h[1:] if tape.reverse else kept.h[:-1]))
         if "bias_ih" in params:
