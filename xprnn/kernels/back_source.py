@@ -2,7 +2,7 @@
 
 In the letters of source.py, where the adjoint of h before a step is B + R0, added where it is read, and at the end:
 
-    X (J,R,W)  a block's dx, (T,N,W) with D = 0; Y dh, or X          B (R,Hz), R0 (N,H)  dh U, and what comes directly
+    X (J,R,Xw) a block's dx, (T,N,W) with D = 0; Y dh, or X          B (R,Hz), R0 (N,H)  dh U, and what comes directly
     Dk (N,H)   the other states' adjoints                            Ek, Pk (N,H)  those of home states and vectors
     LA, LB     a block's factors of the weights' gradients, packed   GI, GU, SI, SH  gradients of weights and biases
     Ik         what the caller sends into state k, by strides        G, Vj, Mk, Sk  the tape; DX (T,N,D) goes out
@@ -20,7 +20,7 @@ from xprnn.kernels.trace import UntraceableError
 
 __all__ = ["backward_text"]
 
-INDICES = "q, h, x, g, v = r * H, r * Hz, (z + r) * W, (t * N + r) * W, (t * N + r) * H"
+INDICES = "q, h, x, g, v = r * H, r * Hz, (z + r) * Xw, (t * N + r) * W, (t * N + r) * H"
 
 
 def backward_text(cell: Cell, slots: tuple[str, ...], values: int, projected: bool) -> tuple[Text, bool]:
@@ -37,7 +37,7 @@ def backward_text(cell: Cell, slots: tuple[str, ...], values: int, projected: bo
         added = trace_early_back(cell, values, {name for name, _ in outputs})
         early_source.back(out, INDICES, dh, added, read, same)
         whole = "cut"
-    out.add(3, product(f"{dh}, z * W", "W", "U, 0", "B, 0", "Hz", "O, zeros", "0", "n", whole, "Hz"))
+    out.add(3, product(f"{dh}, z * Xw", "Xw", "U, 0", "B, 0", "Hz", "O, zeros", "0", "n", whole, "Hz"))
     _resets(out, range(len(cell.states)))
     _gradients(out, dh, cell.early > 0)
     if projected:
@@ -54,7 +54,7 @@ def _begin(cell: Cell, slots: tuple[str, ...], projected: bool) -> Text:
     spare = dict.fromkeys(s for s in slots if s[0] == "V")
     pointers = ["A", "WI", "WH", "Q", "U", "LA", "LB", "GI", "GU", "SI", "SH", "DX", "O", "X", "Y", "B", "R0", "G"]
     pointers += [*(f"{c}{k}" for c in "DEIMS" for k in states), *spare, *(f"{c}{k}" for c in "pP" for k in vectors)]
-    numbers = [*NUMBERS, "Hz", "room", "zeros", *(f"{c}{k}" for c in "ab" for k in states)]
+    numbers = [*NUMBERS, "Hz", "Xw", "room", "zeros", *(f"{c}{k}" for c in "ab" for k in states)]
     if cell.early:
         numbers, pointers = [*numbers, "cut", "half"], [*pointers, "DQ"]
     if projected:
@@ -92,7 +92,7 @@ def _units(
         (k, out.store(f"D{k}", out.unit(k), f"{out.load(f'D{k}', out.unit(k))} + {sent[k]}")) for k in states if k
     ]
     idle = [
-        (1, out.store(c, f"(z + r) * W + {k} * H + j", literal(0.0)))
+        (1, out.store(c, f"(z + r) * Xw + {k} * H + j", literal(0.0)))
         for c in "XY"[: 2 - same]
         for k in range(cell.gates)
     ]
@@ -129,7 +129,7 @@ def _gradients(out: Text, dh: str, early: bool) -> None:
     """Of a block: dx, and the parts of all parameters' gradients."""
     h, halves = out.wide, _pieces(early, "LA, 0", "LA, half * room")
     out.add(2, "if D > 0:", "    for s in range(groups):")
-    out.add(4, product("X, s * R * W", "W", "Q, 0", "DX, (t0 + s) * N * D", "D", "O, zeros", "0", "many", "W", "D"))
+    out.add(4, product("X, s * R * Xw", "Xw", "Q, 0", "DX, (t0 + s) * N * D", "D", "O, zeros", "0", "many", "W", "D"))
     out.add(4, pack_right("A, (t0 + s) * N * D", "D", "1", "many", "D", "LB, 0", "room", "s * R"))
     _pack(out, "X", "SI", halves)
     out.add(2, "if D > 0:")
@@ -148,9 +148,9 @@ def _pack(out: Text, name: str, sums: str, halves: list[tuple[str, str, str]]) -
     """A block's dx or dh, and their sums: the rows are side by side, or, with D = 0, N apart."""
     out.add(2, "for s in range(1 if D > 0 else groups):")
     for start, span, left in halves:
-        at = f"{name}, (t0 + s) * N * W * (D == 0)" + (f" + {start}" if start != "0" else "")
+        at = f"{name}, (t0 + s) * N * Xw * (D == 0)" + (f" + {start}" if start != "0" else "")
         rows = "m * R if D > 0 else many"
-        out.add(3, pack_left(at, rows, "W", span, left, "s * R", f"{sums}, {start}"))
+        out.add(3, pack_left(at, rows, "Xw", span, left, "s * R", f"{sums}, {start}"))
 
 
 def _read(out: Text, slots: tuple[str, ...]) -> Callable[[str], str]:

@@ -56,7 +56,9 @@ def forward(out: Text, halves: Halves, early: Early, used: set[str]) -> None:
 
 def back(out: Text, indices: str, dh: str, outputs: list[tuple[str, Any]], read: Any, same: bool) -> None:
     """The adjoint: the second product's, then the loop over rows and units."""
-    out.add(3, product(f"{dh}, z * W + cut", "W", "U, cut * Hz", "DQ, 0", "Hz", "O, zeros", "0", "n", "W - cut", "Hz"))
+    out.add(
+        3, product(f"{dh}, z * Xw + cut", "Xw", "U, cut * Hz", "DQ, 0", "Hz", "O, zeros", "0", "n", "W - cut", "Hz")
+    )
     out.rows(indices, [])
     body = Body(read)
     named = [(name, body.name(value)) for name, value in outputs]

@@ -3,7 +3,7 @@
 Imported only when a kernel is about to run, because it imports numba.
 
 They are written here, and not left to a BLAS, because a scan multiplies many small matrices by the same large ones: a
-BLAS would pack those in every call. Panels are as wide as two vectors, the last one may be one vector wide; a matrix
+BLAS would pack those in every call. Panels are WIDE vectors wide, the last ones fewer where that fits better; a matrix
 (K, J) in panels takes K * padded(J) numbers. Blocks of the inner dimension keep a panel in the first-level cache.
 
 All of it is compiled once for each dtype and called by address, so that no cell's kernel compiles it again.
@@ -17,11 +17,20 @@ from numba import njit
 from xprnn.kernels import tiles
 from xprnn.kernels.lanes import LANES32, LANES64, features, load, shift, store
 
-# The sums of a tile's rows, two vectors each, must fit the registers: 32 of them, or 16 on x86 without AVX-512.
+# The sums of a tile's rows, WIDE vectors each, must fit the registers: 32 of them, or 16 on x86 without AVX-512. With
+# three vectors every number of the left side that is spread over a vector serves three sums.
 ROWS = 4 if features.get("sse2") and not features.get("avx512f") else 8
+WIDE = 3 if features.get("avx512f") else 2
 INNER = 256  # so many rows of a panel stay in the first-level cache
 LEFT = 1 << 19  # so many bytes of the packed left side stay in the second-level cache
 _compile = njit(fastmath={"contract"}, error_model="numpy", inline="always")
+
+
+@_compile
+def _vectors(left, lanes):  # type: ignore[no-untyped-def]
+    """How many vectors wide the next panel is, if so many columns are left: twice two rather than three and one."""
+    n = -(-left // lanes)
+    return min(n, WIDE if n != 4 else 2)
 
 
 @_compile
@@ -33,14 +42,17 @@ def _add_edge(edge, wide, out, ldo, start, lds, rows, columns):  # type: ignore[
 
 
 def _product(lanes: int) -> Any:
-    one, two, w = tiles.strip(ROWS, 1, lanes), tiles.strip(ROWS, 2, lanes), 2 * lanes
+    one, two, three = (tiles.strip(ROWS, wide, lanes) for wide in (1, 2, WIDE))
+    w = WIDE * lanes
 
     @_compile
     def product(a, lda, b, out, ldo, start, lds, n, inner, columns, edge):  # type: ignore[no-untyped-def]
         """out (n, columns) = start + a (n, inner) b, for b in panels; a stride of 0 repeats start's one row."""
-        for p in range(0, columns if n > 0 else 0, w):
+        p = 0
+        while p < columns and n > 0:
             left = columns - p
-            wide, panel, to, given = w if left > lanes else lanes, shift(b, p * inner), shift(out, p), shift(start, p)
+            wide = lanes * _vectors(left, lanes)
+            panel, to, given = shift(b, p * inner), shift(out, p), shift(start, p)
             block = INNER if left >= wide else inner + 1  # what is only partly meant goes through `edge`
             height = n if left >= wide else ROWS
             stride, target, target_stride, k = lds, to, ldo, 0
@@ -54,12 +66,15 @@ def _product(lanes: int) -> Any:
                         given, stride = shift(edge, ROWS * w), 0
                     x = shift(a, r * lda + k)
                     if wide == w:
+                        three(x, lda, rest, some, target, target_stride, given, stride, rows)
+                    elif wide == 2 * lanes:
                         two(x, lda, rest, some, target, target_stride, given, stride, rows)
                     else:
                         one(x, lda, rest, some, target, target_stride, given, stride, rows)
                     if left < wide:
                         _add_edge(edge, w, shift(to, r * ldo), ldo, shift(start, p + r * lds), lds, rows, left)
                 given, stride, k = to, ldo, k + block
+            p += wide
 
     return product
 
@@ -73,14 +88,13 @@ def _clear(panel, inner, first, wide, zero):  # type: ignore[no-untyped-def]
 
 
 def _pack_right(lanes: int, zero: Any) -> Any:
-    w = 2 * lanes
-
     @_compile
     def pack_right(src, across, down, inner, columns, out, room, first):  # type: ignore[no-untyped-def]
         """(inner, columns) with these strides into rows `first`... of panels that have room for `room` rows."""
-        for p in range(0, columns, w):
+        p = 0
+        while p < columns:
             left = columns - p
-            wide = w if left > lanes else lanes
+            wide = lanes * _vectors(left, lanes)
             to, count = shift(out, p * room + first * wide), min(wide, left)
             if down == 1:
                 for k in range(inner):
@@ -92,6 +106,7 @@ def _pack_right(lanes: int, zero: Any) -> Any:
                         for k in range(k0, min(inner, k0 + 32)):
                             store(to, k * wide + j, 1, load(src, k * across + (p + j) * down, 0))
             _clear(to, inner, count, wide, zero)
+            p += wide
 
     return pack_right
 
@@ -122,16 +137,17 @@ def _pack_left(zero: Any) -> Any:
 
 
 def _gradient(lanes: int, item: int) -> Any:
-    one, two = tiles.tile(ROWS, 1, lanes), tiles.tile(ROWS, 2, lanes)
-    w = 2 * lanes
+    one, two, three = (tiles.tile(ROWS, wide, lanes) for wide in (1, 2, WIDE))
+    w = WIDE * lanes
 
     @_compile
     def gradient(left, b, inner, room, rows, columns, out, start, lds, edge):  # type: ignore[no-untyped-def]
         """out (rows, columns) = start + left' b, both packed with room for `room` rows, of which `inner` are there."""
         some = LEFT // (inner * item + 1) // ROWS * ROWS + ROWS
         for i0 in range(0, rows, some):
-            for p in range(0, columns, w):
-                wide = w if columns - p > lanes else lanes
+            p = 0
+            while p < columns:
+                wide = lanes * _vectors(columns - p, lanes)
                 for i in range(i0, min(rows, i0 + some), ROWS):
                     to, stride, given, given_stride = (
                         shift(out, i * columns + p),
@@ -143,6 +159,8 @@ def _gradient(lanes: int, item: int) -> Any:
                     if not whole:
                         to, stride, given, given_stride = edge, w, shift(edge, ROWS * w), 0
                     if wide == w:
+                        three(shift(left, i * room), shift(b, p * room), inner, to, stride, given, given_stride)
+                    elif wide == 2 * lanes:
                         two(shift(left, i * room), shift(b, p * room), inner, to, stride, given, given_stride)
                     else:
                         one(shift(left, i * room), shift(b, p * room), inner, to, stride, given, given_stride)
@@ -150,6 +168,7 @@ def _gradient(lanes: int, item: int) -> Any:
                         here, there = shift(out, i * columns + p), shift(start, i * lds + p)
                         height = min(rows - i, ROWS)
                         _add_edge(edge, w, here, columns, there, lds, height, min(columns - p, wide))
+                p += wide
 
     return gradient
 

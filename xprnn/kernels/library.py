@@ -16,7 +16,7 @@ from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-__all__ = ["available", "compiled", "gemm", "lanes", "tile_rows", "works", "works_gemm"]
+__all__ = ["available", "compiled", "gemm", "lanes", "tile_rows", "tile_size", "works", "works_gemm"]
 
 _PARTS = ("lanes", "rowdot", "tiles", "gemm", "classes")  # the modules whose functions kernels are built from
 _TYPE = "void(int64[::1])"
@@ -188,3 +188,10 @@ def tile_rows() -> int:
     from xprnn.kernels import gemm
 
     return int(gemm.ROWS)
+
+
+def tile_size(item: int) -> int:
+    """How many numbers a product works out at once."""
+    from xprnn.kernels import gemm
+
+    return tile_rows() * gemm.WIDE * lanes(item)

@@ -33,6 +33,7 @@ __all__ = [
 
 ALIGNED = 64  # bytes: a vector that lies across two lines of the cache is read twice
 _BLOCK_BYTES = 1 << 20  # of a block's projection, which should stay in the second-level cache
+_CLASH = 1 << 11  # rows so many bytes apart fall into the same few places of the first-level cache
 _BLOCK_ROWS = 256  # of a block whose weights' gradients are added up at once
 
 
@@ -113,11 +114,12 @@ def back_room(sources: Sources, shape: Sequence[int], item: int, projected: int 
     count, n, d, hidden, width = shape
     block = max(1, min(count, -(-_BLOCK_ROWS // max(1, n))))
     rows, wide, inputs = block * n, padded(projected or hidden, item), padded(d, item)
-    edge, own = 2 * library.tile_rows() * library.lanes(item), padded(hidden, item)
+    edge, own = library.tile_size(item), padded(hidden, item)
     sizes = {"B": n * wide, "O": edge + max(d, own, edge), "Q": width * inputs, "U": width * wide}
-    sizes |= {"LA": (width + edge) * rows, "LB": rows * max(inputs, own)}
-    sizes |= dict.fromkeys(("X", "Y")[: (2 - sources.same) * (d > 0)], rows * width)
-    numbers = {"J": block, "Hz": wide, "room": rows, "zeros": edge}
+    sizes |= {"LA": (width + 2 * library.tile_rows()) * rows, "LB": rows * max(inputs, own)}
+    apart = width + ALIGNED // item * (d > 0 and width * item % _CLASH == 0)
+    sizes |= dict.fromkeys(("X", "Y")[: (2 - sources.same) * (d > 0)], rows * apart)
+    numbers = {"J": block, "Hz": wide, "Xw": apart, "room": rows, "zeros": edge}
     if sources.halves.early:
         cut, sizes = sources.halves.first * hidden, sizes | {"DQ": n * wide}
         numbers |= {"cut": cut, "half": -(-cut // library.tile_rows()) * library.tile_rows()}

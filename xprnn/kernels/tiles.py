@@ -69,7 +69,7 @@ class _Tile:
             self.fetch(k)
 
     def fetch(self, k: Any) -> None:
-        """Ask for two pieces of what comes after this panel or, `packed`, of the rows that the next tile adds to."""
+        """Ask for a few pieces of what comes after this panel or, `packed`, of the rows that the next tile adds to."""
         b = self.builder
         if self.packed:
             row = b.urem(b.udiv(k, _long(UNROLL)), _long(self.rows))
@@ -79,7 +79,7 @@ class _Tile:
         byte = ir.IntType(8).as_pointer()
         signature = ir.FunctionType(ir.VoidType(), [byte, INT, INT, INT])
         fetch = cgutils.get_or_insert_function(b.module, signature, "llvm.prefetch.p0i8")
-        for piece in range(2):
+        for piece in range(self.wide):
             where = b.gep(self.ahead, [b.add(offset, _long(piece * 64 // self.item))])
             how = [ir.Constant(INT, n) for n in (0, 2, 1)]  # to be read, into the second-level cache, data
             b.call(fetch, [b.bitcast(where, byte), *how])
@@ -203,8 +203,8 @@ def _rows(context: Any, b: Any, args: Any, kind: Any, rows: int, wide: int, lane
         whole = b.sub(n, b.srem(n, _long(size)))
         function = _tile(context, b, kinds, kind, (size, wide, lanes), packed=False)
         with cgutils.for_range_slice(b, done, whole, _long(size)) as (r, _):
-            # Eight tiles together ask for the whole of the next panel.
-            piece = b.and_(b.udiv(b.mul(r, _long(2)), _long(size)), _long(2 * UNROLL - 1))
+            # UNROLL tiles together ask for the whole of the next panel.
+            piece = b.urem(b.udiv(b.mul(r, _long(wide)), _long(size)), _long(wide * UNROLL))
             near = b.gep(after, [b.mul(piece, _long(lanes))])
             at = [
                 b.gep(pointer, [b.mul(r, step)])
