@@ -11,18 +11,15 @@ is benchmarks/memory.py's.
 from __future__ import annotations
 
 import math
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from options import CELLS, arguments, finish
+from options import CELLS, arguments, finish, with_kept_memory
 
-from xprnn.bench import machine
 from xprnn.bench.ours import core
 from xprnn.bench.problem import BOTH, FORWARD, Problem
 
@@ -90,8 +87,8 @@ def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("--short", action="store_true", help="T up to 10^5, fewer rounds")
     args = parser.parse_args()
-    if "MALLOC_MMAP_MAX_" not in os.environ:  # so that freed memory is kept, as in the other comparisons
-        return subprocess.run([sys.executable, *sys.argv], env=machine.measuring_environment(1), check=False).returncode
+    if (code := with_kept_memory()) is not None:
+        return code
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1):

@@ -11,17 +11,15 @@ One BLAS thread, the two vocabularies in turn.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from options import CELLS, arguments, finish
+from options import CELLS, arguments, finish, with_kept_memory
 
 import xprnn
-from xprnn.bench import machine, timing
+from xprnn.bench import timing
 from xprnn.bench.ours import LAYERS
 
 SIZES = (50, 5000)
@@ -122,8 +120,8 @@ def report(rows: list[dict[str, Any]]) -> list[str]:
 def main() -> int:
     """Measure, print, write."""
     args = arguments(__doc__, rounds=25).parse_args()
-    if "MALLOC_MMAP_MAX_" not in os.environ:  # so that freed memory is kept, as in the other comparisons
-        return subprocess.run([sys.executable, *sys.argv], env=machine.measuring_environment(1), check=False).returncode
+    if (code := with_kept_memory()) is not None:
+        return code
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1):

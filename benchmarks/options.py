@@ -1,9 +1,12 @@
-"""What the commands of this folder share: their options, and how they end."""
+"""What the commands of this folder share: their options, how they begin again, and how they end."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 from xprnn.archive import write_atomically
 from xprnn.bench import machine
 
-__all__ = ["CELLS", "arguments", "finish"]
+__all__ = ["CELLS", "arguments", "finish", "with_kept_memory"]
 
 CELLS = ["elman", "lstm", "gru"]
 
@@ -27,6 +30,16 @@ def arguments(
     if cells:
         parser.add_argument("--cell", nargs="+", choices=known, default=cells, help=f"default: {' '.join(cells)}")
     return parser
+
+
+def with_kept_memory() -> int | None:
+    """Run this command once more, with freed memory kept as in the other comparisons; None where it already is.
+
+    Returns its exit code.
+    """
+    if "MALLOC_MMAP_MAX_" in os.environ:
+        return None
+    return subprocess.run([sys.executable, *sys.argv], env=machine.measuring_environment(1), check=False).returncode
 
 
 def finish(args: argparse.Namespace, lines: Iterable[str], figures: dict[str, Any], failed: bool = False) -> int:

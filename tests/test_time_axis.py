@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from test_widths import assert_refused
 
 import xprnn
 from xprnn import GRU, LSTM, RNN, Around, Embedding, InputError, Linear, Masking, Merge, Sequential
-from xprnn.model import from_config
 
 REFUSED = {
     "rows for steps": (
@@ -57,13 +57,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_when_it_is_made(case):
-    parts, words = REFUSED[case]
-    with pytest.raises(InputError) as caught:
-        Sequential(**parts)
-    assert str(caught.value).startswith("Sequential: ")
-    assert words in str(caught.value)
-    with pytest.raises(InputError, match="Sequential"):
-        from_config({"type": "Sequential", "parts": {name: part.config() for name, part in parts.items()}})
+    assert_refused(*REFUSED[case])
 
 
 ANY_ORDER = st.one_of(

@@ -69,15 +69,19 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused_when_it_is_made(case):
-    parts, words = REFUSED[case]
+def assert_refused(parts, words):
+    """Made from parts or read from a file, with these words."""
     with pytest.raises(InputError) as caught:
         Sequential(**parts)
     assert str(caught.value).startswith("Sequential: ")
     assert words in str(caught.value)
     with pytest.raises(InputError, match="Sequential"):
         from_config({"type": "Sequential", "parts": {name: part.config() for name, part in parts.items()}})
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_when_it_is_made(case):
+    assert_refused(*REFUSED[case])
 
 
 WIDTHS = st.integers(1, 4)
