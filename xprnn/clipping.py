@@ -3,7 +3,7 @@
 from typing import Any
 
 from xprnn.arrays import Array, InputError, Params, check_dicts, resolve
-from xprnn.sparse import SparseGradient
+from xprnn.sparse import SparseGradient, entries
 
 __all__ = ["clip_by_global_norm", "clip_by_value"]
 
@@ -21,7 +21,7 @@ def clip_by_value(grads: Params, limit: float) -> Params:
     check_dicts("clip_by_value", grads=grads)
     out: Params = {}
     for k, g in grads.items():
-        a = _entries(g)
+        a = entries(g)
         xp = resolve("clip_by_value", {k: a})
         out[k] = _with(g, xp.minimum(xp.maximum(a, -limit), limit))
     return out
@@ -49,18 +49,13 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Array]:
     check_dicts("clip_by_global_norm", grads=grads)
     if not grads:
         raise InputError("clip_by_global_norm: grads must hold at least one array, found none")
-    arrays = {k: _entries(g) for k, g in grads.items()}
+    arrays = {k: entries(g) for k, g in grads.items()}
     xp = resolve("clip_by_global_norm", arrays)
     # A row's own product with itself, then the sum: no array of squares is made.
     squares = [xp.sum(xp.vecdot(a, a) if a.ndim else a * a, dtype=a.dtype) for a in arrays.values()]
     norm = xp.sqrt(xp.sum(xp.stack(squares), dtype=squares[0].dtype))
     scale = xp.minimum(float(max_norm) / (norm + 1e-6), xp.ones_like(norm))
     return {k: g * scale for k, g in grads.items()}, norm
-
-
-def _entries(g: Any) -> Array:
-    """All of a gradient that may differ from zero."""
-    return g.values if isinstance(g, SparseGradient) else g
 
 
 def _with(g: Any, entries: Array) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 from xprnn.arrays import Array, InputError, Params, check_dicts, is_numpy, namespace, resolve
 from xprnn.clipping import clip_by_global_norm, clip_by_value
-from xprnn.sparse import SparseGradient
+from xprnn.sparse import SparseGradient, entries
 
 __all__ = [
     "Optimizer",
@@ -139,7 +139,7 @@ def _check_keys(where: str, params: Params, grads: Params) -> None:
         raise InputError(f"{where}: params and grads must have the same keys, found {', '.join(odd)} in only one")
     for key, p in params.items():
         g = grads[key]
-        resolve(where, {f"params[{key!r}]": p, f"grads[{key!r}]": g.values if isinstance(g, SparseGradient) else g})
+        resolve(where, {f"params[{key!r}]": p, f"grads[{key!r}]": entries(g)})
         if tuple(p.shape) != tuple(g.shape):
             raise InputError(f"{where}: the gradient of {key} has shape {tuple(g.shape)}, expected {tuple(p.shape)}")
 

@@ -26,7 +26,7 @@ from xprnn.arrays import (
 )
 from xprnn.scatter import sum_rows_by_id
 
-__all__ = ["SparseGradient", "occurring"]
+__all__ = ["SparseGradient", "entries", "occurring"]
 
 Total = Callable[[Array, Array, int], Array]  # ids (M,), rows (M, W), count -> (count, W)
 
@@ -181,6 +181,11 @@ class SparseGradient:
     __sub__ = __rsub__ = __pow__ = __matmul__ = __rmatmul__ = __rtruediv__ = __neg__ = __abs__ = _refuse
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
     __hash__ = None  # type: ignore[assignment]
+
+
+def entries(gradient: Any) -> Array:
+    """All of a gradient, dense or sparse, that may differ from zero."""
+    return gradient.values if isinstance(gradient, SparseGradient) else gradient
 
 
 def _replaced(xp: Namespace, table: Array, places: Array, rows: Array) -> Array:
