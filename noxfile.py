@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
-from pathlib import Path
 
 import nox
 
@@ -74,23 +73,22 @@ def jax(session: nox.Session) -> None:
 def keras(session: nox.Session) -> None:
     """Test against live Keras: random architectures, masks, every option; its gradients on JAX."""
     install(session, "keras")
-    pytest(session, "tests/test_keras_live.py", "tests/test_keras_activations.py")
+    pytest(session, "tests/interop/keras/test_live.py", "tests/interop/keras/test_activations.py")
 
 
 @nox.session
 def onnx(session: nox.Session) -> None:
     """Test against ONNX Runtime: cells, every operator of ONNX graphs, models written and read back."""
     install(session, "onnx")
-    tests = sorted(str(path) for path in Path("tests").glob("test_onnx_*.py"))
-    pytest(session, "--backend", "numpy", *tests)
+    pytest(session, "--backend", "numpy", "tests/interop/onnx")
 
 
 @nox.session
 def cuda(session: nox.Session) -> None:
     """Test the CUDA kernels without a GPU: NVIDIA's compiler, and a stand-in for CuPy that runs them on the host."""
     install(session, "cuda")
-    tests = sorted(str(path) for path in Path("tests").glob("test_cuda*.py"))
-    tests.append("tests/test_article.py")  # its one bias, its layout: a caller like no layer
+    # The article's functions call the kernels with one bias and in a layout of their own.
+    tests = ["tests/kernels/cuda", "tests/benchmarks/test_gpu_report.py", "tests/article/test_article.py"]
     pytest(session, "-q", "--dist", "loadfile", "--backend", "cupy:standin", *tests, XPRNN_NVRTC="required")
 
 
@@ -122,7 +120,7 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
     session.run("mypy")
-    session.run("python", "-m", "pytest", "-q", "tests/test_house.py", *session.posargs)
+    session.run("python", "-m", "pytest", "-q", "tests/test_architecture.py", *session.posargs)
 
 
 @nox.session
@@ -138,14 +136,14 @@ def bench(session: nox.Session) -> None:
     """Measure everything beside the article's loop, torch, JAX and ONNX Runtime; `-- --short` takes five minutes."""
     install(session, "bench", extra="fast")
     files = ["--markdown", "bench.md", "--json", "bench.json", "--png", "bench.png"]
-    session.run("python", "benchmarks/everything.py", *files, *session.posargs)
+    session.run("python", "-m", "benchmarks.run_all", *files, *session.posargs)
 
 
 @nox.session(default=False)
 def runtime(session: nox.Session) -> None:
     """Measure install size, import, first output and a step's latency beside ONNX Runtime and torch; installs all."""
     install(session, "bench")
-    session.run("python", "benchmarks/runtime.py", *session.posargs)
+    session.run("python", "-m", "benchmarks.cpu.deployment", *session.posargs)
 
 
 @nox.session(default=False, venv_backend="none")
@@ -153,7 +151,7 @@ def gpu_bench(session: nox.Session) -> None:
     """Measure the CUDA kernels beside PyTorch's cuDNN, with the CuPy and torch that nox's own Python has."""
     if not cuda_version():
         session.skip("no CUDA device: skipped")
-    session.run(sys.executable, "benchmarks/gpu.py", *session.posargs, external=True)
+    session.run(sys.executable, "-m", "benchmarks.gpu.grid", *session.posargs, external=True)
 
 
 def cuda_version() -> int:

@@ -3,28 +3,39 @@
 A test that takes `xp` runs once on each chosen backend, one that also takes `dtype` on each of
 the backend's real dtypes. A test that takes neither runs with NumPy. Markers:
 
-    @pytest.mark.skip_backends("jax", reason="...")   # leave these out; the reason is shown
-    @pytest.mark.needs("torch")                       # an oracle: runs only where it is installed
+    @pytest.mark.not_on("jax", reason="...")              # this test does not apply to these backends
+    @pytest.mark.applies_if(lambda xp, name: ..., reason="...")   # nor to other values of its parameters
+    @pytest.mark.needs("torch")                           # an oracle: runs only where it is installed
+
+A test that does not apply is deselected at collection, so that a skip always names something that a user can install
+or change. The summary counts the tests that were deselected for want of an installed module.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import zlib
+from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from backends import Backend, choose
-from quick_run import TEXT
+from support.backends import Backend, choose
+from support.tiny_text import TEXT
 
-from xprnn import kernels
+from xprnn.kernels import config as kernels_config
 
 CHOSEN = pytest.StashKey[list[Backend]]()
+NOT_INSTALLED = pytest.StashKey[Counter[str]]()
 MARKERS = (
-    "skip_backends(*names, reason): leave these backends (or libraries) out of the test",
+    "not_on(*names, reason): the test does not apply to these backends (or libraries)",
+    "applies_if(predicate, reason): the test applies where predicate(parameters named by its arguments) is true",
     "needs(*modules): run only where these modules are installed and, if backends, chosen",
+    "regression: guards against a bug that was found in use",
 )
 
 
@@ -62,43 +73,76 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if by_dtype:
             metafunc.parametrize("dtype", Backend.NUMPY.float_dtypes)
         return
-    chosen = [(b, skip_marks(metafunc.definition, b)) for b in metafunc.config.stash[CHOSEN]]
+    chosen = metafunc.config.stash[CHOSEN]
     if by_dtype:
-        pairs = [(b, dtype, marks) for b, marks in chosen for dtype in b.float_dtypes]
-        params = [pytest.param(b, d, marks=m, id=f"{b}-{d}") for b, d, m in pairs]
+        params = [pytest.param(b, d, id=f"{b}-{d}") for b in chosen for d in b.float_dtypes]
         metafunc.parametrize(("xp", "dtype"), params, indirect=["xp"])
     else:
-        params = [pytest.param(b, marks=m, id=str(b)) for b, m in chosen]
-        metafunc.parametrize("xp", params, indirect=True)
+        metafunc.parametrize("xp", [pytest.param(b, id=str(b)) for b in chosen], indirect=True)
 
 
-def skip_marks(definition: pytest.Item, backend: Backend) -> list[pytest.MarkDecorator]:
-    """The skips that the test's skip_backends markers ask for on this backend."""
+def excluded_backend(item: pytest.Item) -> bool:
+    """True if a not_on marker of the test names its backend."""
+    backend = getattr(item, "callspec", None) and item.callspec.params.get("xp")
     known = {name for b in Backend for name in (b.value, b.library)}
-    marks = []
-    for mark in definition.iter_markers("skip_backends"):
+    names = set()
+    for mark in item.iter_markers("not_on"):
         if not mark.args or set(mark.kwargs) != {"reason"} or not known.issuperset(mark.args):
-            raise pytest.UsageError(f"{definition.nodeid}: expected known names and reason=: {mark}")
-        if {backend.value, backend.library} & set(mark.args):
-            marks.append(pytest.mark.skip(reason=f"{backend}: {mark.kwargs['reason']}"))
-    return marks
+            raise pytest.UsageError(f"{item.nodeid}: expected known names and reason=: {mark}")
+        names.update(mark.args)
+    return bool(backend) and not names.isdisjoint((backend.value, backend.library))
+
+
+def excluded_parameters(item: pytest.Item) -> bool:
+    """True if the predicate of an applies_if marker is false for the test's parameters."""
+    for mark in item.iter_markers("applies_if"):
+        if len(mark.args) != 1 or set(mark.kwargs) != {"reason"}:
+            raise pytest.UsageError(f"{item.nodeid}: expected a predicate and reason=: {mark}")
+        parameters = item.callspec.params
+        if not mark.args[0](**{name: parameters[name] for name in inspect.signature(mark.args[0]).parameters}):
+            return True
+    return False
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Each test runs in the session of the library it needs; one that needs none, in NumPy's."""
     libraries = {backend.library for backend in config.stash[CHOSEN]}
-    named = bool(config.getoption("backend"))
-    kept, dropped = [], []
+    by_name = bool(config.getoption("backend"))
+    not_installed = config.stash.setdefault(NOT_INSTALLED, Counter())
+    selected, deselected = [], []
     for item in items:
         needs = [name for mark in item.iter_markers("needs") for name in mark.args]
-        for name in needs:
-            if importlib.util.find_spec(name) is None:
-                item.add_marker(pytest.mark.skip(reason=f"{name} is not installed"))
-        homes = {b.library for b in Backend}.intersection(needs) or {"numpy"}
-        here = not named or "xp" in getattr(item, "fixturenames", ()) or homes <= libraries
-        (kept if here else dropped).append(item)
-    items[:] = kept
-    config.hook.pytest_deselected(items=dropped)
+        sessions = {b.library for b in Backend}.intersection(needs) or {"numpy"}
+        applies = not by_name or "xp" in getattr(item, "fixturenames", ()) or sessions <= libraries
+        applies = applies and not excluded_backend(item) and not excluded_parameters(item)
+        missing = [name for name in needs if not is_installed(name)] if applies else []
+        not_installed.update(missing[:1])
+        (selected if applies and not missing else deselected).append(item)
+    items[:] = selected
+    config.hook.pytest_deselected(items=deselected)
+
+
+@cache
+def is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands its count to the process that prints the summary."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["not_installed"] = dict(session.config.stash.get(NOT_INSTALLED, Counter()))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Every worker collects all tests: the counts of one are those of all."""
+    counts = Counter(getattr(node, "workeroutput", {}).get("not_installed", {}))
+    node.config.stash[NOT_INSTALLED] = node.config.stash.get(NOT_INSTALLED, Counter()) | counts
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for name, count in config.stash.get(NOT_INSTALLED, Counter()).items():
+        terminalreporter.write_line(f"{count} tests were deselected: {name} is not installed")
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +160,7 @@ def compiled_where_numba_is_needed(request: pytest.FixtureRequest) -> Iterator[N
     needed = any("numba" in mark.args for mark in request.node.iter_markers("needs"))
     with pytest.MonkeyPatch.context() as patch:  # its own: a test may undo what it changed
         if needed:
-            patch.setattr(kernels, "_ALLOWED", True)
+            patch.setattr(kernels_config, "_ALLOWED", True)
         yield
 
 

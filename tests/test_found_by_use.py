@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import xprnn
-from xprnn.bptt import gradients, windows
+from xprnn.training.truncated_bptt import gradients, windows
 
 ZERO = np.zeros(0)
 
@@ -17,7 +17,7 @@ def made(layer: Any) -> Any:
     return layer.init(np.random.default_rng(0), like=ZERO)
 
 
-@pytest.mark.skip_backends("jax", "strict", "cupy", reason="their integers are not read: that could wait for a device")
+@pytest.mark.not_on("jax", "strict", "cupy", reason="their integers are not read: that could wait for a device")
 def test_numbers_out_of_range_are_refused_wherever_reading_them_costs_nothing(xp):
     layer, table = xprnn.RNN(3, 4), xprnn.Embedding(5, 2)
     params = xp.asarray(made(layer))

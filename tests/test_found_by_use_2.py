@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import xprnn
-from xprnn.bptt import windows
-from xprnn.cli import main
+from xprnn.cli.main import main
+from xprnn.training.truncated_bptt import windows
 
 ZERO = np.zeros(0)
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.paths import DATA
 
 import xprnn
-from xprnn.arrays import InputError
-from xprnn.cli import main
+from xprnn.arrays.namespace import InputError
+from xprnn.cli.main import main
 
-RECORDED = Path(__file__).parent / "recorded"
+RECORDED = DATA
 GRU = {"weight_ih_l0": np.zeros((12, 3)), "weight_hh_l0": np.zeros((12, 4))}
 NEEDED = {".pt": "torch", ".onnx": "onnx", ".keras": "h5py", ".h5": "h5py"}
 

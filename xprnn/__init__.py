@@ -7,25 +7,30 @@ proves every gradient. See README.md for the map.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from xprnn import activations, bptt, cells
-from xprnn.activations import Activation, activation
-from xprnn.around import Around
-from xprnn.arrays import InputError
+from xprnn import cells
+from xprnn.arrays.namespace import InputError
+from xprnn.arrays.sparse_gradient import SparseGradient
 from xprnn.article import rnn_backward, rnn_cell_backward, rnn_cell_forward, rnn_forward
-from xprnn.cells import Cell
-from xprnn.dense import Embedding, Linear
+from xprnn.cells import activations
+from xprnn.cells.activations import Activation, activation
+from xprnn.cells.cell import Cell
 from xprnn.gradcheck import GradientError, NotDifferentiableError, check_gradients, check_layer
-from xprnn.kernels import precision
-from xprnn.layers import GRU, LSTM, RNN
-from xprnn.losses import cross_entropy, mse, softmax
-from xprnn.masks import Hold, Last, Masking
-from xprnn.model import Sequential
-from xprnn.optim import adagrad, adam, adamw, clip_by_global_norm, clip_by_value, rmsprop, sgd
-from xprnn.parts import Apply, Flip, Merge, Part, Softmax
-from xprnn.recurrent import Recurrent
-from xprnn.sparse import SparseGradient
-from xprnn.stack import Gradients
-from xprnn.store import load, load_state, save, save_state
+from xprnn.kernels.config import precision
+from xprnn.kernels.tape import Gradients
+from xprnn.layers.base import Part
+from xprnn.layers.context_shift import Around
+from xprnn.layers.elementwise import Apply, Softmax
+from xprnn.layers.embedding import Embedding
+from xprnn.layers.linear import Linear
+from xprnn.layers.masking import Hold, Last, Masking
+from xprnn.layers.model_file import load, load_state, save, save_state
+from xprnn.layers.recurrent import Recurrent
+from xprnn.layers.rnn_lstm_gru import GRU, LSTM, RNN
+from xprnn.layers.sequence_ops import Flip, Merge
+from xprnn.layers.sequential import Sequential
+from xprnn.training import truncated_bptt
+from xprnn.training.losses import cross_entropy, mse, softmax
+from xprnn.training.optimizers import adagrad, adam, adamw, clip_by_global_norm, clip_by_value, rmsprop, sgd
 
 if TYPE_CHECKING:
     from xprnn.interop import from_keras, from_onnx, from_torch, to_onnx, to_torch
@@ -61,7 +66,7 @@ __all__ = [
     "adagrad",
     "adam",
     "adamw",
-    "bptt",
+    "truncated_bptt",
     "cells",
     "check_gradients",
     "check_layer",

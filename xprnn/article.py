@@ -11,12 +11,12 @@ keyword `dlogits` of both backward functions.
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
-from xprnn import scan
-from xprnn.affine import affine, affine_back
-from xprnn.arrays import Array, InputError, Namespace, Params, check_shape, resolve
-from xprnn.cells import elman
-from xprnn.losses import softmax, softmax_over
-from xprnn.tape import Record, Steps
+from xprnn.arrays.linear import affine, affine_back
+from xprnn.arrays.namespace import Array, InputError, Namespace, Params, check_shape, resolve
+from xprnn.cells.standard import elman
+from xprnn.kernels import dispatch, reference
+from xprnn.kernels.tape import Record, Steps
+from xprnn.training.losses import softmax, softmax_over
 
 __all__ = ["CellCaches", "rnn_backward", "rnn_cell_backward", "rnn_cell_forward", "rnn_forward", "softmax"]
 
@@ -114,7 +114,7 @@ def rnn_cell_forward(xt: Array, a_prev: Array, parameters: Params) -> tuple[Arra
     n_a, n_x = parameters["Wax"].shape
     check_shape(where, "xt", "(n_x,m)", xt, (n_x, None))
     check_shape(where, "a_prev", "(n_a,m)", a_prev, (n_a, xt.shape[1]))
-    (h,) = scan.step_once(xp, elman(), _core(parameters), _turn(xp, xt), (_turn(xp, a_prev),))
+    (h,) = reference.step_once(xp, elman(), _core(parameters), _turn(xp, xt), (_turn(xp, a_prev),))
     logits = affine(xp, h, parameters["Wya"], parameters["by"][:, 0])
     a_next = _turn(xp, h)
     return a_next, _turn(xp, softmax_over(xp, logits, -1)), (a_next, a_prev, xt, parameters)
@@ -147,7 +147,7 @@ def rnn_forward(x: Array, a0: Array, parameters: Params) -> tuple[Array, Array, 
     check_shape(where, "x", "(n_x,m,T_x)", x, (n_x, None, None))
     check_shape(where, "a0", "(n_a,m)", a0, (n_a, x.shape[1]))
     core, steps = _core(parameters), Steps()
-    h, _, tape = scan.forward(elman(), core, _turn(xp, x), (_turn(xp, a0),), steps, xp=xp, reverse=False, keep=True)
+    h, _, tape = dispatch.forward(elman(), core, _turn(xp, x), (_turn(xp, a0),), steps, xp=xp, reverse=False, keep=True)
     logits = affine(xp, h, parameters["Wya"], parameters["by"][:, 0])
     a = _turn(xp, h)
     caches = CellCaches(a, a0, x, parameters, tape, range(x.shape[2]))
@@ -266,7 +266,7 @@ def rnn_backward(
     if dlogits is not None:
         share, heads = _head_back(xp, parameters, _turn(xp, dlogits), tape.states()[0])
         dy = share if dy is None else dy + share
-    dx, (da0,), _, d = scan.backward(tape, dy, (None,))
+    dx, (da0,), _, d = dispatch.backward(tape, dy, (None,))
     return {
         "dx": _turn(xp, dx),
         "da0": _turn(xp, da0),
@@ -278,7 +278,7 @@ def rnn_backward(
 
 def _shorter(tape: Any, steps: int) -> Any:
     """The tape of the first steps of a sequence."""
-    return scan.forward(
+    return dispatch.forward(
         tape.cell, tape.params, tape.x[:steps, ...], tape.initial, Steps(), xp=tape.xp, reverse=False, keep=True
     )[2]
 

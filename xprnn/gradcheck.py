@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.random import Generator
 
-from xprnn.arrays import InputError, from_numpy, is_integer, namespace, to_numpy
-from xprnn.sparse import SparseGradient
+from xprnn.arrays.namespace import InputError, from_numpy, is_integer, namespace, to_numpy
+from xprnn.arrays.sparse_gradient import SparseGradient
 
 __all__ = ["GradientError", "NotDifferentiableError", "check_gradients", "check_layer"]
 

@@ -14,8 +14,8 @@ What a system has and the other cannot say is refused, all reasons at once, befo
 function that needs them: importing this room imports none.
 """
 
-from xprnn.interop.keras import from_keras
-from xprnn.interop.onnx_door import from_onnx, to_onnx
-from xprnn.interop.torch import ForTorch, from_torch, to_torch
+from xprnn.interop.keras.api import from_keras
+from xprnn.interop.onnx.api import from_onnx, to_onnx
+from xprnn.interop.torch.api import ForTorch, from_torch, to_torch
 
 __all__ = ["ForTorch", "from_keras", "from_onnx", "from_torch", "to_onnx", "to_torch"]

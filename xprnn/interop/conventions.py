@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from xprnn.arrays import Array, InputError, Namespace, Params
+from xprnn.arrays.namespace import Array, InputError, Namespace, Params
 
 __all__ = [
     "CONVENTIONS",

@@ -12,11 +12,11 @@ from contextvars import ContextVar
 from functools import cache, partial
 from typing import Any
 
-from xprnn.arrays import Params, device_of
-from xprnn.cells import Cell
-from xprnn.kernels import GENERIC, fast
-from xprnn.kernels.cuda import fused, persistent, source
-from xprnn.kernels.cuda.clusters import Config
+from xprnn.arrays.namespace import Params, device_of
+from xprnn.cells.cell import Cell
+from xprnn.kernels.config import GENERIC, fast
+from xprnn.kernels.cuda import fused, persistent, pointwise
+from xprnn.kernels.cuda.cluster_config import Config
 
 __all__ = ["capability", "explain", "find", "fused_only"]
 
@@ -64,7 +64,7 @@ def _choose(cell: Cell, params: Params, shape: Any, steps: Any) -> tuple[Callabl
     if why := _unprinted(cell, params):
         return None, f"{GENERIC} (not fused: {why}; not persistent: {config})"
     name = f"{fused.NAME} (not persistent: {config})"
-    printed = source.printed(cell, 8 * u.dtype.itemsize)
+    printed = pointwise.printed(cell, 8 * u.dtype.itemsize)
     assert printed is not None
     return partial(fused.forward, printed, name), name
 
@@ -84,5 +84,5 @@ def _unprinted(cell: Cell, params: Params) -> str:
         return "h is projected by weight_hr"
     if cell.early:
         return "gates act before their product"
-    printed = source.printed(cell, 8 * params["weight_hh"].dtype.itemsize)
+    printed = pointwise.printed(cell, 8 * params["weight_hh"].dtype.itemsize)
     return "its cell can't be printed as CUDA code" if printed is None else ""

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from xprnn.arrays import Array
-from xprnn.kernels import tf32
+from xprnn.arrays.namespace import Array
+from xprnn.kernels.config import tf32
 
 __all__ = ["Products", "address", "contiguous", "copy", "empty", "kernel", "launches", "look_up", "products", "zeros"]
 

@@ -7,9 +7,9 @@ weights' gradients are one each, over all T*N rows. Letters and arrays are those
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from xprnn.affine import flat, table_back
-from xprnn.arrays import Array, Namespace, Params, device_of
-from xprnn.cells import Cell
+from xprnn.arrays.linear import flat, table_back
+from xprnn.arrays.namespace import Array, Namespace, Params, device_of
+from xprnn.cells.cell import Cell
 from xprnn.kernels.cuda.device import (
     Products,
     address,
@@ -22,9 +22,9 @@ from xprnn.kernels.cuda.device import (
     products,
     zeros,
 )
-from xprnn.kernels.cuda.scatter import summed_by_class
-from xprnn.kernels.cuda.source import Printed
-from xprnn.tape import State, Steps, Tape
+from xprnn.kernels.cuda.pointwise import Printed
+from xprnn.kernels.cuda.segment_sum import summed_by_class
+from xprnn.kernels.tape import State, Steps, Tape
 
 __all__ = ["NAME", "forward", "gradients", "project"]
 
@@ -63,7 +63,7 @@ def forward(
     reverse: bool,
     keep: bool,
 ) -> tuple[Array, State, Tape | None]:
-    """See xprnn.scan.forward, which is the specification; `name` is what the tape calls this."""
+    """See xprnn.kernels.dispatch.forward, which is the specification; `name` is what the tape calls this."""
     with device_of(x):
         kept = _room(printed, cell, params, x, steps, reverse, keep)
         first, last = (-1, 0) if reverse else (0, -1)
@@ -172,7 +172,7 @@ def project(p: Products, xp: Namespace, out: Array, x: Array, w: Array) -> None:
 def backward(
     tape: Tape, dy: Array | None, dstate: Sequence[Array | None], dstates: Sequence[Array | None]
 ) -> tuple[Array | None, State, Sequence[Array | None], Params]:
-    """See xprnn.scan.backward."""
+    """See xprnn.kernels.dispatch.backward."""
     kept: _Kept = tape.saved
     xp, params, u = tape.xp, tape.params, tape.params["weight_hh"]
     with device_of(u), products(u.dtype) as p:

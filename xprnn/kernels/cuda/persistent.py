@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from xprnn import cells
-from xprnn.affine import flat
-from xprnn.arrays import Array, Namespace, Params, device_of
-from xprnn.cells import Cell
-from xprnn.kernels.cuda.clusters import CELLS, Config, choose
+from xprnn.arrays.linear import flat
+from xprnn.arrays.namespace import Array, Namespace, Params, device_of
+from xprnn.cells.cell import Cell
+from xprnn.kernels.cuda.cluster_config import CELLS, Config, choose
 from xprnn.kernels.cuda.device import contiguous, copy, empty, products, zeros
 from xprnn.kernels.cuda.fused import gradients, project
-from xprnn.tape import State, Steps, Tape
+from xprnn.kernels.tape import State, Steps, Tape
 
 __all__ = ["KERNELS", "NAME", "find", "forward", "launch", "refused", "source"]
 
@@ -107,7 +107,7 @@ def forward(
     reverse: bool,
     keep: bool,
 ) -> tuple[Array, State, Tape | None]:
-    """See xprnn.scan.forward, which is the specification."""
+    """See xprnn.kernels.dispatch.forward, which is the specification."""
     with device_of(x):
         (count, n), hidden = x.shape[:2], params["weight_hh"].shape[1]
         kept = _room(config, contiguous(x), state, steps, reverse, keep)
@@ -164,7 +164,7 @@ def _biases(config: Config, params: Params, hidden: int) -> tuple[Array | None, 
 def _backward(
     tape: Tape, dy: Array | None, dstate: Sequence[Array | None], dstates: Sequence[Array | None]
 ) -> tuple[Array | None, State, Sequence[Array | None], Params]:
-    """See xprnn.scan.backward."""
+    """See xprnn.kernels.dispatch.backward."""
     kept: _Kept = tape.saved
     xp, params, config, u = tape.xp, tape.params, kept.config, contiguous(tape.params["weight_hh"])
     (count, n), hidden, dtype = kept.x.shape[:2], u.shape[1], u.dtype

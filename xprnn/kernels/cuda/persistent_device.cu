@@ -1,6 +1,6 @@
 // What the persistent kernels ask of the machine: sm_90 instructions, as inline PTX. No header is needed.
 //
-// tests/persistent_host.h gives the same names on a CPU, so that the kernels' own source runs there.
+// tests/support/cuda/persistent_emulator.h gives the same names on a CPU, so that the kernels' own source runs there.
 
 #define XP_DEV [[maybe_unused]] static __device__ __forceinline__
 #define XP_MEMBER __device__ __forceinline__

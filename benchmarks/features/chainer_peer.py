@@ -1,0 +1,130 @@
+"""Chainer, which brings its own differentiation and its own lists of sequences."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+
+from benchmarks.features.problem import D, H, N, Problem, takes
+from benchmarks.features.questions import Peer
+
+__all__ = ["Chainer"]
+
+
+class Chainer(Peer):
+    """links.NStepRNNTanh and NStepLSTM on lists of sequences; StatelessGRU, step by step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import chainer
+
+        self.module, self.version = chainer, f"{chainer.__version__} (NumPy {np.__version__})"
+
+    def run(self, p: Problem, array: Any = None) -> dict[str, Any]:
+        """The link, its backward."""
+        if p.cell == "gru":
+            return self.run_gru(p)
+        chainer, a, pair = self.module, p.arrays, p.cell == "lstm"
+        kind = chainer.links.NStepLSTM if pair else chainer.links.NStepRNNTanh
+        if (p.keep is not None and p.lengths is None) or p.reset is not None or p.cell == "leaky":
+            raise takes(kind.forward if p.cell != "leaky" else kind.__init__)
+        with chainer.using_config("dtype", p.dtype):
+            link = kind(1, D, H, 0)
+        gates = 4 if pair else 1
+        for k in range(gates):
+            rows = slice(k * H, (k + 1) * H)
+            for name, value in ((f"w{k}", a["W"]), (f"w{k + gates}", a["U"]), (f"b{k}", a["b"])):
+                getattr(link[0], name).array = (array or self.array)(value[rows].copy())
+            getattr(link[0], f"b{k + gates}").array = np.zeros(H, p.dtype)
+        return self.back(p, link, gates, array or self.array)
+
+    def back(self, p: Problem, link: Any, gates: int, array: Any) -> dict[str, Any]:
+        """Sequences in, sequences out."""
+        a, steps, functions = p.arrays, len(p.u), self.module.functions
+        lengths = p.lengths or [steps] * N
+        xs = [self.module.Variable(array(a["x"][:n, k].copy())) for k, n in enumerate(lengths)]
+        states = [self.module.Variable(array(a[k][None])) for k in ("h0", "c0")[: 1 + (gates == 4)]]
+        h, *_, ys = link(*states, xs)
+        loss = functions.sum(h[0] * p.v)
+        for k, y in enumerate(ys):
+            loss += functions.sum(y * p.u[: lengths[k], k])
+        loss.backward()
+
+        def stack(name: str, first: int) -> Any:
+            return np.concatenate([getattr(link[0], f"{name}{k + first}").grad for k in range(gates)])
+
+        pad = [((0, steps - n), (0, 0)) for n in lengths]
+        y = functions.stack([functions.pad(v, w, "constant") for v, w in zip(ys, pad, strict=True)], 1)
+        dx = np.stack([np.pad(v.grad, w, "constant") for v, w in zip(xs, pad, strict=True)], 1)
+        found = {"y": y, "h": h[0], "dx": dx, "dW": stack("w", 0), "dU": stack("w", gates), "db": stack("b", 0)}
+        return found | {f"d{k}0": v.grad[0] for k, v in zip("hc", states, strict=False)}
+
+    def run_gru(self, p: Problem) -> dict[str, Any]:
+        """Its update gate is 1 - z, which is the gate of negated weights."""
+        chainer, a = self.module, p.arrays
+        with chainer.using_config("dtype", p.dtype):
+            link = chainer.links.StatelessGRU(D, H)
+        names, signs = ("_r", "_z", ""), (1, -1, 1)
+        for k, (name, sign) in enumerate(zip(names, signs, strict=True)):
+            rows, W, U = slice(k * H, (k + 1) * H), link[f"W{name}"], link[f"U{name}"]
+            W.W.array, U.W.array, W.b.array = (sign * a[key][rows] for key in ("W", "U", "b"))
+        x, h = chainer.Variable(a["x"]), chainer.Variable(a["h0"])
+        ys, state = [], h
+        for t in range(len(p.u)):
+            state = link(state, x[t])
+            ys.append(state)
+        y = chainer.functions.stack(ys)
+        loss = chainer.functions.sum(y * p.u) + chainer.functions.sum(state * p.v)
+        loss.backward()
+        pairs = [(sign, link[f"W{n}"], link[f"U{n}"]) for n, sign in zip(names, signs, strict=True)]
+        found = {"y": y, "h": state, "dx": x.grad, "dW": np.concatenate([s * w.W.grad for s, w, _ in pairs])}
+        found |= {"dU": np.concatenate([s * u.W.grad for s, _, u in pairs]), "dh0": h.grad}
+        return found | {"db": np.concatenate([s * w.b.grad for s, w, _ in pairs])}
+
+    def gru(self) -> str:
+        """There is no sequence layer of it."""
+        return f"{super().gru()} (StatelessGRU, a loop of your own)"
+
+    def softmax_of(self, x: Any) -> Any:
+        """Over the columns."""
+        return self.module.functions.softmax(x, axis=0)
+
+    def sizes(self) -> str:
+        """As its constructor says."""
+        self.module.links.NStepRNNTanh(2, D, self.widths, 0.0)
+        return "yes"
+
+    def returned(self, p: Problem) -> list[Any]:
+        """hy, cy, ys."""
+        h, c, ys = self.module.links.NStepLSTM(1, D, H, 0)(None, None, list(p.arrays["x"].astype("f").swapaxes(0, 1)))
+        return [h, c, self.module.functions.stack(ys, 1)]
+
+    def checker(self) -> str:
+        """A function with a right, and one with a wrong backward."""
+        from chainer.gradient_check import check_backward
+
+        class Square(self.module.FunctionNode):  # type: ignore[misc, name-defined]
+            factor = 2
+
+            def forward(self, inputs: Any) -> Any:
+                self.retain_inputs((0,))
+                return (inputs[0] ** 2,)
+
+            def backward(self, indexes: Any, dy: Any) -> Any:
+                return (dy[0] * self.get_retained_inputs()[0] * self.factor,)
+
+        check_backward(lambda x: Square().apply((x,))[0], np.ones(3), np.ones(3))
+        Square.factor = 1
+        try:
+            check_backward(lambda x: Square().apply((x,))[0], np.ones(3), np.ones(3))
+        except AssertionError:
+            return "yes (gradient_check)"
+        return "no"
+
+    def memory(self) -> str:
+        """functions.forget needs a loop of one's own over the chunks."""
+        raise takes(self.module.links.NStepLSTM.forward)

@@ -1,0 +1,154 @@
+"""The fixture itself can fail: a check that cannot is no check."""
+
+from __future__ import annotations
+
+import operator
+import re
+
+import numpy as np
+import pytest
+from support.backends import Backend, HostConversionError, choose, dtype_name
+
+
+@pytest.fixture(params=["", ":device1", ":no_float64"])
+def strict(request):
+    """What `xp` gives on array-api-strict: the only library that can be guarded."""
+    pytest.importorskip("array_api_strict")
+    backend = Backend("strict" + request.param)
+    with backend.guarded():
+        yield backend
+
+
+def test_round_trip(xp, dtype, rng):
+    x = rng.normal(size=(3, 2)).astype(dtype)
+    given = xp.asarray(x, dtype)
+    assert dtype_name(given.dtype) == dtype
+    back = xp.to_numpy({"x": given})["x"]
+    assert type(back) is np.ndarray
+    np.testing.assert_array_equal(back, x)
+
+
+def test_integers_keep_their_dtype(xp):
+    assert dtype_name(xp.asarray([1, 2]).dtype) == "int64"
+
+
+def test_asarray_and_to_numpy_copy(xp):
+    source = np.ones(3)
+    given = xp.asarray(source)
+    source[0] = 5.0
+    back = xp.to_numpy(given)
+    back[1] = 5.0
+    np.testing.assert_array_equal(xp.to_numpy(given), [1, 1, 1])
+
+
+def test_rng_is_the_same_on_every_backend(xp, rng):
+    assert rng.integers(1 << 30) == 943375190
+
+
+def test_readonly_catches_mutation():
+    xp = Backend.NUMPY_READONLY
+    given = xp.asarray(np.ones(3))
+    for array in (given, xp.xp.zeros(3), xp.xp.reshape(given, (3, 1))):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 2
+        with pytest.raises(ValueError, match="read-only"):
+            np.add(array, 1, out=array)
+
+
+@pytest.mark.parametrize("convert", [float, bool, int, complex, operator.index, np.asarray])
+def test_guard_catches_conversions(strict, convert):
+    array = strict.asarray(np.array(1))
+    with pytest.raises(HostConversionError, match=r"inside a pass"):
+        convert(array)
+    with strict.converting():
+        if strict is not Backend.STRICT_DEVICE1 and convert is not np.asarray:
+            assert convert(array) == 1
+        with pytest.raises(HostConversionError):
+            strict.guarded()(convert)(array)
+    with pytest.raises(HostConversionError):
+        convert(array)
+
+
+def test_guard_catches_branches_and_data_dependent_shapes(strict):
+    x = strict.asarray(np.ones(3))
+    with pytest.raises(HostConversionError):
+        assert strict.xp.all(x > 0)
+    with pytest.raises(RuntimeError, match="boolean_indexing"):
+        x[x > 0]
+    with pytest.raises(RuntimeError, match="data_dependent_shapes"):
+        strict.xp.nonzero(x)
+
+
+def test_guard_ends_with_the_test():
+    strict = pytest.importorskip("array_api_strict")
+    assert float(strict.ones(())) == 1.0
+    with Backend.STRICT.guarded(), pytest.raises(HostConversionError):
+        float(strict.ones(()))
+    assert float(strict.ones(())) == 1.0
+
+
+def test_devices_do_not_mix():
+    pytest.importorskip("array_api_strict")
+    one, other = Backend.STRICT, Backend.STRICT_DEVICE1
+    x = other.asarray([1.0])
+    with pytest.raises(ValueError, match="device"):
+        x + one.asarray([1.0])
+    with pytest.raises(AssertionError, match="device1"):
+        other.assert_home(one.asarray([1.0]), x)
+
+
+def test_no_float64_has_none():
+    pytest.importorskip("array_api_strict")
+    xp = Backend.STRICT_NO_FLOAT64
+    assert dtype_name(xp.asarray(np.ones(2)).dtype) == "float32"
+    with pytest.raises(ValueError, match="does not support"):
+        xp.asarray(np.ones(2), "float64")
+
+
+@pytest.mark.not_on("numpy", reason="a NumPy array is at home there")
+def test_assert_home_catches_numpy(xp):
+    like = xp.asarray(np.ones(3))
+    for stranger in (np.ones(3), (like, np.ones(3)), {"dW": np.ones(3)}, 1.0):
+        with pytest.raises(AssertionError, match=r"numpy|float"):
+            xp.assert_home(stranger, like)
+    with pytest.raises(AssertionError, match="numpy"):
+        xp.assert_close(np.ones(3), np.ones(3))
+
+
+def test_assert_home_catches_a_dtype(xp):
+    like = xp.asarray(np.ones(3), "float32")
+    xp.assert_home({"dW": (like, None)}, like)
+    with pytest.raises(AssertionError, match=re.escape("result['dW'][1] is")):
+        xp.assert_home({"dW": (like, xp.asarray([1]))}, like)
+
+
+def test_assert_close(xp, dtype):
+    eps = float(np.finfo(dtype).eps)
+    x = np.array([1e-3, -4.0])
+    near = xp.asarray(x + np.array([2 * eps, 0]), dtype)
+    xp.assert_close(near, x)
+    xp.assert_close((near, {"dW": near}), (x, {"dW": near}))
+    far = [x + 100 * eps, x[None], x[:1], [np.nan, -4.0], [0.0, np.inf]]
+    for wrong in far:
+        with pytest.raises(AssertionError):
+            xp.assert_close(xp.asarray(wrong, dtype), x)
+    with pytest.raises(AssertionError, match="is not"):
+        xp.assert_close({"dW": near}, {"dU": near})
+    with pytest.raises(AssertionError):  # where zero is expected nothing else will do
+        xp.assert_close(xp.asarray([1e-30], dtype), [0.0])
+
+
+def test_float_errors_raise():
+    with pytest.raises(FloatingPointError):
+        np.exp(np.float32(1000))
+
+
+def test_choose():
+    assert choose(["numpy"]) == [Backend.NUMPY, Backend.NUMPY_READONLY]
+    assert choose(["strict:device1", "numpy:readonly"]) == [
+        Backend.NUMPY_READONLY,
+        Backend.STRICT_DEVICE1,
+    ]
+    assert {Backend.NUMPY, Backend.NUMPY_READONLY} <= set(choose([]))
+    with pytest.raises(LookupError, match="unknown backend 'tensorflow'"):
+        choose(["tensorflow"])

@@ -1,0 +1,197 @@
+"""Every elementwise function: its value, and its derivative in terms of its output, on both sides of each kink."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+import xprnn
+from xprnn import Activation, InputError, activation
+
+# name -> (constants, the function of one number as ONNX defines it, where it has kinks)
+FUNCTIONS = {
+    "tanh": ((), math.tanh, []),
+    "sigmoid": ((), lambda x: 1 / (1 + math.exp(-x)), []),
+    "relu": ((), lambda x: max(x, 0.0), [0.0]),
+    "identity": ((), lambda x: x, []),
+    "softsign": ((), lambda x: x / (1 + abs(x)), []),
+    "softplus": ((), lambda x: math.log(1 + math.exp(x)), []),
+    "affine": ((0.7, -0.3), lambda x: 0.7 * x - 0.3, []),
+    "scaledtanh": ((1.7, 0.6), lambda x: 1.7 * math.tanh(0.6 * x), []),
+    "leakyrelu": ((0.2, None), lambda x: x if x >= 0 else 0.2 * x, [0.0]),
+    "thresholdedrelu": ((0.5, None), lambda x: x if x > 0.5 else 0.0, [0.5]),
+    "hardsigmoid": ((0.3, 0.4), lambda x: min(max(0.3 * x + 0.4, 0.0), 1.0), [-4 / 3, 2.0]),
+    "elu": ((0.8, None), lambda x: x if x >= 0 else 0.8 * (math.exp(x) - 1), [0.0]),
+    "celu": ((0.75, None), lambda x: x if x >= 0 else 0.75 * (math.exp(x / 0.75) - 1), [0.0]),
+    "selu": ((), lambda x: 1.0507009873554805 * (x if x >= 0 else 1.6732632423543772 * (math.exp(x) - 1)), [0.0]),
+    "relu6": ((), lambda x: min(max(x, 0.0), 6.0), [0.0, 6.0]),
+    "hardtanh": ((), lambda x: min(max(x, -1.0), 1.0), [-1.0, 1.0]),
+    "exponential": ((), math.exp, []),
+    "logsigmoid": ((), lambda x: -math.log(1 + math.exp(-x)), []),
+    "squareplus": ((3.0, None), lambda x: (x + math.sqrt(x * x + 3)) / 2, []),
+    "sparseplus": ((), lambda x: 0.0 if x <= -1 else x if x >= 1 else (x + 1) ** 2 / 4, [-1.0]),
+    "softshrink": ((0.4, None), lambda x: x - 0.4 if x > 0.4 else x + 0.4 if x < -0.4 else 0.0, [-0.4, 0.4]),
+    "hardshrink": ((0.4, None), lambda x: x if abs(x) > 0.4 else 0.0, [-0.4, 0.4]),
+}
+
+
+def normal(x):
+    return (1 + math.erf(x / math.sqrt(2))) / 2
+
+
+def by_tanh(x):
+    return 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+# Those whose output does not tell their slope.
+OF_INPUT = {
+    "silu": (lambda x: x / (1 + math.exp(-x)), []),
+    "gelu": (lambda x: x * normal(x), []),
+    "gelutanh": (by_tanh, []),
+    "mish": (lambda x: x * math.tanh(math.log(1 + math.exp(x))), []),
+    "hardswish": (lambda x: x * min(max(x + 3, 0.0), 6.0) / 6, [-3.0, 3.0]),
+    "tanhshrink": (lambda x: x - math.tanh(x), []),
+}
+
+
+def points(rng, kinks):
+    """Random places from -4 to 4, none within 0.01 of a kink."""
+    x = np.concatenate((rng.uniform(-4, 4, 60), [k + d for k in kinks for d in (-0.02, 0.02)]))
+    return x[np.all([np.abs(x - k) > 0.01 for k in kinks], axis=0)] if kinks else x
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_value_and_slope(xp, dtype, rng, name):
+    constants, formula, kinks = FUNCTIONS[name]
+    x = points(rng, kinks).astype(dtype).astype("float64")
+    f, slope = activation(name, *constants).build(xp.xp)
+    given = xp.asarray(x, dtype)
+    y = f(given)
+    xp.assert_close(y, np.asarray([formula(v) for v in x]), condition=16)
+    h = 1e-6
+    wanted = np.asarray([(formula(v + h) - formula(v - h)) / (2 * h) for v in x])
+    got = slope(y)
+    np.testing.assert_allclose(xp.to_numpy(got) + 0 * x, wanted, atol=1e-8 + xp.rtol(dtype, 60))
+    xp.assert_home((y, got), given)
+
+
+@pytest.mark.parametrize("name", OF_INPUT)
+def test_value_and_slope_of_the_input(xp, dtype, rng, name):
+    formula, kinks = OF_INPUT[name]
+    x = np.concatenate((points(rng, kinks), [0.0, -9.0, 9.0])).astype(dtype).astype("float64")
+    f, slope = activation(name).build(xp.xp)
+    given = xp.asarray(x, dtype)
+    xp.assert_close(f(given), np.asarray([formula(v) for v in x]), condition=30)
+    h = 1e-6
+    wanted = np.asarray([(formula(v + h) - formula(v - h)) / (2 * h) for v in x])
+    np.testing.assert_allclose(xp.to_numpy(slope(given)), wanted, atol=1e-8 + xp.rtol(dtype, 60))
+    xp.assert_home((f(given), slope(given)), given)
+
+
+def test_erf_is_right_to_the_last_digits(rng):
+    from xprnn.cells.activations_from_input import erf
+
+    x = np.concatenate((np.linspace(-7, 7, 4001), 0.5 * rng.standard_normal(1000), [0.0, 0.46875, -0.46875, 40.0]))
+    np.testing.assert_allclose(erf(np)(x), [math.erf(v) for v in x], rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in (*FUNCTIONS, *OF_INPUT) if name != "exponential"])
+def test_far_out_nothing_overflows(xp, dtype, name):
+    """float_errors_raise: an exp that overflows on the way would raise on NumPy."""
+    constants, *_ = FUNCTIONS.get(name, [()])
+    f, slope = activation(name, *constants).build(xp.xp)
+    x = xp.asarray(np.asarray([-1e4, -200.0, 200.0, 1e4]), dtype)
+    y = f(x)
+    for array in (y, slope(x if name in OF_INPUT else y)):
+        assert np.isfinite(xp.to_numpy(array)).all()
+
+
+@pytest.mark.needs("torch")
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tanh", "sigmoid", "relu", "softsign", "softplus", "leakyrelu", "elu", "celu", "selu", "relu6", "hardtanh"),
+        *("logsigmoid", "softshrink", "hardshrink", *OF_INPUT),
+    ],
+)
+def test_values_and_slopes_are_torchs(rng, name):
+    import torch
+
+    constants, _, kinks = FUNCTIONS.get(name) or ((), *OF_INPUT[name])
+    x = 2 * points(rng, [k / 2 for k in kinks])
+    leaf = torch.tensor(x, requires_grad=True)
+    functional = torch.nn.functional
+    constant = {
+        "leakyrelu": lambda v: functional.leaky_relu(v, 0.2),
+        "gelutanh": lambda v: functional.gelu(v, approximate="tanh"),
+        "elu": lambda v: functional.elu(v, 0.8),
+        "celu": lambda v: functional.celu(v, 0.75),  # torch takes its constant in float32, in float64 too
+        **{k: lambda v, k=k: getattr(functional, k)(v, 0.4) for k in ("softshrink", "hardshrink")},
+    }
+    theirs = (constant.get(name) or getattr(functional, name))(leaf)
+    theirs.sum().backward()
+    f, slope = activation(name, *constants).build(np)
+    np.testing.assert_allclose(f(x), theirs.detach().numpy(), atol=1e-14)
+    np.testing.assert_allclose(slope(x if name in OF_INPUT else f(x)) + 0 * x, leaf.grad.numpy(), atol=1e-14)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_network_of_it_has_the_right_gradients(rng, name):
+    constants, _, _ = FUNCTIONS[name]
+    layer = xprnn.RNN(3, 5, nonlinearity=activation(name, *constants))
+    params = layer.init(rng, like=np.zeros(0))
+
+    def forward(params, x):
+        y, _, tape = layer.forward(params, x)
+        return y, tape
+
+    def backward(tape, dy):
+        dx, _, dparams = layer.backward(tape, dy)
+        return dparams, dx
+
+    worst = xprnn.check_gradients(forward, backward, (params, rng.normal(size=(4, 2, 3))), rng=rng)
+    assert max(worst.values()) < 1e-6
+
+
+@pytest.mark.parametrize("name", OF_INPUT)
+def test_apply_of_it_has_the_right_gradient(xp, rng, name):
+    if "float64" not in xp.float_dtypes:
+        pytest.skip("central differences need float64")
+    part = xprnn.Apply(name)
+    x = points(rng, OF_INPUT[name][1]).reshape(-1, 2, 1)
+    _, _, tape = part.forward({}, xp.asarray(x))
+    dy = rng.normal(size=x.shape)
+    dx = part.backward(tape, xp.asarray(dy)).dx
+    h = 1e-6
+    up, down = (xp.to_numpy(part({}, xp.asarray(x + d))[0]) for d in (h, -h))
+    np.testing.assert_allclose(xp.to_numpy(dx), dy * (up - down) / (2 * h), rtol=1e-7, atol=1e-8)
+    assert xprnn.layers.sequential.from_config(part.config()) == part
+
+
+@pytest.mark.parametrize("name", OF_INPUT)
+def test_cells_say_why_they_do_not_take_it(name):
+    for make in (xprnn.cells.elman, xprnn.cells.lstm, xprnn.cells.gru, lambda f: xprnn.RNN(2, 3, nonlinearity=f).core):
+        with pytest.raises(InputError, match=f"={name}: its derivative cannot be told from its output"):
+            make(name)
+
+
+def test_one_object_for_each_function():
+    assert activation("Tanh") is activation("tanh")
+    assert activation("LeakyRelu", 0.5) is activation("leakyrelu", 0.5) is not activation("leakyrelu")
+    own = Activation("own", lambda xp: (xp.sin, xp.cos))
+    assert activation(own) is own
+
+
+@pytest.mark.parametrize(
+    ("name", "constants"),
+    [
+        *(("swish", ()), ("tanh", (1.0,)), (3, ()), ("leakyrelu", (-0.1,)), ("scaledtanh", (0.0,)), ("elu", (-1.0,))),
+        *(("silu", (1.0,)), ("celu", (0.0,)), ("squareplus", (0.0,)), ("softshrink", (-0.5,))),
+    ],
+)
+def test_unknown_functions_and_constants(name, constants):
+    with pytest.raises(InputError, match=r"^activation: ") as caught:
+        activation(name, *constants)
+    assert str(name if not constants else constants[0]) in str(caught.value) or "constants" in str(caught.value)

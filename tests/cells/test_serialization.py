@@ -1,0 +1,133 @@
+"""Cells and activations in files: what xprnn made comes back the very same, what is yours is refused."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.layer_cases import CASES, problem
+
+import xprnn
+from xprnn import cells
+from xprnn.arrays.namespace import InputError
+from xprnn.layers.sequential import from_config
+
+numbers = st.floats(0.01, 3.0)
+names = st.sampled_from(["tanh", "sigmoid", "relu", "identity", "softsign", "softplus"])
+constants = st.builds(xprnn.activation, st.sampled_from(["affine", "scaledtanh", "elu", "leakyrelu"]), numbers, numbers)
+functions = names | constants | st.builds(xprnn.activation, names)
+clips = st.none() | numbers
+made = st.one_of(
+    st.builds(cells.elman, functions, clips),
+    st.builds(cells.lstm, functions, functions, functions, st.booleans(), st.booleans(), clips),
+    st.builds(cells.gru, functions, functions, clip=clips),
+    st.builds(cells.gru_reset_before, candidate=functions, clip=clips),
+)
+
+
+def through_json(layer):
+    return from_config(json.loads(json.dumps(layer.config())))
+
+
+@settings(deadline=None, max_examples=60)
+@given(made, st.integers(1, 2), st.booleans())
+def test_a_layer_with_any_cell_of_ours_comes_back_the_same(cell, num_layers, bidirectional):
+    layer = xprnn.Recurrent(3, 2, num_layers, bidirectional=bidirectional, cell=cell)
+    again = through_json(layer)
+    assert again == layer
+    assert again.core is cell
+
+
+@settings(deadline=None, max_examples=20)
+@given(functions)
+def test_so_does_an_rnn_with_any_nonlinearity(f):
+    layer = xprnn.RNN(3, 2, nonlinearity=f)
+    again = through_json(layer)
+    assert again == layer
+    assert again.core is layer.core
+
+
+def test_one_object_for_each_cell_however_it_is_asked_for():
+    assert cells.lstm() is cells.lstm("Sigmoid", candidate=xprnn.activation("tanh"), clip=None)
+    assert cells.gru(clip=1) is cells.gru("sigmoid", clip=1.0)
+    assert cells.gru() != cells.gru(clip=1.0)
+    assert xprnn.RNN(1, 1).core is xprnn.RNN(1, 1).core
+
+
+NAMED = [name for name in CASES if name != "leaky"]
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("ending", [".safetensors", ".npz"])
+def test_files_hold_every_cell_and_its_numbers(tmp_path, rng, name, ending):
+    layer = CASES[name].make(3, 4, 2)
+    p = problem(rng, layer)
+    path = tmp_path / f"model{ending}"
+    xprnn.save(path, xprnn.Sequential(rnn=layer), {f"rnn.{k}": a for k, a in p.params.items()})
+    model, params = xprnn.load(path)
+    assert model.parts["rnn"] == layer
+    np.testing.assert_array_equal(model(params, p.x, p.state)[0], layer(p.params, p.x, p.state)[0])
+
+
+def test_configurations_written_before_cells_had_a_form():
+    old = {"type": "LSTM", "input_size": 3, "hidden_size": 4, "num_layers": 2, "bias": True, "batch_first": False}
+    assert from_config(old) == xprnn.LSTM(3, 4, 2)
+    assert from_config({"type": "RNN", "input_size": 3, "hidden_size": 4, "nonlinearity": "relu"}).core is cells.elman(
+        "relu"
+    )
+    assert "cell" not in xprnn.LSTM(3, 4).config()
+
+
+def test_what_is_yours_has_no_file_form():
+    cube = xprnn.Activation("cube", lambda np_: (lambda x: x**3, lambda y: 3 * abs(y) ** (2 / 3)))
+    sham = xprnn.Activation("tanh", cube.build)
+    for f in (cube, sham):
+        with pytest.raises(InputError, match="RNN: a nonlinearity of your own has no file form"):
+            xprnn.RNN(3, 4, nonlinearity=f).config()
+        with pytest.raises(InputError, match="LSTM: a layer with a cell of your own has no file form"):
+            xprnn.LSTM(3, 4, cell=cells.lstm(output=f)).config()
+    with pytest.raises(InputError, match="Recurrent: a layer with a cell of your own has no file form"):
+        CASES["leaky"].make(3, 4).config()
+
+
+def rnn(**changes):
+    return {"type": "Recurrent", "input_size": 3, "hidden_size": 4, **changes}
+
+
+BAD = {
+    "no cell": (rnn(), "Recurrent: a cell is needed"),
+    "text": (rnn(cell="lstm"), "cell: expected a dict whose type is one of elman, lstm, gru, gru_reset_before"),
+    "unknown": (rnn(cell={"type": "sru"}), "cell: expected a dict whose type is one of"),
+    "list as type": (rnn(cell={"type": ["lstm"]}), "cell: expected a dict whose type is one of"),
+    "option": (rnn(cell={"type": "gru", "output": "tanh", "x": 1}), "cell gru: expected .*, found output, x"),
+    "flag": (rnn(cell={"type": "lstm", "peepholes": 1}), "lstm: peepholes must be True or False, found 1"),
+    "clip": (rnn(cell={"type": "gru", "clip": -1.0}), "gru: clip must be None or a number above 0"),
+    "clip inf": (rnn(cell={"type": "gru", "clip": float("inf")}), "gru: clip must be None or a number above 0"),
+    "clip text": (rnn(cell={"type": "gru", "clip": "1"}), "gru: clip must be None or a number above 0"),
+    "name": (rnn(cell={"type": "gru", "gate": "tan"}), "activation: expected one of tanh"),
+    "function": (rnn(cell={"type": "gru", "gate": 3}), "activation: expected a name, or a dict"),
+    "entry": (rnn(cell={"type": "gru", "gate": {"name": "elu", "gamma": 1}}), "activation: expected a name, or a dict"),
+    "alpha": (rnn(cell={"type": "gru", "gate": {"name": "elu", "alpha": "1"}}), "activation elu: alpha must be a num"),
+    "alpha nan": (rnn(cell={"type": "gru", "gate": {"name": "elu", "alpha": float("nan")}}), "alpha must be a number"),
+    "nonlinearity": ({**rnn(), "type": "RNN", "nonlinearity": {"name": 3}}, "activation: expected a name, or a dict"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_forms_are_refused(case):
+    config, message = BAD[case]
+    with pytest.raises(InputError, match=message):
+        from_config(config)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "RNN"])
+def test_a_file_that_claims_more_layers_than_it_has_arrays(tmp_path, kind):
+    """Taken at its word, it would fill the memory with the names of its parameters."""
+    config = {"type": "Sequential", "parts": {"rnn": {**rnn(num_layers=10**15), "type": kind}}}
+    path = tmp_path / "model.npz"
+    xprnn.io.archive.write_arrays(path, {"rnn.weight_ih_l0": np.zeros((4, 3))}, {"model": config, "metadata": {}})
+    with pytest.raises(InputError, match="num_layers is 1000000000000000 but there are 1 arrays"):
+        xprnn.load(path)

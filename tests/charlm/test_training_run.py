@@ -1,0 +1,121 @@
+"""A run's accidents: another run in its place, a loss that leaves the sensible, Ctrl-C before anything has begun."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+import numpy as np
+import pytest
+from support.tiny_text import QUICK, TEXT
+
+import xprnn
+from xprnn.charlm import training_run
+from xprnn.cli import main
+from xprnn.layers import model_file
+
+
+@pytest.mark.parametrize(
+    "left", [(model_file.MODEL_FILE,), (training_run.CHECKPOINT,), (model_file.MODEL_FILE, training_run.CHECKPOINT)]
+)
+def test_another_run_is_not_overwritten(tmp_path, text, capsys, left):
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in left:
+        (out / name).write_bytes(b"hours of work")
+    assert main.main(["train", text, "--out", str(out), *QUICK]) == 2
+    errors = capsys.readouterr().err
+    assert errors == f"xprnn train: --out {out}: already holds a run; take another --out, or --resume {out}\n"
+    assert sorted(path.name for path in out.iterdir()) == sorted(left)
+    assert all((out / name).read_bytes() == b"hours of work" for name in left)
+
+
+def test_a_diverging_run_keeps_its_last_good_model(tmp_path, text, capsys, monkeypatch):
+    def diverging(*args):
+        for now in real(*args):
+            spoilt = {k: v * np.nan for k, v in now.params.items()}
+            yield now if now.step < 8 else now._replace(params=spoilt)
+
+    real = training_run.train
+    monkeypatch.setattr(training_run, "train", diverging)
+    out = tmp_path / "run"
+    assert main.main(["train", text, "--out", str(out), *QUICK]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("xprnn train: the held-out loss became nan at step 8; lower --learning-rate")
+    assert f"the last good model, of step 7, is in {out}" in line
+    assert model_file.load_metadata(out / model_file.MODEL_FILE)["step"] == 7
+    _, params = xprnn.load(out / model_file.MODEL_FILE)
+    assert all(np.isfinite(array).all() for array in params.values())
+
+
+def test_a_run_that_diverges_at_once_leaves_no_directory(tmp_path, text, capsys):
+    out = tmp_path / "run"
+    words = ["train", text, "--out", str(out), *QUICK[:6], "--steps", "5000", "--learning-rate", "1e38"]
+    assert main.main([*words, "--backend", "numpy"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("xprnn train: the loss became")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--bidirectional"]])
+def test_an_absurd_loss_ends_a_run(tmp_path, text, capsys, more):
+    out = tmp_path / "run"
+    words = ["train", text, "--out", str(out), *QUICK, "--learning-rate", "1e9", *more]
+    assert main.main(words) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("xprnn train: the held-out loss became ")
+    assert line.endswith(" bits per character at step 1; lower --learning-rate (it is 1e+09)")
+    assert not out.exists()
+
+
+def test_an_absurd_loss_leaves_the_last_good_model(tmp_path, text, capsys, monkeypatch):
+    def exploding(*args):
+        for now in real(*args):
+            yield now if now.step < 8 else now._replace(params={k: v * 1e6 for k, v in now.params.items()})
+
+    real = training_run.train
+    monkeypatch.setattr(training_run, "train", exploding)
+    out = tmp_path / "run"
+    assert main.main(["train", text, "--out", str(out), *QUICK]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "bits per character at step 8; lower --learning-rate" in line
+    assert f"the last good model, of step 7, is in {out}" in line
+    assert model_file.load_metadata(out / model_file.MODEL_FILE)["step"] == 7
+    _, params = xprnn.load(out / model_file.MODEL_FILE)
+    assert max(np.abs(array).max() for array in params.values()) < 100
+
+
+def test_a_last_tenth_in_another_alphabet_is_no_divergence(tmp_path, capsys):
+    path, out = tmp_path / "text.txt", tmp_path / "run"
+    path.write_text(TEXT + "\u044f\u0436\u0448" * 60, encoding="utf-8")
+    words = ["--hidden", "16", "--batch", "4", "--window", "16", "--steps", "600", "--learning-rate", "0.2"]
+    assert main.main(["train", str(path), "--out", str(out), *words, "--backend", "numpy"]) == 0
+    bits = model_file.load_metadata(out / model_file.MODEL_FILE)["held_out_bits"]
+    assert bits > 2 * np.log2(len(set(TEXT)) + 3) + 10, "the case is not the one it was made for"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"xprnn {xprnn.__version__}\n"
+
+
+def test_help_of_train_says_what_the_picture_needs(capsys):
+    with pytest.raises(SystemExit):
+        main.main(["train", "--help"])
+    assert 'pip install "xprnn[plot]"' in capsys.readouterr().out
+
+
+def test_ctrl_c_while_the_program_is_imported(monkeypatch):
+    class Interrupting:
+        @staticmethod
+        def find_spec(name, *_):
+            if name == "xprnn.cli.main":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "xprnn.cli.main")
+    monkeypatch.setattr(sys, "meta_path", [Interrupting, *sys.meta_path])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("xprnn", run_name="__main__")
+    assert stop.value.code == 130

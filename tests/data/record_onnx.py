@@ -1,0 +1,155 @@
+"""Writes onnx_files/*.onnx and .npz: what torch's and Keras's exporters make of small networks, and their answers.
+
+    python tests/data/record_onnx.py torch     # needs torch, onnx, onnxscript
+    python tests/data/record_onnx.py keras     # needs tensorflow, keras, tf2onnx, onnx
+
+Each file is one network, its .npz an input and the exporting framework's own outputs, in the order of the graph's.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+FILES = Path(__file__).parent / "onnx_files"
+
+
+def keep(name, inputs, outputs):
+    arrays = {f"in{k}": np.asarray(a) for k, a in enumerate(inputs)}
+    arrays |= {f"out{k}": np.asarray(a) for k, a in enumerate(outputs)}
+    np.savez(FILES / f"{name}.npz", **arrays)
+
+
+def stripped(path):
+    """Without the stack traces that the new exporter writes beside each node: they hold paths of this machine."""
+    import onnx
+
+    model = onnx.load(path)
+    for thing in (*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output, model.graph):
+        del thing.metadata_props[:]
+        thing.doc_string = ""
+    del model.metadata_props[:]
+    onnx.save(model, path)
+
+
+# name -> arguments of torch's layer, and what stands around it
+TORCH = {
+    "rnn": ("RNN", {}, {}),
+    "rnn_relu_2_layers_bidirectional": ("RNN", {"nonlinearity": "relu", "num_layers": 2, "bidirectional": True}, {}),
+    "lstm_2_layers_bidirectional": ("LSTM", {"num_layers": 2, "bidirectional": True, "batch_first": True}, {}),
+    "lstm_states": ("LSTM", {"num_layers": 2}, {"states": True}),
+    "lstm_lengths": ("LSTM", {}, {"lengths": True}),
+    "gru_embedding": ("GRU", {"bias": False}, {"embedding": True}),
+    "gru_last_softmax": ("GRU", {"batch_first": True}, {"last": True}),
+}
+
+
+def network(kind, options, extra):
+    import torch
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(11, 3) if "embedding" in extra else None
+            self.rnn = getattr(torch.nn, kind)(3, 4, **options)
+            self.head = torch.nn.Linear(8 if options.get("bidirectional") else 4, 2)
+
+        def forward(self, x, *more):
+            x = x if self.embed is None else self.embed(x)
+            if "lengths" in extra:
+                x = torch.nn.utils.rnn.pack_padded_sequence(x, more[0], enforce_sorted=False)
+                return self.head(torch.nn.utils.rnn.pad_packed_sequence(self.rnn(x)[0])[0])
+            y, final = self.rnn(x, more) if "states" in extra else self.rnn(x)
+            if "last" in extra:
+                return torch.softmax(self.head(y[:, -1]), -1)
+            return (self.head(y), *final) if "states" in extra else self.head(y)
+
+    torch.manual_seed(1)
+    return Network().eval()
+
+
+def arguments(options, extra):
+    import torch
+
+    rng = np.random.default_rng(1)
+    shape = (2, 6) if options.get("batch_first") else (6, 2)
+    if "embedding" in extra:
+        return (torch.tensor(rng.integers(0, 11, shape)),)
+    x = torch.tensor(rng.standard_normal((*shape, 3)), dtype=torch.float32)
+    if "lengths" in extra:
+        return (x, torch.tensor([3, 6]))
+    if "states" in extra:
+        return (x, *(torch.tensor(rng.standard_normal((2, 2, 4)), dtype=torch.float32) for _ in "hc"))
+    return (x,)
+
+
+def export(module, args, path, *, new):
+    """By the new exporter (dynamo, sizes fixed) or the old one (sizes free, but for packed sequences)."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of itself
+        if new:
+            torch.onnx.export(module, args, path, dynamo=True, verbose=False, external_data=False)
+            return
+        names = ["x", "h", "c"][: len(args)]
+        axes = {"x": {0: "a", 1: "b"}} | {n: {1: "b"} for n in names[1:]}
+        axes = axes if args[-1].dtype.is_floating_point or len(args) == 1 else None
+        torch.onnx.export(module, args, path, dynamo=False, input_names=names, dynamic_axes=axes)
+
+
+def record_torch():
+    import torch
+
+    for name, (kind, options, extra) in TORCH.items():
+        module, args = network(kind, options, extra), arguments(options, extra)
+        with torch.no_grad():
+            out = module(*args)
+        for new in (True, False):
+            if new and "lengths" in extra:
+                continue  # the new exporter refuses packed sequences
+            label = f"torch_{'new' if new else 'old'}_{name}"
+            path = str(FILES / f"{label}.onnx")
+            export(module, args, path, new=new)
+            stripped(path)
+            keep(label, [a.numpy() for a in args], [a.numpy() for a in (out if isinstance(out, tuple) else (out,))])
+
+
+def keras_networks(layers):
+    both = layers.Bidirectional
+    return {
+        "simple_rnn": [layers.SimpleRNN(4, return_sequences=True), layers.SimpleRNN(3)],
+        "lstm_dense": [layers.LSTM(4, return_sequences=True), layers.Dense(2)],
+        "lstm_last": [layers.LSTM(4), layers.Dense(2, activation="softmax")],
+        "gru": [layers.GRU(4, return_sequences=True)],
+        "gru_reset_before": [layers.GRU(4, reset_after=False)],
+        "gru_backwards": [layers.GRU(4, go_backwards=True, return_sequences=True)],
+        "bidirectional": [both(layers.LSTM(4, return_sequences=True)), both(layers.GRU(3, return_sequences=True))],
+        "masking_lstm": [layers.Masking(), layers.LSTM(4, return_sequences=True)],
+        "embedding_mask_gru": [layers.Embedding(11, 3, mask_zero=True), layers.GRU(4)],
+    }
+
+
+def record_keras():
+    os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_BACKEND": "tensorflow"}
+    import keras
+
+    for name, stack in keras_networks(keras.layers).items():
+        keras.utils.set_random_seed(1)
+        ids = "embedding" in name
+        module = keras.Sequential([keras.Input((None,), dtype="int32") if ids else keras.Input((None, 3)), *stack])
+        rng = np.random.default_rng(2)
+        x = rng.integers(0, 4, (2, 5)).astype("int32") if ids else rng.standard_normal((2, 5, 3)).astype("float32")
+        if "masking" in name:
+            x[0, 3:] = x[1, 1] = 0
+        answer = module.predict(x, verbose=0)
+        module.export(str(FILES / f"keras_{name}.onnx"), format="onnx", verbose=False)
+        keep(f"keras_{name}", [x], [answer])
+
+
+if __name__ == "__main__":
+    {"torch": record_torch, "keras": record_keras}[sys.argv[1]]()

@@ -1,0 +1,228 @@
+"""lengths, mask and reset, alone and together, in both directions: hypothesis draws, the naive reference judges."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import given as drawn
+from hypothesis import strategies as st
+from support.layer_cases import CASES, MAIN, SLOW, Problem, cotangents, expected, given, on, problem
+
+import xprnn
+from xprnn.gradcheck import check_layer
+
+# derandomize: the same examples in every run, so that a red test is red for everyone.
+explored = settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+main_cases = pytest.mark.parametrize("name", MAIN)
+differences = pytest.mark.not_on(
+    "strict:no_float64", "strict:device1", "numpy:readonly", reason="differences are taken on the plain variant"
+)
+
+
+@st.composite
+def situations(draw, largest=4):
+    """T, N, the flags (each may be absent) and a seed for the numbers."""
+    T, N = draw(st.integers(0, largest)), draw(st.integers(0, 3))
+
+    def table(often):
+        rows = st.lists(st.sampled_from([True] * often + [False]), min_size=N, max_size=N)
+        return np.array(draw(st.lists(rows, min_size=T, max_size=T)), bool).reshape(T, N)
+
+    flags = {}
+    if draw(st.booleans()):
+        flags["lengths"] = np.array(draw(st.lists(st.integers(0, T), min_size=N, max_size=N)), int)
+    if draw(st.booleans()):
+        flags["mask"] = table(2)
+    if draw(st.booleans()):
+        flags["reset"] = ~table(2)
+    return T, N, flags, draw(st.integers(0, 2**16))
+
+
+def drawn_problem(layer, situation) -> Problem:
+    T, N, flags, seed = situation
+    return problem(np.random.default_rng(seed), layer, T, N)._replace(flags=flags)
+
+
+@main_cases
+def test_equals_the_naive_reference(xp, name):
+    case = CASES[name]
+    layer = case.make(2, 3, bidirectional=True)
+
+    @settings(explored, max_examples={"numpy": 50, "jax": 2}.get(xp.library, 5))
+    @drawn(situations())
+    def check(situation):
+        p = drawn_problem(layer, situation)
+        params, x, state, flags = given(xp, p)
+        y, final, _ = layer.forward(params, x, state, **flags)
+        xp.assert_close((y, final), expected(case, layer, p), condition=64)
+        xp.assert_close(layer(params, x, state, **flags)[0], xp.to_numpy(y), condition=0)
+
+    check()
+
+
+@differences
+@main_cases
+def test_gradients(xp, name):
+    layer = CASES[name].make(1, 3 if name == "lstm-proj" else 2, bidirectional=True)
+
+    @settings(explored, max_examples={"numpy": 18, "torch": 6}.get(xp.library, 2))
+    @drawn(situations(largest=3))
+    def check(situation):
+        params, x, state, flags = given(xp, drawn_problem(layer, situation), "float64")
+        check_layer(layer, params, x, state, **flags)
+
+    check()
+
+
+@differences
+@pytest.mark.parametrize("flags", ["l", "m", "r", "lmr"])
+@pytest.mark.parametrize("name", ["lstm-proj", "gru"])
+@pytest.mark.not_on(*SLOW, reason="the slowest libraries: one layer is enough")
+def test_gradients_of_a_stack(xp, rng, name, flags):
+    layer = CASES[name].make(2, 3, 2, bidirectional=True)
+    params, x, state, flags = given(xp, problem(rng, layer, T=4, N=3, flags=flags), "float64")
+    check_layer(layer, params, x, state, **flags)
+
+
+@main_cases
+def test_what_stands_in_padding_reaches_nothing(xp, rng, name):
+    """NaN in every step that is not valid: outputs, states and gradients are those of zeros there, to the bit."""
+    layer = CASES[name].make(2, 3, 2, bidirectional=True)
+    p = problem(rng, layer, T=5, N=4, flags="lmr")
+    p.flags["lengths"] = np.array([2, 5, 0, 4])
+    valid = p.flags["mask"] & (np.arange(5)[:, None] < p.flags["lengths"])
+    assert 0 < valid.sum() < valid.size
+    results = []
+    for padding in (0.0, np.nan):
+        filled = np.where(valid[..., None], p.x, padding)
+        params, x, state, flags = given(xp, p._replace(x=filled))
+        y, final, tape = layer.forward(params, x, state, **flags)
+        if not results:
+            dy, dfinal = cotangents(rng, y), cotangents(rng, final)
+        junk = on(xp, np.where(valid[..., None], dy, padding))
+        got = layer.backward(tape, junk, on(xp, dfinal))
+        results.append((y, final, *got))
+        assert not xp.to_numpy(got.dx)[~valid].any()
+        assert not xp.to_numpy(y)[~valid].any()
+    xp.assert_close(results[1], tree_to_numpy(xp, results[0]), condition=0)
+
+
+def tree_to_numpy(xp, tree):
+    return tuple(tree_to_numpy(xp, a) for a in tree) if isinstance(tree, tuple) else xp.to_numpy(tree)
+
+
+@main_cases
+def test_an_all_false_mask_hands_everything_through(xp, rng, name):
+    layer = CASES[name].make(2, 3, 2, bidirectional=True)
+    p = problem(rng, layer, T=4)
+    for nothing in ({"mask": np.zeros((4, 3), bool)}, {"lengths": np.zeros(3, int)}):
+        params, x, state, flags = given(xp, p._replace(flags=nothing))
+        y, final, tape = layer.forward(params, x, state, **flags)
+        dfinal = on(xp, cotangents(rng, final))
+        dx, dstate, dparams = layer.backward(tape, xp.xp.ones_like(y), dfinal)
+        xp.assert_close((final, dstate), tree_to_numpy(xp, (state, dfinal)), condition=0)
+        assert not any(xp.to_numpy(a).any() for a in (y, dx, *dparams.values()))
+
+
+@main_cases
+def test_resets_cut_a_row_into_sequences_of_their_own(xp, rng, name):
+    """Forward, a reset at t starts anew at t; in reverse, which comes from the end, what is cut off lies before t+1."""
+    layer = CASES[name].make(2, 3, bidirectional=True)
+    p = problem(rng, layer, T=6, N=2)
+    reset = np.zeros((6, 2), bool)
+    reset[3] = True
+    params, x, state, flags = given(xp, p._replace(flags={"reset": reset}))
+    y, final, _ = layer.forward(params, x, state, **flags)
+    half = layer.output_size // 2
+
+    def alone(start, end):
+        return layer(params, x[start:end, ...], state)
+
+    want_f = [xp.to_numpy(alone(a, b)[0])[..., :half] for a, b in ((0, 3), (3, 6))]
+    want_r = [xp.to_numpy(alone(a, b)[0])[..., half:] for a, b in ((0, 4), (4, 6))]
+    want = np.concatenate((np.concatenate(want_f), np.concatenate(want_r)), axis=-1)
+    xp.assert_close(y, want, condition=64)
+    ends = (alone(3, 6)[1], alone(0, 4)[1])
+    for k, end in enumerate(ends):
+        parts = zip(final, end, strict=True) if isinstance(final, tuple) else [(final, end)]
+        for have, wanted in parts:
+            xp.assert_close(have[k, ...], xp.to_numpy(wanted[k, ...]), condition=64)
+
+
+@main_cases
+def test_the_gradient_of_a_reset_goes_to_the_initial_state(xp, rng, name):
+    layer = CASES[name].make(2, 3)
+    p = problem(rng, layer, T=4, N=2, flags="r")
+    p.flags["reset"][:] = [[False, False], [False, True], [True, False], [False, False]]
+    params, x, state, flags = given(xp, p)
+    y, _, tape = layer.forward(params, x, state, **flags)
+    dy = cotangents(rng, y)
+    dy[:2, 0], dy[:1, 1] = 0, 0  # only what comes after each row's reset counts
+    dx, dstate, _ = layer.backward(tape, on(xp, dy))
+    dx = xp.to_numpy(dx)
+    assert not dx[:2, 0].any()
+    assert not dx[:1, 1].any()
+    assert dx[2, 0].all()
+    assert dx[1, 1].all()
+    for part in dstate if isinstance(dstate, tuple) else (dstate,):
+        assert xp.to_numpy(part).all()
+
+
+def test_a_reset_past_the_end_of_a_row_has_no_effect(xp, rng):
+    layer = xprnn.LSTM(2, 3, 2, bidirectional=True)
+    p = problem(rng, layer, T=5, flags="l")
+    p.flags["lengths"] = np.array([0, 3, 5])
+    reset = np.arange(5)[:, None] >= p.flags["lengths"]
+    params, x, state, flags = given(xp, p)
+    y, final, tape = layer.forward(params, x, state, **flags)
+    with_y, with_final, with_tape = layer.forward(params, x, state, **flags, reset=on(xp, reset))
+    dy, dfinal = on(xp, cotangents(rng, y)), on(xp, cotangents(rng, final))
+    got, want = layer.backward(with_tape, dy, dfinal), layer.backward(tape, dy, dfinal)
+    xp.assert_close((with_y, with_final, *got[:2]), tree_to_numpy(xp, (y, final, *want[:2])), condition=0)
+
+
+def test_a_reset_in_a_masked_step_still_resets(xp, rng):
+    """The step is skipped, the reset before it is not."""
+    layer = xprnn.GRU(2, 3)
+    p = problem(rng, layer, T=2, N=1)
+    flags = {"mask": np.array([[True], [False]]), "reset": np.array([[False], [True]])}
+    params, x, state, flags = given(xp, p._replace(flags=flags))
+    _, final = layer(params, x, state, **flags)
+    xp.assert_close(final, xp.to_numpy(state), condition=0)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.asarray])
+def test_lengths_may_be_a_host_sequence(xp, rng, kind):
+    layer = xprnn.GRU(2, 3, bidirectional=True)
+    params, x, state, _ = given(xp, problem(rng, layer, N=3))
+    here = layer(params, x, state, lengths=on(xp, np.array([2, 0, 5])))
+    host = layer(params, x, state, lengths=kind([2, 0, 5]))
+    xp.assert_close(host, tree_to_numpy(xp, here), condition=0)
+
+
+@pytest.mark.parametrize("dtype_of_lengths", ["int32", "int64"])
+def test_lengths_of_any_integer_dtype(xp, rng, dtype_of_lengths):
+    case = CASES["gru"]
+    layer = case.make(2, 3, bidirectional=True)
+    p = problem(rng, layer, flags="l")
+    params, x, state, _ = given(xp, p)
+    lengths = xp.asarray(p.flags["lengths"].astype(dtype_of_lengths))
+    xp.assert_close(layer(params, x, state, lengths=lengths), expected(case, layer, p), condition=64)
+
+
+def test_full_lengths_change_nothing(xp, rng):
+    layer = xprnn.LSTM(2, 3, 2, bidirectional=True)
+    params, x, state, _ = given(xp, problem(rng, layer))
+    plain = layer(params, x, state)
+    for flags in (
+        {"lengths": [5, 5, 5]},
+        {"mask": on(xp, np.ones((5, 3), bool))},
+        {"reset": on(xp, np.zeros((5, 3), bool))},
+    ):
+        xp.assert_close(layer(params, x, state, **flags), tree_to_numpy(xp, plain), condition=16)

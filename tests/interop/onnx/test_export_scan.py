@@ -1,0 +1,121 @@
+"""Scan: in graphs of others, its axes, directions and states, against ONNX Runtime; and every activation in ours."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from support.onnx_cases import onnx_runtime
+
+import xprnn
+from xprnn.cells.activations import OF_INPUT, activation, names
+
+pytestmark = pytest.mark.needs("onnx", "onnxruntime")
+T, N, D = 4, 2, 3
+
+
+def built(axes, backs, out_axis, out_back, outer=False):
+    """sum, product = scan over a and b of (s + a*b, p * a); y = s - b, z = p."""
+    from onnx import helper, numpy_helper
+
+    def value(name, shape):
+        return helper.make_tensor_value_info(name, 1, shape)
+
+    nodes = [
+        helper.make_node("Mul", ["ak", "bk"], ["m"]),
+        helper.make_node("Add", ["s", "m"], ["s1"]),
+        helper.make_node("Mul", ["p", "outside" if outer else "ak"], ["p1"]),
+        helper.make_node("Sub", ["s1", "bk"], ["y1"]),
+        helper.make_node("Identity", ["p1"], ["z1"]),
+    ]
+    inner = [value(n, None) for n in ("s", "p", "ak", "bk")]
+    body = helper.make_graph(nodes, "body", inner, [value(n, None) for n in ("s1", "p1", "y1", "z1")])
+    scan = helper.make_node(
+        "Scan",
+        ["s0", "p0", "a", "b"],
+        ["s", "p", "y", "z"],
+        body=body,
+        num_scan_inputs=2,
+        scan_input_axes=axes,
+        scan_input_directions=backs,
+        scan_output_axes=[out_axis, 0],
+        scan_output_directions=[0, out_back],
+    )
+    shapes = {name: np.insert([N, D], axis, T).tolist() for name, axis in zip("ab", axes, strict=True)}
+    inputs = [value("s0", [N, D]), value("p0", [N, D]), *(value(k, s) for k, s in shapes.items())]
+    outputs = [value(n, ["?"] * r) for n, r in (("s", 2), ("p", 2), ("y", 3), ("z", 3))]
+    weights = [numpy_helper.from_array(np.full((N, D), 1.5, np.float32), "outside")]
+    graph = helper.make_graph([scan], "g", inputs, outputs, weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), shapes
+
+
+@pytest.mark.parametrize("axes", [[0, 0], [1, 2], [-1, 0]], ids=str)
+def test_scan(rng, xp, axes):
+    for backs, out_axis, out_back, outer in itertools.product([[0, 0], [1, 0], [0, 1]], [0, -1], [0, 1], [False, True]):
+        proto, shapes = built([a % 3 for a in axes], backs, out_axis % 3, out_back, outer)
+        sizes = {"s0": (N, D), "p0": (N, D), **shapes}
+        given = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in sizes.items()}
+        want = onnx_runtime(proto, given)
+        model, params = xprnn.from_onnx(proto, like=xp.asarray(np.zeros(0, np.float32)))
+        with xp.converting():
+            found = model(params, {k: xp.asarray(a) for k, a in given.items()})
+        xp.assert_close(found, want, condition=60)
+
+
+def test_scanned_inputs_of_several_lengths_are_refused(rng):
+    proto, shapes = built([0, 0], [0, 0], 0, 0)
+    proto.graph.input[3].type.tensor_type.shape.dim[0].dim_param = "any"
+    model, params = xprnn.from_onnx(proto)
+    given = {"s0": np.ones((N, D), np.float32), "p0": np.ones((N, D), np.float32)}
+    given |= {"a": np.ones(shapes["a"], np.float32), "b": np.ones((T + 1, N, D), np.float32)}
+    with pytest.raises(xprnn.InputError, match=r"scanned inputs have \[4, 5\] entries"):
+        model(params, given)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_gather_elements(rng, xp, axis):
+    from onnx import helper
+
+    node = helper.make_node("GatherElements", ["x", "ids"], ["y"], axis=axis)
+    inputs = [helper.make_tensor_value_info("x", 1, ["a", "b", "c"])]
+    inputs += [helper.make_tensor_value_info("ids", 7, ["d", "e", "f"])]
+    graph = helper.make_graph([node], "g", inputs, [helper.make_tensor_value_info("y", 1, ["d", "e", "f"])])
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    x = rng.standard_normal((4, 3, 5)).astype(np.float32)
+    ids = rng.integers(-x.shape[axis], x.shape[axis], (3, 2, 4))
+    model, params = xprnn.from_onnx(proto, like=xp.asarray(np.zeros(0, np.float32)))
+    y = model(params, {"x": xp.asarray(x), "ids": xp.asarray(ids)})
+    xp.assert_close(y, onnx_runtime(proto, {"x": x, "ids": ids})["y"], condition=0)
+
+
+def test_the_last_step_of_a_graph_with_lengths_is_no_rows_own_last_step(rng):
+    """y[-1] of a layer whose rows end early is 0 there: ONNX Runtime says so, and so does what is read."""
+    model = xprnn.Sequential(rnn=xprnn.GRU(3, 4), last=xprnn.Last(valid=False), head=xprnn.Linear(4, 2))
+    params = model.init(rng, like=np.zeros(0, np.float32))
+    proto = xprnn.to_onnx(model, params)
+    x, lengths = rng.standard_normal((5, 3, 3)).astype(np.float32), [2, 5, 1]
+    want = onnx_runtime(proto, {"x": x, "lengths": np.asarray(lengths, np.int32)})["y"]
+    for _ in range(2):
+        back, found = xprnn.from_onnx(proto)
+        assert back.parts["last"] == xprnn.Last(valid=False)
+        np.testing.assert_allclose(back(found, x, lengths=lengths)[0], want, atol=1e-6)
+        del proto.metadata_props[:]  # the graph alone says it too
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_activation_goes_out(rng, name):
+    """In Apply, in a layer of its operator or of a Scan, and before a product."""
+    parts = {"rnn": xprnn.GRU(3, 4), "bend": xprnn.Apply(name), "head": xprnn.Linear(4, 2), "end": xprnn.Apply(name)}
+    if name not in OF_INPUT:
+        low = xprnn.GRU(3, 4, cell=xprnn.cells.gru_reset_before(candidate=name), bidirectional=True)
+        parts |= {"rnn": low, "down": xprnn.Merge(4, "ave"), "bend": xprnn.RNN(4, 4, nonlinearity=activation(name))}
+        parts = {k: parts[k] for k in ("rnn", "down", "bend", "head", "end")}
+    model = xprnn.Sequential(**parts)
+    params = {k: 0.4 * a for k, a in model.init(rng, like=np.zeros(0, np.float32)).items()}  # exponentials explode
+    proto = xprnn.to_onnx(model, params)
+    x, lengths = rng.standard_normal((5, 3, 3)).astype(np.float32), [5, 1, 3]
+    y, _ = model(params, x, lengths=lengths)
+    found = onnx_runtime(proto, {"x": x, "lengths": np.asarray(lengths, np.int32)})["y"]
+    np.testing.assert_allclose(found, y, rtol=2e-5, atol=2e-6)
+    assert xprnn.from_onnx(proto)[0] == model

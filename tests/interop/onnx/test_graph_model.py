@@ -1,0 +1,113 @@
+"""Graphs that are only run: control flow, inputs that do not fit, and how much they may ask for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import xprnn
+
+pytestmark = pytest.mark.needs("onnx")
+
+
+def graph_of(nodes, inputs=(("x", 1, ["n"]),), weights=()):
+    from onnx import helper, numpy_helper
+
+    given = [helper.make_tensor_value_info(*i) for i in inputs]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        given,
+        [helper.make_tensor_value_info("y", 1, ["any"])],
+        [numpy_helper.from_array(np.asarray(a), n) for n, a in weights],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.mark.parametrize("op", ["Expand", "Tile", "ConstantOfShape", "Range"])
+def test_small_files_cannot_ask_for_much_memory(op):
+    from onnx import helper
+
+    big = np.asarray([2**40])
+    known = {"Range": [("a", np.int64(0)), ("b", np.int64(2**60)), ("c", np.int64(1))]}.get(op, [("a", big)])
+    names = [n for n, _ in known]
+    node = helper.make_node(op, names if op in ("Range", "ConstantOfShape") else ["x", *names], ["y"], name="big")
+    model, params = xprnn.from_onnx(graph_of([node], weights=known))
+    with pytest.raises(xprnn.InputError, match=rf"{op} 'big'.* at most 2\^28 elements"):
+        model(params, np.ones(1, np.float32))
+
+
+def endless(trip):
+    from onnx import helper
+
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Identity", ["v"], ["w"])],
+        "body",
+        [helper.make_tensor_value_info(n, k, []) for n, k in (("i", 7), ("go", 9), ("v", 1))],
+        [helper.make_tensor_value_info(n, k, []) for n, k in (("on", 9), ("w", 1))],
+    )
+    loop = helper.make_node("Loop", ["m", "c", "v0"], ["y"], name="round", body=body)
+    return graph_of([loop], weights=[("m", np.int64(trip)), ("c", np.asarray(True)), ("v0", np.float32(3))])
+
+
+def test_loops_end(monkeypatch):
+    from xprnn.interop.onnx import graph_model
+
+    monkeypatch.setattr(graph_model, "_MOST_TURNS", 100)
+    model, params = xprnn.from_onnx(endless(100))
+    assert model(params, np.ones(1, np.float32)) == 3
+    model, params = xprnn.from_onnx(endless(101))
+    with pytest.raises(xprnn.InputError, match="Loop 'round': more than 100 turns"):
+        model(params, np.ones(1, np.float32))
+
+
+@pytest.mark.parametrize("truth", [True, False])
+def test_if(truth):
+    from onnx import helper
+
+    def branch(op):
+        node = helper.make_node(op, ["x"], [op])
+        return helper.make_graph([node], op, [], [helper.make_tensor_value_info(op, 1, ["any"])])
+
+    node = helper.make_node("If", ["c"], ["y"], then_branch=branch("Neg"), else_branch=branch("Abs"))
+    model, params = xprnn.from_onnx(graph_of([node], weights=[("c", np.asarray(truth))]))
+    x = np.asarray([2.0, -3.0], np.float32)
+    np.testing.assert_array_equal(model(params, x), -x if truth else abs(x))
+
+
+@pytest.mark.parametrize("index", [-4, 3, [0, 3], [-4, 1]])
+def test_an_index_outside_is_said(index):
+    from onnx import helper
+
+    node = helper.make_node("Gather", ["x", "i"], ["y"], name="pick")
+    model, params = xprnn.from_onnx(graph_of([node], weights=[("i", np.asarray(index))]))
+    with pytest.raises(xprnn.InputError, match=r"Gather 'pick': an index of .* is outside the axis of size 3"):
+        model(params, np.ones(3, np.float32))
+
+
+def test_wrong_inputs_are_said():
+    from onnx import helper
+
+    node = helper.make_node("Add", ["a", "b"], ["y"], name="plus")
+    model, params = xprnn.from_onnx(graph_of([node], (("a", 1, [2, "n"]), ("b", 1, ["i", "j"]))))
+    a = np.ones((2, 3), np.float32)
+    assert repr(model) == "Graph(a, b -> y; 1 nodes)"
+    np.testing.assert_array_equal(model(params, a, b=a), a + a)
+    np.testing.assert_array_equal(model(params, {"a": a, "b": a}), a + a)
+    for given, named, text in (
+        ((a,), {}, "missing b"),
+        ((a, a, a), {}, "expected 2 inputs, found 3"),
+        ((a, a), {"b": a}, "b given twice"),
+        ((a, a), {"c": a}, "unknown c"),
+        ((a, a.astype(np.float64)), {}, "b is float64 but a is float32"),
+        ((a.T, a), {}, r"a must have shape (2, any), found (3, 2)"),
+        ((a, np.ones((7, 5), np.float32)), {}, "Add 'plus' cannot take what it is given"),
+    ):
+        with pytest.raises(xprnn.InputError) as caught:
+            model(params, *given, **named)
+        assert text in str(caught.value)
+    for verb in (lambda: model.init(None, a), lambda: model.step(params, a), lambda: model.backward(None)):
+        with pytest.raises(xprnn.InputError, match="only run, since"):
+            verb()
+    with pytest.raises(xprnn.InputError, match="only run, since"):
+        model.config()

@@ -1,0 +1,273 @@
+"""torch in and out: outputs, final states and every gradient are torch's in any configuration, and back exactly."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from layers.test_torch_parity import grads, leaf, pairing
+from support.layer_cases import cotangents, state_like
+from support.torch_networks import made, network, recurrents, several
+
+import xprnn
+from xprnn.arrays.namespace import InputError
+
+pytestmark = pytest.mark.needs("torch")
+FLOAT64 = np.zeros(0)
+
+
+def close(have, want):
+    np.testing.assert_allclose(have, want, rtol=1e-10, atol=1e-10)
+
+
+def close_states(have, want):
+    for a, b in zip(*((s if isinstance(s, tuple) else (s,)) for s in (have, want)), strict=True):
+        close(a, b.detach().numpy() if hasattr(b, "detach") else b)
+
+
+def compare(rng, module, model, params, layer, x):
+    """Everything of xprnn's model and torch's module, random states and cotangents at both ends included."""
+    import torch
+
+    state = state_like(rng, layer, x.shape[0 if layer.batch_first else 1])
+    y, final, tape = model.forward(params, x, state)
+    dy, dfinal = cotangents(rng, y), cotangents(rng, final)
+    got = model.backward(tape, dy, dfinal)
+    there, start = (torch.tensor(x) if x.dtype.kind == "i" else leaf(x)), leaf(state)
+    want_y, want_final = module(there, start)
+    pairing((want_y, want_final), (dy, dfinal)).backward()
+    close(y, want_y.detach().numpy())
+    close_states(final, want_final)
+    close_states(got.dstate, grads(start))
+    if x.dtype.kind == "f":
+        close(got.dx, there.grad.numpy())
+    wanted = {name: p.grad.numpy() for name, p in module.named_parameters()}
+    assert got.dparams.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        close(got.dparams[name], gradient)
+
+
+def inputs(rng, arguments, embedding=0, T=4, N=3):
+    lead = (N, T) if arguments["batch_first"] else (T, N)
+    return rng.integers(0, embedding, lead) if embedding else rng.normal(size=(*lead, arguments["input_size"]))
+
+
+@several
+@given(recurrents())
+def test_a_layer_of_torch_is_the_layer_here(rng, case):
+    name, arguments = case
+    module = made(name, arguments).train(False)
+    layer, params = xprnn.from_torch(module)
+    assert type(layer).__name__ == name
+    assert layer.dropout == arguments["dropout"]
+    compare(rng, module, layer, params, layer, inputs(rng, arguments))
+
+
+@several
+@given(recurrents(), st.sampled_from([0, 7]), st.sampled_from([0, 5]), st.booleans())
+def test_a_network_its_state_dict_and_its_arrays_are_one_model(rng, case, embedding, outputs, bias):
+    name, arguments = case
+    module = network(made(name, arguments), embedding, outputs, bias)
+    model, params = xprnn.from_torch(module, like=FLOAT64)
+    assert list(params) == list(module.state_dict())
+    rnn = model.parts["rnn"]
+    compare(rng, module, model, params, rnn, inputs(rng, arguments, embedding))
+    hints = {"batch_first": rnn.batch_first} | ({"nonlinearity": rnn.nonlinearity} if name == "RNN" else {})
+    for source in (module.state_dict(), {k: v.numpy() for k, v in module.state_dict().items()}):
+        again, read = xprnn.from_torch(source, like=FLOAT64, **hints)
+        silent = {"rnn": xprnn.layers.sequential.from_config(rnn.config() | {"dropout": 0.0})}
+        assert again == xprnn.Sequential(**(model.parts | silent))
+        assert all(np.array_equal(read[k], params[k]) for k in params)
+        assert read.keys() == params.keys()
+
+
+def test_arrays_of_every_library(xp, rng, dtype):
+    module = network(made("GRU", {"input_size": 3, "hidden_size": 2, "batch_first": False}), 5, 4)
+    like = xp.asarray(np.zeros(1), dtype)
+    model, params = xprnn.from_torch(module, like=like)
+    for name, value in module.state_dict().items():
+        xp.assert_home(params[name], like)
+        np.testing.assert_array_equal(xp.to_numpy(params[name]), value.numpy().astype(dtype))
+    state_dict, _ = xprnn.to_torch(model, params)
+    for name, value in state_dict.items():
+        assert str(value.dtype) == f"torch.{dtype}"
+        np.testing.assert_array_equal(value.numpy(), xp.to_numpy(params[name]))
+
+
+@pytest.mark.parametrize(("name", "cell"), [("RNN", "RNNCell"), ("LSTM", "LSTMCell"), ("GRU", "GRUCell")])
+def test_cells_are_layers_of_one(rng, name, cell):
+    import torch
+
+    module = getattr(torch.nn, cell)(3, 4, dtype=torch.float64)
+    for source in (module, module.state_dict()):
+        layer, params = xprnn.from_torch(source)
+        assert layer == getattr(xprnn, name)(3, 4)
+        x, state = rng.normal(size=(2, 3)), state_like(rng, layer, 2)
+        y, final = layer.step(params, x, state)
+        pair = isinstance(state, tuple)
+        want = module(torch.tensor(x), tuple(torch.tensor(s[0]) for s in state) if pair else torch.tensor(state[0]))
+        close(y, (want[0] if pair else want).detach().numpy())
+        close_states(tuple(f[0] for f in final) if pair else final[0], want)
+    (model, params) = xprnn.from_torch(torch.nn.ModuleDict({"cell": module}))
+    assert sorted(params)[-2:] == ["cell.weight_hh_l0", "cell.weight_ih_l0"]
+    assert model.parts["cell"] == layer
+
+
+def test_activations_and_softmax_are_parts(rng):
+    import torch
+
+    nn = torch.nn
+    torch.manual_seed(3)
+    between = [nn.Tanh(), nn.Sigmoid(), nn.ReLU(), nn.Softsign(), nn.Softplus(), nn.LeakyReLU(0.2), nn.ELU(0.7)]
+    between += [nn.SELU(), nn.ReLU6(), nn.Hardtanh(), nn.LogSigmoid(), nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.Mish()]
+    between += [nn.Hardswish(), nn.Tanhshrink(), nn.CELU(0.7), nn.Softshrink(0.3), nn.Hardshrink(0.2)]
+    chain = [nn.Sequential(nn.Linear(4, 4, dtype=torch.float64), f) for f in between]
+    module = nn.Sequential(*chain, nn.Dropout(0.3), nn.Identity(), nn.LogSoftmax(dim=-1)).eval()
+    model, params = xprnn.from_torch(module)
+    x = torch.tensor(rng.normal(size=(5, 3, 4)))
+    close(model(params, x.numpy())[0], module(x).detach().numpy())
+    state_dict, constructor = xprnn.to_torch(model, params)
+    rebuilt = nn.Sequential(*(getattr(nn, name)(**arguments) for name, arguments in constructor.values()))
+    rebuilt.load_state_dict(dict(zip(rebuilt.state_dict(), state_dict.values(), strict=True)))
+    close(rebuilt(x).detach().numpy(), module(x).detach().numpy())
+    assert model.parts[str(len(between) + 2)] == xprnn.Softmax(log=True)
+    for odd, why in (
+        (nn.Softmax(dim=1), "runs along axis 1"),
+        (nn.Softplus(2.0), "has constants"),
+        (nn.Hardtanh(-2, 2), "has constants"),
+        (nn.PReLU(), "has no co"),
+    ):
+        with pytest.raises(InputError, match=f"1 .*: {why}"):
+            xprnn.from_torch(nn.Sequential(nn.Linear(4, 4), odd))
+
+
+def test_half_precision(rng):
+    import torch
+
+    module = torch.nn.LSTM(3, 4, dtype=torch.bfloat16)
+    _, params = xprnn.from_torch(module)
+    assert params["weight_ih_l0"].dtype == np.float32
+    np.testing.assert_array_equal(params["weight_ih_l0"], module.weight_ih_l0.detach().float().numpy())
+    _, params = xprnn.from_torch(torch.nn.LSTM(3, 4, dtype=torch.float16))
+    assert params["weight_ih_l0"].dtype == np.float16
+
+
+def test_the_parameters_are_copies():
+    import torch
+
+    module = made("GRU", {"input_size": 3, "hidden_size": 2})
+    _, params = xprnn.from_torch(module)
+    before = params["bias_ih_l0"].copy()
+    module.bias_ih_l0.data.zero_()
+    np.testing.assert_array_equal(params["bias_ih_l0"], before)
+    state_dict, _ = xprnn.to_torch(xprnn.GRU(3, 2), params)
+    state_dict["bias_ih_l0"].zero_()
+    np.testing.assert_array_equal(params["bias_ih_l0"], before)
+    tensors = {name: torch.tensor(array) for name, array in params.items()}
+    xprnn.to_torch(xprnn.GRU(3, 2), tensors).state_dict["bias_ih_l0"].zero_()
+    np.testing.assert_array_equal(tensors["bias_ih_l0"].numpy(), before)
+
+
+def test_order_by_definition_by_widths_by_the_caller():
+    import torch
+
+    class Backwards(torch.nn.Module):
+        def __init__(self, H):
+            super().__init__()
+            self.out, self.rnn, self.emb = torch.nn.Linear(H, 9), torch.nn.GRU(3, H), torch.nn.Embedding(9, 3)
+
+    assert list(xprnn.from_torch(Backwards(4))[0].parts) == ["emb", "rnn", "out"]
+    assert list(xprnn.from_torch(Backwards(4).state_dict())[0].parts) == ["emb", "rnn", "out"]
+    square = {f"{name}.weight_{k}h_l0": np.zeros((12, 4)) for name in "ba" for k in "ih"}
+    assert list(xprnn.from_torch(square)[0].parts) == ["b", "a"]
+    assert list(xprnn.from_torch(square, order=["a", "b"])[0].parts) == ["a", "b"]
+    with pytest.raises(InputError, match="order must name b, a, found a"):
+        xprnn.from_torch(square, order=["a"])
+    with pytest.raises(
+        InputError, match=r"no order of the parts fits their widths: rnn \(GRU 3 -> 4\), out \(Linear 5"
+    ):
+        xprnn.from_torch(torch.nn.ModuleDict({"rnn": torch.nn.GRU(3, 4), "out": torch.nn.Linear(5, 9)}))
+    with pytest.raises(InputError, match=r"more than one .* fits: table \(Embedding integers -> 4 or Linear 4 -> 4\)"):
+        xprnn.from_torch({"table.weight": np.zeros((4, 4)), **square})
+    named, _ = xprnn.from_torch({"embedding.weight": np.zeros((4, 4)), **square})
+    assert named.parts["embedding"] == xprnn.Embedding(4, 4)
+
+
+def test_all_that_has_no_place_is_named_at_once():
+    import torch
+
+    nn = torch.nn
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.rnn, self.norm = nn.Conv1d(3, 3, 2), nn.GRU(3, 4), nn.LayerNorm(4)
+            self.emb = nn.Embedding(9, 3, max_norm=1.0)
+            self.start = nn.Parameter(torch.zeros(4))
+
+    with pytest.raises(InputError) as error:
+        xprnn.from_torch(Odd())
+    for part in (
+        "conv (Conv1d): has no",
+        "norm (LayerNorm): has no",
+        "emb (Embedding): max_norm",
+        "start belongs to no",
+    ):
+        assert part in str(error.value)
+    with pytest.raises(InputError, match=r"a.running_mean \(3,\) float32 belongs to no layer .*; n \(\) int64 belongs"):
+        xprnn.from_torch({"a.running_mean": np.zeros(3, "f4"), "n": np.array(3), "w.weight": np.zeros((2, 3))})
+    shared = nn.GRU(4, 4)
+    with pytest.raises(InputError, match=r"b\.weight_ih_l0 belongs to no part"):
+        xprnn.from_torch(nn.ModuleDict({"a": shared, "b": shared}))
+
+
+LSTM = {"weight_ih_l0": (16, 3), "weight_hh_l0": (16, 4), "bias_ih_l0": (16,), "bias_hh_l0": (16,)}
+BAD_DICTS = {
+    "missing": ({"weight_ih_l0": (16, 3)}, "weight_hh_l0 is missing"),
+    "missing bias": ({**LSTM, "bias_hh_l0": None}, "bias_hh_l0 is missing"),
+    "layer left out": ({**LSTM, "weight_ih_l2": (16, 4)}, "weight_ih_l1 is missing; .*weight_hh_l2 is missing"),
+    "layer far away": ({**LSTM, "weight_ih_l99999": (16, 4)}, "there is a layer 99999 but only 5 arrays"),
+    "shape": ({**LSTM, "bias_ih_l0": (12,)}, r"bias_ih_l0 must have shape \(16,\), found \(12,\)"),
+    "gates": ({**LSTM, "weight_hh_l0": (8, 4)}, r"weight_hh_l0 \(8, 4\) is that of no RNN"),
+    "no hidden": ({**LSTM, "weight_hh_l0": (16, 0)}, r"weight_hh_l0 \(16, 0\) is that of no RNN"),
+    "axes": ({**LSTM, "weight_hh_l0": (16,)}, r"weight_hh_l0 must have two axes, found shape \(16,\)"),
+    "reverse": ({**LSTM, "weight_ih_l0_reverse": (16, 3)}, "weight_hh_l0_reverse is missing"),
+    "cell and layer": ({**LSTM, "bias_hh": (16,)}, "bias_hh stand beside weight_ih_l0"),
+    "bias alone": ({"out.bias": (4,)}, "out: a weight of two axes is needed beside bias"),
+    "conv": ({"out.weight": (4, 3, 2)}, "out: a weight of two axes is needed beside weight"),
+    "nothing": ({}, "found no array"),
+    "text": ({"epoch": "3"}, r"expected a state_dict, names and arrays, found 'epoch' \(str\)"),
+    "number": ({3: (2, 2)}, r"found 3 \(ndarray\)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DICTS)
+def test_bad_state_dicts(case):
+    shapes, message = BAD_DICTS[case]
+    source = {k: v if isinstance(v, str) else np.zeros(v) for k, v in shapes.items() if v is not None}
+    with pytest.raises(InputError, match=message) as error:
+        xprnn.from_torch(source)
+    assert "\n" not in str(error.value)
+
+
+def test_dtypes_that_differ_need_like():
+    source = {"weight_ih_l0": np.zeros((12, 3), "f4"), "weight_hh_l0": np.zeros((12, 4), "f8")}
+    with pytest.raises(InputError, match="its arrays are float32 and float64: say like"):
+        xprnn.from_torch(source)
+    assert xprnn.from_torch(source, like=FLOAT64)[1]["weight_ih_l0"].dtype == np.float64
+
+
+def test_arguments_that_do_not_fit():
+    module = made("GRU", {"input_size": 3, "hidden_size": 2})
+    with pytest.raises(InputError, match="a module says its nonlinearity and batch_first itself"):
+        xprnn.from_torch(module, batch_first=True)
+    with pytest.raises(InputError, match=r"expected a path, a state_dict \(a dict\) or an nn.Module, found int"):
+        xprnn.from_torch(3)
+    with pytest.raises(InputError, match="like must be an array"):
+        xprnn.from_torch(module, like="float64")
+    source = {"weight_ih_l0": np.zeros((12, 3)), "weight_hh_l0": np.zeros((12, 4))}
+    with pytest.raises(InputError, match="nonlinearity must be 'tanh' or 'relu', found 'sigmoid'"):
+        xprnn.from_torch(source, nonlinearity="sigmoid")
+    with pytest.raises(InputError, match="batch_first must be True or False, found 3"):
+        xprnn.from_torch(source, batch_first=3)

@@ -1,0 +1,79 @@
+"""Back to torch: what from_torch read comes back exactly; what torch cannot have is refused, all reasons at once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.torch_networks import made, network, recurrents, several
+
+import xprnn
+from xprnn.arrays.namespace import InputError
+
+pytestmark = pytest.mark.needs("torch")
+FLOAT64 = np.zeros(0)
+
+
+def rebuilt(state_dict, constructor):
+    """torch's own modules with what to_torch gave."""
+    import torch
+
+    if isinstance(constructor, tuple):
+        name, arguments = constructor
+        module = getattr(torch.nn, name)(**arguments)
+    else:
+        module = torch.nn.ModuleDict({k: getattr(torch.nn, name)(**a) for k, (name, a) in constructor.items()})
+    module.load_state_dict(state_dict)
+    return module
+
+
+@several
+@given(recurrents(), st.sampled_from([0, 7]), st.sampled_from([0, 5]))
+def test_there_and_back_is_exact(case, embedding, outputs):
+    name, arguments = case
+    for source in (made(name, arguments), network(made(name, arguments), embedding, outputs)):
+        model, params = xprnn.from_torch(source)
+        state_dict, constructor = xprnn.to_torch(model, params)
+        module = rebuilt(state_dict, constructor)
+        again, read = xprnn.from_torch(module)
+        assert again == model
+        assert read.keys() == params.keys()
+        assert all(np.array_equal(read[k], params[k]) and read[k].dtype == np.float64 for k in params)
+
+
+REFUSED = {
+    "reset": (xprnn.GRU(3, 4, reset_after=False), "torch has no cell gru_reset_before"),
+    "peepholes": (xprnn.LSTM(3, 4, cell=xprnn.cells.lstm(peepholes=True)), "torch has no cell lstm .*peepholes=True"),
+    "sizes": (xprnn.LSTM(3, (4, 2), 2), r"one hidden_size for all layers, found \[4, 2\]"),
+    "state": (xprnn.LSTM(3, 4, learned_state=True), "no learned_state"),
+    "reverse": (xprnn.LSTM(3, 4, reverse=True), "no reverse alone"),
+    "nonlinearity": (xprnn.RNN(3, 4, nonlinearity="softsign"), "no cell elman f=softsign"),
+    "both": (
+        xprnn.Sequential(a=xprnn.GRU(3, 4, reset_after=False), b=xprnn.Around(2), c=xprnn.RNN(4, 4, reverse=True)),
+        "a: torch has no cell gru_reset_before; b: torch.nn has nothing that Around .*; c: torch's layers have no rev",
+    ),
+    "activation": (xprnn.Apply(xprnn.activation("hardsigmoid")), "torch.nn has no activation hardsigmoid"),
+    "two constants": (xprnn.Apply(xprnn.activation("leakyrelu", 0.1, 0.3)), "no activation leakyrelu"),
+    "no model": (3, "model must be a layer or Sequential, found int"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_torch_cannot_have(case):
+    model, message = REFUSED[case]
+    with pytest.raises(InputError, match=message):
+        xprnn.to_torch(model, {})
+
+
+def test_params_of_another_model_are_refused(rng):
+    layer = xprnn.GRU(3, 4)
+    params = layer.init(rng, like=FLOAT64)
+    with pytest.raises(InputError, match="to_torch: params: missing bias_ih_l0"):
+        xprnn.to_torch(layer, {k: v for k, v in params.items() if k != "bias_ih_l0"})
+    with pytest.raises(InputError, match=r"to_torch: weight_ih_l0 must have shape \(12, 3\), found \(12, 4\)"):
+        xprnn.to_torch(layer, {**params, "weight_ih_l0": np.zeros((12, 4))})
+    layer = xprnn.Recurrent(3, 4, cell=xprnn.cells.lstm())
+    _, (name, arguments) = xprnn.to_torch(layer, layer.init(rng, like=FLOAT64))
+    assert name == "LSTM"
+    assert arguments["hidden_size"] == 4

@@ -1,0 +1,116 @@
+"""One layer in one direction by the persistent kernels on the host machine, beside the generic scan in float64."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from array_api_compat import array_namespace
+from support.cuda import persistent_emulator as host
+
+from xprnn import cells
+from xprnn.kernels import dispatch
+from xprnn.kernels.config import generic_only
+from xprnn.kernels.cuda import cluster_config, persistent
+from xprnn.kernels.cuda.cluster_config import Config, configurations
+from xprnn.kernels.tape import Steps
+
+CELLS = {"tanh": cells.elman("tanh"), "relu": cells.elman("relu"), "gru": cells.gru(), "lstm": cells.lstm()}
+RELATIVE = 1e-6  # of each array's norm: float32 sums of up to 1024 products, over up to 7 steps
+DX = 3e-6  # NumPy's float32 product that gives dx sums up to 4 * 512 terms that mostly cancel
+
+
+class Problem(NamedTuple):
+    """Everything in float32."""
+
+    cell: Any
+    params: dict[str, Any]
+    x: Any
+    state: tuple[Any, ...]
+    steps: Steps
+    reverse: bool
+    dy: Any
+    dstate: tuple[Any, ...]
+    dstates: tuple[Any, ...] = ()
+
+
+def config_for(cell: str, units: int, rows: int) -> Config:
+    (found,) = [c for c in configurations() if (c.cell, c.units, c.rows) == (cell, units, rows)]
+    return found
+
+
+def problem(
+    rng: np.random.Generator,
+    cell: str,
+    H: int,
+    N: int,
+    T: int,
+    *,
+    ragged: bool = False,
+    reverse: bool = False,
+    bias: bool = True,
+    injected: bool = False,
+) -> Problem:
+    D, gates, states = 5, cluster_config.CELLS[cell], len(CELLS[cell].states)
+
+    def draw(*shape: int, scale: float = 1.0) -> Any:
+        return (scale * rng.normal(size=shape)).astype(np.float32)
+
+    params = {"weight_ih": draw(gates * H, D, scale=0.5), "weight_hh": draw(gates * H, H, scale=H**-0.5)}
+    if bias:
+        params |= {name: draw(gates * H, scale=0.3) for name in ("bias_ih", "bias_hh")}
+    active = None
+    if ragged:  # any order, zero among them
+        lengths = rng.permutation(np.r_[0, T, rng.integers(0, T + 1, size=N)][-N:] if N > 1 else [max(T - 1, 0)])
+        active = np.arange(T)[:, None] < lengths
+    several = tuple(draw(T, N, H) for _ in range(states)) if injected else ()
+    initial, last = (tuple(draw(N, H) for _ in range(states)) for _ in range(2))
+    return Problem(CELLS[cell], params, draw(T, N, D), initial, Steps(active), reverse, draw(T, N, H), last, several)
+
+
+def outcome(p: Problem, config: Config | None = None, **settings: Any) -> dict[str, Any]:
+    """Every result and gradient; by the generic scan in float64 where there is no configuration."""
+    if config is None:
+        return _by_generic(p)
+    import cupy
+
+    params = {k: cupy.asarray(v) for k, v in p.params.items()}
+    x, dy, *rest = (cupy.asarray(a) for a in (p.x, p.dy, *p.state, *p.dstate, *p.dstates))
+    k = len(p.state)
+    state, dstate, dstates = tuple(rest[:k]), tuple(rest[k : 2 * k]), tuple(rest[2 * k :])
+    steps = p.steps if p.steps.active is None else Steps(cupy.asarray(p.steps.active))
+    namespace = array_namespace(x)
+    with host.settings(**settings):
+        y, final, tape = persistent.forward(
+            config, p.cell, params, x, state, steps, home=state, xp=namespace, reverse=p.reverse, keep=True
+        )
+        dx, dinitial, _, dparams = dispatch.backward(tape, dy, dstate, dstates)
+    found = _named(y, final, tape.states(), dx, dinitial, dparams)
+    return {name: a.get() for name, a in found.items()}
+
+
+def _by_generic(p: Problem) -> dict[str, Any]:
+    params = {k: v.astype(np.float64) for k, v in p.params.items()}
+    x, dy, *rest = (a.astype(np.float64) for a in (p.x, p.dy, *p.state, *p.dstate, *p.dstates))
+    k = len(p.state)
+    with generic_only():
+        y, final, tape = dispatch.forward(
+            p.cell, params, x, tuple(rest[:k]), p.steps, xp=np, reverse=p.reverse, keep=True
+        )
+        dx, dinitial, _, dparams = dispatch.backward(tape, dy, tuple(rest[k : 2 * k]), tuple(rest[2 * k :]))
+    return _named(y, final, tape.states(), dx, dinitial, dparams)
+
+
+def _named(y: Any, final: Any, states: Any, dx: Any, dinitial: Any, dparams: Any) -> dict[str, Any]:
+    named = {"y": y, "dx": dx, **dparams}
+    for name, values in {"final": final, "dinitial": dinitial, "states": states}.items():
+        named |= {f"{name} {i}": v for i, v in enumerate(values)}
+    return named
+
+
+def differences(got: dict[str, Any], want: dict[str, Any]) -> dict[str, float]:
+    """What is further away than float32 sums explain, with its relative distance."""
+    assert got.keys() == want.keys()
+    assert all(got[k].shape == want[k].shape and got[k].dtype == np.float32 for k in want)
+    far = {k: float(np.linalg.norm(got[k] - want[k]) / (np.linalg.norm(want[k]) or 1.0)) for k in want}
+    return {k: d for k, d in far.items() if not d <= (DX if k == "dx" else RELATIVE)}

@@ -1,0 +1,71 @@
+"""The same arithmetic as torch: twenty Adam steps from the same parameters and batches give the same losses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import xprnn
+from xprnn.charlm.corpus import Streams, Vocabulary, default_text, streams
+
+pytestmark = pytest.mark.needs("torch")
+STEPS, BATCH, WINDOW, HIDDEN, RATE = 20, 8, 32, 48, 2e-2
+CLIP = {"RNN": 1.0, "LSTM": 0.5, "GRU": 1.0}  # between the smallest and the largest norm of the twenty
+
+
+@pytest.fixture(scope="module")
+def text():
+    characters = default_text()[:20_000]
+    vocabulary = Vocabulary.of(characters)
+    return len(vocabulary), Streams(*streams(vocabulary.encode(characters), BATCH, WINDOW), WINDOW)
+
+
+def our_losses(model, params, text, clip):
+    optimiser, state, losses, norms = xprnn.adam(RATE), None, [], []
+    moments = optimiser.init(params)
+    for step in range(STEPS):
+        x, targets = text.at(step)
+        logits, state, tape = model.forward(params, x, state)
+        loss, dlogits = xprnn.cross_entropy(logits, targets)
+        gradients, norm = xprnn.clip_by_global_norm(model.backward(tape, dlogits)[2], clip)
+        params, moments = optimiser.update(params, gradients, moments)
+        losses.append(float(loss))
+        norms.append(float(norm))
+    return losses, norms
+
+
+def torch_losses(kind, num_layers, characters, params, text):
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    rnn = getattr(torch.nn, kind)(characters, HIDDEN, num_layers=num_layers, dtype=torch.float64)
+    net = torch.nn.ModuleDict({"rnn": rnn, "head": torch.nn.Linear(HIDDEN, characters, dtype=torch.float64)})
+    net.load_state_dict({name: torch.tensor(array) for name, array in params.items()})
+    optimiser, state, losses, norms = torch.optim.Adam(net.parameters(), lr=RATE), None, [], []
+    for step in range(STEPS):
+        x, targets = (torch.tensor(a) for a in text.at(step))
+        y, state = rnn(torch.nn.functional.one_hot(x, characters).double(), state)
+        state = tuple(s.detach() for s in state) if isinstance(state, tuple) else state.detach()
+        loss = torch.nn.functional.cross_entropy(net["head"](y).flatten(0, 1), targets.flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP[kind])))
+        optimiser.step()
+        losses.append(loss.item())
+    return losses, norms
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_twenty_adam_steps_lose_what_torch_loses(text, rng, kind, num_layers):
+    characters, windows = text
+    rnn = getattr(xprnn, kind)(characters, HIDDEN, num_layers=num_layers)
+    model = xprnn.Sequential(rnn=rnn, head=xprnn.Linear(HIDDEN, characters))
+    params = model.init(rng, like=np.zeros(1))
+    params["head.weight"] = params["head.weight"] * 4  # gradients large enough to be clipped at first
+    ours, our_norms = our_losses(model, params, windows, CLIP[kind])
+    theirs, their_norms = torch_losses(kind, num_layers, characters, params, windows)
+    assert max(their_norms) > CLIP[kind] > min(their_norms), "some steps are clipped and some are not"
+    np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+    # torch divides by norm + 1e-6; a difference there would show in the losses, the norms themselves are exact.
+    np.testing.assert_allclose(our_norms, their_norms, rtol=1e-8)
+    assert ours[-1] < ours[0] - 0.5

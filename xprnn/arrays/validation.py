@@ -1,0 +1,90 @@
+"""Checks of arguments that raise InputError with the place, the expectation and the value found."""
+
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+from numpy.random import Generator
+
+from xprnn.arrays.namespace import (
+    InputError,
+    Params,
+    check_shape,
+    resolve,
+)
+
+__all__ = [
+    "check_init",
+    "check_param_shapes",
+    "check_params",
+    "check_rng",
+    "flag",
+    "fraction",
+    "keep_positive",
+    "need",
+    "positive",
+]
+
+
+def check_params(where: str, params: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise InputError unless params has just these keys."""
+    if not isinstance(params, dict):
+        raise InputError(f"{where}: params must be a dict of arrays, found {type(params).__name__}")
+    if params.keys() != shapes.keys():
+        missing, extra = sorted(shapes.keys() - params.keys()), sorted(params.keys() - shapes.keys())
+        parts = [f"{what} {', '.join(n)}" for what, n in (("missing", missing), ("unexpected", extra)) if n]
+        raise InputError(f"{where}: params: {'; '.join(parts)} (expected {', '.join(shapes)})")
+    for name, value in params.items():
+        need(where, name, value)
+
+
+def check_param_shapes(where: str, params: Params, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise InputError unless every parameter has its shape."""
+    for name, shape in shapes.items():
+        if tuple(params[name].shape) != shape:
+            check_shape(where, name, "", params[name], shape)
+
+
+def positive(where: str, name: str, value: Any, least: int = 1) -> int:
+    """`value` as an int (np.int64 and the like are integers too); InputError unless it is one, and >= least."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise InputError(f"{where}: {name} must be an integer >= {least}, found {value!r}")
+    return int(value)
+
+
+def keep_positive(config: Any, *names: str, least: int = 1) -> None:
+    """Put `positive` of these attributes in their place in a frozen configuration."""
+    for name in names:
+        object.__setattr__(config, name, positive(type(config).__name__, name, getattr(config, name), least))
+
+
+def fraction(where: str, name: str, value: Any) -> None:
+    """Raise InputError unless 0 <= `value` < 1."""
+    if not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise InputError(f"{where}: {name} must be in [0, 1), found {value!r}")
+
+
+def need(where: str, name: str, value: Any) -> None:
+    """Raise InputError if `value` is None where an array is needed."""
+    if value is None:
+        raise InputError(f"{where}: {name} must be an array, found None")
+
+
+def flag(where: str, name: str, value: Any) -> None:
+    """Raise InputError unless `value` is True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise InputError(f"{where}: {name} must be True or False, found {value!r}")
+
+
+def check_init(where: str, rng: Any, like: Any) -> None:
+    """Raise InputError unless `init` got a NumPy Generator and an array whose dtype parameters can take."""
+    check_rng(where, rng)
+    resolve(where, {"like": like})
+
+
+def check_rng(where: str, rng: Any, *, optional: bool = False) -> None:
+    """Raise InputError unless `rng` is a NumPy Generator (or None, if it is optional)."""
+    if not isinstance(rng, Generator) and not (optional and rng is None):
+        raise InputError(
+            f"{where}: rng must be a numpy.random.Generator, found {type(rng).__name__}: numpy.random.default_rng(0)"
+        )

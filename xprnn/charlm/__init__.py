@@ -1,0 +1,1 @@
+"""The character language model behind the commands train and sample."""

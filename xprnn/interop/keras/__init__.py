@@ -1,0 +1,1 @@
+"""Models from Keras 3: .keras and .weights.h5 files, live models."""

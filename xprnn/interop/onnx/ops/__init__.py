@@ -1,0 +1,1 @@
+"""ONNX operators on any array library."""

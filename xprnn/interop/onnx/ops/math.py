@@ -1,0 +1,237 @@
+"""The arithmetic of ONNX over the Array API: elementwise functions, products, reductions, softmax.
+
+Each function is run(context, node, *inputs); the standard's text of each operator is its specification (onnx.ai).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+from xprnn.arrays.namespace import Array, InputError
+from xprnn.cells.activations import activation
+from xprnn.cells.activations_from_input import erf
+from xprnn.interop.onnx.node import Context, Node, Op
+
+__all__ = ["MATH"]
+
+
+def _plain(f: Callable[[Any, Array], Array]) -> Op:
+    return Op(lambda at, node, x: f(at.xp, x))
+
+
+def _pair(f: Callable[[Any, Array, Array], Array]) -> Op:
+    return Op(lambda at, node, a, b: f(at.xp, a, b))
+
+
+def _many(f: Callable[[Any, Array, Array], Array]) -> Op:
+    return Op(lambda at, node, *xs: reduce(lambda a, b: f(at.xp, a, b), xs))
+
+
+def _activation(name: str, alpha: float | None = None, beta: float | None = None) -> Op:
+    """One of xprnn.activation's, with the operator's own default constants."""
+    constants = {"alpha": alpha, "beta": beta}
+
+    def chosen(node: Node) -> Any:
+        return activation(name, **{k: node.attrs.get(k, v) for k, v in constants.items() if v is not None})
+
+    def check(node: Node) -> str:
+        try:
+            chosen(node)
+        except InputError as error:
+            return str(error)
+        return ""
+
+    attrs = tuple(k for k, v in constants.items() if v is not None)
+    return Op(lambda at, node, x: chosen(node).build(at.xp)[0](x), attrs, check=check)
+
+
+def _gelu(at: Context, node: Node, x: Array) -> Array:
+    name = "gelutanh" if node.attrs.get("approximate", "none") == "tanh" else "gelu"
+    return activation(name).build(at.xp)[0](x)
+
+
+def _selu(at: Context, node: Node, x: Array) -> Array:
+    """The constants are the standard's, float32 numbers."""
+    alpha, gamma = (
+        node.attrs.get("alpha", 1.67326319217681884765625),
+        node.attrs.get("gamma", 1.05070102214813232421875),
+    )
+    return gamma * at.xp.where(x > 0, x, alpha * at.xp.expm1(at.xp.minimum(x, 0 * x)))
+
+
+def _divide(xp: Any, a: Array, b: Array) -> Array:
+    """Integers are divided as C does it, towards zero."""
+    if xp.isdtype(a.dtype, "real floating"):
+        return a / b
+    return xp.sign(a) * xp.sign(b) * (xp.abs(a) // xp.abs(b))
+
+
+def _mod(at: Context, node: Node, a: Array, b: Array) -> Array:
+    if not node.attrs.get("fmod", 0):
+        return at.xp.remainder(a, b)
+    return a - b * at.xp.trunc(a / b) if at.xp.isdtype(a.dtype, "real floating") else a - b * _divide(at.xp, a, b)
+
+
+def _mean(at: Context, node: Node, *xs: Array) -> Array:
+    return reduce(lambda a, b: a + b, xs) / len(xs)
+
+
+def _clip(at: Context, node: Node, x: Array, low: Any = None, high: Any = None) -> Array:
+    """Bounds are attributes before opset 11 and inputs since."""
+    low, high = node.attrs.get("min", low), node.attrs.get("max", high)
+    x = x if low is None else at.xp.maximum(x, low)
+    return x if high is None else at.xp.minimum(x, high)
+
+
+def _where(at: Context, node: Node, condition: Array, a: Array, b: Array) -> Array:
+    return at.xp.where(condition, a, b)
+
+
+def _pow(at: Context, node: Node, a: Array, b: Array) -> Array:
+    return at.xp.pow(a, at.xp.astype(b, a.dtype))
+
+
+def _matmul(at: Context, node: Node, a: Array, b: Array) -> Array:
+    if b.ndim != 2 or a.ndim < 3:
+        return at.xp.matmul(a, b)
+    lead = tuple(a.shape[:-1])  # one large product is faster than many small ones
+    out = at.xp.matmul(at.xp.reshape(a, (math.prod(lead), a.shape[-1])), b)
+    return at.xp.reshape(out, (*lead, b.shape[1]))
+
+
+def _gemm(at: Context, node: Node, a: Array, b: Array, c: Array | None = None) -> Array:
+    """alpha A B + beta C, either factor turned."""
+    xp, get = at.xp, node.attrs.get
+    a = xp.permute_dims(a, (1, 0)) if get("transA", 0) else a
+    b = xp.permute_dims(b, (1, 0)) if get("transB", 0) else b
+    out = xp.matmul(a, b)
+    alpha, beta = get("alpha", 1.0), get("beta", 1.0)
+    out = out if alpha == 1 else out * alpha
+    if c is None or beta == 0:
+        return out
+    return out + (c if beta == 1 else c * beta)
+
+
+def _reduction(f: Callable[[Any, Array, tuple[int, ...], bool], Array]) -> Op:
+    """axes are an attribute at first and an input later; without any all axes, or none with noop_with_empty_axes."""
+
+    def run(at: Context, node: Node, x: Array, axes: Any = None) -> Array:
+        given = node.attrs.get("axes") if axes is None else axes.reshape(-1).tolist()
+        if not given and node.attrs.get("noop_with_empty_axes", 0):
+            return x
+        over = tuple(int(a) for a in given) if given else tuple(range(x.ndim))
+        return f(at.xp, x, over, bool(node.attrs.get("keepdims", 1)))
+
+    return Op(run, ("axes", "keepdims", "noop_with_empty_axes"), host=(1,))
+
+
+def _sum(xp: Any, x: Array, over: tuple[int, ...], keep: bool) -> Array:
+    return xp.sum(x, axis=over, keepdims=keep, dtype=x.dtype)
+
+
+def _argmax(at: Context, node: Node, x: Array) -> Array:
+    get = node.attrs.get
+    return at.xp.argmax(x, axis=get("axis", 0), keepdims=bool(get("keepdims", 1)))
+
+
+def _cumsum(at: Context, node: Node, x: Array, axis: Any) -> Array:
+    xp, k = at.xp, int(axis) % x.ndim
+    x = xp.flip(x, axis=k) if node.attrs.get("reverse", 0) else x
+    out = xp.cumulative_sum(x, axis=k, dtype=x.dtype, include_initial=False)
+    if node.attrs.get("exclusive", 0):
+        cut = [slice(None)] * x.ndim
+        cut[k] = slice(0, x.shape[k] - 1)
+        first = [slice(None)] * x.ndim
+        first[k] = slice(0, 1)
+        out = xp.concat((xp.zeros_like(x[tuple(first)]), out[tuple(cut)]), axis=k)
+    return xp.flip(out, axis=k) if node.attrs.get("reverse", 0) else out
+
+
+def _softmax(log: bool) -> Op:
+    """Along one axis since opset 13; before, over all axes from `axis` on as if they were one."""
+
+    def run(at: Context, node: Node, x: Array) -> Array:
+        xp, shape = at.xp, tuple(x.shape)
+        axis = node.attrs.get("axis", -1 if node.opset >= 13 else 1)
+        if node.opset < 13:
+            axis = axis % x.ndim
+            x = xp.reshape(x, (math.prod(shape[:axis]), math.prod(shape[axis:])))
+        along = axis if node.opset >= 13 else 1
+        shifted = x - xp.max(x, axis=along, keepdims=True)
+        total = xp.sum(xp.exp(shifted), axis=along, keepdims=True, dtype=x.dtype)
+        out = shifted - xp.log(total) if log else xp.exp(shifted) / total
+        return out if node.opset >= 13 else xp.reshape(out, shape)
+
+    return Op(run, ("axis",))
+
+
+def _not_implemented(name: str, allowed: int) -> Callable[[Node], str]:
+    def check(node: Node) -> str:
+        found = node.attrs.get(name, allowed)
+        return "" if found == allowed else f"{name}={found}"
+
+    return check
+
+
+MATH: dict[str, Op] = {
+    "Abs": _plain(lambda xp, x: xp.abs(x)),
+    "Ceil": _plain(lambda xp, x: xp.ceil(x)),
+    "Exp": _plain(lambda xp, x: xp.exp(x)),
+    "Floor": _plain(lambda xp, x: xp.floor(x)),
+    "Log": _plain(lambda xp, x: xp.log(x)),
+    "Neg": _plain(lambda xp, x: -x),
+    "Not": _plain(lambda xp, x: xp.logical_not(x)),
+    "Reciprocal": _plain(lambda xp, x: 1.0 / x),
+    "Round": _plain(lambda xp, x: xp.round(x)),
+    "Sign": _plain(lambda xp, x: xp.sign(x)),
+    "Sqrt": _plain(lambda xp, x: xp.sqrt(x)),
+    "Tanh": _activation("tanh"),
+    "Sigmoid": _activation("sigmoid"),
+    "Relu": _activation("relu"),
+    "Softplus": _activation("softplus"),
+    "Softsign": _activation("softsign"),
+    "Elu": _activation("elu", 1.0),
+    "LeakyRelu": _activation("leakyrelu", 0.01),
+    "ThresholdedRelu": _activation("thresholdedrelu", 1.0),
+    "HardSigmoid": _activation("hardsigmoid", 0.2, 0.5),
+    "Celu": _activation("celu", 1.0),
+    "Erf": Op(lambda at, node, x: erf(at.xp)(x)),
+    "Gelu": Op(_gelu, ("approximate",)),
+    "HardSwish": _activation("hardswish"),
+    "Mish": _activation("mish"),
+    "Selu": Op(_selu, ("alpha", "gamma")),
+    "Add": _pair(lambda xp, a, b: a + b),
+    "Sub": _pair(lambda xp, a, b: a - b),
+    "Mul": _pair(lambda xp, a, b: a * b),
+    "Div": _pair(_divide),
+    "Mod": Op(_mod, ("fmod",)),
+    "Pow": Op(_pow),
+    "And": _pair(lambda xp, a, b: xp.logical_and(a, b)),
+    "Or": _pair(lambda xp, a, b: xp.logical_or(a, b)),
+    "Xor": _pair(lambda xp, a, b: xp.logical_xor(a, b)),
+    "Equal": _pair(lambda xp, a, b: a == b),
+    "Less": _pair(lambda xp, a, b: a < b),
+    "LessOrEqual": _pair(lambda xp, a, b: a <= b),
+    "Greater": _pair(lambda xp, a, b: a > b),
+    "GreaterOrEqual": _pair(lambda xp, a, b: a >= b),
+    "Max": _many(lambda xp, a, b: xp.maximum(a, b)),
+    "Min": _many(lambda xp, a, b: xp.minimum(a, b)),
+    "Sum": _many(lambda xp, a, b: a + b),
+    "Mean": Op(_mean),
+    "Clip": Op(_clip, ("min", "max")),
+    "Where": Op(_where),
+    "MatMul": Op(_matmul),
+    "Gemm": Op(_gemm, ("alpha", "beta", "transA", "transB")),
+    "ReduceSum": _reduction(_sum),
+    "ReduceMean": _reduction(lambda xp, x, over, keep: xp.mean(x, axis=over, keepdims=keep)),
+    "ReduceMax": _reduction(lambda xp, x, over, keep: xp.max(x, axis=over, keepdims=keep)),
+    "ReduceMin": _reduction(lambda xp, x, over, keep: xp.min(x, axis=over, keepdims=keep)),
+    "ReduceProd": _reduction(lambda xp, x, over, keep: xp.prod(x, axis=over, keepdims=keep, dtype=x.dtype)),
+    "ArgMax": Op(_argmax, ("axis", "keepdims", "select_last_index"), check=_not_implemented("select_last_index", 0)),
+    "CumSum": Op(_cumsum, ("exclusive", "reverse"), host=(1,)),
+    "Softmax": _softmax(log=False),
+    "LogSoftmax": _softmax(log=True),
+}

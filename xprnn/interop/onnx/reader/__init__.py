@@ -1,0 +1,1 @@
+"""Recognition of recurrent layers in an ONNX graph."""

@@ -1,0 +1,26 @@
+"""Import of optional packages, with an error that names the extra to install."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from xprnn.arrays.namespace import InputError
+
+__all__ = [
+    "need",
+]
+
+
+def need(where: str, package: str, extra: str, *modules: str) -> Any:
+    """An optional package, with these of its modules.
+
+    Raises:
+        InputError: it is not installed; says which extra to install.
+    """
+    try:
+        for name in modules:
+            import_module(f"{package}.{name}")
+        return import_module(package)
+    except ImportError:
+        raise InputError(f'{where}: needs {package}: pip install "xprnn[{extra}]"') from None

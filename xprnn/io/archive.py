@@ -1,0 +1,295 @@
+"""Archives: named arrays and a JSON header in one file, read back without trusting it.
+
+`.safetensors` is the home format, `.npz` the same for machines with NumPy alone. Neither can run code on loading. Every
+array and the header carry a checksum, looked at on every reading: a flipped bit is found, not learnt from. Every file
+is written beside its place and then renamed, so a reader sees the old file or the new one.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import stat
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from xprnn.arrays.namespace import Array, InputError, Params, from_numpy
+
+FORMAT = "xprnn"
+DTYPES = ("float16", "float32", "float64", "int32", "int64")
+_CHECKSUM = "xprnn.crc32"  # of the header's text; its entry "crc32" has those of the arrays
+_NPZ_HEADER = "__xprnn__"
+_Shapes = dict[str, tuple[int, ...]]
+_Read = Callable[[str], Any]
+_Opened = tuple[str | None, _Shapes, _Read]
+
+
+class Contents(NamedTuple):
+    """An open file: header and shapes first, an array only when it is asked for."""
+
+    header: dict[str, Any]
+    shapes: _Shapes
+    read: _Read
+
+
+def as_path(where: str, path: Any) -> Path:
+    """Return `path` as a Path.
+
+    Raises:
+        InputError: not a path, or one that no file can have.
+
+    >>> as_path("load", None)
+    Traceback (most recent call last):
+    xprnn.arrays.namespace.InputError: load: expected a path, found NoneType
+    """
+    try:
+        found = Path(path)
+    except TypeError:
+        raise InputError(f"{where}: expected a path, found {type(path).__name__}") from None
+    if "\0" in str(found):
+        raise InputError(f"{where}: expected a path, found {str(found)!r} with a zero character in it")
+    return found
+
+
+def check_file(where: str, path: Path) -> None:
+    """Look at what is at `path` before it is opened: a device has no end, and a pipe may wait for ever.
+
+    Raises:
+        InputError: nothing is there, or something else than a file or a directory.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        raise InputError(f"{where}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise InputError(f"{where}: expected a regular file, found a device, pipe or socket")
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Put `content` at `path` in one step: whatever happens, no half-written file stays behind.
+
+    Raises:
+        InputError: the place cannot be written.
+    """
+    path = Path(path)
+    if not path.name:
+        raise InputError(f"{path}: cannot be written (expected a file's name, found a directory)")
+    beside = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+    try:
+        with beside.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+    finally:
+        with suppress(OSError, UnicodeError):
+            beside.unlink()
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """Return the JSON header of a file of ours: "model" and "metadata" for what `save` wrote."""
+    with opened(path) as file:
+        return file.header
+
+
+def is_ours(path: str | Path) -> bool:
+    """Whether a `.safetensors` file says that xprnn wrote it; False for one that cannot be read."""
+    try:
+        check_file(str(path), Path(path))
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return FORMAT in (file.metadata() or {})
+    except (OSError, ValueError, safetensors.SafetensorError):
+        return False
+
+
+def read_arrays(path: str | Path) -> tuple[Params, dict[str, Any]]:
+    """Return all arrays of a file written by `write_arrays`, and its header."""
+    with opened(path) as file:
+        return {name: file.read(name) for name in file.shapes}, file.header
+
+
+def write_arrays(path: str | Path, arrays: Mapping[str, Any], header: Mapping[str, Any]) -> None:
+    """Write NumPy arrays and a JSON header to a `.safetensors` or `.npz` file, in one step.
+
+    Raises:
+        InputError: another ending, a dtype or a header that a file cannot hold, or a place that cannot be written.
+    """
+    path = as_path("write_arrays", path)
+    if path.suffix not in _OPENERS:
+        found = f"found {path.suffix or 'no ending'}{_elsewhere(path, 0)}"
+        raise InputError(f"{path}: expected a name ending in .safetensors or .npz, {found}")
+    arrays = {name: _storable(f"{path}: {name}", array) for name, array in arrays.items()}
+    try:
+        text = json.dumps({**header, "crc32": {name: _crc32(array) for name, array in arrays.items()}})
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected metadata that JSON can hold, but {error}") from None
+    if path.suffix == ".safetensors":
+        content = safetensors.numpy.save(arrays, {FORMAT: text, _CHECKSUM: str(zlib.crc32(text.encode()))})
+    else:
+        content = _npz({**arrays, _NPZ_HEADER: np.frombuffer(text.encode(), np.uint8)})
+    write_atomically(path, content)
+
+
+# What writes and what reads the endings that are not ours.
+_ELSEWHERE = {
+    ".onnx": ("to_onnx", "from_onnx"),
+    ".pt": ("to_torch", "from_torch"),
+    ".pth": ("to_torch", "from_torch"),
+    ".keras": ("", "from_keras"),
+    ".h5": ("", "from_keras"),
+}
+
+
+def _elsewhere(path: Path, reading: int) -> str:
+    name = _ELSEWHERE.get(path.suffix, ("", ""))[reading]
+    return f" (xprnn.{name} is for {path.suffix})" if name else ""
+
+
+def _storable(where: str, array: Any) -> Any:
+    array = np.asarray(array)
+    if array.dtype.name not in DTYPES:
+        raise InputError(f"{where} has dtype {array.dtype.name}, a file holds {', '.join(DTYPES)}: convert it first")
+    return np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
+
+
+def _crc32(array: Any) -> int:
+    # The dtype and the shape too: the same bits read as other numbers are damage as well.
+    start = zlib.crc32(f"{array.dtype.str} {array.shape}".encode())
+    content: Any = np.asarray(array, order="C").reshape(-1).view(np.uint8)
+    return zlib.crc32(content, start)
+
+
+def _npz(arrays: Mapping[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
+    return buffer.getvalue()
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[Contents]:
+    """Open a file of ours for reading; within the block, too, what shows damage becomes an InputError."""
+    path = as_path("load", path)
+    if path.suffix not in _OPENERS:
+        raise InputError(f"{path}: expected a .safetensors or .npz file{_elsewhere(path, 1)}")
+    check_file(str(path), path)
+    try:
+        with path.open("rb"), _OPENERS[path.suffix](path) as (text, shapes, read):
+            if text is None:
+                raise InputError(f"{path}: not written by xprnn (its header has no {FORMAT!r} entry)")
+            header = json.loads(text)
+            if not isinstance(header, dict):
+                raise ValueError("its header is not a JSON object")
+            yield Contents(header, shapes, _checked(read, header.pop("crc32", None)))
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except _DAMAGES as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        raise InputError(f"{path}: damaged, or not a {path.suffix} file ({reason})") from None
+
+
+def _checked(read: _Read, checksums: Any) -> _Read:
+    def checked(name: str) -> Any:
+        array = read(name)
+        if not isinstance(checksums, dict) or checksums.get(name) != _crc32(array):
+            raise ValueError(f"{name} does not match its checksum")
+        return array
+
+    return checked
+
+
+@contextmanager
+def _open_safetensors(path: Path) -> Iterator[_Opened]:
+    # The library has compared every tensor's extent with the file's length before it hands out a name.
+    with safetensors.safe_open(path, framework="numpy") as file:
+        slices = {name: file.get_slice(name) for name in sorted(file.keys())}
+        for name, part in slices.items():
+            _check_kind(name, part.get_dtype(), ("F16", "F32", "F64", "I32", "I64"))
+        shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        about = file.metadata() or {}
+        text = about.get(FORMAT)
+        if text is not None and about.get(_CHECKSUM) != str(zlib.crc32(text.encode())):
+            raise ValueError("its header does not match its checksum")
+        yield text, shapes, file.get_tensor
+
+
+@contextmanager
+def _open_npz(path: Path) -> Iterator[_Opened]:
+    with zipfile.ZipFile(path) as archive:
+        shapes = {}
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED or member.file_size > path.stat().st_size:
+                raise InputError(f"{path}: not written by xprnn ({member.filename} is compressed)")
+            with archive.open(member) as stream:
+                shapes[member.filename.removesuffix(".npy")] = _npy_shape(stream, member)
+
+        def read(name: str) -> Any:
+            with archive.open(f"{name}.npy") as stream:
+                return np.lib.format.read_array(stream, allow_pickle=False)
+
+        has_header = shapes.pop(_NPZ_HEADER, None) is not None
+        yield read(_NPZ_HEADER).tobytes().decode() if has_header else None, shapes, read
+
+
+def _npy_shape(stream: Any, member: zipfile.ZipInfo) -> tuple[int, ...]:
+    version = np.lib.format.read_magic(stream)
+    if version != (1, 0):
+        raise ValueError(f"{member.filename} has npy version {version}")
+    try:
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    except Exception as error:  # on a damaged header it raises whatever its parts do: SyntaxError, TokenError, ...
+        raise ValueError(f"{member.filename}: {error}") from None
+    if not all(0 <= n < 2**62 for n in shape):
+        raise ValueError(f"{member.filename} has shape {str(shape)[:100]}")
+    _check_kind(member.filename, dtype.str[1:], ("f2", "f4", "f8", "i4", "i8", "u1"))
+    if math.prod(shape) * dtype.itemsize != member.file_size - stream.tell():
+        raise ValueError(f"{member.filename} has another length than its shape {shape} needs")
+    return shape
+
+
+def _check_kind(name: str, found: str, known: tuple[str, ...]) -> None:
+    if found not in known:
+        raise ValueError(f"{name} has dtype {found}, expected one of {', '.join(known)}")
+
+
+# A damaged zip directory makes zipfile raise RuntimeError (a member seems encrypted) and NotImplementedError as well.
+_DAMAGES = (safetensors.SafetensorError, zipfile.BadZipFile, ValueError, EOFError, RuntimeError)
+_OPENERS = {".safetensors": _open_safetensors, ".npz": _open_npz}
+
+
+def moved(where: str, array: Any, like: Array) -> Array:
+    """A host array, put where `like` lives, in its dtype.
+
+    Raises:
+        InputError: `like` has a dtype that NumPy does not know.
+    """
+    try:
+        return from_numpy(array, like=like)
+    except TypeError:
+        raise InputError(f"{where}: cannot be loaded as {like.dtype}; load as another dtype and convert") from None
+
+
+def check_depth(config: Any, arrays: int) -> None:
+    """Raise InputError for more layers than a file with so many arrays can have, before they take memory."""
+    if isinstance(config, dict):
+        count = config.get("num_layers", 1)
+        if isinstance(count, int) and count > max(1, arrays):
+            raise InputError(f"num_layers is {str(count)[:20]} but there are {arrays} arrays")
+        for part in config.values():
+            check_depth(part, arrays)

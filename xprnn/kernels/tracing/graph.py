@@ -1,0 +1,141 @@
+"""Turns a cell's elementwise functions into straight-line programs that write into given arrays.
+
+The functions are called once with stand-ins for their arguments. Each operator and each namespace function they use
+becomes a node; equal nodes are one. A program prints the nodes it needs, in order, as calls `ufunc(a, b, out)`, with
+as few scratch arrays as their lifetimes allow: no allocation is left, and a cell's maths is written once, in cells.py.
+
+What can't be traced (a function outside `FUNCTIONS`, a branch on a value) raises UntraceableError, and the generic
+scan runs.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+__all__ = [
+    "Graph",
+    "UntraceableError",
+    "Value",
+    "leaves",
+    "nodes",
+]
+
+_NAMES = """
+    abs add cos cosh divide exp expm1 log log1p maximum minimum multiply negative positive pow sign sin sinh sqrt square
+    subtract tanh less less_equal greater greater_equal equal not_equal
+"""
+FUNCTIONS = {name: getattr(np, name) for name in _NAMES.split()}
+_BOOLEAN = frozenset({"less", "less_equal", "greater", "greater_equal", "equal", "not_equal"})
+
+
+class UntraceableError(AttributeError):
+    """A function does something other than elementwise arithmetic with the supported functions."""
+
+
+class Value:
+    """A stand-in for an array: arithmetic on it is written down, not done."""
+
+    __slots__ = ("args", "boolean", "graph", "name", "op")
+    __hash__ = object.__hash__
+
+    def __init__(self, graph: "Graph", op: str, args: tuple[Any, ...], name: str = "") -> None:
+        self.graph, self.op, self.args, self.name = graph, op, args, name
+        self.boolean = op in _BOOLEAN
+
+    def __bool__(self) -> bool:
+        raise UntraceableError("a branch on a value")
+
+    def __getattr__(self, name: str) -> Any:
+        raise UntraceableError(f"attribute {name!r} of a value")
+
+    def __neg__(self) -> "Value":
+        return self.graph.node("negative", self)
+
+    def __abs__(self) -> "Value":
+        return self.graph.node("abs", self)
+
+
+def _operator(op: str, swapped: bool = False) -> Any:
+    def method(self: Value, other: Any) -> Value:
+        return self.graph.node(op, other, self) if swapped else self.graph.node(op, self, other)
+
+    return method
+
+
+for _name, _op in {"add": "add", "sub": "subtract", "mul": "multiply", "truediv": "divide", "pow": "pow"}.items():
+    setattr(Value, f"__{_name}__", _operator(_op))
+    setattr(Value, f"__r{_name}__", _operator(_op, swapped=True))
+for _name, _op in {
+    "lt": "less",
+    "le": "less_equal",
+    "gt": "greater",
+    "ge": "greater_equal",
+    "eq": "equal",
+    "ne": "not_equal",
+}.items():
+    setattr(Value, f"__{_name}__", _operator(_op))
+
+
+class Graph:
+    """The nodes of one trace; also the namespace that traced functions see."""
+
+    def __init__(self, *, sigmoid: bool = False) -> None:
+        self._extra = {"sigmoid"} if sigmoid else set()
+        self._nodes: dict[Any, Value] = {}
+        self._inputs: dict[str, Value] = {}
+
+    def input(self, name: str) -> Value:
+        """The stand-in called `name`."""
+        return self._inputs.setdefault(name, Value(self, "input", (), name))
+
+    def inputs(self, letter: str, count: int) -> tuple[Value, ...]:
+        """Stand-ins letter0, letter1, ..."""
+        return tuple(self.input(f"{letter}{k}") for k in range(count))
+
+    def node(self, op: str, *args: Any) -> Value:
+        """The node op(*args), the same object whenever it is asked for again."""
+        for a in args:
+            if not isinstance(a, (Value, int, float)):
+                raise UntraceableError(f"{type(a).__name__} among the operands of {op}")
+        names = tuple(a.name for a in args if isinstance(a, Value))
+        if (
+            op == "add"
+            and len(names) == 2
+            and {n[0] for n in names if n} == {"x", "h"}
+            and names[0][1:] == names[1][1:]
+        ):
+            return self.input("g" + names[0][1:])  # the two halves of a gate, which the scan can add for all gates
+        key = (op, *(id(a) if isinstance(a, Value) else ("number", float(a)) for a in args))
+        return self._nodes.setdefault(key, Value(self, op, args))
+
+    def where(self, condition: Any, a: Any, b: Any) -> Value:
+        """The namespace's where."""
+        return self.node("where", condition, a, b)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in FUNCTIONS.keys() | self._extra:
+            raise UntraceableError(f"the function {name!r}")
+        return lambda *args: self.node(name, *args)
+
+
+def nodes(values: Iterable[Any]) -> dict[Value, None]:
+    """All nodes that `values` are made of, themselves included."""
+    found: dict[Value, None] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, Value) and value not in found:
+            found[value] = None
+            for a in value.args:
+                visit(a)
+
+    for value in values:
+        visit(value)
+    return found
+
+
+def leaves(value: Value) -> set[str]:
+    """The names of the inputs that `value` is made of."""
+    if value.op == "input":
+        return {value.name}
+    return set().union(*(leaves(a) for a in value.args if isinstance(a, Value)))

@@ -1,0 +1,89 @@
+"""Prints traced values as scalar statements: the body of a compiled loop over rows and units."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from xprnn.kernels.tracing.graph import UntraceableError, Value
+
+__all__ = ["FORMS", "Body", "literal"]
+
+# A NaN on either side must come out of maximum and minimum, as it does of NumPy's; sign(nan) is nan.
+FORMS = {
+    "abs": "abs({0})",
+    "add": "{0} + {1}",
+    "cos": "F(math.cos({0}))",
+    "cosh": "F(math.cosh({0}))",
+    "divide": "{0} / {1}",
+    "equal": "{0} == {1}",
+    "exp": "F(exp64({0}))",
+    "expm1": "F(math.expm1({0}))",
+    "greater": "{0} > {1}",
+    "greater_equal": "{0} >= {1}",
+    "less": "{0} < {1}",
+    "less_equal": "{0} <= {1}",
+    "log": "F(math.log({0}))",
+    "log1p": "F(math.log1p({0}))",
+    "maximum": "{0} if {0} > {1} or {0} != {0} else {1}",
+    "minimum": "{0} if {0} < {1} or {0} != {0} else {1}",
+    "multiply": "{0} * {1}",
+    "negative": "-{0}",
+    "not_equal": "{0} != {1}",
+    "positive": "{0}",
+    "pow": "F({0} ** {1})",
+    "sign": "F(1.0) if {0} > F(0.0) else (F(-1.0) if {0} < F(0.0) else {0})",
+    "sin": "F(math.sin({0}))",
+    "sinh": "F(math.sinh({0}))",
+    "sqrt": "F(math.sqrt({0}))",
+    "square": "{0} * {0}",
+    "subtract": "{0} - {1}",
+    "tanh": "tanh({0})",
+    "where": "{1} if {0} else {2}",
+}
+
+
+def literal(number: float) -> str:
+    """A constant of the arrays' dtype; it must not lift float32 arithmetic to float64."""
+    number = float(number)
+    return f"F({number!r})" if number - number == 0 else f"F(np.float64({str(number)!r}))"
+
+
+class Body:
+    """The statements that compute some values for one unit of one row, each value once; in Python."""
+
+    forms = FORMS
+    line = "{0} = {1}"
+    cast = "F({0})"
+    number = staticmethod(literal)
+
+    def __init__(self, read: Callable[[str], str]) -> None:
+        """`read` gives the expression that loads an input."""
+        self.lines: list[str] = []
+        self._read, self._names = read, dict[Value, str]()
+
+    def name(self, value: Any) -> str:
+        """The name of a value, or a constant; what it needs is printed first."""
+        if not isinstance(value, Value):
+            return self.number(value)
+        if value not in self._names:
+            text = self._read(value.name) if value.op == "input" else self._print(value)
+            self._names[value] = f"w{len(self._names)}"
+            self.lines.append(self.line.format(self._names[value], text))
+        return self._names[value]
+
+    def names(self, values: Iterable[Any]) -> list[str]:
+        """`name` of each."""
+        return [self.name(v) for v in values]
+
+    def _print(self, value: Value) -> str:
+        if value.op not in self.forms:
+            raise UntraceableError(f"the function {value.op!r} in compiled code")
+        args = self.names(value.args)
+        if value.op == "where" and not getattr(value.args[0], "boolean", False):
+            raise UntraceableError("where on a number")
+        if value.op != "where":
+            # A comparison used as a number is 0 or 1.
+            args = [
+                self.cast.format(a) if isinstance(v, Value) and v.boolean else a
+                for a, v in zip(args, value.args, strict=True)
+            ]
+        return self.forms[value.op].format(*args)

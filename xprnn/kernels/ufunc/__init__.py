@@ -1,0 +1,1 @@
+"""CPU kernels of NumPy calls that write into preallocated memory."""

@@ -1,0 +1,108 @@
+"""Embedding: a table of vectors looked up by class number."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.random import Generator
+
+from xprnn.arrays.linear import flat
+from xprnn.arrays.namespace import (
+    Array,
+    InputError,
+    Params,
+    as_index,
+    check_integers,
+    check_shape,
+    from_numpy,
+    is_integer,
+    resolve,
+)
+from xprnn.arrays.segment_sum import sum_rows_by_id
+from xprnn.arrays.sparse_gradient import occurring
+from xprnn.arrays.validation import check_init, check_param_shapes, check_params, flag, keep_positive, need
+from xprnn.engine.call_cache import embedding_step
+from xprnn.engine.layer import Quick, Streams
+from xprnn.kernels.tape import Gradients
+from xprnn.layers.linear import check_tape
+
+__all__ = [
+    "Embedding",
+]
+
+
+@dataclass(frozen=True)
+class Embedding(Streams):
+    """A look-up table: integers (...) -> rows (..., D) of a (V, D) weight.
+
+    Args:
+        num_embeddings: V >= 1.
+        embedding_dim: D >= 1.
+        sparse: the weight's gradient is a SparseGradient of the rows that were looked up, where it is dense otherwise.
+
+    >>> import numpy as np
+    >>> table = Embedding(5, 2)
+    >>> params = table.init(np.random.default_rng(0), like=np.zeros(0))
+    >>> table(params, np.asarray([[1, 4]]))[0].shape
+    (1, 2, 2)
+    """
+
+    num_embeddings: int
+    embedding_dim: int
+    sparse: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        keep_positive(self, "num_embeddings", "embedding_dim")
+        flag("Embedding", "sparse", self.sparse)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The name and shape of every parameter."""
+        return {"weight": (self.num_embeddings, self.embedding_dim)}
+
+    def init(self, rng: Generator, like: Array) -> Params:
+        """torch's: standard normal."""
+        check_init("Embedding.init", rng, like)
+        return {"weight": from_numpy(rng.standard_normal(self.shapes()["weight"]), like)}
+
+    def __call__(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Array, None]:
+        """The rows (..., D) of the integers x (...)."""
+        y, _, _ = self.forward(params, x)
+        return y, None
+
+    def forward(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Array, None, Any]:
+        """The rows, None, and the tape."""
+        where = "Embedding.forward"
+        check_params(where, params, self.shapes())
+        need(where, "x", x)
+        xp = resolve(where, dict(params), {"x": x})
+        check_param_shapes(where, params, self.shapes())
+        if not is_integer(xp, x):
+            raise InputError(f"{where}: x must be integers in 0..{self.num_embeddings - 1}, found {x.dtype}")
+        check_integers(where, "x", x, self.num_embeddings)
+        table = params["weight"]
+        rows = xp.take(table, as_index(xp, xp.reshape(x, (-1,))), axis=0)
+        return xp.reshape(rows, (*x.shape, self.embedding_dim)), None, (xp, table, x)
+
+    def backward(self, tape: Any, dy: Array, dstate: None = None) -> Gradients:
+        """The adjoint of forward; dx is None."""
+        xp, table, x = check_tape("Embedding.backward", tape)
+        need("Embedding.backward", "dy", dy)
+        resolve("Embedding.backward", {"params": table, "dy": dy})
+        check_shape("Embedding.backward", "dy", "(the shape of y)", dy, (*x.shape, self.embedding_dim))
+        ids = as_index(xp, xp.reshape(x, (-1,)))
+        if self.sparse:
+            return Gradients(None, None, {"weight": occurring(xp, ids, flat(xp, dy), tuple(table.shape))})
+        return Gradients(None, None, {"weight": sum_rows_by_id(xp, ids, flat(xp, dy), self.num_embeddings)})
+
+    def step(self, params: Params, x: Array, state: None = None) -> tuple[Array, None]:
+        """One time step: integers (N,) -> (N, D)."""
+        done = self._step(params, x, state)
+        return self(params, x) if done is None else done
+
+    def quick(self, prefix: str, count: int) -> Quick:
+        """The step for NumPy arrays that fit, of parameters under `prefix` in a dict of `count`."""
+        return embedding_step(self, prefix, count)
+
+    def config(self) -> dict[str, Any]:
+        """The configuration as JSON-able data."""
+        sizes = {"num_embeddings": self.num_embeddings, "embedding_dim": self.embedding_dim}
+        return {"type": "Embedding"} | sizes | {"sparse": self.sparse}

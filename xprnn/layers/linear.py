@@ -1,0 +1,102 @@
+"""The parts around a recurrent layer: Linear and Embedding, with a layer's verbs.
+
+Every part has init, call, forward, backward, step, config and shapes; a part without a state passes None through.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.random import Generator
+
+from xprnn.arrays.linear import affine, affine_back
+from xprnn.arrays.namespace import Array, InputError, Params, check_shape, from_numpy, resolve
+from xprnn.arrays.validation import check_init, check_param_shapes, check_params, keep_positive, need
+from xprnn.engine.call_cache import linear_step
+from xprnn.engine.layer import Quick, Streams
+from xprnn.kernels.tape import Gradients
+
+__all__ = [
+    "Linear",
+]
+
+
+def check_tape(where: str, tape: Any) -> tuple[Any, Any, Any]:
+    """Raise InputError unless `tape` is one that these parts write."""
+    if not isinstance(tape, tuple) or len(tape) != 3:
+        raise InputError(f"{where}: tape must be what forward returned, found {type(tape).__name__}")
+    return tape
+
+
+@dataclass(frozen=True)
+class Linear(Streams):
+    """The output head: y = x W' + b on the last axis, for all steps at once.
+
+    Args:
+        in_features: H >= 1.
+        out_features: V >= 1.
+        bias: whether b exists.
+
+    >>> import numpy as np
+    >>> head = Linear(3, 2)
+    >>> params = head.init(np.random.default_rng(0), like=np.zeros(0))
+    >>> head(params, np.ones((5, 4, 3)))[0].shape
+    (5, 4, 2)
+    """
+
+    in_features: int
+    out_features: int
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        keep_positive(self, "in_features", "out_features")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The name and shape of every parameter."""
+        return {"weight": (self.out_features, self.in_features)} | ({"bias": (self.out_features,)} if self.bias else {})
+
+    def init(self, rng: Generator, like: Array) -> Params:
+        """torch's: U(-1/sqrt(in_features), 1/sqrt(in_features))."""
+        check_init("Linear.init", rng, like)
+        bound = 1 / np.sqrt(self.in_features)
+        return {name: from_numpy(rng.uniform(-bound, bound, shape), like) for name, shape in self.shapes().items()}
+
+    def __call__(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Array, None]:
+        """y (..., V) for x (..., H)."""
+        y, _, _ = self.forward(params, x)
+        return y, None
+
+    def forward(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Array, None, Any]:
+        """y (..., V), None, and the tape."""
+        where = "Linear.forward"
+        check_params(where, params, self.shapes())
+        need(where, "x", x)
+        xp = resolve(where, {"x": x, **params})
+        check_param_shapes(where, params, self.shapes())
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            raise InputError(
+                f"{where}: x (...,H) must end in {self.in_features} features, found shape {tuple(x.shape)}"
+            )
+        return affine(xp, x, params["weight"], params.get("bias")), None, (xp, params, x)
+
+    def backward(self, tape: Any, dy: Array, dstate: None = None) -> Gradients:
+        """The adjoint of forward."""
+        xp, params, x = check_tape("Linear.backward", tape)
+        need("Linear.backward", "dy", dy)
+        resolve("Linear.backward", {"params": params["weight"], "dy": dy})
+        check_shape("Linear.backward", "dy", "(the shape of y)", dy, (*x.shape[:-1], self.out_features))
+        dx, dw, db = affine_back(xp, dy, x, params["weight"])
+        return Gradients(dx, None, {"weight": dw, "bias": db} if self.bias else {"weight": dw})
+
+    def step(self, params: Params, x: Array, state: None = None) -> tuple[Array, None]:
+        """One time step: x (N, H) -> y (N, V)."""
+        done = self._step(params, x, state)
+        return self(params, x) if done is None else done
+
+    def quick(self, prefix: str, count: int) -> Quick:
+        """The step for NumPy arrays that fit, of parameters under `prefix` in a dict of `count`."""
+        return linear_step(self, prefix, count)
+
+    def config(self) -> dict[str, Any]:
+        """The configuration as JSON-able data."""
+        return {"type": "Linear", "in_features": self.in_features, "out_features": self.out_features, "bias": self.bias}
