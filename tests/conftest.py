@@ -24,12 +24,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.backends import Backend, choose
+from support.backends import Backend, select_backends
 from support.tiny_text import TEXT
 
 from xprnn.kernels import config as kernels_config
 
-CHOSEN = pytest.StashKey[list[Backend]]()
+SELECTED_BACKENDS = pytest.StashKey[list[Backend]]()
 NOT_INSTALLED = pytest.StashKey[Counter[str]]()
 MARKERS = (
     "not_on(*names, reason): the test does not apply to these backends (or libraries)",
@@ -54,15 +54,15 @@ def pytest_configure(config: pytest.Config) -> None:
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
     try:
-        config.stash[CHOSEN] = choose(config.getoption("backend"))
-        if Backend.CUPY_STANDIN in config.stash[CHOSEN]:
-            _ = Backend.CUPY_STANDIN.xp  # from here on `import cupy` finds it
+        config.stash[SELECTED_BACKENDS] = select_backends(config.getoption("backend"))
+        if Backend.CUPY_FAKE in config.stash[SELECTED_BACKENDS]:
+            _ = Backend.CUPY_FAKE.xp  # from here on `import cupy` finds it
     except LookupError as error:
         raise pytest.UsageError(f"--backend: {error}") from None
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return "backends: " + ", ".join(str(backend) for backend in config.stash[CHOSEN])
+    return "backends: " + ", ".join(str(backend) for backend in config.stash[SELECTED_BACKENDS])
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -73,7 +73,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if by_dtype:
             metafunc.parametrize("dtype", Backend.NUMPY.float_dtypes)
         return
-    chosen = metafunc.config.stash[CHOSEN]
+    chosen = metafunc.config.stash[SELECTED_BACKENDS]
     if by_dtype:
         params = [pytest.param(b, d, id=f"{b}-{d}") for b in chosen for d in b.float_dtypes]
         metafunc.parametrize(("xp", "dtype"), params, indirect=["xp"])
@@ -106,7 +106,7 @@ def excluded_parameters(item: pytest.Item) -> bool:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Each test runs in the session of the library it needs; one that needs none, in NumPy's."""
-    libraries = {backend.library for backend in config.stash[CHOSEN]}
+    libraries = {backend.library for backend in config.stash[SELECTED_BACKENDS]}
     by_name = bool(config.getoption("backend"))
     not_installed = config.stash.setdefault(NOT_INSTALLED, Counter())
     selected, deselected = [], []
@@ -155,19 +155,19 @@ def float_errors_raise() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def compiled_where_numba_is_needed(request: pytest.FixtureRequest) -> Iterator[None]:
+def allow_jit_where_numba_is_needed(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test that needs numba asks for what it compiles, also where XPRNN_FAST=0 in the environment says no."""
     needed = any("numba" in mark.args for mark in request.node.iter_markers("needs"))
     with pytest.MonkeyPatch.context() as patch:  # its own: a test may undo what it changed
         if needed:
-            patch.setattr(kernels_config, "_ALLOWED", True)
+            patch.setattr(kernels_config, "_JIT_DEFAULT", True)
         yield
 
 
 @pytest.fixture
 def xp(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """The backend under test, its conversions to the host guarded (backends.py)."""
-    with request.param.guarded():
+    with request.param.forbid_host_conversion():
         yield request.param
 
 

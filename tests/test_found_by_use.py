@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import xprnn
-from xprnn.training.truncated_bptt import gradients, windows
+from xprnn.training.truncated_bptt import window_gradients, windows
 
 ZERO = np.zeros(0)
 
@@ -111,7 +111,7 @@ def test_windows_need_a_model_that_walks_forward_in_time(options):
     chunk = np.zeros((4, 4, 3)), np.zeros((4, 4, layer.output_size))
     (window,) = windows([chunk], 4)
     with pytest.raises(xprnn.InputError, match=rf"bptt.gradients: .*{next(iter(options))}=True"):
-        gradients(layer, made(layer), window, None, xprnn.mse)
+        window_gradients(layer, made(layer), window, None, xprnn.mse)
 
 
 def test_counts_may_be_numpy_integers(rng):

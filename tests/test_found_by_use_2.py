@@ -148,11 +148,11 @@ def test_padding_may_be_nan(rng, xp):
     padded = xp.asarray(np.where(valid[..., None], x, np.nan))
     rnn = {name.removeprefix("rnn."): xp.asarray(a) for name, a in params.items()}
     y, final, tape = model.forward({name: xp.asarray(a) for name, a in params.items()}, padded)
-    want_y, want_final, want_tape = model.parts["rnn"].forward(rnn, plain, mask=xp.asarray(valid))
+    want_y, want_final, want_tape = model.layers["rnn"].forward(rnn, plain, mask=xp.asarray(valid))
     xp.assert_close(y, want_y, condition=0)
     xp.assert_close(final, want_final, condition=0)
     dx, _, dparams = model.backward(tape, y)
-    want = model.parts["rnn"].backward(want_tape, want_y)
+    want = model.layers["rnn"].backward(want_tape, want_y)
     xp.assert_close(dx, want.dx, condition=0)
     xp.assert_close({name.removeprefix("rnn."): d for name, d in dparams.items()}, want.dparams, condition=0)
 
@@ -160,13 +160,13 @@ def test_padding_may_be_nan(rng, xp):
 def test_masking_by_nan_or_infinity_skips_no_integers():
     x = np.asarray([[1, 0]])
     for value in (float("nan"), float("inf"), 0.5):
-        assert xprnn.Masking(value).following(x, {})["mask"].all()
+        assert xprnn.Masking(value).transform_mask(x, {})["mask"].all()
 
 
 def test_masking_by_nan_goes_through_a_file(tmp_path):
     model = xprnn.Sequential(mask=xprnn.Masking(float("nan")), rnn=xprnn.GRU(3, 4))
     xprnn.save(tmp_path / "m.safetensors", model, made(model))
-    assert np.isnan(xprnn.load(tmp_path / "m.safetensors")[0].parts["mask"].value)
+    assert np.isnan(xprnn.load(tmp_path / "m.safetensors")[0].layers["mask"].value)
 
 
 def step(x: Any, h: Any, s: Any, p: Any) -> Any:
@@ -179,8 +179,8 @@ def back(d: Any, saved: Any, s: Any, p: Any) -> Any:
     return (da,), (da,), (None, da), (d[0] * saved[0],)
 
 
-def cell_of(*functions: Any, early: int = 0) -> xprnn.Cell:
-    return xprnn.Cell("mine", 1 + early, lambda xp: functions, ("h", "c"), ("rate",), early)
+def cell_of(*functions: Any, pregates: int = 0) -> xprnn.Cell:
+    return xprnn.Cell("mine", 1 + pregates, lambda xp: functions, ("h", "c"), ("rate",), pregates)
 
 
 BAD_STEPS = {
@@ -190,16 +190,22 @@ BAD_STEPS = {
     "saved bare": (lambda x, h, s, p: (s, x[0]), r"saved that step returns must be a tuple, found \w+"),
 }
 BAD_BACKS = {
-    "two results": (lambda d, v, s, p: ((d[0],), (d[0],)), r"back must return \(dx, dh, dstate, dp\) of 4, found 2"),
-    "nothing": (lambda d, v, s, p: None, r"back must return \(dx, dh, dstate, dp\), found NoneType"),
+    "two results": (
+        lambda d, v, s, p: ((d[0],), (d[0],)),
+        r"backward must return \(dx, dh, dstate, dp\) of 4, found 2",
+    ),
+    "nothing": (lambda d, v, s, p: None, r"backward must return \(dx, dh, dstate, dp\), found NoneType"),
     "dx": (
         lambda d, v, s, p: ((), (d[0],), (None, d[1]), (d[0],)),
-        "dx that back returns must be a tuple of 1, found 0",
+        "dx that backward returns must be a tuple of 1, found 0",
     ),
-    "dstate": (lambda d, v, s, p: ((d[0],), (d[0],), (None,), (d[0],)), "dstate that back returns .* of 2, found 1"),
+    "dstate": (
+        lambda d, v, s, p: ((d[0],), (d[0],), (None,), (d[0],)),
+        "dstate that backward returns .* of 2, found 1",
+    ),
     "dp": (
         lambda d, v, s, p: ((d[0],), (d[0],), (None, d[1]), ()),
-        "dp that back returns must be a tuple of 1, found 0",
+        "dp that backward returns must be a tuple of 1, found 0",
     ),
 }
 
@@ -230,7 +236,7 @@ def test_a_cell_whose_back_returns_something_else_is_refused(name, xp, rng):
         (xprnn.Cell("mine", 1, lambda xp: step), "function"),
         (xprnn.Cell("mine", 1, lambda xp: (step,)), "1 of them"),
         (cell_of(step, 3), "2 of them"),
-        (cell_of(step, back, early=1), "2 of them"),
+        (cell_of(step, back, pregates=1), "2 of them"),
         (cell_of(step, back, step, back), "4 of them"),
     ],
 )

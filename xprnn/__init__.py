@@ -17,16 +17,16 @@ from xprnn.cells.cell import Cell
 from xprnn.gradcheck import GradientError, NotDifferentiableError, check_gradients, check_layer
 from xprnn.kernels.config import precision
 from xprnn.kernels.tape import Gradients
-from xprnn.layers.base import Part
-from xprnn.layers.context_shift import Around
-from xprnn.layers.elementwise import Apply, Softmax
+from xprnn.layers.base import StatelessLayer
+from xprnn.layers.context_shift import ContextShift
+from xprnn.layers.elementwise import ActivationLayer, Softmax
 from xprnn.layers.embedding import Embedding
 from xprnn.layers.linear import Linear
-from xprnn.layers.masking import Hold, Last, Masking
+from xprnn.layers.masking import HoldLastOutput, LastStep, Masking
 from xprnn.layers.model_file import load, load_state, save, save_state
 from xprnn.layers.recurrent import Recurrent
 from xprnn.layers.rnn_lstm_gru import GRU, LSTM, RNN
-from xprnn.layers.sequence_ops import Flip, Merge
+from xprnn.layers.sequence_ops import MergeDirections, ReverseTime
 from xprnn.layers.sequential import Sequential
 from xprnn.training import truncated_bptt
 from xprnn.training.losses import cross_entropy, mse, softmax
@@ -42,31 +42,30 @@ __all__ = [
     "LSTM",
     "RNN",
     "Activation",
-    "Apply",
-    "Around",
+    "ActivationLayer",
     "Cell",
+    "ContextShift",
     "Embedding",
-    "Flip",
     "GradientError",
     "Gradients",
-    "Hold",
+    "HoldLastOutput",
     "InputError",
-    "Last",
+    "LastStep",
     "Linear",
     "Masking",
-    "Merge",
+    "MergeDirections",
     "NotDifferentiableError",
-    "Part",
     "Recurrent",
+    "ReverseTime",
     "Sequential",
     "Softmax",
     "SparseGradient",
+    "StatelessLayer",
     "activation",
     "activations",
     "adagrad",
     "adam",
     "adamw",
-    "truncated_bptt",
     "cells",
     "check_gradients",
     "check_layer",
@@ -91,14 +90,15 @@ __all__ = [
     "softmax",
     "to_onnx",
     "to_torch",
+    "truncated_bptt",
 ]
 
-_WHEN_ASKED = frozenset({"from_keras", "from_onnx", "from_torch", "to_onnx", "to_torch"})
+_LAZY_NAMES = frozenset({"from_keras", "from_onnx", "from_torch", "to_onnx", "to_torch"})
 
 
 def __getattr__(name: str) -> Any:
     # Most processes read no files of other systems: their readers, a third of what an import costs, wait to be named.
-    if name not in _WHEN_ASKED:
+    if name not in _LAZY_NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = globals()[name] = getattr(import_module("xprnn.interop"), name)
     return found

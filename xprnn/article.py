@@ -11,20 +11,20 @@ keyword `dlogits` of both backward functions.
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
-from xprnn.arrays.linear import affine, affine_back
-from xprnn.arrays.namespace import Array, InputError, Namespace, Params, check_shape, resolve
+from xprnn.arrays.linear import linear, linear_backward
+from xprnn.arrays.namespace import Array, InputError, Namespace, Params, check_shape, resolve_namespace
 from xprnn.cells.standard import elman
 from xprnn.kernels import dispatch, reference
-from xprnn.kernels.tape import Record, Steps
-from xprnn.training.losses import softmax, softmax_over
+from xprnn.kernels.tape import StepMask, UnpicklableTape
+from xprnn.training.losses import softmax, softmax_unchecked
 
 __all__ = ["CellCaches", "rnn_backward", "rnn_cell_backward", "rnn_cell_forward", "rnn_forward", "softmax"]
 
 Cache = tuple[Array, Array, Array, Params]
-_KEYS = ("Wax", "Waa", "Wya", "ba", "by")
+_PARAMETER_NAMES = ("Wax", "Waa", "Wya", "ba", "by")
 
 
-class CellCaches(Record, Sequence[Cache]):
+class CellCaches(UnpicklableTape, Sequence[Cache]):
     """The T_x caches of the steps, (a_next, a_prev, xt, parameters) each, made when they are looked at.
 
     >>> import numpy as np
@@ -38,7 +38,7 @@ class CellCaches(Record, Sequence[Cache]):
         self._a, self._a0, self._x, self.parameters, self.tape, self.steps = a, a0, x, parameters, tape, steps
 
     @property
-    def leading(self) -> bool:
+    def is_prefix(self) -> bool:
         """Whether these are steps from the first on, without a gap."""
         return self.steps == range(len(self.steps))
 
@@ -60,17 +60,17 @@ class CellCaches(Record, Sequence[Cache]):
         return (self[k] for k in range(len(self)))
 
 
-def _resolve(where: str, parameters: Any, **arrays: Array) -> Namespace:
+def _check_arguments(where: str, parameters: Any, **arrays: Array) -> Namespace:
     """The namespace; parameters and arrays checked against each other."""
     if not isinstance(parameters, dict):
         raise InputError(f"{where}: parameters must be a dict, found {type(parameters).__name__}")
-    missing = [k for k in _KEYS if k not in parameters]
+    missing = [k for k in _PARAMETER_NAMES if k not in parameters]
     if missing:
-        raise InputError(f"{where}: parameters has no {', '.join(missing)} (expected {', '.join(_KEYS)})")
-    given = arrays | {k: parameters[k] for k in _KEYS}
+        raise InputError(f"{where}: parameters has no {', '.join(missing)} (expected {', '.join(_PARAMETER_NAMES)})")
+    given = arrays | {k: parameters[k] for k in _PARAMETER_NAMES}
     if absent := [k for k, a in given.items() if a is None]:
         raise InputError(f"{where}: {absent[0]} must be an array, found None")
-    xp = resolve(where, given)
+    xp = resolve_namespace(where, given)
     n_a, n_x = (*parameters["Wax"].shape, 0, 0)[:2]
     n_y = (*parameters["Wya"].shape, 0)[0]
     shapes = {"Wax": (n_a, n_x), "Waa": (n_a, n_a), "Wya": (n_y, n_a), "ba": (n_a, 1), "by": (n_y, 1)}
@@ -80,12 +80,12 @@ def _resolve(where: str, parameters: Any, **arrays: Array) -> Namespace:
     return xp
 
 
-def _turn(xp: Namespace, a: Array) -> Array:
+def _reverse_axes(xp: Namespace, a: Array) -> Array:
     """(features, m, T) <-> (T, m, features), or (features, m) <-> (m, features): a view."""
     return xp.permute_dims(a, tuple(range(a.ndim))[::-1])
 
 
-def _core(parameters: Params) -> Params:
+def _core_params(parameters: Params) -> Params:
     return {"weight_ih": parameters["Wax"], "weight_hh": parameters["Waa"], "bias_ih": parameters["ba"][:, 0]}
 
 
@@ -110,14 +110,16 @@ def rnn_cell_forward(xt: Array, a_prev: Array, parameters: Params) -> tuple[Arra
     (array([0.7616, 0.7616]), (1, 4))
     """
     where = "rnn_cell_forward"
-    xp = _resolve(where, parameters, xt=xt, a_prev=a_prev)
+    xp = _check_arguments(where, parameters, xt=xt, a_prev=a_prev)
     n_a, n_x = parameters["Wax"].shape
     check_shape(where, "xt", "(n_x,m)", xt, (n_x, None))
     check_shape(where, "a_prev", "(n_a,m)", a_prev, (n_a, xt.shape[1]))
-    (h,) = reference.step_once(xp, elman(), _core(parameters), _turn(xp, xt), (_turn(xp, a_prev),))
-    logits = affine(xp, h, parameters["Wya"], parameters["by"][:, 0])
-    a_next = _turn(xp, h)
-    return a_next, _turn(xp, softmax_over(xp, logits, -1)), (a_next, a_prev, xt, parameters)
+    (h,) = reference.single_step(
+        xp, elman(), _core_params(parameters), _reverse_axes(xp, xt), (_reverse_axes(xp, a_prev),)
+    )
+    logits = linear(xp, h, parameters["Wya"], parameters["by"][:, 0])
+    a_next = _reverse_axes(xp, h)
+    return a_next, _reverse_axes(xp, softmax_unchecked(xp, logits, -1)), (a_next, a_prev, xt, parameters)
 
 
 def rnn_forward(x: Array, a0: Array, parameters: Params) -> tuple[Array, Array, tuple[CellCaches, Array]]:
@@ -142,21 +144,23 @@ def rnn_forward(x: Array, a0: Array, parameters: Params) -> tuple[Array, Array, 
     ((2, 4, 5), (1, 4, 5), 5)
     """
     where = "rnn_forward"
-    xp = _resolve(where, parameters, x=x, a0=a0)
+    xp = _check_arguments(where, parameters, x=x, a0=a0)
     n_a, n_x = parameters["Wax"].shape
     check_shape(where, "x", "(n_x,m,T_x)", x, (n_x, None, None))
     check_shape(where, "a0", "(n_a,m)", a0, (n_a, x.shape[1]))
-    core, steps = _core(parameters), Steps()
-    h, _, tape = dispatch.forward(elman(), core, _turn(xp, x), (_turn(xp, a0),), steps, xp=xp, reverse=False, keep=True)
-    logits = affine(xp, h, parameters["Wya"], parameters["by"][:, 0])
-    a = _turn(xp, h)
+    core, steps = _core_params(parameters), StepMask()
+    h, _, tape = dispatch.forward(
+        elman(), core, _reverse_axes(xp, x), (_reverse_axes(xp, a0),), steps, xp=xp, reverse=False, record_tape=True
+    )
+    logits = linear(xp, h, parameters["Wya"], parameters["by"][:, 0])
+    a = _reverse_axes(xp, h)
     caches = CellCaches(a, a0, x, parameters, tape, range(x.shape[2]))
-    return a, _turn(xp, softmax_over(xp, logits, -1)), (caches, x)
+    return a, _reverse_axes(xp, softmax_unchecked(xp, logits, -1)), (caches, x)
 
 
-def _head_back(xp: Namespace, parameters: Params, dlogits: Array, h: Array) -> tuple[Array, Params]:
+def _head_backward(xp: Namespace, parameters: Params, dlogits: Array, h: Array) -> tuple[Array, Params]:
     """dlogits (..., n_y) -> its share of the hidden states' adjoint, and dWya, dby."""
-    dh, dw, db = affine_back(xp, dlogits, h, parameters["Wya"])
+    dh, dw, db = linear_backward(xp, dlogits, h, parameters["Wya"])
     assert dh is not None
     return dh, {"dWya": dw, "dby": db[:, None]}
 
@@ -167,7 +171,7 @@ def _check_cotangents(
     if da is None and dlogits is None:
         raise InputError(f"{where}: {name} or dlogits must be given")
     given = {k: v for k, v in ((name, da), ("dlogits", dlogits)) if v is not None}
-    xp = _resolve(where, parameters, **given)
+    xp = _check_arguments(where, parameters, **given)
     axes = "m,T" if len(shape) > 1 else "m"
     for key, letter, size in ((name, "n_a", "Waa"), ("dlogits", "n_y", "Wya")):
         if key in given:
@@ -207,20 +211,26 @@ def rnn_cell_backward(da_next: Array | None, cache: Cache, *, dlogits: Array | N
         a_next, a_prev, xt, parameters = cache
     except (TypeError, ValueError):
         raise InputError(f"{where}: cache must be (a_next, a_prev, xt, parameters) from rnn_cell_forward") from None
-    resolve(where, {"a_next in cache": a_next, "a_prev in cache": a_prev, "xt in cache": xt})
+    resolve_namespace(where, {"a_next in cache": a_next, "a_prev in cache": a_prev, "xt in cache": xt})
     check_shape(where, "a_next in cache", "(n_a,m)", a_next, (None, None))
     xp = _check_cotangents(where, parameters, (a_next.shape[1],), da_next, dlogits, "da_next")
-    h = _turn(xp, a_next)
+    h = _reverse_axes(xp, a_next)
     heads: Params = {}
-    dh = None if da_next is None else _turn(xp, da_next)
+    dh = None if da_next is None else _reverse_axes(xp, da_next)
     if dlogits is not None:
-        share, heads = _head_back(xp, parameters, _turn(xp, dlogits), h)
+        share, heads = _head_backward(xp, parameters, _reverse_axes(xp, dlogits), h)
         dh = share if dh is None else dh + share
-    _, back = elman().over(xp)[:2]
+    _, back = elman().bind(xp)[:2]
     (dz,), _, _, _ = back((dh,), (h,), (), ())
-    dx, dw, db = affine_back(xp, dz, _turn(xp, xt), parameters["Wax"])
-    dh_prev, du, _ = affine_back(xp, dz, _turn(xp, a_prev), parameters["Waa"])
-    return {"dxt": _turn(xp, dx), "da_prev": _turn(xp, dh_prev), "dWax": dw, "dWaa": du, "dba": db[:, None]} | heads
+    dx, dw, db = linear_backward(xp, dz, _reverse_axes(xp, xt), parameters["Wax"])
+    dh_prev, du, _ = linear_backward(xp, dz, _reverse_axes(xp, a_prev), parameters["Waa"])
+    return {
+        "dxt": _reverse_axes(xp, dx),
+        "da_prev": _reverse_axes(xp, dh_prev),
+        "dWax": dw,
+        "dWaa": du,
+        "dba": db[:, None],
+    } | heads
 
 
 def rnn_backward(
@@ -258,32 +268,41 @@ def rnn_backward(
     xp = _check_cotangents(where, parameters, (x.shape[1], len(cells)), da, dlogits, "da")
     given: Array = dlogits if da is None else da
     steps = given.shape[2]
-    if not isinstance(cells, CellCaches) or not cells.leading:
-        return _by_cells(xp, da, dlogits, cells[:steps])
-    tape = cells.tape if steps == x.shape[2] else _shorter(cells.tape, steps)
+    if not isinstance(cells, CellCaches) or not cells.is_prefix:
+        return _backward_from_caches(xp, da, dlogits, cells[:steps])
+    tape = cells.tape if steps == x.shape[2] else _truncate_tape(cells.tape, steps)
     heads: Params = {}
-    dy = None if da is None else _turn(xp, da)
+    dy = None if da is None else _reverse_axes(xp, da)
     if dlogits is not None:
-        share, heads = _head_back(xp, parameters, _turn(xp, dlogits), tape.states()[0])
+        share, heads = _head_backward(xp, parameters, _reverse_axes(xp, dlogits), tape.states()[0])
         dy = share if dy is None else dy + share
     dx, (da0,), _, d = dispatch.backward(tape, dy, (None,))
     return {
-        "dx": _turn(xp, dx),
-        "da0": _turn(xp, da0),
+        "dx": _reverse_axes(xp, dx),
+        "da0": _reverse_axes(xp, da0),
         "dWax": d["weight_ih"],
         "dWaa": d["weight_hh"],
         "dba": d["bias_ih"][:, None],
     } | heads
 
 
-def _shorter(tape: Any, steps: int) -> Any:
+def _truncate_tape(tape: Any, steps: int) -> Any:
     """The tape of the first steps of a sequence."""
     return dispatch.forward(
-        tape.cell, tape.params, tape.x[:steps, ...], tape.initial, Steps(), xp=tape.xp, reverse=False, keep=True
+        tape.cell,
+        tape.params,
+        tape.x[:steps, ...],
+        tape.initial_state,
+        StepMask(),
+        xp=tape.xp,
+        reverse=False,
+        record_tape=True,
     )[2]
 
 
-def _by_cells(xp: Namespace, da: Array | None, dlogits: Array | None, cells: Sequence[Cache]) -> dict[str, Array]:
+def _backward_from_caches(
+    xp: Namespace, da: Array | None, dlogits: Array | None, cells: Sequence[Cache]
+) -> dict[str, Array]:
     """The article's loop, for cell caches that were put together by hand."""
     if not len(cells):
         raise InputError("rnn_backward: caches must hold at least one cell cache")

@@ -17,7 +17,7 @@ from xprnn.arrays.sparse_gradient import SparseGradient
 
 __all__ = ["GradientError", "NotDifferentiableError", "check_gradients", "check_layer"]
 
-Path = tuple[Any, ...]
+KeyPath = tuple[Any, ...]
 
 
 class GradientError(AssertionError):
@@ -71,32 +71,34 @@ def check_gradients(
     xprnn.gradcheck.GradientError: x: backward says 0.48190..., central differences say 0.96381... (relative ...)
     """
     rng = np.random.default_rng(0) if rng is None else rng
-    names = _names(args, names)
-    args = tuple(_map(_to_float64, a) for a in args)
-    (outputs, tape), (again, _) = _pair(forward(*args)), _pair(forward(*args))
-    for (path, a), (_, b) in zip(_leaves(outputs), _leaves(again), strict=True):
+    names = _argument_names(args, names)
+    args = tuple(_tree_map(_to_float64, a) for a in args)
+    (outputs, tape), (again, _) = _check_pair(forward(*args)), _check_pair(forward(*args))
+    for (path, a), (_, b) in zip(_tree_leaves(outputs), _tree_leaves(again), strict=True):
         if not np.array_equal(to_numpy(a), to_numpy(b), equal_nan=True):
-            raise NotDifferentiableError(f"forward gives two answers for the same arguments (output {_name('', path)})")
+            raise NotDifferentiableError(
+                f"forward gives two answers for the same arguments (output {_leaf_name('', path)})"
+            )
         if not np.isfinite(to_numpy(a)).all():
-            raise NotDifferentiableError(f"forward gives nan or infinity (output {_name('', path)})")
-    floats = [(i, path, leaf) for i, a in enumerate(args) for path, leaf in _leaves(a)]
+            raise NotDifferentiableError(f"forward gives nan or infinity (output {_leaf_name('', path)})")
+    floats = [(i, path, leaf) for i, a in enumerate(args) for path, leaf in _tree_leaves(a)]
     if not floats:
         raise InputError("check_gradients: no argument of a floating dtype, nothing to check")
     worst: dict[str, float] = {}
     for _ in range(directions):
-        cotangents = _map(lambda y: from_numpy(rng.standard_normal(tuple(y.shape)), y), outputs)
+        cotangents = _tree_map(lambda y: from_numpy(rng.standard_normal(tuple(y.shape)), y), outputs)
         gradients = backward(tape, cotangents)
-        gradients = (gradients,) if len(args) == 1 and not _is_row_of(gradients, args) else gradients
-        _count(gradients, len(args))
-        pairing = _Pairing(forward, args, outputs, cotangents)
+        gradients = (gradients,) if len(args) == 1 and not _is_wrapped_single(gradients, args) else gradients
+        _check_gradient_count(gradients, len(args))
+        pairing = _WeightedOutput(forward, args, outputs, cotangents)
         for i, path, leaf in floats:
-            name = _name(names[i], path)
-            error = _check_leaf(pairing, name, i, path, leaf, _gradient(name, gradients[i], path, leaf), rng, rtol)
+            name = _leaf_name(names[i], path)
+            error = _check_leaf(pairing, name, i, path, leaf, _leaf_gradient(name, gradients[i], path, leaf), rng, rtol)
             worst[name] = max(worst.get(name, 0.0), error)
     return worst
 
 
-def _names(args: Any, names: Any) -> list[str]:
+def _argument_names(args: Any, names: Any) -> list[str]:
     if not isinstance(args, (tuple, list)):
         raise InputError(f"check_gradients: args must be a list or tuple of arguments, found {type(args).__name__}")
     names = [f"args[{i}]" for i in range(len(args))] if names is None else names
@@ -105,14 +107,14 @@ def _names(args: Any, names: Any) -> list[str]:
     return list(names)
 
 
-def _pair(found: Any) -> Any:
+def _check_pair(found: Any) -> Any:
     if not isinstance(found, (tuple, list)) or len(found) != 2:
         what = f"{len(found)} results" if isinstance(found, (tuple, list)) else type(found).__name__
         raise InputError(f"check_gradients: forward must return a pair (outputs, tape), found {what}")
     return found
 
 
-def _count(gradients: Any, count: int) -> None:
+def _check_gradient_count(gradients: Any, count: int) -> None:
     if not isinstance(gradients, (tuple, list)):
         raise GradientError(f"backward must return {count} gradients in a tuple, found {type(gradients).__name__}")
     if len(gradients) != count:
@@ -151,7 +153,7 @@ def check_layer(
     return check_gradients(forward, backward, (params, x, state), names=("params", "x", "state"), rng=rng)
 
 
-class _Pairing(NamedTuple):
+class _WeightedOutput(NamedTuple):
     """t -> <cotangents, forward(args with one array moved by t v)>, element by element."""
 
     forward: Callable[..., Any]
@@ -159,32 +161,32 @@ class _Pairing(NamedTuple):
     outputs: Any
     cotangents: Any
 
-    def at(self, i: int, path: Path, leaf: Any, direction: Any, t: float) -> Any:
+    def evaluate_at(self, i: int, path: KeyPath, leaf: Any, direction: Any, t: float) -> Any:
         moved = leaf + from_numpy(t * direction, like=leaf)
         args = [*self.args]
-        args[i] = _replace(args[i], path, moved)
+        args[i] = _replace_leaf(args[i], path, moved)
         outputs, _ = self.forward(*args)
-        return self.weigh(outputs)
+        return self.elementwise_products(outputs)
 
-    def weigh(self, outputs: Any) -> Any:
-        pairs = zip(_leaves(outputs), _leaves(self.cotangents), strict=True)
+    def elementwise_products(self, outputs: Any) -> Any:
+        pairs = zip(_tree_leaves(outputs), _tree_leaves(self.cotangents), strict=True)
         return np.concatenate([(to_numpy(y) * to_numpy(u)).ravel() for (_, y), (_, u) in pairs] or [np.zeros(0)])
 
 
 def _check_leaf(
-    pairing: _Pairing, name: str, i: int, path: Path, leaf: Any, gradient: Any, rng: Generator, rtol: float
+    pairing: _WeightedOutput, name: str, i: int, path: KeyPath, leaf: Any, gradient: Any, rng: Generator, rtol: float
 ) -> float:
     direction = rng.standard_normal(tuple(leaf.shape))
     direction /= max(float(np.linalg.norm(direction)), 1e-300)
     products = to_numpy(gradient) * direction
     analytic, own = float(products.sum()), float(np.abs(products).sum())
-    base = pairing.weigh(pairing.outputs)
+    base = pairing.elementwise_products(pairing.outputs)
     noise = 1e-15 * float(np.abs(base).sum())
 
     def f(t: float) -> Any:
-        return pairing.at(i, path, leaf, direction, t)
+        return pairing.evaluate_at(i, path, leaf, direction, t)
 
-    _refuse_kinks(name, f, base, 1e-6 * (own + 1e-3) + 100 * noise / 1e-5)
+    _check_smooth(name, f, base, 1e-6 * (own + 1e-3) + 100 * noise / 1e-5)
     error, numeric = np.inf, 0.0
     for h in (1e-3, 1e-4, 1e-5):  # a kink close by, but not here, may spoil the larger steps
         slopes = (4 * (f(h / 2) - f(-h / 2)) / h - (f(h) - f(-h)) / (2 * h)) / 3
@@ -201,7 +203,7 @@ def _check_leaf(
     )
 
 
-def _refuse_kinks(name: str, f: Callable[[float], Any], base: Any, rounding: float) -> None:
+def _check_smooth(name: str, f: Callable[[float], Any], base: Any, rounding: float) -> None:
     """Raise unless f bends and leaps less as the step shrinks, as a function with a derivative at 0 does."""
 
     def gaps(h: float) -> tuple[float, float]:
@@ -219,7 +221,7 @@ def _refuse_kinks(name: str, f: Callable[[float], Any], base: Any, rounding: flo
         raise NotDifferentiableError(f"{name}: forward is not differentiable here: {why}")
 
 
-def _gradient(name: str, gradients: Any, path: Path, leaf: Any) -> Any:
+def _leaf_gradient(name: str, gradients: Any, path: KeyPath, leaf: Any) -> Any:
     """The gradient of one array, its shape and dtype checked."""
     found = gradients
     for key in path:
@@ -232,7 +234,7 @@ def _gradient(name: str, gradients: Any, path: Path, leaf: Any) -> Any:
     if found is None:
         return namespace(leaf).zeros_like(leaf)
     if isinstance(found, SparseGradient):
-        found = found.dense()
+        found = found.to_dense()
     if not _is_array(found):
         raise GradientError(f"{name}: its gradient must be an array, found {type(found).__name__}")
     if tuple(found.shape) != tuple(leaf.shape) or found.dtype != leaf.dtype:
@@ -243,7 +245,7 @@ def _gradient(name: str, gradients: Any, path: Path, leaf: Any) -> Any:
     return found
 
 
-def _is_row_of(gradients: Any, args: Sequence[Any]) -> bool:
+def _is_wrapped_single(gradients: Any, args: Sequence[Any]) -> bool:
     """Whether backward wrapped the gradient of a single argument in a tuple."""
     return isinstance(gradients, (tuple, list)) and len(gradients) == 1 and not isinstance(args[0], (tuple, list))
 
@@ -256,32 +258,32 @@ def _is_float(value: Any) -> bool:
     return _is_array(value) and not is_integer(namespace(value), value) and "float" in str(value.dtype)
 
 
-def _leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def _tree_leaves(tree: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
     """Every floating array of the tree with the keys that lead to it."""
     if _is_float(tree):
         yield path, tree
     elif isinstance(tree, dict):
         for key, value in tree.items():
-            yield from _leaves(value, (*path, key))
+            yield from _tree_leaves(value, (*path, key))
     elif isinstance(tree, (tuple, list)):
         for key, value in enumerate(tree):
-            yield from _leaves(value, (*path, key))
+            yield from _tree_leaves(value, (*path, key))
 
 
-def _map(f: Callable[[Any], Any], tree: Any) -> Any:
+def _tree_map(f: Callable[[Any], Any], tree: Any) -> Any:
     if isinstance(tree, dict):
-        return {key: _map(f, value) for key, value in tree.items()}
+        return {key: _tree_map(f, value) for key, value in tree.items()}
     if isinstance(tree, (tuple, list)):
-        return tuple(_map(f, value) for value in tree)
+        return tuple(_tree_map(f, value) for value in tree)
     return f(tree) if _is_float(tree) else tree
 
 
-def _replace(tree: Any, path: Path, leaf: Any) -> Any:
+def _replace_leaf(tree: Any, path: KeyPath, leaf: Any) -> Any:
     if not path:
         return leaf
     if isinstance(tree, dict):
-        return {k: _replace(v, path[1:], leaf) if k == path[0] else v for k, v in tree.items()}
-    return tuple(_replace(v, path[1:], leaf) if k == path[0] else v for k, v in enumerate(tree))
+        return {k: _replace_leaf(v, path[1:], leaf) if k == path[0] else v for k, v in tree.items()}
+    return tuple(_replace_leaf(v, path[1:], leaf) if k == path[0] else v for k, v in enumerate(tree))
 
 
 def _to_float64(array: Any) -> Any:
@@ -292,5 +294,5 @@ def _to_float64(array: Any) -> Any:
         raise InputError(f"check_gradients: float64 is not to be had on this device ({error})") from None
 
 
-def _name(argument: str, path: Path) -> str:
+def _leaf_name(argument: str, path: KeyPath) -> str:
     return argument + "".join(f"[{key!r}]" for key in path)

@@ -31,7 +31,7 @@ import xprnn
 from benchmarks.harness import machine
 
 ROOT = Path(__file__).resolve().parents[1]
-TORCH = "torch==2.13.0"  # the one of pyproject.toml
+TORCH_REQUIREMENT = "torch==2.13.0"  # the one of pyproject.toml
 D, H, V, T = 16, 64, 8, 100
 COLUMNS = {
     "size": ("installed, MB", 1e-6),
@@ -45,26 +45,26 @@ COLUMNS = {
 }
 
 
-class Contender(NamedTuple):
+class Deployment(NamedTuple):
     """What is installed, which part of runtime_child.py runs, on which file."""
 
     packages: tuple[str, ...]
-    runs: str
-    file: str
-    cold: bool = False  # nothing compiled before
+    runtime: str
+    model_file: str
+    cold_cache: bool = False  # nothing compiled before
 
 
-CONTENDERS = {
-    "xprnn": Contender((".",), "xprnn", "model.safetensors"),
-    "xprnn[fast]": Contender((".[fast]",), "xprnn", "model.safetensors"),
-    "xprnn[fast], first time ever": Contender((".[fast]",), "xprnn", "model.safetensors", cold=True),
-    "ONNX Runtime": Contender(("onnxruntime",), "onnxruntime", "model.onnx"),
-    "torch": Contender((TORCH, "numpy"), "torch", "model.pt"),
-    "(NumPy alone)": Contender(("numpy",), "numpy", "model.safetensors"),
+DEPLOYMENTS = {
+    "xprnn": Deployment((".",), "xprnn", "model.safetensors"),
+    "xprnn[fast]": Deployment((".[fast]",), "xprnn", "model.safetensors"),
+    "xprnn[fast], first time ever": Deployment((".[fast]",), "xprnn", "model.safetensors", cold_cache=True),
+    "ONNX Runtime": Deployment(("onnxruntime",), "onnxruntime", "model.onnx"),
+    "torch": Deployment((TORCH_REQUIREMENT, "numpy"), "torch", "model.pt"),
+    "(NumPy alone)": Deployment(("numpy",), "numpy", "model.safetensors"),
 }
 
 
-def installed(targets: Path, contender: Contender) -> Path:
+def install(targets: Path, contender: Deployment) -> Path:
     """The folder with the contender's packages, filled if it is not there."""
     name = "-".join(re.sub(r"^\.", "xprnn", package) for package in contender.packages)
     place = targets / name
@@ -77,7 +77,7 @@ def installed(targets: Path, contender: Contender) -> Path:
     return place
 
 
-def size(place: Path) -> int:
+def directory_size(place: Path) -> int:
     """Bytes of all files below."""
     return sum(path.lstat().st_size for path in place.rglob("*") if path.is_file())
 
@@ -95,12 +95,12 @@ def write_models(folder: Path) -> None:
     (folder / "inputs.bin").write_bytes(rng.standard_normal((T, 1, D)).astype(np.float32).tobytes())
 
 
-def once(contender: Contender, place: Path, folder: Path, cache: Path) -> dict[str, Any]:
+def run_process(contender: Deployment, place: Path, folder: Path, cache: Path) -> dict[str, Any]:
     """One process of its own."""
-    environment = machine.measuring_environment(1) | {"PYTHONPATH": str(place), "XPRNN_CACHE": str(cache)}
+    environment = machine.benchmark_environment(1) | {"PYTHONPATH": str(place), "XPRNN_CACHE": str(cache)}
     python = getattr(sys, "_base_executable", sys.executable)  # not a virtual environment's: nothing else is to be seen
-    child = [python, "-s", "-S", "-P", str(ROOT / "benchmarks" / "runtime_child.py"), contender.runs]
-    files = [str(folder / contender.file), str(folder / "inputs.bin")]
+    child = [python, "-s", "-S", "-P", str(ROOT / "benchmarks" / "runtime_child.py"), contender.runtime]
+    files = [str(folder / contender.model_file), str(folder / "inputs.bin")]
     begin = time.perf_counter()
     with subprocess.Popen([*child, *files], env=environment, stdout=subprocess.PIPE, text=True, cwd=folder) as process:
         assert process.stdout is not None
@@ -109,38 +109,38 @@ def once(contender: Contender, place: Path, folder: Path, cache: Path) -> dict[s
             times[line.strip()] = time.perf_counter() - begin
             line = process.stdout.readline()
     if process.returncode:
-        raise SystemExit(f"{contender.runs}: exit code {process.returncode}")
-    if contender.runs == "numpy":
+        raise SystemExit(f"{contender.runtime}: exit code {process.returncode}")
+    if contender.runtime == "numpy":
         times.clear()  # it has no outputs
     return json.loads(line) | times
 
 
-def measured(targets: Path, rounds: int) -> dict[str, list[dict[str, Any]]]:
+def measure(targets: Path, rounds: int) -> dict[str, list[dict[str, Any]]]:
     """The figures of each round of each contender, who take turns."""
-    places = {name: installed(targets, contender) for name, contender in CONTENDERS.items()}
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+    places = {name: install(targets, contender) for name, contender in DEPLOYMENTS.items()}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in DEPLOYMENTS}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_models(folder)
-        once(CONTENDERS["xprnn[fast]"], places["xprnn[fast]"], folder, folder / "warm")
+        run_process(DEPLOYMENTS["xprnn[fast]"], places["xprnn[fast]"], folder, folder / "warm")
         for k in range(rounds):
-            for name, contender in CONTENDERS.items():
-                cache = folder / (f"cold{k}" if contender.cold else "warm")
-                found[name].append(once(contender, places[name], folder, cache))
+            for name, contender in DEPLOYMENTS.items():
+                cache = folder / (f"cold{k}" if contender.cold_cache else "warm")
+                found[name].append(run_process(contender, places[name], folder, cache))
     for name, runs in found.items():
         for run in runs:
-            run["size"] = size(places[name])
+            run["size"] = directory_size(places[name])
     return found
 
 
-def agree(found: dict[str, list[dict[str, Any]]]) -> float:
+def max_difference(found: dict[str, list[dict[str, Any]]]) -> float:
     """The largest difference between anyone's outputs and ours, streamed ones included."""
     want = np.asarray(found["xprnn"][0].get("y"))
     others = [run[key] for runs in found.values() for run in runs for key in ("y", "streamed") if key in run]
     return max(float(np.max(np.abs(np.asarray(y) - want))) for y in others)
 
 
-def table(found: dict[str, list[dict[str, Any]]]) -> str:
+def markdown_table(found: dict[str, list[dict[str, Any]]]) -> str:
     """Medians, half the interquartile range, and in brackets the figure over xprnn's."""
     lines = ["| | " + " | ".join(title for title, _ in COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name, runs in found.items():
@@ -170,18 +170,18 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         targets = (args.targets or Path(temporary)).resolve()
         targets.mkdir(parents=True, exist_ok=True)
-        for contender in CONTENDERS.values():
-            installed(targets, contender)
+        for contender in DEPLOYMENTS.values():
+            install(targets, contender)
         if args.install_only:
             return 0
         about = machine.describe()
-        found = measured(targets, args.rounds)
-    apart = agree(found)
+        found = measure(targets, args.rounds)
+    apart = max_difference(found)
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
     print(
         f"LSTM of {H} units, {D} inputs, {V} outputs, one sequence, float32, one thread; {args.rounds} processes each."
     )
-    print(table(found))
+    print(markdown_table(found))
     print(f"\nOutputs differ by at most {apart:.1e}.")
     if args.json:
         args.json.write_text(

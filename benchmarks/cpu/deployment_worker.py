@@ -11,29 +11,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-BEGIN = time.perf_counter()
+START_TIME = time.perf_counter()
 
 import numpy as np  # noqa: E402
 
-NUMPY = time.perf_counter()
-Stepper = Callable[[Any, Any], tuple[Any, Any]]
-WARM, STEPS, ROUNDS = 300, 2000, 30
+NUMPY_TIME = time.perf_counter()
+StepFunction = Callable[[Any, Any], tuple[Any, Any]]
+WARMUP_STEPS, STEPS, ROUNDS = 300, 2000, 30
 
 
-def xprnn_steps(path: str) -> tuple[Stepper, Stepper]:
+def load_xprnn(path: str) -> tuple[StepFunction, StepFunction]:
     """(one step, a whole sequence) of x and state."""
     import xprnn
 
-    imported()
+    record_import_time()
     model, params = xprnn.load(path)
     return (lambda x, state: model.step(params, x, state)), (lambda x, state: model(params, x, state))
 
 
-def onnxruntime_steps(path: str) -> tuple[Stepper, Stepper]:
+def load_onnxruntime(path: str) -> tuple[StepFunction, StepFunction]:
     """The same."""
     import onnxruntime
 
-    imported()
+    record_import_time()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -52,11 +52,11 @@ def onnxruntime_steps(path: str) -> tuple[Stepper, Stepper]:
     return step, whole
 
 
-def torch_steps(path: str) -> tuple[Stepper, Stepper]:
+def load_torch(path: str) -> tuple[StepFunction, StepFunction]:
     """The same."""
     import torch
 
-    imported()
+    record_import_time()
     torch.set_num_threads(1)
     weights = torch.load(path, weights_only=True)
     rows, inputs = weights["rnn.weight_ih_l0"].shape
@@ -75,12 +75,12 @@ def torch_steps(path: str) -> tuple[Stepper, Stepper]:
     return step, whole
 
 
-MARKS: dict[str, float] = {}
+TIMINGS: dict[str, float] = {}
 
 
-def imported() -> None:
+def record_import_time() -> None:
     """The contender is there."""
-    MARKS["import"] = time.perf_counter() - BEGIN
+    TIMINGS["import"] = time.perf_counter() - START_TIME
 
 
 def quantile(times: list[int], q: float) -> float:
@@ -88,10 +88,10 @@ def quantile(times: list[int], q: float) -> float:
     return sorted(times)[min(len(times) - 1, int(q * len(times)))] / 1e3
 
 
-def measure(step: Stepper, whole: Stepper, x: Any) -> dict[str, Any]:
+def measure_steps(step: StepFunction, whole: StepFunction, x: Any) -> dict[str, Any]:
     """Microseconds of a step in a stream, median and 99th percentile, and of one within a whole sequence."""
     state, times, sums = None, [], []
-    for t in range(WARM + STEPS):
+    for t in range(WARMUP_STEPS + STEPS):
         begin = time.perf_counter_ns()
         _, state = step(x[t % len(x)], state)
         times.append(time.perf_counter_ns() - begin)
@@ -103,12 +103,12 @@ def measure(step: Stepper, whole: Stepper, x: Any) -> dict[str, Any]:
     for x_t in x:
         y_t, state = step(x_t, state)
         streamed.append(y_t)
-    steps = times[WARM:]
+    steps = times[WARMUP_STEPS:]
     figures = {"step": quantile(steps, 0.5), "step99": quantile(steps, 0.99), "sequence": quantile(sums[3:], 0.5)}
     return figures | {"y": np.asarray(y).ravel().tolist(), "streamed": np.asarray(streamed).ravel().tolist()}
 
 
-def peak_mb() -> float | None:
+def peak_memory_mb() -> float | None:
     """The most memory this process has held; None where the system does not say."""
     # Not getrusage's: on Linux that of a new process begins with its parent's.
     status = Path("/proc/self/status")
@@ -121,9 +121,9 @@ def main() -> None:
     """Run the contender that the command line names."""
     contender, path, inputs = sys.argv[1:]
     if contender == "numpy":
-        print(f"first\n{json.dumps({'import': NUMPY - BEGIN, 'memory': peak_mb()})}", flush=True)
+        print(f"first\n{json.dumps({'import': NUMPY_TIME - START_TIME, 'memory': peak_memory_mb()})}", flush=True)
         return
-    maker = {"xprnn": xprnn_steps, "onnxruntime": onnxruntime_steps, "torch": torch_steps}[contender]
+    maker = {"xprnn": load_xprnn, "onnxruntime": load_onnxruntime, "torch": load_torch}[contender]
     x = np.frombuffer(Path(inputs).read_bytes(), np.float32).reshape(-1, 1, 16).copy()
     step, whole = maker(path)
     _, state = step(x[0], None)
@@ -131,7 +131,7 @@ def main() -> None:
     for x_t in x[1:10]:  # what is compiled is compiled here, not in the first step
         _, state = step(x_t, state)
     print("tenth", flush=True)
-    print(json.dumps(MARKS | measure(step, whole, x) | {"memory": peak_mb()}), flush=True)
+    print(json.dumps(TIMINGS | measure_steps(step, whole, x) | {"memory": peak_memory_mb()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,27 +18,27 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import machine, measure, report
-from benchmarks.harness.options import arguments, finish
+from benchmarks.harness.options import argument_parser, write_results
 from benchmarks.harness.peers import PEERS
-from benchmarks.harness.plot import picture
-from benchmarks.harness.problem import GATES, GRID
-from benchmarks.harness.short import ROWS as SHORT_ROWS
-from benchmarks.harness.short import shape_of
+from benchmarks.harness.plot import plot_ratios
+from benchmarks.harness.problem import GATE_COUNTS, GRID
+from benchmarks.harness.short import SHORT_GRID as SHORT_ROWS
+from benchmarks.harness.short import parse_shape
 
-QUICK = 5  # rows
-LEAST, MOST = 9, 40  # rounds
+QUICK_ROW_COUNT = 5  # rows
+MIN_ROUNDS, MAX_ROUNDS = 9, 40  # rounds
 
 
-def options() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """The command line."""
 
     def numbers(text: str) -> tuple[int, ...]:
         try:
-            return shape_of(text)
+            return parse_shape(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{error}, found {text!r}") from None
 
-    parser = arguments(__doc__, cells=["elman"], known=list(GATES))
+    parser = argument_parser(__doc__, cells=["elman"], cell_choices=list(GATE_COUNTS))
     add = parser.add_argument
     add("--threads", nargs="+", type=int, default=[1, 2], metavar="COUNT", help="default: 1 2")
     add("--shape", nargs="+", type=numbers, metavar="D,H,N,T", help="instead of the grid")
@@ -54,26 +54,31 @@ def options() -> argparse.Namespace:
 
 def main() -> int:
     """Measure, print, write."""
-    args = options()
-    shapes = args.shape or (SHORT_ROWS if args.short else GRID[: QUICK if args.quick else None])
+    args = parse_arguments()
+    shapes = args.shape or (SHORT_ROWS if args.short else GRID[: QUICK_ROW_COUNT if args.quick else None])
     seconds = args.seconds or (15 if args.short else 40 if args.quick else 270) * len(args.cell)
     run = measure.new_run(args.order)
-    available = len(machine.cores())
+    available = len(machine.available_cores())
     threads = [k for k in args.threads if 1 <= k <= available]
     run["notes"] += [f"{k} threads: left out, {available} core(s) here" for k in args.threads if k not in threads]
-    least, most = (3, 9) if args.quick or args.short else (LEAST, MOST)
+    least, most = (3, 9) if args.quick or args.short else (MIN_ROUNDS, MAX_ROUNDS)
     start, failed = time.monotonic(), False
     for k in threads:
-        task: dict[str, Any] = measure.TASK | {"threads": k, "cells": args.cell, "shapes": shapes, "peers": args.peers}
+        task: dict[str, Any] = measure.DEFAULT_TASK | {
+            "threads": k,
+            "cells": args.cell,
+            "shapes": shapes,
+            "peers": args.peers,
+        }
         task |= {"order": args.order, "published": args.published, "seconds": seconds / len(threads)}
-        code = measure.collect(task | {"least": least, "most": most}, run, measure.progress)
+        code = measure.measure_task(task | {"least": least, "most": most}, run, measure.print_progress)
         failed = failed or code != 0
     run["wall_seconds"] = time.monotonic() - start
-    run["goals"], run["undecided"] = report.goals(run["rows"]), report.undecided(run["rows"])
+    run["goals"], run["undecided"] = report.goals(run["rows"]), report.inconclusive(run["rows"])
     if args.png and run["rows"]:
-        print(picture(run, args.png) or f"wrote {args.png}", file=sys.stderr)
+        print(plot_ratios(run, args.png) or f"wrote {args.png}", file=sys.stderr)
     failed = failed or not run["rows"] or any(row["disagree"] for row in run["rows"])
-    return finish(args, [report.tables(run)] if run["rows"] else run["notes"], run, failed)
+    return write_results(args, [report.grid_report(run)] if run["rows"] else run["notes"], run, failed)
 
 
 if __name__ == "__main__":

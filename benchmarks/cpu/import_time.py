@@ -13,11 +13,11 @@ import subprocess
 import sys
 import tempfile
 
-from benchmarks.harness.options import arguments, finish
+from benchmarks.harness.options import argument_parser, write_results
 
-LIMIT = 50.0  # milliseconds
-OPTIONAL = ("cupy", "h5py", "jax", "llvmlite", "matplotlib", "numba", "onnx", "onnxruntime", "torch")
-CODE = """
+MAX_IMPORT_MS = 50.0  # milliseconds
+OPTIONAL_PACKAGES = ("cupy", "h5py", "jax", "llvmlite", "matplotlib", "numba", "onnx", "onnxruntime", "torch")
+IMPORT_SCRIPT = """
 import sys, time
 a = time.perf_counter()
 import numpy
@@ -27,23 +27,25 @@ print((b - a) * 1e3, (time.perf_counter() - b) * 1e3, *(m for m in sys.modules i
 """
 
 
-def once(compiled: str) -> tuple[float, float, list[str]]:
+def time_imports(pycache_prefix: str) -> tuple[float, float, list[str]]:
     """Milliseconds for NumPy, for xprnn after it, and which optional packages came along."""
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {"PYTHONPYCACHEPREFIX": compiled}
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True, env=env)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {
+        "PYTHONPYCACHEPREFIX": pycache_prefix
+    }
+    done = subprocess.run([sys.executable, "-c", IMPORT_SCRIPT], capture_output=True, text=True, check=True, env=env)
     first, second, *loaded = done.stdout.split()
-    return float(first), float(second), sorted(set(loaded) & set(OPTIONAL))
+    return float(first), float(second), sorted(set(loaded) & set(OPTIONAL_PACKAGES))
 
 
 def main() -> int:
     """Measure, print, write."""
-    args = arguments(__doc__, rounds=21).parse_args()
+    args = argument_parser(__doc__, rounds=21).parse_args()
     with tempfile.TemporaryDirectory() as compiled:
-        once(compiled)  # compiles and reads the files, as an installation does
-        numpy, own, extra = zip(*(once(compiled) for _ in range(args.rounds)), strict=True)
+        time_imports(compiled)  # compiles and reads the files, as an installation does
+        numpy, own, extra = zip(*(time_imports(compiled) for _ in range(args.rounds)), strict=True)
     low, middle, high = statistics.quantiles(own, n=4)
     goals = [
-        {"what": "import xprnn after numpy, milliseconds", "value": middle, "most": LIMIT},
+        {"what": "import xprnn after numpy, milliseconds", "value": middle, "most": MAX_IMPORT_MS},
         {"what": "optional packages that import xprnn loads", "value": len(extra[-1]), "most": 0},
     ]
     run = {"numpy": numpy, "xprnn": own, "optional": extra[-1], "goals": goals}
@@ -52,7 +54,7 @@ def main() -> int:
         f"{statistics.median(numpy):.0f} ms; optional packages imported: {', '.join(extra[-1]) or 'none'}. "
         f"{args.rounds} fresh processes."
     )
-    return finish(args, [text], run)
+    return write_results(args, [text], run)
 
 
 if __name__ == "__main__":

@@ -19,16 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness.options import CELLS, arguments, finish, with_kept_memory
-from benchmarks.harness.problem import BOTH, FORWARD, Problem
-from benchmarks.harness.xprnn_contenders import core
+from benchmarks.harness.options import CELLS, argument_parser, rerun_keeping_memory, write_results
+from benchmarks.harness.problem import FORWARD, FORWARD_BACKWARD, Problem
+from benchmarks.harness.xprnn_contenders import core_layer
 
 D, H, T, N = 1, 16, 100, 1
-STEPS, ROWS = [10**3, 10**4, 10**5, 10**6], [1, 4, 16, 64, 256, 1024]
-LIMIT = 1.1  # of the exponent between the two largest sizes: linear, and some way out of the caches
+SEQUENCE_LENGTHS, BATCH_SIZES = [10**3, 10**4, 10**5, 10**6], [1, 4, 16, 64, 256, 1024]
+MAX_EXPONENT = 1.1  # of the exponent between the two largest sizes: linear, and some way out of the caches
 
 
-def typical(call: Callable[[], Any], rounds: int) -> float:
+def median_time(call: Callable[[], Any], rounds: int) -> float:
     """The median time of a call, of at least three and at most `rounds` while a second lasts."""
     call()
     call()
@@ -44,13 +44,13 @@ def measure(steps: list[int], rounds: int) -> list[dict[str, Any]]:
     """A row for each cell, pass and letter: sizes, seconds and exponents."""
     out = []
     for cell in CELLS:
-        for letter, sizes in (("T", steps), ("N", ROWS)):
-            seconds: dict[str, list[float]] = {FORWARD: [], BOTH: []}
+        for letter, sizes in (("T", steps), ("N", BATCH_SIZES)):
+            seconds: dict[str, list[float]] = {FORWARD: [], FORWARD_BACKWARD: []}
             for size in sizes:
                 shape = (D, H, N, size) if letter == "T" else (D, H, size, T)
-                one = core(Problem(cell, shape))
+                one = core_layer(Problem(cell, shape))
                 for which, times in seconds.items():
-                    times.append(typical(one.calls[which], rounds))
+                    times.append(median_time(one.calls[which], rounds))
             for which, times in seconds.items():
                 x, y = np.log(sizes), np.log(times)
                 fitted, last = float(np.polyfit(x, y, 1)[0]), float((y[-1] - y[-2]) / (x[-1] - x[-2]))
@@ -63,7 +63,11 @@ def measure(steps: list[int], rounds: int) -> list[dict[str, Any]]:
 def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Linear."""
     return [
-        {"what": f"growth with {r['letter']}, {r['cell']}, {r['pass']}: exponent", "value": r["last"], "most": LIMIT}
+        {
+            "what": f"growth with {r['letter']}, {r['cell']}, {r['pass']}: exponent",
+            "value": r["last"],
+            "most": MAX_EXPONENT,
+        }
         for r in rows
     ]
 
@@ -84,16 +88,16 @@ def report(rows: list[dict[str, Any]]) -> list[str]:
 
 def main() -> int:
     """Measure, print, write."""
-    parser = arguments(__doc__)
+    parser = argument_parser(__doc__)
     parser.add_argument("--short", action="store_true", help="T up to 10^5, fewer rounds")
     args = parser.parse_args()
-    if (code := with_kept_memory()) is not None:
+    if (code := rerun_keeping_memory()) is not None:
         return code
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1):
-        rows = measure(STEPS[:-1] if args.short else STEPS, 5 if args.short else 15)
-    return finish(args, report(rows), {"rows": rows, "goals": goals(rows)})
+        rows = measure(SEQUENCE_LENGTHS[:-1] if args.short else SEQUENCE_LENGTHS, 5 if args.short else 15)
+    return write_results(args, report(rows), {"rows": rows, "goals": goals(rows)})
 
 
 if __name__ == "__main__":

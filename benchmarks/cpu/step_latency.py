@@ -17,24 +17,24 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import article_baseline, machine, step_latency
-from benchmarks.harness.options import CELLS, arguments, finish
-from benchmarks.harness.peers import missing
+from benchmarks.harness.options import CELLS, argument_parser, write_results
+from benchmarks.harness.peers import missing_reason
 from benchmarks.harness.problem import Problem
-from benchmarks.harness.step_latency import Step
-from xprnn.kernels.config import compiling
+from benchmarks.harness.step_latency import StreamStep
+from xprnn.kernels.config import allow_jit
 from xprnn.kernels.jit import compile_cache
 from xprnn.kernels.jit.step import step_source
 
-OURS_IN_NUMPY = "xprnn, NumPy"
-MOST = {"fast": 2.0, "NumPy": 6.0}  # microseconds above the floor
+XPRNN_NUMPY = "xprnn, NumPy"
+MAX_OVERHEAD_US = {"fast": 2.0, "NumPy": 6.0}  # microseconds above the floor
 
 
-def compiled_floor(problem: Problem) -> Step:
+def compiled_floor(problem: Problem) -> StreamStep:
     """The bare compiled step, its arrays made before."""
     layer = step_latency.LAYERS[problem.cell](*problem.shape[:2])
-    printed = step_source(layer.core, 32, True, False)
+    printed = step_source(layer.resolved_cell, 32, True, False)
     assert printed is not None
-    kernel, x, d = compile_cache.compiled(*printed), problem.x[0], problem.shape[0]
+    kernel, x, d = compile_cache.compile_kernel(*printed), problem.x[0], problem.shape[0]
     weights = tuple(problem.params[name] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
     states = [np.zeros((1, 1, problem.shape[1]), np.float32) for _ in problem.state]
     after, y = [np.empty_like(s) for s in states], np.empty((1, problem.shape[1]), np.float32)
@@ -48,7 +48,7 @@ def compiled_floor(problem: Problem) -> Step:
     return step
 
 
-def numpy_floor(problem: Problem) -> Step:
+def numpy_floor(problem: Problem) -> StreamStep:
     """The straight NumPy calls, by hand, for one row."""
     h_size, dot, add, multiply, tanh = problem.shape[1], np.ndarray.dot, np.add, np.multiply, np.tanh
     w, u, bi, bh = (problem.params[name] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
@@ -80,9 +80,9 @@ def numpy_floor(problem: Problem) -> Step:
     return {"elman": elman, "lstm": lstm, "gru": gru}[problem.cell]
 
 
-def articles(problem: Problem) -> Step:
+def article_step(problem: Problem) -> StreamStep:
     """The article's cell, its prediction included: it has no other."""
-    _, _, _, parameters = problem.article()
+    _, _, _, parameters = problem.article_arrays()
     x, held = problem.x[0].T.copy(), [np.zeros((problem.shape[1], 1), np.float32)]
 
     def step() -> Any:
@@ -92,29 +92,29 @@ def articles(problem: Problem) -> Step:
     return step
 
 
-def row(cell: str, hidden: int, count: int, fast: bool) -> dict[str, Any]:
+def measure_row(cell: str, hidden: int, count: int, jit: bool) -> dict[str, Any]:
     """One cell and size, with everyone who is installed."""
-    makers: dict[str, Callable[[Problem], Step]] = {}
-    if fast:
-        makers |= {"xprnn, fast": step_latency.ours, "floor, fast": compiled_floor}
-    makers |= {OURS_IN_NUMPY: step_latency.ours, "floor, NumPy": numpy_floor}
+    makers: dict[str, Callable[[Problem], StreamStep]] = {}
+    if jit:
+        makers |= {"xprnn, fast": step_latency.xprnn_step, "floor, fast": compiled_floor}
+    makers |= {XPRNN_NUMPY: step_latency.xprnn_step, "floor, NumPy": numpy_floor}
     makers |= {
         title: make
         for name, title, make in (
-            ("torch", "torch", step_latency.torch_cell),
+            ("torch", "torch", step_latency.torch_step),
             ("onnxruntime", "ONNX Runtime", step_latency.onnxruntime_step),
         )
-        if not missing(name)
+        if not missing_reason(name)
     }
-    makers |= {"the article": articles} if cell == "elman" else {}
+    makers |= {"the article": article_step} if cell == "elman" else {}
     problem = Problem(cell, (step_latency.D, hidden, 1, 1))
-    return step_latency.compared(makers, problem, count, lambda name: compiling(name != OURS_IN_NUMPY))
+    return step_latency.compare_steps(makers, problem, count, lambda name: allow_jit(name != XPRNN_NUMPY))
 
 
-def overhead(row: dict[str, Any], way: str) -> float | None:
+def overhead(row: dict[str, Any], variant: str) -> float | None:
     """Microseconds that our median takes above the arithmetic's."""
     found = row["microseconds"]
-    ours, floor = found.get(f"xprnn, {way}"), found.get(f"floor, {way}")
+    ours, floor = found.get(f"xprnn, {variant}"), found.get(f"floor, {variant}")
     return ours["p50"] - floor["p50"] if ours and floor else None
 
 
@@ -123,12 +123,12 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {"what": f"step, {r['cell']}, H={r['hidden']}, {way}: overhead, microseconds", "value": value, "most": most}
         for r in rows
-        for way, most in MOST.items()
+        for way, most in MAX_OVERHEAD_US.items()
         if (value := overhead(r, way)) is not None
     ]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def markdown_table(rows: list[dict[str, Any]]) -> str:
     """Markdown: p50 / p99 / p99.9, and the overhead of our median."""
     names = list(dict.fromkeys(name for r in rows for name in r["microseconds"]))
     lines = [f"| cell | H | {' | '.join(names)} | overhead, fast | overhead, NumPy |"]
@@ -136,7 +136,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for r in rows:
         found = r["microseconds"]
         cells = ["" if n not in found else " / ".join(f"{v:.1f}" for v in found[n].values()) for n in names]
-        cells += ["" if (value := overhead(r, way)) is None else f"{value:.1f}" for way in MOST]
+        cells += ["" if (value := overhead(r, way)) is None else f"{value:.1f}" for way in MAX_OVERHEAD_US]
         note = f" (disagree: {', '.join(r['disagree'])})" if r["disagree"] else ""
         lines.append(f"| {r['cell']}{note} | {r['hidden']} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -144,17 +144,17 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     """Measure, print, write."""
-    parser = arguments(__doc__, cells=CELLS)
+    parser = argument_parser(__doc__, cells=CELLS)
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--hidden", nargs="+", type=int, default=[16, 32, 64])
     parser.add_argument("--short", action="store_true", help="a tenth of the steps")
     args = parser.parse_args()
     steps = max(1, args.steps // 10) if args.short else args.steps
-    machine.pin(machine.cores()[:1])  # one core, so that nobody's threads help
-    rows = [row(c, h, steps, compile_cache.available()) for c in args.cell for h in args.hidden]
-    lines = ["Microseconds a step, p50 / p99 / p99.9:", "", table(rows)]
+    machine.pin_to_cores(machine.available_cores()[:1])  # one core, so that nobody's threads help
+    rows = [measure_row(c, h, steps, compile_cache.numba_available()) for c in args.cell for h in args.hidden]
+    lines = ["Microseconds a step, p50 / p99 / p99.9:", "", markdown_table(rows)]
     failed = any(r["disagree"] for r in rows)
-    return finish(args, lines, {"steps": steps, "rows": rows, "goals": goals(rows)}, failed)
+    return write_results(args, lines, {"steps": steps, "rows": rows, "goals": goals(rows)}, failed)
 
 
 if __name__ == "__main__":

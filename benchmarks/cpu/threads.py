@@ -14,32 +14,32 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import machine, timing
-from benchmarks.harness.contenders import agreeing, contender
-from benchmarks.harness.options import CELLS, arguments, finish
-from benchmarks.harness.problem import BOTH, FORWARD, GRID
-from benchmarks.harness.worker_pool import Company, rounds
+from benchmarks.harness.contenders import check_agreement, make_implementation
+from benchmarks.harness.options import CELLS, argument_parser, write_results
+from benchmarks.harness.problem import FORWARD, FORWARD_BACKWARD, GRID
+from benchmarks.harness.worker_pool import WorkerPool, run_rounds
 
-LIMIT = 1.05
-PASSES = (FORWARD, BOTH)
+MAX_RATIO = 1.05
+PASSES = (FORWARD, FORWARD_BACKWARD)
 
 
 def measure(cells: list[str], shapes: list[tuple[int, ...]], count: int, seconds: float) -> list[dict[str, Any]]:
     """Seconds with one and with two threads, and the rounds' ratios."""
     rows = []
-    with Company() as company, tempfile.TemporaryDirectory() as folder:
-        players = {str(k): company.player(str(k), k) for k in (1, 2)}
+    with WorkerPool() as company, tempfile.TemporaryDirectory() as folder:
+        players = {str(k): company.worker(str(k), k) for k in (1, 2)}
         for cell in cells:
             for shape in shapes:
                 about = {"name": "core", "cell": cell, "shape": shape, "order": "C"}
                 tasks = {name: about | {"threads": p.threads} for name, p in players.items()}
-                _, wrong = agreeing(players, contender, tasks, Path(folder))
+                _, wrong = check_agreement(players, make_implementation, tasks, Path(folder))
                 if wrong:
                     raise RuntimeError(f"{cell} {shape}: {'; '.join(wrong)}")
                 for which in PASSES:
-                    seen = rounds(players, which, 0.0, count, count, seconds)
+                    seen = run_rounds(players, which, 0.0, count, count, seconds)
                     ratio = timing.paired_ratio(seen.times["2"], seen.times["1"])
                     row = {"cell": cell, "shape": shape, "pass": which, "seconds": seen.times, "ratio": ratio}
-                    rows.append(row | {"set_aside": seen.set_aside})
+                    rows.append(row | {"discarded": seen.discarded})
             print(f"{cell}: measured", file=sys.stderr, flush=True)
     return rows
 
@@ -50,16 +50,16 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             "what": f"two threads over one, {r['cell']} {tuple(r['shape'])} {r['pass']}",
             "value": r["ratio"],
-            "most": LIMIT,
+            "most": MAX_RATIO,
         }
         for r in rows
-        if r["set_aside"] >= 0
+        if r["discarded"] >= 0
     ]
 
 
-def undecided(rows: list[dict[str, Any]]) -> list[str]:
+def inconclusive(rows: list[dict[str, Any]]) -> list[str]:
     """The rows of which other processes disturbed most rounds."""
-    return [f"two threads over one, {r['cell']} {tuple(r['shape'])} {r['pass']}" for r in rows if r["set_aside"] < 0]
+    return [f"two threads over one, {r['cell']} {tuple(r['shape'])} {r['pass']}" for r in rows if r["discarded"] < 0]
 
 
 def report(rows: list[dict[str, Any]]) -> list[str]:
@@ -76,16 +76,16 @@ def report(rows: list[dict[str, Any]]) -> list[str]:
 
 def main() -> int:
     """Measure, print, write."""
-    parser = arguments(__doc__, rounds=9, cells=CELLS)
+    parser = argument_parser(__doc__, rounds=9, cells=CELLS)
     parser.add_argument(
         "--rows", type=int, default=len(GRID), metavar="COUNT", help="the first of the grid; default: all"
     )
     parser.add_argument("--seconds", type=float, default=0.1, help="of a turn; default: 0.1")
     args = parser.parse_args()
-    if len(machine.cores()) < 2:
-        return finish(args, ["one core here: nothing to compare"], {})
+    if len(machine.available_cores()) < 2:
+        return write_results(args, ["one core here: nothing to compare"], {})
     rows = measure(args.cell, GRID[: args.rows], args.rounds, args.seconds)
-    return finish(args, report(rows), {"rows": rows, "goals": goals(rows), "undecided": undecided(rows)})
+    return write_results(args, report(rows), {"rows": rows, "goals": goals(rows), "undecided": inconclusive(rows)})
 
 
 if __name__ == "__main__":

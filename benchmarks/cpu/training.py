@@ -17,31 +17,31 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu.training_steps import FIRST, STEP, H, T, make
+from benchmarks.cpu.training_steps import COMPARED_WINDOWS, STEP_CALL, H, T, make_implementation
 from benchmarks.harness import machine
-from benchmarks.harness.contenders import agreeing
-from benchmarks.harness.options import CELLS, arguments, finish
-from benchmarks.harness.worker_pool import Company, rounds
+from benchmarks.harness.contenders import check_agreement
+from benchmarks.harness.options import CELLS, argument_parser, write_results
+from benchmarks.harness.worker_pool import WorkerPool, run_rounds
 
-NAMES = {"xprnn": "xprnn", "torch": "torch, eager", "jax": "JAX, jitted, optax"}
-CLOSE = 1e-3  # of the largest loss, over the first windows
+TITLES = {"xprnn": "xprnn", "torch": "torch, eager", "jax": "JAX, jitted, optax"}
+LOSS_TOLERANCE = 1e-3  # of the largest loss, over the first windows
 
 
 def measure(cell: str, n: int, threads: list[int], count: int, seconds: float) -> dict[str, Any]:
     """A row: characters a second of each contender with each number of threads."""
-    with Company() as company, tempfile.TemporaryDirectory() as folder:
-        players = {f"{who} {k}": company.player(f"{who} {k}", k) for who in NAMES for k in threads}
+    with WorkerPool() as company, tempfile.TemporaryDirectory() as folder:
+        players = {f"{who} {k}": company.worker(f"{who} {k}", k) for who in TITLES for k in threads}
         about = {"cell": cell, "batch": n}
         tasks = {name: about | {"who": name.split()[0], "threads": p.threads} for name, p in players.items()}
-        seated, wrong = agreeing(players, make, tasks, Path(folder), CLOSE)
+        seated, wrong = check_agreement(players, make_implementation, tasks, Path(folder), LOSS_TOLERANCE)
         playing = {name: players[name] for name in seated}
-        seen = rounds(playing, STEP, 0.0, count, count, seconds)
-    wrong += [f"{name} {why}" for name, why in seen.lost.items()]
+        seen = run_rounds(playing, STEP_CALL, 0.0, count, count, seconds)
+    wrong += [f"{name} {why}" for name, why in seen.failed.items()]
     rate = {name: [n * T / t for t in times] for name, times in seen.times.items()}
-    return {"cell": cell, "batch": n, "rates": rate, "disagree": wrong, "set_aside": seen.set_aside}
+    return {"cell": cell, "batch": n, "rates": rate, "disagree": wrong, "discarded": seen.discarded}
 
 
-def best(row: dict[str, Any], who: str, threads: list[int]) -> tuple[float, int] | None:
+def best_rate(row: dict[str, Any], who: str, threads: list[int]) -> tuple[float, int] | None:
     """Median characters a second with the better number of threads, and that number."""
     rates = {k: statistics.median(v) for k in threads if (v := row["rates"].get(f"{who} {k}"))}
     return max(((rate, k) for k, rate in rates.items()), default=None)
@@ -54,36 +54,36 @@ def goals(rows: list[dict[str, Any]], threads: list[int]) -> list[dict[str, Any]
     """
     out = []
     for row in rows:
-        found = {who: b for who in NAMES if (b := best(row, who, threads))}
+        found = {who: b for who in TITLES if (b := best_rate(row, who, threads))}
         rivals = {who: b[0] for who, b in found.items() if who != "xprnn"}
-        if rivals and row["set_aside"] >= 0:
+        if rivals and row["discarded"] >= 0:
             who = max(rivals, key=lambda k: rivals[k])
-            what = f"training, {row['cell']}, batch {row['batch']}, up to {threads[-1]} cores, against {NAMES[who]}"
+            what = f"training, {row['cell']}, batch {row['batch']}, up to {threads[-1]} cores, against {TITLES[who]}"
             ours = found["xprnn"][0] if "xprnn" in found else math.nan
             out.append({"what": what, "value": ours / rivals[who], "least": 1.0})
     return out
 
 
-def table(rows: list[dict[str, Any]], threads: list[int]) -> list[str]:
+def markdown_table(rows: list[dict[str, Any]], threads: list[int]) -> list[str]:
     """Markdown: characters a second, and the ratio to each peer with the same number of threads."""
-    heads = ["cell", "N", "threads", *NAMES.values()]
+    heads = ["cell", "N", "threads", *TITLES.values()]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         for k in threads:
             cells = []
-            for who in NAMES:
+            for who in TITLES:
                 seen = row["rates"].get(f"{who} {k}")
                 if not seen:
                     cells.append("")
                     continue
                 ours = [] if who == "xprnn" else row["rates"].get(f"xprnn {k}", [])
-                cells.append(f"{statistics.median(seen):,.0f}{_ratios(ours, seen)}")
+                cells.append(f"{statistics.median(seen):,.0f}{_format_ratios(ours, seen)}")
             lines.append(f"| {row['cell']} | {row['batch']} | {k} | {' | '.join(cells)} |")
         lines += [f"| | **{remark}** |" + " |" * (len(heads) - 2) for remark in row["disagree"]]
     return lines
 
 
-def _ratios(ours: list[float], theirs: list[float]) -> str:
+def _format_ratios(ours: list[float], theirs: list[float]) -> str:
     """How many times as fast we are, round by round; nothing where we have no times."""
     if not ours:
         return ""
@@ -93,13 +93,13 @@ def _ratios(ours: list[float], theirs: list[float]) -> str:
 
 def main() -> int:
     """Measure and print."""
-    parser = arguments(__doc__, rounds=7, cells=CELLS)
+    parser = argument_parser(__doc__, rounds=7, cells=CELLS)
     add = parser.add_argument
     add("--batch", nargs="+", type=int, default=[16, 32], metavar="N", help="default: 16 32")
     add("--threads", nargs="+", type=int, default=[1, 2], metavar="COUNT", help="default: 1 2")
     add("--seconds", type=float, default=0.5, help="of a turn; default: 0.5")
     args = parser.parse_args()
-    threads = [k for k in args.threads if k <= len(machine.cores())]
+    threads = [k for k in args.threads if k <= len(machine.available_cores())]
     rows = []
     for cell in args.cell:
         for n in args.batch:
@@ -108,11 +108,11 @@ def main() -> int:
     caption = (
         f"Characters a second, the text job: H = {H}, windows of {T}, float32. Medians of {args.rounds} turns; in "
         "brackets how many times faster xprnn is with the same number of threads: median of the rounds, quartiles. "
-        f"The losses of the first {FIRST} windows agree.\n"
+        f"The losses of the first {COMPARED_WINDOWS} windows agree.\n"
     )
-    undecided = [f"training, {r['cell']}, batch {r['batch']}" for r in rows if r["set_aside"] < 0]
+    undecided = [f"training, {r['cell']}, batch {r['batch']}" for r in rows if r["discarded"] < 0]
     figures = {"rows": rows, "goals": goals(rows, threads), "undecided": undecided}
-    return finish(args, [caption, *table(rows, threads)], figures, any(row["disagree"] for row in rows))
+    return write_results(args, [caption, *markdown_table(rows, threads)], figures, any(row["disagree"] for row in rows))
 
 
 if __name__ == "__main__":

@@ -9,85 +9,98 @@ from typing import Any
 import numpy as np
 
 import xprnn
-from benchmarks.harness.problem import Contender
+from benchmarks.harness.problem import Implementation
 from xprnn.charlm.corpus import Vocabulary, default_text
-from xprnn.charlm.trainer import Schedule, Snapshot, learn
-from xprnn.training.data_parallel import Crew, keep_memory
+from xprnn.charlm.trainer import TrainConfig, TrainState, train_step
+from xprnn.training.data_parallel import DataParallel, keep_freed_memory
 
-__all__ = ["FIRST", "LOOK", "NORM", "RATE", "STEP", "H", "Step", "T", "batches", "make"]
+__all__ = [
+    "COMPARED_WINDOWS",
+    "LEARNING_RATE",
+    "LOSS_INTERVAL",
+    "MAX_GRAD_NORM",
+    "STEP_CALL",
+    "H",
+    "T",
+    "TrainStep",
+    "make_implementation",
+    "text_windows",
+]
 
-KINDS = {"elman": "RNN", "lstm": "LSTM", "gru": "GRU"}
-H, T, RATE, NORM = 256, 64, 2e-3, 1.0
-STEP = "step"  # the call's name
-FIRST = 5  # windows whose losses are compared
-LOOK = 10  # windows between two looks at the loss, as in xprnn.charlm.trainer
-Step = Callable[[Any, Any], Any]  # (x, targets), (T, N) integers -> the loss, a number or what float() makes one of
+LAYER_CLASSES = {"elman": "RNN", "lstm": "LSTM", "gru": "GRU"}
+H, T, LEARNING_RATE, MAX_GRAD_NORM = 256, 64, 2e-3, 1.0
+STEP_CALL = "step"  # the call's name
+COMPARED_WINDOWS = 5  # windows whose losses are compared
+LOSS_INTERVAL = 10  # windows between two looks at the loss, as in xprnn.charlm.trainer
+TrainStep = Callable[
+    [Any, Any], Any
+]  # (x, targets), (T, N) integers -> the loss, a number or what float() makes one of
 
 
-def batches(n: int) -> tuple[Iterator[tuple[Any, Any]], int]:
+def text_windows(n: int) -> tuple[Iterator[tuple[Any, Any]], int]:
     """Windows of the default text in n streams, without an end, and V."""
     text = default_text()
-    ids = np.asarray(Vocabulary.of(text).encode(text))[: n * (len(text) // n)].reshape(n, -1).T.copy()
+    ids = np.asarray(Vocabulary.from_text(text).encode(text))[: n * (len(text) // n)].reshape(n, -1).T.copy()
     pairs = [(ids[t : t + T], ids[t + 1 : t + T + 1]) for t in range(0, len(ids) - T - 1, T)]
     return itertools.cycle(pairs), len(set(text))
 
 
-def make(who: str, cell: str, batch: int, threads: int) -> Contender:
+def make_implementation(framework: str, cell: str, batch: int, threads: int) -> Implementation:
     """A call that learns from the next window; the results are the losses of the first ones."""
-    windows, v = batches(batch)
+    windows, v = text_windows(batch)
     task = {"cell": cell, "batch": batch, "threads": threads}
-    model = xprnn.Sequential(rnn=getattr(xprnn, KINDS[cell])(v, H), head=xprnn.Linear(H, v))
+    model = xprnn.Sequential(rnn=getattr(xprnn, LAYER_CLASSES[cell])(v, H), head=xprnn.Linear(H, v))
     params = model.init(np.random.default_rng(0), like=np.zeros(0, np.float32))
-    step = {"xprnn": ours, "torch": torchs, "jax": jaxs}[who](task, model, params)
+    step = {"xprnn": xprnn_train_step, "torch": torch_train_step, "jax": jax_train_step}[framework](task, model, params)
     count = itertools.count(1)
 
     def call() -> None:
         loss = step(*next(windows))
-        if next(count) % LOOK == 0:
+        if next(count) % LOSS_INTERVAL == 0:
             float(loss)
 
     def results() -> dict[str, Any]:
-        return {"losses": np.array([float(step(*next(windows))) for _ in range(FIRST)])}
+        return {"losses": np.array([float(step(*next(windows))) for _ in range(COMPARED_WINDOWS)])}
 
-    return Contender({STEP: call}, results)
+    return Implementation({STEP_CALL: call}, results)
 
 
-class Constant(Schedule):
+class ConstantRate(TrainConfig):
     """One learning rate: Adam is the same in all three."""
 
-    def rate(self, now: Snapshot) -> float:
+    def rate(self, now: TrainState) -> float:
         """Of every step."""
         return self.learning_rate
 
 
-def ours(task: dict[str, Any], model: Any, params: dict[str, Any]) -> Step:
+def xprnn_train_step(task: dict[str, Any], model: Any, params: dict[str, Any]) -> TrainStep:
     """The step of `python -m xprnn train`, with one BLAS thread, as there."""
     from threadpoolctl import threadpool_limits
 
-    keep_memory()
+    keep_freed_memory()
     threadpool_limits(1, user_api="blas")
-    schedule = Constant(learning_rate=RATE, clip=NORM)
-    crew = Crew(task["threads"])
-    kept = {"now": Snapshot(0, params, xprnn.adam(RATE).init(params))}
+    schedule = ConstantRate(learning_rate=LEARNING_RATE, clip=MAX_GRAD_NORM)
+    crew = DataParallel(task["threads"])
+    kept = {"now": TrainState(0, params, xprnn.adam(LEARNING_RATE).init(params))}
 
     def step(x: Any, target: Any) -> Any:
-        kept["now"], loss = learn(model, kept["now"], x, target, schedule, crew)
+        kept["now"], loss = train_step(model, kept["now"], x, target, schedule, crew)
         return loss
 
     return step
 
 
-def torchs(task: dict[str, Any], model: Any, params: dict[str, Any]) -> Step:
+def torch_train_step(task: dict[str, Any], model: Any, params: dict[str, Any]) -> TrainStep:
     """torch: one-hot rows, nn.RNN (LSTM, GRU) and nn.Linear, eager; Adam in its fused form."""
     import torch
 
     torch.set_num_threads(task["threads"])
-    v = model.parts["head"].out_features
-    rnn, head = getattr(torch.nn, KINDS[task["cell"]])(v, H), torch.nn.Linear(H, v)
+    v = model.layers["head"].out_features
+    rnn, head = getattr(torch.nn, LAYER_CLASSES[task["cell"]])(v, H), torch.nn.Linear(H, v)
     rnn.load_state_dict({k[4:]: torch.tensor(a) for k, a in params.items() if k.startswith("rnn.")})
     head.load_state_dict({k[5:]: torch.tensor(a) for k, a in params.items() if k.startswith("head.")})
     every = [*rnn.parameters(), *head.parameters()]
-    optimizer = torch.optim.Adam(every, RATE, fused=True)
+    optimizer = torch.optim.Adam(every, LEARNING_RATE, fused=True)
     kept: dict[str, Any] = {"state": None}
     one_hot = torch.eye(v)
 
@@ -97,23 +110,23 @@ def torchs(task: dict[str, Any], model: Any, params: dict[str, Any]) -> Step:
         loss = torch.nn.functional.cross_entropy(head(y).reshape(-1, v), torch.from_numpy(target).reshape(-1))
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(every, NORM)
+        torch.nn.utils.clip_grad_norm_(every, MAX_GRAD_NORM)
         optimizer.step()
         return loss.detach()
 
     return step
 
 
-def jaxs(task: dict[str, Any], model: Any, params: dict[str, Any]) -> Step:
+def jax_train_step(task: dict[str, Any], model: Any, params: dict[str, Any]) -> TrainStep:
     """JAX: the whole step jitted, its buffers donated; the input's look-up hoisted out of a lax.scan; optax."""
     import jax
     import jax.numpy as jnp
     import optax
 
-    from benchmarks.harness.peers import jax_steps
+    from benchmarks.harness.peers import jax_cell
 
-    cell = jax_steps(task["cell"])
-    optimizer = optax.chain(optax.clip_by_global_norm(NORM), optax.adam(RATE))
+    cell = jax_cell(task["cell"])
+    optimizer = optax.chain(optax.clip_by_global_norm(MAX_GRAD_NORM), optax.adam(LEARNING_RATE))
 
     def loss_of(p: Any, state: Any, x: Any, target: Any) -> Any:
         ut, b_hh = p["rnn.weight_hh_l0"].T, p["rnn.bias_hh_l0"]

@@ -19,15 +19,15 @@ import numpy as np
 
 import xprnn
 from benchmarks.harness import timing
-from benchmarks.harness.options import CELLS, arguments, finish, with_kept_memory
+from benchmarks.harness.options import CELLS, argument_parser, rerun_keeping_memory, write_results
 from benchmarks.harness.xprnn_contenders import LAYERS
 
-SIZES = (50, 5000)
+VOCABULARY_SIZES = (50, 5000)
 T, N, H = 64, 16, 256
-LIMIT = 1.1
+MAX_RATIO = 1.1
 
 
-def passes(model: Any, v: int) -> dict[str, Callable[[], Any]]:
+def model_calls(model: Any, v: int) -> dict[str, Callable[[], Any]]:
     """forward and forward+backward on classes 0..v-1."""
     rng = np.random.default_rng(0)
     params = model.init(rng, like=np.zeros(0, np.float32))
@@ -42,14 +42,14 @@ def passes(model: Any, v: int) -> dict[str, Callable[[], Any]]:
     return {"forward": lambda: model(params, ids), "forward+backward": both}
 
 
-def beside(kind: Any, v: int) -> dict[str, Callable[[], Any]]:
+def table_calls(kind: Any, v: int) -> dict[str, Callable[[], Any]]:
     """What belongs to a gradient of the table's shape, whoever computes it, and the table's own step."""
     rng, name = np.random.default_rng(0), "weight_ih_l0"
     table, ids = kind(v, H).init(rng, like=np.zeros(0, np.float32))[name], rng.integers(0, v, T * N)
     classes = np.unique(ids)
     values = rng.standard_normal((len(classes), len(table)), dtype=np.float32)
     sparse = xprnn.SparseGradient(classes, values, table.shape, 1)
-    dense = sparse.dense()
+    dense = sparse.to_dense()
 
     def zeros() -> Any:
         a = np.empty(table.shape, np.float32)
@@ -69,7 +69,7 @@ def beside(kind: Any, v: int) -> dict[str, Callable[[], Any]]:
     }
 
 
-def embedded(kind: Any, v: int, *, sparse: bool) -> Any:
+def embedding_model(kind: Any, v: int, *, sparse: bool) -> Any:
     """A layer behind an Embedding."""
     return xprnn.Sequential(embed=xprnn.Embedding(v, H, sparse=sparse), rnn=kind(H, H))
 
@@ -80,19 +80,19 @@ def measure(count: int) -> list[dict[str, Any]]:
     for cell in CELLS:
         kind = LAYERS[cell]
         makers: dict[str, Callable[[int], Any]] = {
-            f"{cell}, integers": lambda v, kind=kind: passes(kind(v, H), v),
-            f"{cell}, integers, sparse": lambda v, kind=kind: passes(kind(v, H, sparse=True), v),
-            f"{cell}, Embedding": lambda v, kind=kind: passes(embedded(kind, v, sparse=False), v),
-            f"{cell}, Embedding, sparse": lambda v, kind=kind: passes(embedded(kind, v, sparse=True), v),
-            f"{cell}, beside it": lambda v, kind=kind: beside(kind, v),
+            f"{cell}, integers": lambda v, kind=kind: model_calls(kind(v, H), v),
+            f"{cell}, integers, sparse": lambda v, kind=kind: model_calls(kind(v, H, sparse=True), v),
+            f"{cell}, Embedding": lambda v, kind=kind: model_calls(embedding_model(kind, v, sparse=False), v),
+            f"{cell}, Embedding, sparse": lambda v, kind=kind: model_calls(embedding_model(kind, v, sparse=True), v),
+            f"{cell}, beside it": lambda v, kind=kind: table_calls(kind, v),
         }
         for what, make in makers.items():
-            small, large = (make(v) for v in SIZES)
+            small, large = (make(v) for v in VOCABULARY_SIZES)
             for which, call in small.items():
                 calls = {"small": call, "large": large[which]}
-                times = timing.interleave(calls, count)
+                times = timing.time_interleaved(calls, count)
                 ratio = timing.paired_ratio(times["large"], times["small"])
-                seconds = {k: timing.summary(t) for k, t in times.items()}
+                seconds = {k: timing.quartile_summary(t) for k, t in times.items()}
                 rows.append({"what": what, "pass": which, "seconds": seconds, "ratio": ratio})
         print(f"{cell}: measured", file=sys.stderr, flush=True)
     return rows
@@ -101,7 +101,7 @@ def measure(count: int) -> list[dict[str, Any]]:
 def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every pass of a layer or model."""
     return [
-        {"what": f"one-hot, V=5000 over V=50, {r['what']}, {r['pass']}", "value": r["ratio"], "most": LIMIT}
+        {"what": f"one-hot, V=5000 over V=50, {r['what']}, {r['pass']}", "value": r["ratio"], "most": MAX_RATIO}
         for r in rows
         if "beside" not in r["what"]
     ]
@@ -110,7 +110,7 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def report(rows: list[dict[str, Any]]) -> list[str]:
     """Markdown."""
     lines = [f"One-hot input by look-up, T={T}, N={N}, H={H}, float32, one thread; milliseconds.", ""]
-    lines += [f"| | pass | V={SIZES[0]} | V={SIZES[1]} | ratio |", "|---|---|---|---|---|"]
+    lines += [f"| | pass | V={VOCABULARY_SIZES[0]} | V={VOCABULARY_SIZES[1]} | ratio |", "|---|---|---|---|---|"]
     for r in rows:
         small, large = (f"{1e3 * r['seconds'][k]['median']:.3g}" for k in ("small", "large"))
         lines.append(f"| {r['what']} | {r['pass']} | {small} | {large} | {r['ratio']:.2f} |")
@@ -119,14 +119,14 @@ def report(rows: list[dict[str, Any]]) -> list[str]:
 
 def main() -> int:
     """Measure, print, write."""
-    args = arguments(__doc__, rounds=25).parse_args()
-    if (code := with_kept_memory()) is not None:
+    args = argument_parser(__doc__, rounds=25).parse_args()
+    if (code := rerun_keeping_memory()) is not None:
         return code
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1):
         rows = measure(args.rounds)
-    return finish(args, report(rows), {"rows": rows, "goals": goals(rows)})
+    return write_results(args, report(rows), {"rows": rows, "goals": goals(rows)})
 
 
 if __name__ == "__main__":

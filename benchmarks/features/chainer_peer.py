@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.features.problem import D, H, N, Problem, takes
-from benchmarks.features.questions import Peer
+from benchmarks.features.problem import D, FeatureProblem, H, N, signature_error
+from benchmarks.features.questions import LibraryAdapter
 
 __all__ = ["Chainer"]
 
 
-class Chainer(Peer):
+class Chainer(LibraryAdapter):
     """links.NStepRNNTanh and NStepLSTM on lists of sequences; StatelessGRU, step by step."""
 
     def __init__(self) -> None:
@@ -24,34 +24,34 @@ class Chainer(Peer):
 
         self.module, self.version = chainer, f"{chainer.__version__} (NumPy {np.__version__})"
 
-    def run(self, p: Problem, array: Any = None) -> dict[str, Any]:
+    def run(self, p: FeatureProblem, to_array: Any = None) -> dict[str, Any]:
         """The link, its backward."""
         if p.cell == "gru":
             return self.run_gru(p)
         chainer, a, pair = self.module, p.arrays, p.cell == "lstm"
         kind = chainer.links.NStepLSTM if pair else chainer.links.NStepRNNTanh
-        if (p.keep is not None and p.lengths is None) or p.reset is not None or p.cell == "leaky":
-            raise takes(kind.forward if p.cell != "leaky" else kind.__init__)
+        if (p.mask is not None and p.lengths is None) or p.reset is not None or p.cell == "leaky":
+            raise signature_error(kind.forward if p.cell != "leaky" else kind.__init__)
         with chainer.using_config("dtype", p.dtype):
             link = kind(1, D, H, 0)
         gates = 4 if pair else 1
         for k in range(gates):
             rows = slice(k * H, (k + 1) * H)
             for name, value in ((f"w{k}", a["W"]), (f"w{k + gates}", a["U"]), (f"b{k}", a["b"])):
-                getattr(link[0], name).array = (array or self.array)(value[rows].copy())
+                getattr(link[0], name).array = (to_array or self.to_array)(value[rows].copy())
             getattr(link[0], f"b{k + gates}").array = np.zeros(H, p.dtype)
-        return self.back(p, link, gates, array or self.array)
+        return self.run_sequences(p, link, gates, to_array or self.to_array)
 
-    def back(self, p: Problem, link: Any, gates: int, array: Any) -> dict[str, Any]:
+    def run_sequences(self, p: FeatureProblem, link: Any, gates: int, array: Any) -> dict[str, Any]:
         """Sequences in, sequences out."""
-        a, steps, functions = p.arrays, len(p.u), self.module.functions
+        a, steps, functions = p.arrays, len(p.dy), self.module.functions
         lengths = p.lengths or [steps] * N
         xs = [self.module.Variable(array(a["x"][:n, k].copy())) for k, n in enumerate(lengths)]
         states = [self.module.Variable(array(a[k][None])) for k in ("h0", "c0")[: 1 + (gates == 4)]]
         h, *_, ys = link(*states, xs)
-        loss = functions.sum(h[0] * p.v)
+        loss = functions.sum(h[0] * p.dh)
         for k, y in enumerate(ys):
-            loss += functions.sum(y * p.u[: lengths[k], k])
+            loss += functions.sum(y * p.dy[: lengths[k], k])
         loss.backward()
 
         def stack(name: str, first: int) -> Any:
@@ -63,7 +63,7 @@ class Chainer(Peer):
         found = {"y": y, "h": h[0], "dx": dx, "dW": stack("w", 0), "dU": stack("w", gates), "db": stack("b", 0)}
         return found | {f"d{k}0": v.grad[0] for k, v in zip("hc", states, strict=False)}
 
-    def run_gru(self, p: Problem) -> dict[str, Any]:
+    def run_gru(self, p: FeatureProblem) -> dict[str, Any]:
         """Its update gate is 1 - z, which is the gate of negated weights."""
         chainer, a = self.module, p.arrays
         with chainer.using_config("dtype", p.dtype):
@@ -74,11 +74,11 @@ class Chainer(Peer):
             W.W.array, U.W.array, W.b.array = (sign * a[key][rows] for key in ("W", "U", "b"))
         x, h = chainer.Variable(a["x"]), chainer.Variable(a["h0"])
         ys, state = [], h
-        for t in range(len(p.u)):
+        for t in range(len(p.dy)):
             state = link(state, x[t])
             ys.append(state)
         y = chainer.functions.stack(ys)
-        loss = chainer.functions.sum(y * p.u) + chainer.functions.sum(state * p.v)
+        loss = chainer.functions.sum(y * p.dy) + chainer.functions.sum(state * p.dh)
         loss.backward()
         pairs = [(sign, link[f"W{n}"], link[f"U{n}"]) for n, sign in zip(names, signs, strict=True)]
         found = {"y": y, "h": state, "dx": x.grad, "dW": np.concatenate([s * w.W.grad for s, w, _ in pairs])}
@@ -89,21 +89,21 @@ class Chainer(Peer):
         """There is no sequence layer of it."""
         return f"{super().gru()} (StatelessGRU, a loop of your own)"
 
-    def softmax_of(self, x: Any) -> Any:
+    def column_softmax(self, x: Any) -> Any:
         """Over the columns."""
         return self.module.functions.softmax(x, axis=0)
 
-    def sizes(self) -> str:
+    def layer_sizes(self) -> str:
         """As its constructor says."""
         self.module.links.NStepRNNTanh(2, D, self.widths, 0.0)
         return "yes"
 
-    def returned(self, p: Problem) -> list[Any]:
+    def lstm_outputs(self, p: FeatureProblem) -> list[Any]:
         """hy, cy, ys."""
         h, c, ys = self.module.links.NStepLSTM(1, D, H, 0)(None, None, list(p.arrays["x"].astype("f").swapaxes(0, 1)))
         return [h, c, self.module.functions.stack(ys, 1)]
 
-    def checker(self) -> str:
+    def gradient_checker(self) -> str:
         """A function with a right, and one with a wrong backward."""
         from chainer.gradient_check import check_backward
 
@@ -125,6 +125,6 @@ class Chainer(Peer):
             return "yes (gradient_check)"
         return "no"
 
-    def memory(self) -> str:
+    def bounded_memory(self) -> str:
         """functions.forget needs a loop of one's own over the chunks."""
-        raise takes(self.module.links.NStepLSTM.forward)
+        raise signature_error(self.module.links.NStepLSTM.forward)

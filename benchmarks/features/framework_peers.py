@@ -7,13 +7,23 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.features.problem import LEAK, D, H, MissingError, N, Problem, T, names_with, takes
-from benchmarks.features.questions import Peer
+from benchmarks.features.problem import (
+    LEAK,
+    D,
+    FeatureProblem,
+    H,
+    N,
+    T,
+    UnsupportedFeatureError,
+    public_names_containing,
+    signature_error,
+)
+from benchmarks.features.questions import LibraryAdapter
 
 __all__ = ["Keras", "Torch"]
 
 
-class Torch(Peer):
+class Torch(LibraryAdapter):
     """torch.nn.RNN, LSTM, GRU."""
 
     def __init__(self) -> None:
@@ -23,31 +33,31 @@ class Torch(Peer):
         torch.set_num_threads(1)
         self.module, self.version = torch, torch.__version__.split("+")[0]
 
-    def array(self, value: Any) -> Any:
+    def to_array(self, value: Any) -> Any:
         """A tensor."""
         return self.module.tensor(value)
 
-    def run(self, p: Problem, array: Any = None) -> dict[str, Any]:
+    def run(self, p: FeatureProblem, to_array: Any = None) -> dict[str, Any]:
         """The layer, packed sequences for lengths, autograd."""
-        nn, tensor = self.module.nn, self.array
+        nn, tensor = self.module.nn, self.to_array
         kind = {"rnn": nn.RNN, "leaky": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}[p.cell]
-        if (p.keep is not None and p.lengths is None) or p.reset is not None:
-            raise takes(kind.forward)
-        layer = kind(D, H, **({"nonlinearity": np.sin} if p.cell == "leaky" else {})).to(tensor(p.u).dtype)
+        if (p.mask is not None and p.lengths is None) or p.reset is not None:
+            raise signature_error(kind.forward)
+        layer = kind(D, H, **({"nonlinearity": np.sin} if p.cell == "leaky" else {})).to(tensor(p.dy).dtype)
         with self.module.no_grad():
             for name, key in (("weight_ih_l0", "W"), ("weight_hh_l0", "U"), ("bias_ih_l0", "b")):
                 getattr(layer, name).copy_(tensor(p.arrays[key]))
             layer.bias_hh_l0.zero_()
-        x, h0, c0 = ((array or tensor)(p.arrays[k] if k == "x" else p.arrays[k][None]) for k in ("x", "h0", "c0"))
+        x, h0, c0 = ((to_array or tensor)(p.arrays[k] if k == "x" else p.arrays[k][None]) for k in ("x", "h0", "c0"))
         leaves = [v.requires_grad_() for v in (x, h0, c0) if self.module.is_tensor(v)]
         rnn = nn.utils.rnn
         packed = x
         if p.lengths:
             packed = rnn.pack_padded_sequence(x, self.module.tensor(p.lengths), enforce_sorted=False)
         y, final = layer(packed, (h0, c0) if p.cell == "lstm" else h0)
-        y = rnn.pad_packed_sequence(y, total_length=len(p.u))[0] if p.lengths else y
+        y = rnn.pad_packed_sequence(y, total_length=len(p.dy))[0] if p.lengths else y
         h = (final[0] if p.cell == "lstm" else final)[0]
-        ((y * tensor(p.u)).sum() + (h * tensor(p.v)).sum()).backward()
+        ((y * tensor(p.dy)).sum() + (h * tensor(p.dh)).sum()).backward()
         grads = {"dx": leaves[0].grad, "dW": layer.weight_ih_l0.grad, "dU": layer.weight_hh_l0.grad}
         grads |= {"db": layer.bias_ih_l0.grad, "dh0": leaves[1].grad[0]}
         return {"y": y, "h": h} | grads | ({"dc0": leaves[2].grad[0]} if p.cell == "lstm" else {})
@@ -56,21 +66,21 @@ class Torch(Peer):
         """There is one GRU."""
         return super().gru().replace("wrong:", "no, its GRU is another:")
 
-    def softmax_of(self, x: Any) -> Any:
+    def column_softmax(self, x: Any) -> Any:
         """Over the columns."""
         return self.module.softmax(x, 0)
 
-    def sizes(self) -> str:
+    def layer_sizes(self) -> str:
         """As its constructor says."""
         self.module.nn.RNN(D, self.widths, 2)
         return "yes"
 
-    def returned(self, p: Problem) -> list[Any]:
+    def lstm_outputs(self, p: FeatureProblem) -> list[Any]:
         """output, h_n, c_n."""
-        y, final = self.module.nn.LSTM(D, H).double()(self.array(p.arrays["x"]))
+        y, final = self.module.nn.LSTM(D, H).double()(self.to_array(p.arrays["x"]))
         return [y, *final]
 
-    def checker(self) -> str:
+    def gradient_checker(self) -> str:
         """A function whose backward forgets a 2."""
         torch = self.module
 
@@ -89,12 +99,12 @@ class Torch(Peer):
         wrong = torch.autograd.gradcheck(Square.apply, x, raise_exception=False)
         return "yes (autograd.gradcheck)" if right and not wrong else "no"
 
-    def memory(self) -> str:
+    def bounded_memory(self) -> str:
         """torch.utils.checkpoint needs a loop of one's own over the chunks."""
-        raise takes(self.module.nn.LSTM.forward)
+        raise signature_error(self.module.nn.LSTM.forward)
 
 
-class Keras(Peer):
+class Keras(LibraryAdapter):
     """keras.layers.SimpleRNN, LSTM, GRU, RNN, on the back end that KERAS_BACKEND names."""
 
     def __init__(self) -> None:
@@ -104,7 +114,7 @@ class Keras(Peer):
         self.module, self.backend = keras, keras.backend.backend()
         self.version = f"{keras.__version__} on {self.backend} {metadata.version(self.backend).split('+')[0]}"
 
-    def array(self, value: Any) -> Any:
+    def to_array(self, value: Any) -> Any:
         """The back end's tensor."""
         return self.module.ops.convert_to_tensor(value)
 
@@ -113,12 +123,12 @@ class Keras(Peer):
         layers = self.module.layers
         how = {"return_sequences": True, "return_state": True, "zero_output_for_mask": True, "dtype": dtype}
         if cell == "leaky":
-            return layers.RNN(self.leaky(dtype), **how)
+            return layers.RNN(self.leaky_cell(dtype), **how)
         if cell == "gru":
             return layers.GRU(H, reset_after=False, **how)
         return (layers.SimpleRNN if cell == "rnn" else layers.LSTM)(H, **how)
 
-    def leaky(self, dtype: str) -> Any:
+    def leaky_cell(self, dtype: str) -> Any:
         """A subclass, as its guide shows."""
         ops = self.module.ops
 
@@ -131,29 +141,29 @@ class Keras(Peer):
 
         return Leaky(H, dtype=dtype)
 
-    def run(self, p: Problem, array: Any = None) -> dict[str, Any]:
+    def run(self, p: FeatureProblem, to_array: Any = None) -> dict[str, Any]:
         """The layer as a function of x, its weights and the states; the back end differentiates."""
         if p.reset is not None:
-            raise takes(self.module.layers.LSTM.call, hide=("sequence",))
-        array, pair, a = array or self.array, p.cell == "lstm", p.arrays
+            raise signature_error(self.module.layers.LSTM.call, exclude=("sequence",))
+        to_array, pair, a = to_array or self.to_array, p.cell == "lstm", p.arrays
         layer = self.layer(p.cell, str(p.dtype))
         layer.build((N, len(a["x"]), D))
         weights = [a["W"].T, a["U"].T, a["b"]]  # Keras keeps (D, GH), and the GRU as z,r,n
         if p.cell == "gru":
-            weights = [swap(w) for w in weights]
+            weights = [swap_reset_update(w) for w in weights]
         layer.set_weights(weights)
         states = [a["h0"], a["c0"]][: 1 + pair]
-        mask = None if p.keep is None else self.array(p.keep.T.copy())
-        leaves = [array(np.ascontiguousarray(a["x"].transpose(1, 0, 2))), *map(array, states)]
-        grad = self.by_jax if self.backend == "jax" else self.by_torch
-        (y, h), (dx, *dstates), dweights = grad(layer, leaves, mask, (p.u.transpose(1, 0, 2), p.v))
+        mask = None if p.mask is None else self.to_array(p.mask.T.copy())
+        leaves = [to_array(np.ascontiguousarray(a["x"].transpose(1, 0, 2))), *map(to_array, states)]
+        grad = self.gradients_by_jax if self.backend == "jax" else self.gradients_by_torch
+        (y, h), (dx, *dstates), dweights = grad(layer, leaves, mask, (p.dy.transpose(1, 0, 2), p.dh))
         if p.cell == "gru":
-            dweights = [swap(w) for w in dweights]
+            dweights = [swap_reset_update(w) for w in dweights]
         found = {"y": y.swapaxes(1, 0), "dx": dx.swapaxes(1, 0), "h": h}
         found |= {"dW": dweights[0].T, "dU": dweights[1].T, "db": dweights[2]}
         return found | {f"d{k}0": d for k, d in zip("hc", dstates, strict=False)}
 
-    def by_jax(self, layer: Any, leaves: list[Any], mask: Any, cotangents: Any) -> Any:
+    def gradients_by_jax(self, layer: Any, leaves: list[Any], mask: Any, cotangents: Any) -> Any:
         """jax.vjp of stateless_call."""
         import jax
 
@@ -166,7 +176,7 @@ class Keras(Peer):
         out, back = jax.vjp(function, leaves, [v.value for v in layer.trainable_variables])
         return out, *back(tuple(map(jax.numpy.asarray, cotangents)))
 
-    def by_torch(self, layer: Any, leaves: list[Any], mask: Any, cotangents: Any) -> Any:
+    def gradients_by_torch(self, layer: Any, leaves: list[Any], mask: Any, cotangents: Any) -> Any:
         """Autograd."""
         import torch
 
@@ -176,35 +186,35 @@ class Keras(Peer):
         grads = torch.autograd.grad([y, h], [*leaves, *weights], [torch.tensor(c) for c in cotangents])
         return (y, h), grads[: len(leaves)], grads[len(leaves) :]
 
-    def softmax_of(self, x: Any) -> Any:
+    def column_softmax(self, x: Any) -> Any:
         """Over the columns."""
         return self.module.ops.softmax(x, axis=0)
 
-    def sizes(self) -> str:
+    def layer_sizes(self) -> str:
         """A list of cells is one layer."""
         layers = self.module.layers
-        y = layers.RNN([layers.SimpleRNNCell(h) for h in self.widths])(self.array(np.ones((N, T, D), "f")))
+        y = layers.RNN([layers.SimpleRNNCell(h) for h in self.widths])(self.to_array(np.ones((N, T, D), "f")))
         return "yes" if y.shape[-1] == self.widths[-1] else "no"
 
-    def returned(self, p: Problem) -> list[Any]:
+    def lstm_outputs(self, p: FeatureProblem) -> list[Any]:
         """With return_sequences and return_state."""
         layer = self.layer("lstm", str(p.dtype))
         layer.build((N, T, D))
         layer.set_weights([p.arrays["W"].T, p.arrays["U"].T, p.arrays["b"]])
-        return list(layer(self.array(np.ascontiguousarray(p.arrays["x"].transpose(1, 0, 2)))))
+        return list(layer(self.to_array(np.ascontiguousarray(p.arrays["x"].transpose(1, 0, 2)))))
 
-    def checker(self) -> str:
+    def gradient_checker(self) -> str:
         """Among its public names."""
         places = (self.module, self.module.ops, self.module.utils)
-        found = [n for place in places for n in names_with(place, "grad", "check")]
-        raise MissingError(f"names with 'grad' and 'check': {', '.join(found) or 'none'}")
+        found = [n for place in places for n in public_names_containing(place, "grad", "check")]
+        raise UnsupportedFeatureError(f"names with 'grad' and 'check': {', '.join(found) or 'none'}")
 
-    def memory(self) -> str:
+    def bounded_memory(self) -> str:
         """keras.remat runs a whole layer again, with all its steps."""
-        raise takes(self.module.layers.LSTM.call)
+        raise signature_error(self.module.layers.LSTM.call)
 
 
-def swap(w: Any) -> Any:
+def swap_reset_update(w: Any) -> Any:
     """r,z,n <-> z,r,n on the last axis."""
     parts = w[..., :H], w[..., H : 2 * H], w[..., 2 * H :]
     order = (parts[1], parts[0], parts[2])

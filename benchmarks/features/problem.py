@@ -13,29 +13,37 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["LEAK", "D", "H", "MissingError", "N", "Problem", "T"]
-__all__ += ["figures", "names_with", "off", "problem", "reference", "takes", "to_numpy"]
+__all__ = ["LEAK", "D", "FeatureProblem", "H", "N", "T", "UnsupportedFeatureError"]
+__all__ += [
+    "judge_results",
+    "public_names_containing",
+    "random_problem",
+    "reference_results",
+    "relative_error",
+    "signature_error",
+    "to_numpy",
+]
 
 T, N, D, H = 5, 3, 3, 4
-GATES = {"rnn": 1, "leaky": 1, "lstm": 4, "gru": 3}
+GATE_COUNTS = {"rnn": 1, "leaky": 1, "lstm": 4, "gru": 3}
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}  # of the largest entry of the array
 LEAK = 0.1
 
 
-class MissingError(Exception):
+class UnsupportedFeatureError(Exception):
     """The library has no such thing; the text says what it has."""
 
 
 @dataclass(frozen=True)
-class Problem:
+class FeatureProblem:
     """Weights in the gate orders of torch (LSTM i,f,g,o; GRU r,z,n), arrays, and the loss sum(u y) + sum(v h_T)."""
 
     cell: str
     arrays: dict[str, Any]  # x (T,N,D), W (GH,D), U (GH,H), b (GH,), h0 and c0 (N,H)
-    u: Any
-    v: Any
+    dy: Any
+    dh: Any
     lengths: list[int] | None = None
-    keep: Any = None  # (T,N), False: the step is skipped; from `lengths` where they are given
+    mask: Any = None  # (T,N), False: the step is skipped; from `lengths` where they are given
     reset: Any = None  # (T,N), True: the row starts again from h0
 
     @property
@@ -44,24 +52,28 @@ class Problem:
         return self.arrays["x"].dtype
 
 
-def problem(cell: str, *, steps: int = T, given: bool = False, dtype: str = "float64", **flags: Any) -> Problem:
+def random_problem(
+    cell: str, *, steps: int = T, random_state: bool = False, dtype: str = "float64", **flags: Any
+) -> FeatureProblem:
     """Random arrays; the initial states are 0 unless `given`."""
-    rng, g = np.random.default_rng(5), GATES[cell] * H
+    rng, g = np.random.default_rng(5), GATE_COUNTS[cell] * H
     shapes = {"x": (steps, N, D), "W": (g, D), "U": (g, H), "b": (g,), "h0": (N, H), "c0": (N, H)}
     arrays = {name: 0.7 * rng.standard_normal(shape) for name, shape in shapes.items()}
     for name in ("h0", "c0"):
-        arrays[name] *= given
+        arrays[name] *= random_state
     u, v = rng.standard_normal((steps, N, H)), rng.standard_normal((N, H))
     if "lengths" in flags:
         flags["keep"] = np.arange(steps)[:, None] < np.asarray(flags["lengths"])
-    return Problem(cell, {k: a.astype(dtype) for k, a in arrays.items()}, u.astype(dtype), v.astype(dtype), **flags)
+    return FeatureProblem(
+        cell, {k: a.astype(dtype) for k, a in arrays.items()}, u.astype(dtype), v.astype(dtype), **flags
+    )
 
 
 def _sigmoid(a: Any) -> Any:
     return 1 / (1 + np.exp(-a))
 
 
-def one_step(cell: str, x: Any, h: Any, c: Any, a: dict[str, Any]) -> tuple[Any, Any]:
+def reference_step(cell: str, x: Any, h: Any, c: Any, a: dict[str, Any]) -> tuple[Any, Any]:
     """The cells as their papers have them."""
     W, U, b = a["W"], a["U"], a["b"]
     if cell == "gru":
@@ -76,7 +88,7 @@ def one_step(cell: str, x: Any, h: Any, c: Any, a: dict[str, Any]) -> tuple[Any,
     return ((1 - LEAK) * h + LEAK * np.tanh(s) if cell == "leaky" else np.tanh(s)), c
 
 
-def _loop(p: Problem, a: dict[str, Any]) -> tuple[Any, Any, Any]:
+def _reference_scan(p: FeatureProblem, a: dict[str, Any]) -> tuple[Any, Any, Any]:
     """y, the final h, and c at every step."""
     h, c = h0, c0 = a["h0"], a["c0"]
     y, cells = [], []
@@ -84,18 +96,18 @@ def _loop(p: Problem, a: dict[str, Any]) -> tuple[Any, Any, Any]:
         if p.reset is not None:
             again = p.reset[t][:, None]
             h, c = np.where(again, h0, h), np.where(again, c0, c)
-        keep = np.ones((N, 1), bool) if p.keep is None else p.keep[t][:, None]
-        h1, c1 = one_step(p.cell, a["x"][t], h, c, a)
+        keep = np.ones((N, 1), bool) if p.mask is None else p.mask[t][:, None]
+        h1, c1 = reference_step(p.cell, a["x"][t], h, c, a)
         h, c = np.where(keep, h1, h), np.where(keep, c1, c)
         y.append(np.where(keep, h1, 0))
         cells.append(c)
     return np.reshape(np.asarray(y), (-1, N, H)), h, cells
 
 
-def reference(p: Problem) -> dict[str, Any]:
+def reference_results(p: FeatureProblem) -> dict[str, Any]:
     """Outputs, and the gradient of the loss for every array."""
     a = {k: v.astype(np.complex128) for k, v in p.arrays.items()}
-    y, h, cells = _loop(p, a)
+    y, h, cells = _reference_scan(p, a)
     found = {"y": y.real, "h": h.real, "c": np.asarray(cells).real}
     names = ["x", "W", "U", "b", "h0"] + ["c0"] * (p.cell == "lstm")
     for name in names:
@@ -103,8 +115,8 @@ def reference(p: Problem) -> dict[str, Any]:
         for place in itertools.product(*map(range, a[name].shape)):
             moved = a[name].copy()
             moved[place] += 1e-30j
-            y, h, _ = _loop(p, a | {name: moved})
-            found[f"d{name}"][place] = (np.sum(p.u * y) + np.sum(p.v * h)).imag / 1e-30
+            y, h, _ = _reference_scan(p, a | {name: moved})
+            found[f"d{name}"][place] = (np.sum(p.dy * y) + np.sum(p.dh * h)).imag / 1e-30
     return found
 
 
@@ -114,18 +126,18 @@ def to_numpy(value: Any) -> Any:
     return np.asarray(value.array if type(value).__module__.startswith("chainer") else value)
 
 
-def takes(function: Any, hide: tuple[str, ...] = ()) -> MissingError:
+def signature_error(function: Any, exclude: tuple[str, ...] = ()) -> UnsupportedFeatureError:
     """What a layer can be told, by the signature that Python shows."""
-    names = [k for k in inspect.signature(function).parameters if k not in ("self", "args", "kwargs", *hide)]
-    return MissingError(f"its arguments: {', '.join(names)}")
+    names = [k for k in inspect.signature(function).parameters if k not in ("self", "args", "kwargs", *exclude)]
+    return UnsupportedFeatureError(f"its arguments: {', '.join(names)}")
 
 
-def names_with(module: Any, *parts: str) -> list[str]:
+def public_names_containing(module: Any, *parts: str) -> list[str]:
     """Public names of a module in which every part occurs."""
     return [n for n in dir(module) if n[0] != "_" and all(part in n.lower() for part in parts)]
 
 
-def off(found: Any, wanted: Any) -> float:
+def relative_error(found: Any, wanted: Any) -> float:
     """The largest error, relative to the largest entry."""
     found = to_numpy(found)
     if found.shape != wanted.shape:
@@ -134,12 +146,12 @@ def off(found: Any, wanted: Any) -> float:
     return float(np.max(np.abs(found - wanted), initial=0.0) / (scale or 1.0))
 
 
-def figures(found: dict[str, Any], p: Problem, states: bool = False) -> tuple[bool, str]:
+def judge_results(found: dict[str, Any], p: FeatureProblem, states: bool = False) -> tuple[bool, str]:
     """(right, the errors in words). Gradients of the initial states count only where they are asked for."""
-    wanted = reference(p)
+    wanted = reference_results(p)
     keys = [k for k in wanted if k[0] == "d" and (states or k[-1] != "0")]
-    out = max(off(found[k], wanted[k]) for k in ("y", "h") if k in found)
-    worst = max((off(found[k], wanted[k]) for k in keys if k in found), default=0.0)
+    out = max(relative_error(found[k], wanted[k]) for k in ("y", "h") if k in found)
+    worst = max((relative_error(found[k], wanted[k]) for k in keys if k in found), default=0.0)
     lacking = [k for k in keys if k not in found]
     right = not lacking and max(out, worst) < TOLERANCE[str(to_numpy(found["y"]).dtype)]
     text = f"outputs {out:.0e}, gradients {worst:.0e}"

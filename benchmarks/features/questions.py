@@ -12,11 +12,22 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.features.problem import H, MissingError, N, Problem, T, figures, off, problem, reference, to_numpy
+from benchmarks.features.problem import (
+    FeatureProblem,
+    H,
+    N,
+    T,
+    UnsupportedFeatureError,
+    judge_results,
+    random_problem,
+    reference_results,
+    relative_error,
+    to_numpy,
+)
 
-__all__ = ["ROWS", "Peer", "answer"]
+__all__ = ["QUESTIONS", "LibraryAdapter", "answer"]
 
-ROWS = {  # method of Peer -> what the table calls it
+QUESTIONS = {  # method of Peer -> what the table calls it
     "imports": "imports",
     "rnn": "tanh RNN: largest relative error",
     "lstm": "LSTM: largest relative error",
@@ -41,18 +52,18 @@ ROWS = {  # method of Peer -> what the table calls it
 
 
 @dataclass
-class Peer:
+class LibraryAdapter:
     """One library; rows are its methods."""
 
-    ragged: str = "lstm"  # the cell that the rows about time are asked with
+    default_cell: str = "lstm"  # the cell that the rows about time are asked with
     precision: str = "float64"
     widths: tuple[int, int] = (H, 2)
 
-    def array(self, value: Any) -> Any:
+    def to_array(self, value: Any) -> Any:
         """NumPy to the library's own arrays."""
         return value
 
-    def run(self, p: Problem, array: Any = None) -> dict[str, Any]:
+    def run(self, p: FeatureProblem, to_array: Any = None) -> dict[str, Any]:
         """y, h (T,N,H), (N,H); dx, dW, dU, db and, where there are any, dh0, dc0: as the library returns them."""
         raise NotImplementedError
 
@@ -60,125 +71,125 @@ class Peer:
         """With which NumPy."""
         return f"yes (NumPy {np.__version__})"
 
-    def error(self, cell: str, **flags: Any) -> str:
+    def answer_with_errors(self, cell: str, **flags: Any) -> str:
         """A row of numbers."""
-        p = problem(cell, dtype=self.precision, **flags)
-        right, text = figures(self.run(p), p)
+        p = random_problem(cell, dtype=self.precision, **flags)
+        right, text = judge_results(self.run(p), p)
         return f"{'' if right else 'wrong: '}{text}"
 
-    def judge(self, cell: str, states: bool = False, **flags: Any) -> str:
+    def answer_yes_no(self, cell: str, states: bool = False, **flags: Any) -> str:
         """A row of yes and no."""
-        p = problem(cell, dtype=self.precision, **flags)
-        right, text = figures(self.run(p), p, states)
+        p = random_problem(cell, dtype=self.precision, **flags)
+        right, text = judge_results(self.run(p), p, states)
         return "yes" if right else f"no ({text})"
 
     def rnn(self) -> str:
         """Outputs, and the gradients of x, W, U and b."""
-        return self.error("rnn")
+        return self.answer_with_errors("rnn")
 
     def lstm(self) -> str:
         """As rnn."""
-        return self.error("lstm")
+        return self.answer_with_errors("lstm")
 
     def gru(self) -> str:
         """As rnn."""
-        return self.error("gru")
+        return self.answer_with_errors("gru")
 
-    def state(self) -> str:
+    def initial_state(self) -> str:
         """Each row has its own."""
-        return self.judge(self.ragged, states=True, given=True)
+        return self.answer_yes_no(self.default_cell, states=True, given=True)
 
     def lengths(self) -> str:
         """Unsorted."""
-        return self.judge(self.ragged, lengths=[2, T, 3])
+        return self.answer_yes_no(self.default_cell, lengths=[2, T, 3])
 
-    def zero(self) -> str:
+    def zero_length(self) -> str:
         """Between others."""
-        return self.judge(self.ragged, lengths=[2, 0, T])
+        return self.answer_yes_no(self.default_cell, lengths=[2, 0, T])
 
-    def empty(self) -> str:
+    def zero_steps(self) -> str:
         """The final state is the initial one."""
-        return self.judge(self.ragged, steps=0)
+        return self.answer_yes_no(self.default_cell, steps=0)
 
     def mask(self) -> str:
         """The state is carried over the holes; y there is 0."""
         keep = np.asarray([[1, 1, 0], [0, 1, 1], [1, 0, 1], [0, 1, 1], [1, 1, 0]], bool)
-        return self.judge(self.ragged, keep=keep)
+        return self.answer_yes_no(self.default_cell, keep=keep)
 
     def reset(self) -> str:
         """Two rows, at different steps."""
         start = np.zeros((T, N), bool)
         start[2, 0] = start[3, 2] = True
-        return self.judge(self.ragged, reset=start, given=True)
+        return self.answer_yes_no(self.default_cell, reset=start, given=True)
 
-    def refuse(self) -> str:
+    def wrong_state_shape(self) -> str:
         """One row of state for three rows of x."""
-        p = problem(self.ragged, given=True, dtype=self.precision)
+        p = random_problem(self.default_cell, random_state=True, dtype=self.precision)
         p = replace(p, arrays=p.arrays | {k: p.arrays[k][:1] for k in ("h0", "c0")})
         try:
             self.run(p)
-        except MissingError:
+        except UnsupportedFeatureError:
             raise
         except Exception as error:  # whatever it says, it is refused
             return f"yes ({type(error).__name__})"
         return "no (used for every row)"
 
-    def own(self) -> str:
+    def custom_cell(self) -> str:
         """A leaky unit, h' = 0.9 h + 0.1 tanh(W x + U h + b)."""
-        return self.judge("leaky")
+        return self.answer_yes_no("leaky")
 
     def dtype(self) -> str:
         """Everything that comes back, and with float64's accuracy."""
         wrong: dict[str, list[str]] = {}
         for dtype in ("float32", "float64"):
-            found = self.run(problem(self.ragged, dtype=dtype))
+            found = self.run(random_problem(self.default_cell, dtype=dtype))
             kinds = {k: str(to_numpy(v).dtype) for k, v in found.items()}
             wrong |= {f"{dtype} in, {v} out": [n for n in kinds if kinds[n] == v] for v in {*kinds.values()} - {dtype}}
-        right, text = figures(found, problem(self.ragged))
+        right, text = judge_results(found, random_problem(self.default_cell))
         if not (wrong or right):
             return f"no (float64 in, float32's accuracy: {text})"
         return "yes" if not wrong else f"no ({'; '.join(f'{k}: {chr(32).join(v)}' for k, v in wrong.items())})"
 
-    def plain(self) -> str:
+    def numpy_arrays(self) -> str:
         """Nothing is wrapped, nothing has to be converted by hand."""
-        found = self.run(problem(self.ragged, dtype=self.precision), array=np.asarray)
+        found = self.run(random_problem(self.default_cell, dtype=self.precision), to_array=np.asarray)
         kinds = sorted({type(v).__name__ for v in found.values()} - {"ndarray"})
         return "yes" if not kinds else f"no (out: {', '.join(kinds)})"
 
-    def libraries(self) -> str:
+    def preserved_libraries(self) -> str:
         """Forward and backward, each library's arrays in."""
         same = []
         for name, (array, root) in array_libraries().items():
             try:
-                found = self.run(problem(self.ragged, dtype=self.precision), array=array)
+                found = self.run(random_problem(self.default_cell, dtype=self.precision), to_array=array)
             except Exception:  # not for this library: that is the answer
                 continue
             if all(type(v).__module__.split(".")[0] in root for v in found.values()):
                 same.append(name)
         return ", ".join(same) or "none"
 
-    def softmax_of(self, x: Any) -> Any:
+    def column_softmax(self, x: Any) -> Any:
         """Columns that sum to 1."""
         raise NotImplementedError
 
     def softmax(self) -> str:
         """Three columns that differ by a constant have one softmax."""
         column = np.asarray([0.5, 0.0, -1.0, 2.0])[:, None]
-        found = to_numpy(self.softmax_of(self.array(column + np.asarray([0.0, 1e3, 1e4]))))
+        found = to_numpy(self.column_softmax(self.to_array(column + np.asarray([0.0, 1e3, 1e4]))))
         wanted = np.exp(column) / np.exp(column).sum() + np.zeros((1, 3))
         if np.isnan(found).any():
             return f"no (nan in {np.isnan(found).any(axis=0).sum()} of 3 columns)"
-        return "yes" if off(found, wanted) < 1e-6 else f"no (off by {off(found, wanted):.0e})"
+        return "yes" if relative_error(found, wanted) < 1e-6 else f"no (off by {relative_error(found, wanted):.0e})"
 
-    def cells(self) -> str:
+    def cell_states(self) -> str:
         """Any array among what comes back that holds them."""
-        p = problem("lstm", dtype=self.precision)
-        wanted = reference(p)["c"]
-        found = [to_numpy(v) for v in self.returned(p)]
-        hit = any(min(off(v, w) for w in (wanted, wanted.transpose(1, 0, 2))) < 1e-4 for v in found)
+        p = random_problem("lstm", dtype=self.precision)
+        wanted = reference_results(p)["c"]
+        found = [to_numpy(v) for v in self.lstm_outputs(p)]
+        hit = any(min(relative_error(v, w) for w in (wanted, wanted.transpose(1, 0, 2))) < 1e-4 for v in found)
         return "yes" if hit else f"no (returns {' '.join(str(v.shape).replace(' ', '') for v in found)})"
 
-    def returned(self, p: Problem) -> list[Any]:
+    def lstm_outputs(self, p: FeatureProblem) -> list[Any]:
         """All arrays that the LSTM's forward returns."""
         raise NotImplementedError
 
@@ -203,11 +214,11 @@ def array_libraries() -> dict[str, Any]:
     return found
 
 
-def answer(peer: Peer, row: str) -> str:
+def answer(peer: LibraryAdapter, row: str) -> str:
     """One cell of the table."""
     try:
         text = getattr(peer, row)()
-    except MissingError as lack:
+    except UnsupportedFeatureError as lack:
         text = f"no ({lack})"
     except Exception as error:  # the library's own words
         lines = re.sub(r"\x1b\[\d*m", "", str(error)).split("\n")  # Keras puts a headline and colours around the reason

@@ -25,49 +25,51 @@ from typing import Any
 
 TITLES = {"xprnn": "xprnn", "article": "the article's code", "torch": "torch", "keras": "Keras"}
 TITLES |= {"chainer": "Chainer", "thinc": "Thinc"}
-MODULES = {"torch": "compare_frameworks", "keras": "compare_frameworks", "chainer": "compare_chainer"}
-PINS = {  # what --install asks pip for: one environment for each line
+ADAPTER_MODULES = {"torch": "compare_frameworks", "keras": "compare_frameworks", "chainer": "compare_chainer"}
+REQUIREMENTS = {  # what --install asks pip for: one environment for each line
     "torch": [["torch==2.13.0", "numpy"]],
     "keras": [["keras==3.15.1", "jax"]],
     # Chainer's set-up script needs pkg_resources, and Chainer an older NumPy than xprnn: both are shown.
     "chainer": [["chainer==7.8.1", "numpy>=2"], ["chainer==7.8.1", "numpy==1.23.5"]],
     "thinc": [["thinc==9.1.1"]],
 }
-SETUP = {"chainer": ["setuptools<81", "wheel"]}
-LIMIT = 600  # seconds for one peer
+BUILD_REQUIREMENTS = {"chainer": ["setuptools<81", "wheel"]}
+TIMEOUT_S = 600  # seconds for one peer
 
 
-def say(**what: Any) -> None:
+def emit_json(**what: Any) -> None:
     """One line for the parent."""
     print(json.dumps(what), flush=True)
 
 
-def probe(name: str) -> None:
+def answer_questions(name: str) -> None:
     """The child: a line for each row, so that a crash costs only the rows after it."""
     if name not in ("xprnn", "article") and importlib.util.find_spec(name) is None:
-        say(title=TITLES[name], every="not installed")
+        emit_json(title=TITLES[name], every="not installed")
         return
     warnings.simplefilter("ignore")
     import numpy as np
 
     np.seterr(all="ignore")  # the article's 0/0 is reported in its row
-    from benchmarks.features.questions import ROWS, answer
+    from benchmarks.features.questions import QUESTIONS, answer
 
-    module = __import__(MODULES.get(name, "compare_arrays"))
+    module = __import__(ADAPTER_MODULES.get(name, "compare_arrays"))
     try:
         peer = getattr(module, name.capitalize())()
     except Exception as error:  # whatever stops it
         line = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         from importlib import metadata
 
-        say(title=f"{TITLES[name]} {metadata.version(name)} (NumPy {np.__version__})", every=f"import fails: {line}")
+        emit_json(
+            title=f"{TITLES[name]} {metadata.version(name)} (NumPy {np.__version__})", every=f"import fails: {line}"
+        )
         return
-    say(title=f"{TITLES[name]} {peer.version}".strip())
-    for row in ROWS:
-        say(row=row, text=answer(peer, row))
+    emit_json(title=f"{TITLES[name]} {peer.version}".strip())
+    for row in QUESTIONS:
+        emit_json(row=row, text=answer(peer, row))
 
 
-def ask(name: str, python: str) -> dict[str, Any]:
+def query_peer(name: str, python: str) -> dict[str, Any]:
     """Run one peer's process; {"title": ..., "rows": {row: text}}."""
     env = dict(os.environ) | {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
     env |= {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -78,7 +80,7 @@ def ask(name: str, python: str) -> dict[str, Any]:
     command = [python, "-W", "ignore", __file__, "--probe", name]
     found: dict[str, Any] = {"title": TITLES[name], "rows": {}, "every": ""}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=LIMIT, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return found | {"every": f"not run ({type(error).__name__})"}
     for line in done.stdout.splitlines():
@@ -95,18 +97,18 @@ def ask(name: str, python: str) -> dict[str, Any]:
     return found
 
 
-def install(names: list[str], home: Path) -> list[tuple[str, str]]:
+def build_environments(names: list[str], home: Path) -> list[tuple[str, str]]:
     """(peer, its Python) for each environment of PINS that pip could build."""
     built = []
     for name in names:
-        for k, packages in enumerate(PINS[name]):
+        for k, packages in enumerate(REQUIREMENTS[name]):
             place = home / f"{name}{k}"
             print(f"installing {' '.join(packages)}", file=sys.stderr)
             subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
             python = next(p for p in (place / "bin" / "python", place / "Scripts" / "python.exe") if p.exists())
             pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-            more = ["--no-build-isolation"] if name in SETUP else []
-            steps = [[*pip, *SETUP[name]]] if name in SETUP else []
+            more = ["--no-build-isolation"] if name in BUILD_REQUIREMENTS else []
+            steps = [[*pip, *BUILD_REQUIREMENTS[name]]] if name in BUILD_REQUIREMENTS else []
             for command in [*steps, [*pip, *more, *packages]]:
                 if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
                     print(f"pip could not install {' '.join(packages)}", file=sys.stderr)
@@ -114,13 +116,13 @@ def install(names: list[str], home: Path) -> list[tuple[str, str]]:
     return built
 
 
-def cell(column: dict[str, Any], row: str) -> str:
+def cell_text(column: dict[str, Any], row: str) -> str:
     """What stops an import is said once."""
     text = column["rows"].get(row) or column["every"]
     return text.partition(":")[0] if row != "imports" and text.startswith("import fails") else text
 
 
-def shorten(text: str) -> str:
+def short_answer(text: str) -> str:
     """A cell for a narrow table: the answer without its reason; of figures, that of the gradients."""
     wrong = "wrong" in text or "another" in text
     figures = re.findall(r"gradients (\S+?)[,;)]*(?:\s|$)", text)
@@ -130,14 +132,14 @@ def shorten(text: str) -> str:
     return "import fails" if word == "import" else word if word in ("yes", "no") else text
 
 
-def markdown(columns: list[dict[str, Any]], titles: dict[str, str]) -> str:
+def markdown_table(columns: list[dict[str, Any]], titles: dict[str, str]) -> str:
     """The table."""
     lines = [["", *(c["title"] for c in columns)], ["---"] * (len(columns) + 1)]
-    lines += [[title, *(cell(c, row) for c in columns)] for row, title in titles.items()]
+    lines += [[title, *(cell_text(c, row) for c in columns)] for row, title in titles.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -152,25 +154,27 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Ask everyone, print the table."""
-    args = arguments()
+    args = parse_arguments()
     if args.probe:
-        probe(args.probe)
+        answer_questions(args.probe)
         return
     given = [tuple(peer.partition("=")[::2]) for peer in args.peer]
     if unknown := {name for name, _ in given} - set(TITLES):
         sys.exit(f"compare.py: --peer must be one of {', '.join(TITLES)}, found {', '.join(sorted(unknown))}")
-    from benchmarks.features.questions import ROWS
+    from benchmarks.features.questions import QUESTIONS
 
     with tempfile.TemporaryDirectory() as home:
         elsewhere = [(name, python) for name, python in given if python]
         if args.install:
-            elsewhere += install([n for n in PINS if n not in dict(elsewhere)], Path(home))
+            elsewhere += build_environments([n for n in REQUIREMENTS if n not in dict(elsewhere)], Path(home))
         everyone = elsewhere + [(name, sys.executable) for name in TITLES if name not in dict(elsewhere)]
-        columns = [ask(*one) for one in sorted(everyone, key=lambda one: list(TITLES).index(one[0]))]
-    short = {c["title"]: {row: shorten(cell(c, row)) for row in ROWS} for c in columns} if args.short else {}
-    print(markdown([{**c, "rows": short.get(c["title"], c["rows"])} for c in columns], ROWS))
+        columns = [query_peer(*one) for one in sorted(everyone, key=lambda one: list(TITLES).index(one[0]))]
+    short = (
+        {c["title"]: {row: short_answer(cell_text(c, row)) for row in QUESTIONS} for c in columns} if args.short else {}
+    )
+    print(markdown_table([{**c, "rows": short.get(c["title"], c["rows"])} for c in columns], QUESTIONS))
     if args.json:
-        args.json.write_text(json.dumps({"rows": ROWS, "columns": columns}, indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps({"rows": QUESTIONS, "columns": columns}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -28,11 +28,11 @@ from typing import Any
 
 HERE = Path(__file__).parent
 # Relative errors that float32, or TF32, may show over hundreds of steps; a wrong index or a race shows as more.
-ALLOWED = {False: 1e-4, True: 5e-2}
-EXERCISED = [(64, 3, 4), (256, 5, 3), (512, 2, 3), (1024, 2, 3)]  # H, N, T
+TOLERANCES = {False: 1e-4, True: 5e-2}
+SANITIZER_SHAPES = [(64, 3, 4), (256, 5, 3), (512, 2, 3), (1024, 2, 3)]  # H, N, T
 
 
-def arguments(words: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -49,10 +49,10 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--tests", action="store_true", help="first run the test suite on CuPy")
     add("--sanitize", action="store_true", help="first run the kernels under compute-sanitizer: memcheck, racecheck")
     add("--exercise", action="store_true", help=argparse.SUPPRESS)  # what compute-sanitizer watches
-    return parser.parse_args(words)
+    return parser.parse_args(argv)
 
 
-def why_not() -> str:
+def missing_reason() -> str:
     """Why nothing can be measured here, or ""."""
     if importlib.util.find_spec("xprnn") is None:
         return "xprnn is not installed: pip install -e ."
@@ -63,7 +63,7 @@ def why_not() -> str:
     return "" if cupy.cuda.is_available() else "there is no CUDA device, or its driver is too old for this CuPy"
 
 
-def machine() -> dict[str, Any]:
+def describe_gpu() -> dict[str, Any]:
     """The device, and the versions of all that runs on it."""
     import cupy
 
@@ -82,17 +82,17 @@ def machine() -> dict[str, Any]:
     return found
 
 
-def write(run: dict[str, Any], args: argparse.Namespace) -> None:
+def write_report(run: dict[str, Any], args: argparse.Namespace) -> None:
     """All that is known so far, into both files; each is whole at any time."""
     from benchmarks.gpu import report as gpu_report
 
-    for path, text in ((args.json, json.dumps(run, indent=1)), (args.markdown, gpu_report.tables(run))):
+    for path, text in ((args.json, json.dumps(run, indent=1)), (args.markdown, gpu_report.markdown_report(run))):
         beside = path.with_name(path.name + ".part")
         beside.write_text(text, encoding="utf-8")
         beside.replace(path)
 
 
-def grid(args: argparse.Namespace) -> list[dict[str, Any]]:
+def grid_keys(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows' keys but for the pass, the smaller first."""
     modes = {"off": [False], "on": [True], "both": [False, True]}[args.tf32]
     return [
@@ -104,7 +104,7 @@ def grid(args: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def measure_row(key: dict[str, Any], args: argparse.Namespace, best: dict[str, float]) -> list[dict[str, Any]]:
+def measure_row(key: dict[str, Any], args: argparse.Namespace, ceilings: dict[str, float]) -> list[dict[str, Any]]:
     """Both passes of a row: who can run it, how far each is from float64, how long each takes."""
     import cupy
 
@@ -113,43 +113,43 @@ def measure_row(key: dict[str, Any], args: argparse.Namespace, best: dict[str, f
     from benchmarks.harness.problem import Problem
 
     problem = Problem(key["cell"], tuple(key["shape"]))
-    wanted = gpu_contenders.reference(problem)
-    found, missing = gpu_contenders.contenders(problem, key["tf32"])
-    error = {who: gpu_contenders.errors(c.results(), wanted) for who, c in found.items()}
+    wanted = gpu_contenders.float64_results(problem)
+    found, missing = gpu_contenders.make_implementations(problem, key["tf32"])
+    error = {who: gpu_contenders.relative_errors(c.results(), wanted) for who, c in found.items()}
     rows = []
     for which in ("forward", "both"):
-        times = gpu_contenders.measure(found, which, args.rounds, args.seconds)
+        times = gpu_contenders.time_in_turns(found, which, args.rounds, args.seconds)
         own = {who: e[which] for who, e in error.items() if e}
-        rows.append(gpu_report.row({**key, "pass": which}, times, missing, own, best))
+        rows.append(gpu_report.summarize_row({**key, "pass": which}, times, missing, own, ceilings))
     del found
     cupy.get_default_memory_pool().free_all_blocks()
     return rows
 
 
-def wrong(row: dict[str, Any]) -> list[str]:
+def inaccurate_tiers(row: dict[str, Any]) -> list[str]:
     """Which of our tiers are further from float64 than rounding allows."""
-    return [who for who, e in row["error"].items() if who != "torch" and not e <= ALLOWED[row["tf32"]]]
+    return [who for who, e in row["error"].items() if who != "torch" and not e <= TOLERANCES[row["tf32"]]]
 
 
-def table(args: argparse.Namespace) -> int:
+def measure_grid(args: argparse.Namespace) -> int:
     """Measure the grid and the text job; 1 if a result was wrong."""
     from benchmarks.gpu import contenders as gpu_contenders
     from benchmarks.gpu import training as gpu_training
 
-    run: dict[str, Any] = {"machine": machine(), "notes": [], "rows": [], "training": []}
+    run: dict[str, Any] = {"machine": describe_gpu(), "notes": [], "rows": [], "training": []}
     run["ceilings"] = gpu_contenders.ceilings()
-    for key in grid(args):
-        with noted(run, args, str(key)):
+    for key in grid_keys(args):
+        with record_failure(run, args, str(key)):
             for row in measure_row(key, args, run["ceilings"]):
                 run["rows"].append(row)
-                if bad := wrong(row):
+                if bad := inaccurate_tiers(row):
                     run["notes"].append(f"WRONG: {', '.join(bad)} at {key} ({row['pass']}): {row['error']}")
             medians = {w: round(u["median"], 3) for w, u in row["us"].items()}
             print(f"{key}: {medians} us", file=sys.stderr, flush=True)
     for tf32 in () if args.no_training else (False, True):
         for cell in args.cell:
-            with noted(run, args, f"training {cell}"):
-                run["training"].append(gpu_training.training(cell, 64, tf32))
+            with record_failure(run, args, f"training {cell}"):
+                run["training"].append(gpu_training.measure_training(cell, 64, tf32))
                 if not run["training"][-1]["agree"]:
                     run["notes"].append(f"WRONG: the losses of training {cell} differ: {run['training'][-1]['losses']}")
     print(args.markdown.read_text(encoding="utf-8"), end="")
@@ -157,36 +157,36 @@ def table(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def noted(run: dict[str, Any], args: argparse.Namespace, what: str) -> Iterator[None]:
+def record_failure(run: dict[str, Any], args: argparse.Namespace, what: str) -> Iterator[None]:
     """One row or job: what it raises is noted, all is written, and the next has its turn."""
     try:
         yield
     except Exception as error:  # out of memory, a library's refusal: of this row only
         run["notes"].append(f"FAILED: {what}: {type(error).__name__}: {error}")
         print(run["notes"][-1], file=sys.stderr, flush=True)
-    write(run, args)
+    write_report(run, args)
 
 
-def exercise() -> int:
+def run_each_tier() -> int:
     """Every tier once, small: for compute-sanitizer, which slows everything down a hundredfold."""
     from benchmarks.gpu import contenders as gpu_contenders
     from benchmarks.harness.problem import Problem
 
     failed = 0
-    for cell in gpu_contenders.CELLS:
-        for h, n, t in EXERCISED:
+    for cell in gpu_contenders.LAYER_CLASSES:
+        for h, n, t in SANITIZER_SHAPES:
             problem = Problem(cell, (h, h, n, t))
-            wanted = gpu_contenders.reference(problem)
-            found, missing = gpu_contenders.contenders(problem, False)
+            wanted = gpu_contenders.float64_results(problem)
+            found, missing = gpu_contenders.make_implementations(problem, False)
             tiers = {who: c for who, c in found.items() if who.startswith("tier")}
-            error = {who: gpu_contenders.errors(c.results(), wanted)["both"] for who, c in tiers.items()}
+            error = {who: gpu_contenders.relative_errors(c.results(), wanted)["both"] for who, c in tiers.items()}
             print(cell, (h, n, t), error, {w: why for w, why in missing.items() if w == "tier3"}, flush=True)
-            failed |= any(not e <= ALLOWED[False] for e in error.values())
+            failed |= any(not e <= TOLERANCES[False] for e in error.values())
     return int(failed)
 
 
-def sanitize() -> int:
-    """compute-sanitizer over `exercise`: out of bounds, misaligned, races in shared memory."""
+def run_sanitizer() -> int:
+    """compute-sanitizer over `run_each_tier`: out of bounds, misaligned, races in shared memory."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         print("compute-sanitizer is not installed (it comes with the CUDA toolkit): not run", file=sys.stderr)
@@ -199,23 +199,23 @@ def sanitize() -> int:
     return int(any(codes))
 
 
-def suite() -> int:
+def run_test_suite() -> int:
     """The whole test suite on CuPy."""
     command = [sys.executable, "-m", "pytest", "-q", "--backend", "cupy", str(HERE.parent / "tests")]
     return int(subprocess.run(command, cwd=HERE.parent, check=False).returncode != 0)
 
 
-def main(words: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Check, measure, write."""
-    args = arguments(words)
-    if reason := why_not():
+    args = parse_arguments(argv)
+    if reason := missing_reason():
         print(f"nothing measured: {reason}", file=sys.stderr)
         return 1
     if args.exercise:
-        return exercise()
-    failed = suite() if args.tests else 0
-    failed |= sanitize() if args.sanitize else 0
-    return failed | table(args)
+        return run_each_tier()
+    failed = run_test_suite() if args.tests else 0
+    failed |= run_sanitizer() if args.sanitize else 0
+    return failed | measure_grid(args)
 
 
 if __name__ == "__main__":

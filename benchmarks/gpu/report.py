@@ -8,36 +8,36 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.contenders import NAMES
+from benchmarks.gpu.contenders import TITLES
 
-__all__ = ["floors", "goals", "row", "tables"]
+__all__ = ["floors", "goal_lines", "markdown_report", "summarize_row"]
 
 TIERS = ("tier3", "tier2", "tier1")
-GATES = {"elman": 1, "lstm": 4, "gru": 3}
+GATE_COUNTS = {"elman": 1, "lstm": 4, "gru": 3}
 # Cycles that one step takes at least, however small: read the state from shared memory, add up across a warp, tanh,
 # write; beyond 128 units the state must also cross from one multiprocessor to another (arXiv:2402.13499: 29 and 180).
-ALONE, ACROSS = 239, 180
-ONE_BLOCK = 128  # units whose weight fits one multiprocessor
-LEVEL = {"tier3": 1.0, "tier2": 1 / 3}  # the goals: times PyTorch's speed, with TF32 off
+STEP_CYCLES, CROSS_SM_CYCLES = 239, 180
+MAX_SINGLE_SM_UNITS = 128  # units whose weight fits one multiprocessor
+MIN_TIMES_TORCH = {"tier3": 1.0, "tier2": 1 / 3}  # the goals: times PyTorch's speed, with TF32 off
 
 
 def floors(
-    shape: tuple[int, int, int, int], cell: str, which: str, arithmetic: str, best: dict[str, float]
+    shape: tuple[int, int, int, int], cell: str, call_name: str, arithmetic: str, ceilings: dict[str, float]
 ) -> dict[str, float]:
     """Seconds that a pass over D, H, N, T can't go below: of its products, of its memory, of its chain of steps."""
     d, h, n, t = shape
-    passes = 3 if which == "both" else 1  # the backward pass has two products for each one of the forward pass
-    flops = 2.0 * t * n * (d + h) * GATES[cell] * h * passes
+    passes = 3 if call_name == "both" else 1  # the backward pass has two products for each one of the forward pass
+    flops = 2.0 * t * n * (d + h) * GATE_COUNTS[cell] * h * passes
     # x and y once each way, and what lies between forward and backward at least once: the gates.
-    numbers = t * n * ((d + h) * passes + (2 * GATES[cell] * h if which == "both" else 0))
-    found = {"products": flops / best[arithmetic], "memory": 4 * numbers / best["bytes"]}
-    if best.get("clock"):
-        cycles = ALONE + (ACROSS if h > ONE_BLOCK else 0)
-        found["latency"] = t * cycles * (2 if which == "both" else 1) / best["clock"]
+    numbers = t * n * ((d + h) * passes + (2 * GATE_COUNTS[cell] * h if call_name == "both" else 0))
+    found = {"products": flops / ceilings[arithmetic], "memory": 4 * numbers / ceilings["bytes"]}
+    if ceilings.get("clock"):
+        cycles = STEP_CYCLES + (CROSS_SM_CYCLES if h > MAX_SINGLE_SM_UNITS else 0)
+        found["latency"] = t * cycles * (2 if call_name == "both" else 1) / ceilings["clock"]
     return found
 
 
-def row(
+def summarize_row(
     key: dict[str, Any], times: dict[str, list[float]], missing: dict[str, str], error: dict[str, Any], best: Any
 ) -> Any:
     """What is kept of one measured row: microseconds a step, ratios, floors, errors."""
@@ -57,30 +57,30 @@ def row(
     return out
 
 
-def goals(rows: list[dict[str, Any]]) -> list[str]:
+def goal_lines(rows: list[dict[str, Any]]) -> list[str]:
     """The issue's goals, each with the rows that miss it."""
     plain = [r for r in rows if not r["tf32"] and "times_torch" in r]
     if not plain:
         return ["No goal can be judged: PyTorch was not measured."]
     lines = []
-    for who, least in LEVEL.items():
+    for who, least in MIN_TIMES_TORCH.items():
         have = [r for r in plain if who in r["times_torch"]]
         short = [r for r in have if r["times_torch"][who] < least]
         text = (
-            f"{NAMES[who]}: at least {least:.2f} times PyTorch's speed on {len(have) - len(short)} of {len(have)} rows"
+            f"{TITLES[who]}: at least {least:.2f} times PyTorch's speed on {len(have) - len(short)} of {len(have)} rows"
         )
         worst = min(short, key=lambda r: r["times_torch"][who], default=None)
-        text += f"; worst {worst['times_torch'][who]:.2f} at {_where(worst)}" if worst else ""
+        text += f"; worst {worst['times_torch'][who]:.2f} at {_row_label(worst)}" if worst else ""
         lines.append(text + f" (of {len(plain)} measured)")
     return lines
 
 
-def _where(r: dict[str, Any]) -> str:
+def _row_label(r: dict[str, Any]) -> str:
     _, h, n, _ = r["shape"]
     return f"{r['cell']}, {'forward+backward' if r['pass'] == 'both' else 'forward'}, H {h}, N {n}"
 
 
-def _cell(r: dict[str, Any], who: str) -> str:
+def _format_cell(r: dict[str, Any], who: str) -> str:
     if who not in r["us"]:
         return ""
     u = r["us"][who]
@@ -89,7 +89,7 @@ def _cell(r: dict[str, Any], who: str) -> str:
     return f"{u['median']:.3g} ±{spread:.0f}%" + (f" ({ratio:.2f})" if ratio else "")
 
 
-def tables(run: dict[str, Any]) -> str:
+def markdown_report(run: dict[str, Any]) -> str:
     """The whole report."""
     m = run["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
@@ -111,9 +111,9 @@ def tables(run: dict[str, Any]) -> str:
         for name in dict.fromkeys(r["cell"] for r in run["rows"]):
             rows = [r for r in run["rows"] if r["cell"] == name and r["tf32"] is tf32]
             if rows:
-                lines += ["", f"### {name}, float32, TF32 {'on' if tf32 else 'off'}", "", *_table(rows)]
-    lines += ["", *(f"- {g}" for g in goals(run["rows"]))]
-    reasons = {f"{NAMES[who]}: {why}": _where(r) for r in run["rows"] for who, why in r["missing"].items()}
+                lines += ["", f"### {name}, float32, TF32 {'on' if tf32 else 'off'}", "", *_markdown_table(rows)]
+    lines += ["", *(f"- {g}" for g in goal_lines(run["rows"]))]
+    reasons = {f"{TITLES[who]}: {why}": _row_label(r) for r in run["rows"] for who, why in r["missing"].items()}
     lines += [f"- not run: {text} (first at {where})" for text, where in reversed(reasons.items())]
     lines += [f"- {line}" for line in run.get("notes", [])]
     for text in run.get("training", []):
@@ -124,16 +124,16 @@ def tables(run: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _table(rows: list[dict[str, Any]]) -> list[str]:
-    shown = [who for who in NAMES if any(who in r["us"] for r in rows)]
-    heads = ["H", "N", "pass", *(NAMES[who] for who in shown), "floor", "x", "error"]
+def _markdown_table(rows: list[dict[str, Any]]) -> list[str]:
+    shown = [who for who in TITLES if any(who in r["us"] for r in rows)]
+    heads = ["H", "N", "pass", *(TITLES[who] for who in shown), "floor", "x", "error"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for r in rows:
         _, h, n, _ = r["shape"]
         tier = next(who for who in TIERS if who in r["us"])
         kind = max(r["floor"], key=lambda k: r["floor"][k])
         error = ", ".join(f"{r['error'][who]:.0e}" for who in (tier, "torch") if who in r["error"])
-        cells = [str(h), str(n), "f+b" if r["pass"] == "both" else "f", *(_cell(r, who) for who in shown)]
+        cells = [str(h), str(n), "f+b" if r["pass"] == "both" else "f", *(_format_cell(r, who) for who in shown)]
         cells += [f"{r['floor'][kind]:.3g} ({kind})", f"{r['over_floor'][tier]:.1f}", error]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -142,4 +142,4 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path)
-    print(tables(json.loads(parser.parse_args().file.read_text(encoding="utf-8"))), end="")
+    print(markdown_report(json.loads(parser.parse_args().file.read_text(encoding="utf-8"))), end="")

@@ -31,13 +31,13 @@ def rnn_cell_forward(xt: Array, a_prev: Array, parameters: dict[str, Array]) -> 
     return a_next, yt_pred, (a_next, a_prev, xt, parameters)
 
 
-def rnn_forward(x: Array, a0: Array, parameters: dict[str, Array], zeros: Any = None) -> tuple[Array, Array, Any]:
+def rnn_forward(x: Array, a0: Array, parameters: dict[str, Array], zeros_dtype: Any = None) -> tuple[Array, Array, Any]:
     """The whole sequence."""
     caches = []
     _, m, t_x = x.shape
     n_y, n_a = parameters["Wya"].shape
-    a = np.zeros((n_a, m, t_x), zeros or x.dtype)
-    y_pred = np.zeros((n_y, m, t_x), zeros or x.dtype)
+    a = np.zeros((n_a, m, t_x), zeros_dtype or x.dtype)
+    y_pred = np.zeros((n_y, m, t_x), zeros_dtype or x.dtype)
     a_next = a0
     for t in range(t_x):
         a_next, yt_pred, cache = rnn_cell_forward(x[:, :, t], a_next, parameters)
@@ -61,11 +61,11 @@ def rnn_cell_backward(da_next: Array, cache: Any) -> dict[str, Array]:
     }
 
 
-def rnn_backward(da: Array, caches: Any, zeros: Any = None) -> dict[str, Array]:
+def rnn_backward(da: Array, caches: Any, zeros_dtype: Any = None) -> dict[str, Array]:
     """The adjoint of the whole sequence."""
     caches, x = caches
     _, m, t_x = da.shape
-    dtype = zeros or x.dtype
+    dtype = zeros_dtype or x.dtype
     parameters = caches[0][3]
     dx = np.zeros(x.shape, dtype)
     total = {"d" + k: np.zeros(parameters[k].shape, dtype) for k in ("Wax", "Waa", "ba")}

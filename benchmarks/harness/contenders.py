@@ -9,35 +9,41 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import peers, xprnn_contenders
-from benchmarks.harness.problem import Array, Contender, Problem
-from benchmarks.harness.worker_pool import Player, PlayerError
+from benchmarks.harness.problem import Array, Implementation, Problem
+from benchmarks.harness.worker_pool import Worker, WorkerError
 
-__all__ = ["agreeing", "contender", "differences", "names"]
+__all__ = ["check_agreement", "eligible_names", "make_implementation", "mismatches"]
 
 TOLERANCE = 1e-4  # of an array's largest entry; float32 sums over all steps and rows stay two digits below
 
 
-def names(cell: str, shape: tuple[int, ...], published: bool, others: list[str]) -> list[str]:
+def eligible_names(cell: str, shape: tuple[int, ...], float64_zeros: bool, candidates: list[str]) -> list[str]:
     """Ours first; then those of `others` who have something for this row."""
-    article = ["door", "article", *["article f64"] * published] if cell == "elman" else []
-    able = [k for k in others if cell not in peers.WITHOUT.get(k, ())]
+    article = ["door", "article", *["article f64"] * float64_zeros] if cell == "elman" else []
+    able = [k for k in candidates if cell not in peers.UNSUPPORTED_CELLS.get(k, ())]
     return ["core", *article, *(k for k in able if k != "loop" or shape[2] == 1)]
 
 
-def contender(name: str, cell: str, shape: tuple[int, int, int, int], order: str, threads: int) -> Contender:
+def make_implementation(
+    name: str, cell: str, shape: tuple[int, int, int, int], order: str, threads: int
+) -> Implementation:
     """The contender of this name for a row."""
     problem = Problem(cell, shape, order)
-    makers = {"core": xprnn_contenders.core, "door": xprnn_contenders.door, "article": xprnn_contenders.articles}
+    makers = {
+        "core": xprnn_contenders.core_layer,
+        "door": xprnn_contenders.article_api,
+        "article": xprnn_contenders.article_loop,
+    }
     if name == "article f64":
-        return xprnn_contenders.articles(problem, zeros=np.float64)
-    return makers[name](problem) if name in makers else peers.peer(name, problem, threads)
+        return xprnn_contenders.article_loop(problem, zeros_dtype=np.float64)
+    return makers[name](problem) if name in makers else peers.make_peer(name, problem, threads)
 
 
-def differences(known: dict[str, Array], results: dict[str, Array], tolerance: float) -> list[str]:
+def mismatches(expected: dict[str, Array], results: dict[str, Array], tolerance: float) -> list[str]:
     """Where these outputs or gradients are not the known ones; those not known yet are added."""
     wrong = []
     for key, value in results.items():
-        wanted = known.setdefault(key, value)
+        wanted = expected.setdefault(key, value)
         same = wanted.shape == value.shape
         error = np.max(np.abs(wanted - value)) / max(np.max(np.abs(wanted)), 1e-30) if same else np.inf
         if not error <= tolerance:  # so that NaN is wrong, too
@@ -45,9 +51,9 @@ def differences(known: dict[str, Array], results: dict[str, Array], tolerance: f
     return wrong
 
 
-def agreeing(
-    players: dict[str, Player],
-    make: Callable[..., Contender],
+def check_agreement(
+    workers: dict[str, Worker],
+    factory: Callable[..., Implementation],
     tasks: dict[str, dict[str, Any]],
     folder: Path,
     tolerance: float = TOLERANCE,
@@ -59,15 +65,15 @@ def agreeing(
     """
     known: dict[str, Array] = {}
     seated, wrong = {}, []
-    for name, player in players.items():
+    for name, player in workers.items():
         file = folder / "results.npz"
         try:
-            calls = player.sit(make, tasks[name], file)
-        except PlayerError as error:  # the table must say so; the others' figures still count
+            calls = player.load(factory, tasks[name], file)
+        except WorkerError as error:  # the table must say so; the others' figures still count
             wrong.append(f"{name} {error}")
             continue
         with np.load(file) as results:
-            found = differences(known, results, tolerance)
+            found = mismatches(known, results, tolerance)
         wrong += [f"{name}: {part}" for part in found]
         if not found:
             seated[name] = calls

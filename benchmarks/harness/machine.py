@@ -9,25 +9,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cores", "describe", "measuring_environment", "pin"]
+__all__ = ["available_cores", "benchmark_environment", "describe", "pin_to_cores"]
 
 PACKAGES = ("numpy", "numba", "torch", "jax", "jaxlib", "onnxruntime")
 
 
-def cores() -> list[int]:
+def available_cores() -> list[int]:
     """The cores this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
-def pin(chosen: list[int]) -> None:
+def pin_to_cores(cores: list[int]) -> None:
     """Keep this process, and what it starts, on these cores, where the system can: nothing else limits JAX."""
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, chosen)
+        os.sched_setaffinity(0, cores)
 
 
-def measuring_environment(threads: int) -> dict[str, str]:
+def benchmark_environment(threads: int) -> dict[str, str]:
     """The environment of a process in which everyone has this number of threads, and keeps the memory it has freed.
 
     Given back and taken anew, memory costs what the system makes of it at that moment: in a virtual machine a twentieth
@@ -91,7 +91,7 @@ def describe() -> dict[str, Any]:
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
     return {
         "processor": _processor(),
-        "cores": len(cores()),
+        "cores": len(available_cores()),
         "system": f"{platform.system()} {platform.machine()}",
         "python": sys.version.split()[0],
         "load": load,

@@ -13,9 +13,9 @@ from typing import Any
 import numba
 import numpy as np
 
-from benchmarks.harness.problem import BOTH, FORWARD, Contender, Problem
+from benchmarks.harness.problem import FORWARD, FORWARD_BACKWARD, Implementation, Problem
 
-__all__ = ["loop"]
+__all__ = ["numba_loop"]
 
 _jit: Callable[[Any], Any] = numba.njit(cache=True, fastmath=True, error_model="numpy")
 F = np.float32
@@ -38,7 +38,7 @@ def _sigmoid(x):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _add(a, v, m):  # type: ignore[no-untyped-def]
+def _add_vecmat(a, v, m):  # type: ignore[no-untyped-def]
     """a += v @ m."""
     rows, width = m.shape
     for k in range(0, rows - 3, 4):
@@ -54,20 +54,20 @@ def _add(a, v, m):  # type: ignore[no-untyped-def]
 def _elman(a, ut, h, saved):  # type: ignore[no-untyped-def]
     """a (T, H): projections in, unused after; h (T+1, H), its first row given."""
     for t in range(len(a)):
-        _add(a[t], h[t], ut)
+        _add_vecmat(a[t], h[t], ut)
         for i in range(h.shape[1]):
             h[t + 1, i] = _tanh(a[t, i])
 
 
 @_jit
-def _elman_back(dy, u, h, a, saved, dh, da, dhg):  # type: ignore[no-untyped-def]
+def _elman_backward(dy, u, h, a, saved, dh, da, dhg):  # type: ignore[no-untyped-def]
     """da (T, H) out; dh (H,): zeros in, the first state's gradient out."""
     for t in range(len(dy) - 1, -1, -1):
         for i in range(len(dh)):
             y = h[t + 1, i]
             da[t, i] = (dy[t, i] + dh[i]) * (F(1) - y * y)
             dh[i] = F(0)
-        _add(dh, da[t], u)
+        _add_vecmat(dh, da[t], u)
 
 
 @_jit
@@ -76,7 +76,7 @@ def _lstm(a, ut, h, saved):  # type: ignore[no-untyped-def]
     n = h.shape[1]
     for t in range(len(a)):
         g = a[t]
-        _add(g, h[t], ut)
+        _add_vecmat(g, h[t], ut)
         for i in range(2 * n):
             g[i] = _sigmoid(g[i])
         for i in range(n):
@@ -89,7 +89,7 @@ def _lstm(a, ut, h, saved):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _lstm_back(dy, u, h, a, saved, dh, da, dc):  # type: ignore[no-untyped-def]
+def _lstm_backward(dy, u, h, a, saved, dh, da, dc):  # type: ignore[no-untyped-def]
     """da (T, 4H) out; dh and dc (H,): zeros in, the first states' gradients out."""
     n = h.shape[1]
     for t in range(len(dy) - 1, -1, -1):
@@ -104,7 +104,7 @@ def _lstm_back(dy, u, h, a, saved, dh, da, dc):  # type: ignore[no-untyped-def]
             d[3 * n + i] = dy_i * tc * out * (F(1) - out)
             dc[i] = dci * forget
             dh[i] = F(0)
-        _add(dh, d, u)
+        _add_vecmat(dh, d, u)
 
 
 @_jit
@@ -113,7 +113,7 @@ def _gru(a, ut, h, saved):  # type: ignore[no-untyped-def]
     n = h.shape[1]
     for t in range(len(a)):
         g, hg = a[t], saved[t]
-        _add(hg, h[t], ut)
+        _add_vecmat(hg, h[t], ut)
         for i in range(2 * n):
             g[i] = _sigmoid(g[i] + hg[i])
         for i in range(n):
@@ -122,7 +122,7 @@ def _gru(a, ut, h, saved):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _gru_back(dy, u, h, a, saved, dh, da, dhg):  # type: ignore[no-untyped-def]
+def _gru_backward(dy, u, h, a, saved, dh, da, dhg):  # type: ignore[no-untyped-def]
     """da and dhg (T, 3H) out; dh (H,): zeros in, the first state's gradient out."""
     n = h.shape[1]
     for t in range(len(dy) - 1, -1, -1):
@@ -135,13 +135,13 @@ def _gru_back(dy, u, h, a, saved, dh, da, dhg):  # type: ignore[no-untyped-def]
             d[2 * n + i] = dn
             dg[i], dg[n + i], dg[2 * n + i] = d[i], d[n + i], dn * r
             dh[i] = dyi * z
-        _add(dh, dg, u)
+        _add_vecmat(dh, dg, u)
 
 
-KERNELS = {"elman": (_elman, _elman_back), "lstm": (_lstm, _lstm_back), "gru": (_gru, _gru_back)}
+KERNELS = {"elman": (_elman, _elman_backward), "lstm": (_lstm, _lstm_backward), "gru": (_gru, _gru_backward)}
 
 
-def loop(problem: Problem) -> Contender:
+def numba_loop(problem: Problem) -> Implementation:
     """Forward and backward of one sequence."""
     cell, (_, size, _, steps), p = problem.cell, problem.shape, problem.params
     ahead, back = KERNELS[cell]
@@ -177,4 +177,4 @@ def loop(problem: Problem) -> Contender:
         found |= {"dbias_ih": dbi, "dbias_hh": dbh}
         return found | ({"dc0": dhg[None]} if cell == "lstm" else {})
 
-    return Contender({FORWARD: forward, BOTH: both}, results)
+    return Implementation({FORWARD: forward, FORWARD_BACKWARD: both}, results)

@@ -14,13 +14,13 @@ from typing import Any
 from benchmarks.harness import machine
 from xprnn.io.archive import write_atomically
 
-__all__ = ["CELLS", "arguments", "finish", "with_kept_memory"]
+__all__ = ["CELLS", "argument_parser", "rerun_keeping_memory", "write_results"]
 
 CELLS = ["elman", "lstm", "gru"]
 
 
-def arguments(
-    doc: str | None, *, rounds: int = 0, cells: list[str] | None = None, known: list[str] = CELLS
+def argument_parser(
+    doc: str | None, *, rounds: int = 0, cells: list[str] | None = None, cell_choices: list[str] = CELLS
 ) -> argparse.ArgumentParser:
     """A parser with --json, and --rounds and --cell (of the known ones) where there is a default for them."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -28,21 +28,23 @@ def arguments(
     if rounds:
         parser.add_argument("--rounds", type=int, default=rounds, help=f"default: {rounds}")
     if cells:
-        parser.add_argument("--cell", nargs="+", choices=known, default=cells, help=f"default: {' '.join(cells)}")
+        parser.add_argument(
+            "--cell", nargs="+", choices=cell_choices, default=cells, help=f"default: {' '.join(cells)}"
+        )
     return parser
 
 
-def with_kept_memory() -> int | None:
+def rerun_keeping_memory() -> int | None:
     """Run this command once more, with freed memory kept as in the other comparisons; None where it already is.
 
     Returns its exit code.
     """
     if "MALLOC_MMAP_MAX_" in os.environ:
         return None
-    return subprocess.run([sys.executable, *sys.argv], env=machine.measuring_environment(1), check=False).returncode
+    return subprocess.run([sys.executable, *sys.argv], env=machine.benchmark_environment(1), check=False).returncode
 
 
-def finish(args: argparse.Namespace, lines: Iterable[str], figures: dict[str, Any], failed: bool = False) -> int:
+def write_results(args: argparse.Namespace, lines: Iterable[str], figures: dict[str, Any], failed: bool = False) -> int:
     """Print the lines, write the figures; returns the exit code."""
     print(*lines, sep="\n")
     if args.json:

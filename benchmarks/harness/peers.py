@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness.problem import BOTH, FORWARD, Call, Contender, Problem
+from benchmarks.harness.problem import FORWARD, FORWARD_BACKWARD, Call, Implementation, Problem
 
-__all__ = ["PEERS", "WITHOUT", "jax_steps", "missing", "onnx_session", "peer", "torch_calls"]
+__all__ = ["PEERS", "UNSUPPORTED_CELLS", "jax_cell", "make_peer", "missing_reason", "onnx_session", "torch_calls"]
 
 # What must be importable for each; in the order of the tables' columns.
 PEERS = {"loop": ("numba",), "torch": ("torch",), "jax": ("jax",), "onnxruntime": ("onnxruntime", "onnx")}
 # What each has no layer or operator of.
-WITHOUT = {
+UNSUPPORTED_CELLS = {
     "loop": {"gru-before", "lstm-proj"},
     "torch": {"gru-before"},
     "jax": {"gru-before", "lstm-proj"},
@@ -23,7 +23,7 @@ WITHOUT = {
 }
 
 
-def missing(name: str) -> str:
+def missing_reason(name: str) -> str:
     """Why a peer is left out, or "". It is imported to know: some import only in part."""
     try:
         for module in PEERS[name]:
@@ -33,45 +33,45 @@ def missing(name: str) -> str:
     return ""
 
 
-def peer(name: str, problem: Problem, threads: int) -> Contender:
+def make_peer(name: str, problem: Problem, threads: int) -> Implementation:
     """The contender of this name."""
-    makers: dict[str, Callable[[Problem, int], Contender]] = {"loop": _loop, "torch": _torch, "jax": _jax}
+    makers: dict[str, Callable[[Problem, int], Implementation]] = {"loop": _numba_loop, "torch": _torch, "jax": _jax}
     return (makers | {"onnxruntime": _onnxruntime})[name](problem, threads)
 
 
-def _loop(problem: Problem, _: int) -> Contender:
-    from benchmarks.harness.numba_loop import loop
+def _numba_loop(problem: Problem, _: int) -> Implementation:
+    from benchmarks.harness.numba_loop import numba_loop
 
-    return loop(problem)
+    return numba_loop(problem)
 
 
-def _torch(problem: Problem, threads: int) -> Contender:
+def _torch(problem: Problem, threads: int) -> Implementation:
     import torch
 
     torch.set_num_threads(threads)
     forward, both, results = torch_calls(problem)
-    return Contender({FORWARD: forward, BOTH: both}, results)
+    return Implementation({FORWARD: forward, FORWARD_BACKWARD: both}, results)
 
 
 def torch_calls(
-    problem: Problem, where: str = "cpu", before: Callable[[], None] = lambda: None
+    problem: Problem, device: str = "cpu", before_forward: Callable[[], None] = lambda: None
 ) -> tuple[Call, Call, Call]:
     """torch's layer on a device: forward without gradients, both passes, results; `before` runs before each forward."""
     import torch
 
     kinds = {"elman": torch.nn.RNN, "lstm": torch.nn.LSTM, "gru": torch.nn.GRU}
-    projected = {"proj_size": problem.wide} if problem.cell == "lstm-proj" else {}
-    layer = kinds[problem.cell.removesuffix("-proj")](*problem.shape[:2], **projected).to(where)
+    projected = {"proj_size": problem.output_size} if problem.cell == "lstm-proj" else {}
+    layer = kinds[problem.cell.removesuffix("-proj")](*problem.shape[:2], **projected).to(device)
     with torch.no_grad():
         for name, value in problem.params.items():
             getattr(layer, f"{name}_l0").copy_(torch.from_numpy(value))
-    dy = torch.from_numpy(problem.dy).to(where)
-    x, *states = (torch.from_numpy(a).to(where) for a in (problem.x, *(s[None] for s in problem.state)))
+    dy = torch.from_numpy(problem.dy).to(device)
+    x, *states = (torch.from_numpy(a).to(device) for a in (problem.x, *(s[None] for s in problem.state)))
     own = [a.clone().requires_grad_() for a in (x, *states)]
     weights = [getattr(layer, f"{name}_l0") for name in problem.params]
 
     def run(x: Any, *states: Any) -> Any:
-        before()
+        before_forward()
         return layer(x, states if len(states) > 1 else states[0])
 
     def forward() -> Any:
@@ -92,7 +92,7 @@ def torch_calls(
     return forward, both, results
 
 
-def jax_steps(cell: str) -> Callable[..., Any]:
+def jax_cell(cell: str) -> Callable[..., Any]:
     """(state, x's projection, h's projection) -> state, in torch's gate order."""
     import jax
     import jax.numpy as jnp
@@ -113,11 +113,11 @@ def jax_steps(cell: str) -> Callable[..., Any]:
     return {"elman": elman, "lstm": lstm, "gru": gru}[cell]
 
 
-def _jax(problem: Problem, _: int) -> Contender:
+def _jax(problem: Problem, _: int) -> Implementation:
     """A jitted lax.scan, the input's projection hoisted out of it; compiled before the clock starts."""
     import jax
 
-    step = jax_steps(problem.cell)
+    step = jax_cell(problem.cell)
 
     def run(p: Any, x: Any, state: Any) -> Any:
         ut = p["weight_hh"].T
@@ -149,11 +149,11 @@ def _jax(problem: Problem, _: int) -> Contender:
         found |= {f"d{c}0": s for c, s in zip("hc", ds, strict=False)}
         return {k: np.asarray(v) for k, v in found.items()}
 
-    return Contender({FORWARD: forward, BOTH: both}, results)
+    return Implementation({FORWARD: forward, FORWARD_BACKWARD: both}, results)
 
 
 # For each ONNX gate, in its order, the number of torch's.
-ONNX_GATES = {"elman": (0,), "lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "gru-before": (1, 0, 2)}
+ONNX_GATE_ORDER = {"elman": (0,), "lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "gru-before": (1, 0, 2)}
 
 
 def onnx_session(problem: Problem, threads: int, outputs: list[str]) -> Any:
@@ -162,7 +162,7 @@ def onnx_session(problem: Problem, threads: int, outputs: list[str]) -> Any:
     from onnx import TensorProto, helper, numpy_helper
 
     d, h, n, t = problem.shape
-    gates = ONNX_GATES[problem.cell]
+    gates = ONNX_GATE_ORDER[problem.cell]
 
     def ordered(a: Any) -> Any:
         return np.concatenate([a[k * h : (k + 1) * h] for k in gates])[None]
@@ -187,7 +187,7 @@ def onnx_session(problem: Problem, threads: int, outputs: list[str]) -> Any:
     return onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
 
 
-def _onnxruntime(problem: Problem, threads: int) -> Contender:
+def _onnxruntime(problem: Problem, threads: int) -> Implementation:
     """Inference only."""
     session = onnx_session(problem, threads, ["Y"])
     names = ("initial_h", "initial_c")[: len(problem.state)]
@@ -196,4 +196,4 @@ def _onnxruntime(problem: Problem, threads: int) -> Contender:
     def forward() -> Any:
         return session.run(None, feed)
 
-    return Contender({FORWARD: forward}, lambda: {"y": forward()[0][:, 0]})
+    return Implementation({FORWARD: forward}, lambda: {"y": forward()[0][:, 0]})

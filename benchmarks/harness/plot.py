@@ -6,12 +6,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.report import TITLES, groups
+from benchmarks.harness.report import TITLES, group_rows
 
-__all__ = ["picture"]
+__all__ = ["plot_ratios"]
 
 
-def picture(run: dict[str, Any], file: Path) -> str:
+def plot_ratios(run: dict[str, Any], file: Path) -> str:
     """Write a PNG of the ratios; returns why not, or ""."""
     try:
         import matplotlib as mpl
@@ -20,7 +20,7 @@ def picture(run: dict[str, Any], file: Path) -> str:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    some = groups(run["rows"])
+    some = group_rows(run["rows"])
     passes = list(dict.fromkeys(r["pass"] for r in run["rows"]))
     figure, axes = plt.subplots(len(some), len(passes), squeeze=False, figsize=(6.5 * len(passes), 3.4 * len(some)))
     for line, ((cell, threads), rows) in zip(axes, some.items(), strict=True):

@@ -8,12 +8,18 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-__all__ = ["BOTH", "FORWARD", "GATES", "GRID", "Call", "Contender", "Problem"]
+__all__ = ["FORWARD", "FORWARD_BACKWARD", "GATE_COUNTS", "GRID", "Call", "Implementation", "Problem"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Call: TypeAlias = Callable[[], Any]
-FORWARD, BOTH = "forward", "forward+backward"
-GATES = {"elman": 1, "lstm": 4, "gru": 3, "lstm-proj": 4, "gru-before": 3}  # proj: to H/2; before: the original GRU
+FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
+GATE_COUNTS = {
+    "elman": 1,
+    "lstm": 4,
+    "gru": 3,
+    "lstm-proj": 4,
+    "gru-before": 3,
+}  # proj: to H/2; before: the original GRU
 GRID = [  # D, H, N, T
     (1, 16, 1, 1000),
     (27, 50, 1, 100),
@@ -26,7 +32,7 @@ GRID = [  # D, H, N, T
 
 
 @dataclass(frozen=True)
-class Contender:
+class Implementation:
     """Someone who can run a task.
 
     calls: what is timed, by name: of a row FORWARD, and BOTH (forward and backward) of those who can.
@@ -50,12 +56,12 @@ class Problem:
         d, h, n, t = shape
         rng = np.random.default_rng(0)
         scale = h**-0.5
-        rows = GATES[cell] * h
-        sizes = {"weight_ih": (rows, d), "weight_hh": (rows, self.wide), "bias_ih": (rows,), "bias_hh": (rows,)}
-        sizes |= {"weight_hr": (self.wide, h)} if self.wide < h else {}
+        rows = GATE_COUNTS[cell] * h
+        sizes = {"weight_ih": (rows, d), "weight_hh": (rows, self.output_size), "bias_ih": (rows,), "bias_hh": (rows,)}
+        sizes |= {"weight_hr": (self.output_size, h)} if self.output_size < h else {}
         self.params = {k: rng.uniform(-scale, scale, s).astype(np.float32) for k, s in sizes.items()}
-        self.x, self.dy = self._normal(rng, t, n, d), self._normal(rng, t, n, self.wide)
-        widths = [self.wide, h] if cell.startswith("lstm") else [h]
+        self.x, self.dy = self._normal(rng, t, n, d), self._normal(rng, t, n, self.output_size)
+        widths = [self.output_size, h] if cell.startswith("lstm") else [h]
         self.state = tuple(0.5 * self._normal(rng, n, wide) for wide in widths)
         self.head = (
             rng.uniform(-scale, scale, (d, h)).astype(np.float32),
@@ -67,7 +73,7 @@ class Problem:
         return rng.standard_normal(shape, dtype=np.float32)
 
     @property
-    def wide(self) -> int:
+    def output_size(self) -> int:
         """The width of h."""
         return self.shape[1] // 2 if self.cell == "lstm-proj" else self.shape[1]
 
@@ -75,17 +81,24 @@ class Problem:
     def flops(self) -> dict[str, float]:
         """Operations of the matrix products alone; the backward pass has two for each one of the forward pass."""
         d, h, n, t = self.shape
-        products = (d + self.wide) * GATES[self.cell] * h + (self.wide * h if self.wide < h else 0)
+        products = (d + self.output_size) * GATE_COUNTS[self.cell] * h + (
+            self.output_size * h if self.output_size < h else 0
+        )
         forward = 2.0 * t * n * products
-        return {FORWARD: forward, BOTH: 3 * forward}
+        return {FORWARD: forward, FORWARD_BACKWARD: 3 * forward}
 
-    def _turned(self, a: Array) -> Array:
+    def _to_features_first(self, a: Array) -> Array:
         return np.asfortranarray(a.T) if self.order == "F" else np.ascontiguousarray(a.T)
 
-    def article(self) -> tuple[Array, Array, Array, dict[str, Array]]:
+    def article_arrays(self) -> tuple[Array, Array, Array, dict[str, Array]]:
         """x (n_x, m, T), a0 (n_a, m), da (n_a, m, T) and the article's parameters, with n_y = n_x outputs."""
         p = self.params
         bias = (p["bias_ih"] + p["bias_hh"])[:, None]
         wya, by = self.head
         parameters = {"Wax": p["weight_ih"], "Waa": p["weight_hh"], "Wya": wya, "ba": bias, "by": by}
-        return self._turned(self.x), self._turned(self.state[0]), self._turned(self.dy), parameters
+        return (
+            self._to_features_first(self.x),
+            self._to_features_first(self.state[0]),
+            self._to_features_first(self.dy),
+            parameters,
+        )

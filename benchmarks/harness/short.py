@@ -13,20 +13,20 @@ from benchmarks.harness.problem import GRID
 from xprnn.arrays.namespace import InputError
 from xprnn.io.archive import write_atomically
 
-__all__ = ["bench_command", "shape_of"]
+__all__ = ["bench_command", "parse_shape"]
 
-ROWS = [GRID[0], GRID[2], GRID[4]]
-FULL: dict[str, Any] = {"seconds": 24.0, "least": 3, "most": 15, "steps": 5000, "stream_sizes": [16, 64]}
-QUICK: dict[str, Any] = {"seconds": 5.0, "least": 3, "most": 5, "steps": 1000, "stream_sizes": [16]}
+SHORT_GRID = [GRID[0], GRID[2], GRID[4]]
+FULL_SETTINGS: dict[str, Any] = {"seconds": 24.0, "least": 3, "most": 15, "steps": 5000, "stream_sizes": [16, 64]}
+QUICK_SETTINGS: dict[str, Any] = {"seconds": 5.0, "least": 3, "most": 5, "steps": 1000, "stream_sizes": [16]}
 
 
-def shape_of(text: str) -> tuple[int, ...]:
+def parse_shape(text: str) -> tuple[int, ...]:
     """D,H,N,T as four positive numbers.
 
     Raises:
         ValueError: anything else.
 
-    >>> shape_of("1,16,1,1000")
+    >>> parse_shape("1,16,1,1000")
     (1, 16, 1, 1000)
     """
     shape = tuple(int(part) for part in text.split(","))
@@ -56,18 +56,22 @@ def bench_command(
     Raises:
         InputError: more threads than cores, or a file that cannot be written.
     """
-    cores = len(machine.cores())
+    cores = len(machine.available_cores())
     if threads > cores:
         raise InputError(f"--threads: this process may use {cores} core(s), found {threads}")
-    shapes = [list(r) for r in rows or ROWS[: 2 if quick else 3]]
+    shapes = [list(r) for r in rows or SHORT_GRID[: 2 if quick else 3]]
     run = measure.new_run()
     if file:  # now, not after a minute
         write_atomically(file, b"{}\n")
-    options = QUICK if quick else FULL
-    task = measure.TASK | options | {"cells": list(cells), "shapes": shapes, "threads": threads, "peers": list(peers)}
-    code = measure.collect(task, run, measure.progress)
+    options = QUICK_SETTINGS if quick else FULL_SETTINGS
+    task = (
+        measure.DEFAULT_TASK
+        | options
+        | {"cells": list(cells), "shapes": shapes, "threads": threads, "peers": list(peers)}
+    )
+    code = measure.measure_task(task, run, measure.print_progress)
     if run["rows"]:
-        print(harness_report.aligned(report(run)))
+        print(harness_report.align_columns(bench_report(run)))
     if file:
         write_atomically(file, (json.dumps(run, indent=1) + "\n").encode())
     if code or not run["rows"]:
@@ -76,10 +80,10 @@ def bench_command(
     return 1 if any(part["disagree"] for part in run["rows"] + run["streams"]) else 0
 
 
-def report(run: dict[str, Any]) -> str:
+def bench_report(run: dict[str, Any]) -> str:
     """The tables of the rows and of the streams."""
-    lines = [harness_report.tables(run)]
+    lines = [harness_report.grid_report(run)]
     if run["streams"]:
         lines += ["", "### Streaming: one step at a time, N = 1, D = 1, microseconds", ""]
-        lines += [*harness_report.streams_table(run["streams"]), ""]
+        lines += [*harness_report.latency_table(run["streams"]), ""]
     return "\n".join(lines)

@@ -13,16 +13,16 @@ import numpy as np
 from benchmarks.harness.problem import Problem
 from benchmarks.harness.xprnn_contenders import LAYERS
 
-__all__ = ["Step", "compared", "measure", "onnxruntime_step", "ours", "torch_cell"]
+__all__ = ["StreamStep", "compare_steps", "measure_latency", "onnxruntime_step", "torch_step", "xprnn_step"]
 
-Step: TypeAlias = Callable[[], Any]  # one step of an endless stream; returns y (1, H)
-Around: TypeAlias = Callable[[str], AbstractContextManager[Any]]
+StreamStep: TypeAlias = Callable[[], Any]  # one step of an endless stream; returns y (1, H)
+ContextFor: TypeAlias = Callable[[str], AbstractContextManager[Any]]
 D = 1
-BLOCK = 500  # steps of a turn
-CLOSE = 1e-5  # float32 values below 1, after a few steps
+BLOCK_STEPS = 500  # steps of a turn
+TOLERANCE = 1e-5  # float32 values below 1, after a few steps
 
 
-def ours(problem: Problem) -> Step:
+def xprnn_step(problem: Problem) -> StreamStep:
     """`layer.step`."""
     layer = LAYERS[problem.cell](*problem.shape[:2])
     params = {f"{k}_l0": v for k, v in problem.params.items()}
@@ -35,7 +35,7 @@ def ours(problem: Problem) -> Step:
     return step
 
 
-def torch_cell(problem: Problem) -> Step:
+def torch_step(problem: Problem) -> StreamStep:
     """torch's cell, no gradients."""
     import torch
 
@@ -53,7 +53,7 @@ def torch_cell(problem: Problem) -> Step:
     return step
 
 
-def onnxruntime_step(problem: Problem) -> Step:
+def onnxruntime_step(problem: Problem) -> StreamStep:
     """The operator on a sequence of one step, its states fed back."""
     from benchmarks.harness.peers import onnx_session
 
@@ -68,7 +68,7 @@ def onnxruntime_step(problem: Problem) -> Step:
     return step
 
 
-def _times(steps: dict[str, Step], count: int, around: Around) -> dict[str, Any]:
+def _step_times(steps: dict[str, StreamStep], count: int, around: ContextFor) -> dict[str, Any]:
     """Nanoseconds of each step of each contender, who take turns in blocks; the empty clock's own are taken off."""
     clock, times = time.perf_counter_ns, {name: np.empty(count) for name in steps}
     clock_cost = float(np.median([-(clock() - clock()) for _ in range(1000)]))
@@ -76,13 +76,13 @@ def _times(steps: dict[str, Step], count: int, around: Around) -> dict[str, Any]
     gc.collect()
     gc.disable()
     try:
-        for at in range(0, count, BLOCK):
+        for at in range(0, count, BLOCK_STEPS):
             for name in order:
                 step, here = steps[name], times[name]
                 with around(name):
                     for _ in range(20):
                         step()
-                    for k in range(at, min(at + BLOCK, count)):
+                    for k in range(at, min(at + BLOCK_STEPS, count)):
                         start = clock()
                         step()
                         here[k] = clock() - start
@@ -92,11 +92,11 @@ def _times(steps: dict[str, Step], count: int, around: Around) -> dict[str, Any]
     return {name: t - clock_cost for name, t in times.items()}
 
 
-def compared(
-    makers: Mapping[str, Callable[[Problem], Step]],
+def compare_steps(
+    factories: Mapping[str, Callable[[Problem], StreamStep]],
     problem: Problem,
     count: int,
-    around: Around = lambda _: nullcontext(),
+    context: ContextFor = lambda _: nullcontext(),
 ) -> dict[str, Any]:
     """One row: {"cell", "hidden", "microseconds": name -> p50, p99, p99.9, "disagree": [...]}.
 
@@ -107,26 +107,26 @@ def compared(
         around: name -> the context in which it runs.
     """
     steps, wrong, wanted = {}, [], None
-    for name, make in makers.items():
+    for name, make in factories.items():
         try:
             step = make(problem)
-            with around(name):
+            with context(name):
                 found = np.array([np.asarray(step()).copy() for _ in range(5)])
         except Exception as error:  # the table must say so; the others' figures still count
             wrong.append(f"{name} raises {type(error).__name__}: {error}")
             continue
         wanted = found if wanted is None else wanted
-        if found.shape == wanted.shape and np.max(np.abs(found - wanted)) <= CLOSE:
+        if found.shape == wanted.shape and np.max(np.abs(found - wanted)) <= TOLERANCE:
             steps[name] = step
         else:
             wrong.append(f"{name}: other values than the first's")
-    seen = _times(steps, count, around)
+    seen = _step_times(steps, count, context)
     percentiles = {n: {f"p{q:g}": float(np.percentile(t, q)) / 1e3 for q in (50, 99, 99.9)} for n, t in seen.items()}
     return {"cell": problem.cell, "hidden": problem.shape[1], "microseconds": percentiles, "disagree": wrong}
 
 
-def measure(cell: str, hidden: int, names: list[str], count: int) -> dict[str, Any]:
+def measure_latency(cell: str, hidden: int, names: list[str], count: int) -> dict[str, Any]:
     """The row of our step and of those of the peers' names who have one."""
-    peers = {"torch": torch_cell, "onnxruntime": onnxruntime_step}
-    makers = {"core": ours} | {k: make for k, make in peers.items() if k in names}
-    return compared(makers, Problem(cell, (D, hidden, 1, 1)), count)
+    peers = {"torch": torch_step, "onnxruntime": onnxruntime_step}
+    makers = {"core": xprnn_step} | {k: make for k, make in peers.items() if k in names}
+    return compare_steps(makers, Problem(cell, (D, hidden, 1, 1)), count)

@@ -1,6 +1,6 @@
 """A player's process: does what the parent (players.py) asks for, one JSON line each way.
 
-The parent names functions by module and name, so that this file knows none of them. What has been asked to `sit` keeps
+The parent names functions by module and name, so that this file knows none of them. What has been asked to `load` keeps
 its calls and arrays until the next one sits down.
 """
 
@@ -20,49 +20,49 @@ import numpy as np
 
 from benchmarks.harness.problem import Call
 
-__all__ = ["find", "main", "sit", "turn"]
+__all__ = ["import_function", "load", "main", "time_call"]
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-LONG = 0.2  # seconds of a call that is its own warming up: what it finds cold is a hundredth of it
-_calls: dict[str, Call] = {}
+LONG_CALL_S = 0.2  # seconds of a call that is its own warming up: what it finds cold is a hundredth of it
+_loaded_calls: dict[str, Call] = {}
 
 
-def find(name: str) -> Any:
+def import_function(name: str) -> Any:
     """The function of "module:name"."""
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)
 
 
-def sit(make: str, task: dict[str, Any], file: str) -> list[str]:
+def load(factory: str, task: dict[str, Any], file: str) -> list[str]:
     """Make a contender of the task, write its results to a .npz file; returns the names of its calls."""
-    _calls.clear()
+    _loaded_calls.clear()
     gc.collect()
-    contender = find(make)(**task)
+    contender = import_function(factory)(**task)
     np.savez(file, **contender.results())
     for call in contender.calls.values():
         call()  # so that memory which only the calls take is there
-    _calls.update(contender.calls)
+    _loaded_calls.update(contender.calls)
     gc.collect()
-    return list(_calls)
+    return list(_loaded_calls)
 
 
-def turn(what: str, warm: float, seconds: float) -> tuple[float, float]:
-    """Seconds a call, after `warm` seconds of calls off the clock and over `seconds`; and the turn's CPU seconds.
+def time_call(call_name: str, warmup_s: float, min_s: float) -> tuple[float, float]:
+    """Seconds a call, after `warmup_s` seconds of calls off the clock and over `seconds`; and the turn's CPU seconds.
 
     A call that takes LONG is timed at once, and only once.
     """
-    call, clock, cpu = _calls[what], time.perf_counter, time.process_time()
+    call, clock, cpu = _loaded_calls[call_name], time.perf_counter, time.process_time()
     gc.disable()
     try:
         start = clock()
         call()
         passed = clock() - start
-        if passed >= LONG:
+        if passed >= LONG_CALL_S:
             return passed, time.process_time() - cpu
-        while clock() - start < warm:
+        while clock() - start < warmup_s:
             call()
         count, start, passed = 0, clock(), 0.0
-        while not count or passed < seconds:
+        while not count or passed < min_s:
             call()
             count, passed = count + 1, clock() - start
     finally:
@@ -70,7 +70,7 @@ def turn(what: str, warm: float, seconds: float) -> tuple[float, float]:
     return passed / count, time.process_time() - cpu
 
 
-def _end_with(parent: int) -> None:
+def _die_with_parent(parent: int) -> None:
     """Have Linux end this process with its parent.
 
     A stopped group that loses its last relative is woken and hung up on by any POSIX system; one that is about to stop
@@ -82,15 +82,15 @@ def _end_with(parent: int) -> None:
             sys.exit(1)
 
 
-def main(parent: int) -> None:
+def main(parent_pid: int) -> None:
     """Answer until nobody asks any more; what a library prints goes to standard error."""
-    _end_with(parent)
+    _die_with_parent(parent_pid)
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
         os.dup2(2, 1)
         for line in sys.stdin:
             asked = json.loads(line)
             try:
-                answer = {"value": find(asked["call"])(**asked["arguments"])}
+                answer = {"value": import_function(asked["call"])(**asked["arguments"])}
             except Exception as error:  # the parent's report names it
                 answer = {"error": f"{type(error).__name__}: {error}"}
             print(json.dumps(answer), file=out, flush=True)

@@ -7,11 +7,11 @@ from functools import partial
 from typing import Any
 
 from benchmarks.harness import article_baseline
-from benchmarks.harness.problem import BOTH, FORWARD, Contender, Problem
+from benchmarks.harness.problem import FORWARD, FORWARD_BACKWARD, Implementation, Problem
 from xprnn import article as article_functions
 from xprnn.layers.rnn_lstm_gru import GRU, LSTM, RNN
 
-__all__ = ["LAYERS", "articles", "core", "door"]
+__all__ = ["LAYERS", "article_api", "article_loop", "core_layer"]
 
 LAYERS: dict[str, Callable[[int, int], Any]] = {
     "elman": RNN,
@@ -22,7 +22,7 @@ LAYERS: dict[str, Callable[[int, int], Any]] = {
 }
 
 
-def core(problem: Problem) -> Contender:
+def core_layer(problem: Problem) -> Implementation:
     """xprnn.RNN, LSTM or GRU: a layer call, and forward + backward."""
     d, h, _, _ = problem.shape
     layer = LAYERS[problem.cell](d, h)
@@ -41,12 +41,12 @@ def core(problem: Problem) -> Contender:
         found |= {f"d{name}0": s[0] for name, s in zip("hc", dstates, strict=False)}
         return found | {f"d{k}": dparams[f"{k}_l0"] for k in problem.params}
 
-    return Contender({FORWARD: lambda: layer(params, problem.x, state), BOTH: both}, results)
+    return Implementation({FORWARD: lambda: layer(params, problem.x, state), FORWARD_BACKWARD: both}, results)
 
 
-def _article(module: Any, problem: Problem, **options: Any) -> Contender:
+def _article_functions(module: Any, problem: Problem, **options: Any) -> Implementation:
     """The five functions of `module`, in the article's layout."""
-    x, a0, da, parameters = problem.article()
+    x, a0, da, parameters = problem.article_arrays()
 
     def forward() -> Any:
         return module.rnn_forward(x, a0, parameters, **options)
@@ -60,14 +60,14 @@ def _article(module: Any, problem: Problem, **options: Any) -> Contender:
         found = {"y": a.T, "y_pred": y_pred.T, "dx": g["dx"].T, "dh0": g["da0"].T, "dweight_ih": g["dWax"]}
         return found | {"dweight_hh": g["dWaa"], "dbias_ih": g["dba"][:, 0], "dbias_hh": g["dba"][:, 0]}
 
-    return Contender({FORWARD: forward, BOTH: both}, results)
+    return Implementation({FORWARD: forward, FORWARD_BACKWARD: both}, results)
 
 
-def door(problem: Problem) -> Contender:
+def article_api(problem: Problem) -> Implementation:
     """xprnn.rnn_forward and rnn_backward."""
-    return _article(article_functions, problem)
+    return _article_functions(article_functions, problem)
 
 
-def articles(problem: Problem, zeros: Any = None) -> Contender:
+def article_loop(problem: Problem, zeros_dtype: Any = None) -> Implementation:
     """The article's formulation, with zeros of x's dtype or of another."""
-    return _article(article_baseline, problem, zeros=zeros)
+    return _article_functions(article_baseline, problem, zeros=zeros_dtype)

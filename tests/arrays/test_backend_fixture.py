@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from support.backends import Backend, HostConversionError, choose, dtype_name
+from support.backends import Backend, HostConversionError, dtype_name, select_backends
 
 
 @pytest.fixture(params=["", ":device1", ":no_float64"])
@@ -15,7 +15,7 @@ def strict(request):
     """What `xp` gives on array-api-strict: the only library that can be guarded."""
     pytest.importorskip("array_api_strict")
     backend = Backend("strict" + request.param)
-    with backend.guarded():
+    with backend.forbid_host_conversion():
         yield backend
 
 
@@ -42,7 +42,7 @@ def test_asarray_and_to_numpy_copy(xp):
 
 
 def test_rng_is_the_same_on_every_backend(xp, rng):
-    assert rng.integers(1 << 30) == 943375190
+    assert rng.integers(1 << 30) == 193056471
 
 
 def test_readonly_catches_mutation():
@@ -60,11 +60,11 @@ def test_guard_catches_conversions(strict, convert):
     array = strict.asarray(np.array(1))
     with pytest.raises(HostConversionError, match=r"inside a pass"):
         convert(array)
-    with strict.converting():
+    with strict.allow_host_conversion():
         if strict is not Backend.STRICT_DEVICE1 and convert is not np.asarray:
             assert convert(array) == 1
         with pytest.raises(HostConversionError):
-            strict.guarded()(convert)(array)
+            strict.forbid_host_conversion()(convert)(array)
     with pytest.raises(HostConversionError):
         convert(array)
 
@@ -82,7 +82,7 @@ def test_guard_catches_branches_and_data_dependent_shapes(strict):
 def test_guard_ends_with_the_test():
     strict = pytest.importorskip("array_api_strict")
     assert float(strict.ones(())) == 1.0
-    with Backend.STRICT.guarded(), pytest.raises(HostConversionError):
+    with Backend.STRICT.forbid_host_conversion(), pytest.raises(HostConversionError):
         float(strict.ones(()))
     assert float(strict.ones(())) == 1.0
 
@@ -94,7 +94,7 @@ def test_devices_do_not_mix():
     with pytest.raises(ValueError, match="device"):
         x + one.asarray([1.0])
     with pytest.raises(AssertionError, match="device1"):
-        other.assert_home(one.asarray([1.0]), x)
+        other.assert_like(one.asarray([1.0]), x)
 
 
 def test_no_float64_has_none():
@@ -110,16 +110,16 @@ def test_assert_home_catches_numpy(xp):
     like = xp.asarray(np.ones(3))
     for stranger in (np.ones(3), (like, np.ones(3)), {"dW": np.ones(3)}, 1.0):
         with pytest.raises(AssertionError, match=r"numpy|float"):
-            xp.assert_home(stranger, like)
+            xp.assert_like(stranger, like)
     with pytest.raises(AssertionError, match="numpy"):
         xp.assert_close(np.ones(3), np.ones(3))
 
 
 def test_assert_home_catches_a_dtype(xp):
     like = xp.asarray(np.ones(3), "float32")
-    xp.assert_home({"dW": (like, None)}, like)
+    xp.assert_like({"dW": (like, None)}, like)
     with pytest.raises(AssertionError, match=re.escape("result['dW'][1] is")):
-        xp.assert_home({"dW": (like, xp.asarray([1]))}, like)
+        xp.assert_like({"dW": (like, xp.asarray([1]))}, like)
 
 
 def test_assert_close(xp, dtype):
@@ -144,11 +144,11 @@ def test_float_errors_raise():
 
 
 def test_choose():
-    assert choose(["numpy"]) == [Backend.NUMPY, Backend.NUMPY_READONLY]
-    assert choose(["strict:device1", "numpy:readonly"]) == [
+    assert select_backends(["numpy"]) == [Backend.NUMPY, Backend.NUMPY_READONLY]
+    assert select_backends(["strict:device1", "numpy:readonly"]) == [
         Backend.NUMPY_READONLY,
         Backend.STRICT_DEVICE1,
     ]
-    assert {Backend.NUMPY, Backend.NUMPY_READONLY} <= set(choose([]))
+    assert {Backend.NUMPY, Backend.NUMPY_READONLY} <= set(select_backends([]))
     with pytest.raises(LookupError, match="unknown backend 'tensorflow'"):
-        choose(["tensorflow"])
+        select_backends(["tensorflow"])

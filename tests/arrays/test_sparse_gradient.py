@@ -7,20 +7,20 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
-from support.layer_cases import CASES, RARE
-from support.oracles import prove
+from support.layer_cases import CASES, RARE_CASES
+from support.oracles import check_gradients_on
 
 import xprnn
 from xprnn import InputError, SparseGradient
-from xprnn.kernels.config import compiling, generic_only
+from xprnn.kernels.config import allow_jit, reference_only
 from xprnn.kernels.jit import compile_cache
-from xprnn.training.data_parallel import Crew
-from xprnn.training.truncated_bptt import gradients, windows
+from xprnn.training.data_parallel import DataParallel
+from xprnn.training.truncated_bptt import window_gradients, windows
 
 V, H, T, N = 23, 4, 7, 5
 MAKES = {name: case.make for name, case in CASES.items()}
-MAKES |= {name: make for name, make in RARE.items() if name.startswith("early")}
-WAYS = {"generic": generic_only, "in place": lambda: compiling(False), "compiled": lambda: compiling(True)}
+MAKES |= {name: make for name, make in RARE_CASES.items() if name.startswith("early")}
+WAYS = {"generic": reference_only, "in place": lambda: allow_jit(False), "compiled": lambda: allow_jit(True)}
 
 
 def counted(xp):
@@ -71,7 +71,7 @@ def assert_same_bits(wanted, found, seen, ends=("l0",)):
             assert isinstance(g, SparseGradient)
             np.testing.assert_array_equal(g.indices, seen)
             assert g.shape == a.shape
-            g = g.dense()
+            g = g.to_dense()
             assert g.strides == a.strides
         np.testing.assert_array_equal(g, a, strict=True)
 
@@ -80,7 +80,7 @@ def assert_same_bits(wanted, found, seen, ends=("l0",)):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", MAKES)
 def test_it_is_the_dense_gradient_to_the_bit(rng, name, way, flags):
-    if way == "compiled" and not compile_cache.available():
+    if way == "compiled" and not compile_cache.numba_available():
         pytest.skip("numba is not installed")
     with WAYS[way]():
         assert_same_bits(*both_gradients(lambda **k: MAKES[name](V, H, **k), rng, flags_of(rng, flags)))
@@ -113,8 +113,8 @@ def test_batch_first_and_small_integers(xp, rng, dtype):
     with counted(xp):
         g = layer.backward(tape, dy).dparams["weight_ih_l0"]
     wanted = plain.backward(plain.forward(params, ids)[2], dy).dparams["weight_ih_l0"]
-    xp.assert_close(g.dense(), wanted, condition=0)
-    xp.assert_home((g.values, g.dense()), y)
+    xp.assert_close(g.to_dense(), wanted, condition=0)
+    xp.assert_like((g.values, g.to_dense()), y)
 
 
 @pytest.mark.parametrize("name", ["rnn", "lstm", "gru", "gru-before", "lstm-proj"])
@@ -129,7 +129,7 @@ def test_every_array_library_gives_it(xp, rng, name):
         with counted(xp):
             dy = np.random.default_rng(1).standard_normal(tuple(y.shape))
             found.append(layer.backward(tape, xp.asarray(dy)).dparams["weight_ih_l0"])
-    xp.assert_close(found[1].dense(), found[0], condition=0)
+    xp.assert_close(found[1].to_dense(), found[0], condition=0)
     seen = np.unique(xp.to_numpy(ids)[np.arange(T)[:, None] < np.asarray(flags["lengths"])])
     np.testing.assert_array_equal(xp.to_numpy(found[1].indices), seen)
 
@@ -188,7 +188,7 @@ def test_random_cotangents_prove_it(xp, rng):
         def backward(tape, dy, model=model):
             return model.backward(tape, dy).dparams
 
-        errors = prove(xp, forward, backward, [params], names=["params"])
+        errors = check_gradients_on(xp, forward, backward, [params], names=["params"])
         assert max(errors.values()) < 1e-6
     assert max(xprnn.check_layer(model, params, ids).values()) < 1e-6
 
@@ -201,15 +201,15 @@ def test_it_adds_up_over_windows_threads_and_shares_of_a_batch(rng):
     for m in (model, dense):
         state, some = None, []
         for window in windows([(ids[:-1], ids[1:])], k1=8, k2=12):
-            _, g, state = gradients(m, params, window, state, xprnn.cross_entropy)
+            _, g, state = window_gradients(m, params, window, state, xprnn.cross_entropy)
             some.append(g["rnn.weight_ih_l0"])
         totals.append(sum(some))
     assert isinstance(totals[0], SparseGradient)
-    np.testing.assert_array_equal(totals[0].dense(), totals[1])
-    with Crew(3) as crew:
+    np.testing.assert_array_equal(totals[0].to_dense(), totals[1])
+    with DataParallel(3) as crew:
         one, other = (crew.gradients(m, params, ids[:-1], ids[1:], None)[1] for m in (model, dense))
     assert isinstance(one["rnn.weight_ih_l0"], SparseGradient)
-    np.testing.assert_array_equal(one["rnn.weight_ih_l0"].dense(), other["rnn.weight_ih_l0"])
+    np.testing.assert_array_equal(one["rnn.weight_ih_l0"].to_dense(), other["rnn.weight_ih_l0"])
 
 
 def test_no_steps_no_rows_and_features(rng):
@@ -221,8 +221,8 @@ def test_no_steps_no_rows_and_features(rng):
                 y, _, tape = layer.forward(params, np.zeros(shape, int))
                 g = layer.backward(tape, y).dparams["weight_ih_l0"]
                 assert g.indices.shape == (0,)
-                np.testing.assert_array_equal(g.dense(), np.zeros((4 * H, V)), strict=True)
-                np.testing.assert_array_equal((g + g).dense(), 0 * params["weight_ih_l0"])
+                np.testing.assert_array_equal(g.to_dense(), np.zeros((4 * H, V)), strict=True)
+                np.testing.assert_array_equal((g + g).to_dense(), 0 * params["weight_ih_l0"])
     x = rng.standard_normal((T, N, V))
     y, _, tape = layer.forward(params, x)
     plain = xprnn.LSTM(V, H)
@@ -242,7 +242,7 @@ def test_the_option_is_kept(kind, tmp_path, rng):
     params = layer.init(rng, like=np.zeros(0))
     xprnn.save(tmp_path / "m.safetensors", xprnn.Sequential(part=layer), {f"part.{k}": a for k, a in params.items()})
     model, _ = xprnn.load(tmp_path / "m.safetensors")
-    assert model.parts["part"] == layer
+    assert model.layers["part"] == layer
     with pytest.raises(InputError, match="sparse must be True or False"):
         make(5, 3, sparse=1, **cell)
 
@@ -252,7 +252,7 @@ def test_the_option_is_torchs():
     import torch
 
     model, params = xprnn.from_torch(torch.nn.Sequential(torch.nn.Embedding(5, 2, sparse=True), torch.nn.Linear(2, 3)))
-    assert next(iter(model.parts.values())).sparse
+    assert next(iter(model.layers.values())).sparse
     _, constructor = xprnn.to_torch(model, params)
     assert "'sparse': True" in str(constructor)
 
@@ -265,7 +265,7 @@ def test_jit_is_told_why_not():
 
     def gradient(weight, ids):
         y, _, tape = part.forward({"weight": weight}, ids)
-        return part.backward(tape, y).dparams["weight"].dense()
+        return part.backward(tape, y).dparams["weight"].to_dense()
 
     given = jax.numpy.zeros((V, H)), jax.numpy.asarray([1, 2])
     assert gradient(*given).shape == (V, H)

@@ -266,10 +266,10 @@ def test_no_array_of_another_library(start, call, array):
 
 
 def test_no_array_of_another_device():
-    """One pair stands for all: the places are those above, the comparison is `resolve`'s."""
+    """One pair stands for all: the places are those above, the comparison is `resolve_namespace`'s."""
     pytest.importorskip("array_api_strict")
     near, far = Backend.STRICT, Backend.STRICT_DEVICE1
-    with near.guarded():
+    with near.forbid_host_conversion():
         line = refusal(lambda: layer(near.asarray(params), near.asarray(x), far.asarray(state)))
         assert line.startswith("RNN: state is on ")
         line = refusal(lambda: layer(near.asarray(params), near.asarray(x), mask=far.asarray(np.ones((T, N), bool))))

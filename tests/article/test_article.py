@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from support import oracles
 from support.backends import Backend
-from support.oracles import article_case
+from support.oracles import article_inputs
 
 import xprnn
 from xprnn import rnn_backward, rnn_cell_backward, rnn_cell_forward, rnn_forward, softmax
-from xprnn.kernels.config import generic_only
+from xprnn.kernels.config import reference_only
 
 float64_only = pytest.mark.not_on("strict:no_float64", reason="central differences need float64")
 
@@ -45,7 +45,7 @@ def here(xp, dtype, *arrays):
 @pytest.mark.parametrize("given", GIVEN.values(), ids=GIVEN.keys())
 @pytest.mark.parametrize("m", [0, 1, 4])
 def test_cell_is_the_articles(xp, dtype, rng, m, given):
-    x, a_prev, p = article_case(rng, m=m, dtype=dtype)
+    x, a_prev, p = article_inputs(rng, m=m, dtype=dtype)
     xt = x[:, :, 0]
     gxt, ga, gp = here(xp, dtype, xt, a_prev, p)
     a_next, y, cache = rnn_cell_forward(gxt, ga, gp)
@@ -59,13 +59,13 @@ def test_cell_is_the_articles(xp, dtype, rng, m, given):
     got = rnn_cell_backward(here(xp, dtype, da)[0], cache, dlogits=here(xp, dtype, dlogits)[0])
     want = oracles.cell_backward(da, want_a, a_prev, xt, p, dlogits)
     xp.assert_close(got, want, condition=60)
-    xp.assert_home((a_next, y, got), gxt)
+    xp.assert_like((a_next, y, got), gxt)
 
 
 @pytest.mark.parametrize("given", GIVEN.values(), ids=GIVEN.keys())
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
 def test_sequence_is_the_articles_loop(xp, dtype, rng, sizes, given):
-    x, a0, p = article_case(rng, dtype=dtype, **sizes)
+    x, a0, p = article_inputs(rng, dtype=dtype, **sizes)
     gx, ga0, gp = here(xp, dtype, x, a0, p)
     a, y, caches = rnn_forward(gx, ga0, gp)
     want_a, want_y = oracles.sequence_forward(x, a0, p)
@@ -75,13 +75,13 @@ def test_sequence_is_the_articles_loop(xp, dtype, rng, sizes, given):
     da, dlogits = cotangents(rng, want_a, want_y, given, dtype=dtype)
     got = rnn_backward(here(xp, dtype, da)[0], caches, dlogits=here(xp, dtype, dlogits)[0])
     xp.assert_close(got, oracles.sequence_backward(da, x, a0, want_a, p, dlogits), condition=200)
-    xp.assert_home((a, y, got), gx)
+    xp.assert_like((a, y, got), gx)
 
 
 @pytest.mark.parametrize("given", GIVEN.values(), ids=GIVEN.keys())
 @pytest.mark.parametrize("steps", [0, 1, 4])
 def test_fewer_cotangent_steps_walk_just_those(xp, rng, steps, given):
-    x, a0, p = article_case(rng, dtype=xp.float_dtypes[0])
+    x, a0, p = article_inputs(rng, dtype=xp.float_dtypes[0])
     _, _, caches = rnn_forward(*here(xp, None, x, a0, p))
     want_a, want_y = oracles.sequence_forward(x, a0, p)
     da, dlogits = cotangents(rng, want_a, want_y, given, steps, dtype=xp.float_dtypes[0])
@@ -92,9 +92,9 @@ def test_fewer_cotangent_steps_walk_just_those(xp, rng, steps, given):
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
 def test_numpy_kernel_is_the_generic_scan(dtype, rng, sizes):
     """The in-place kernel against the specification, beyond what the oracle above sees: the same rounding."""
-    given = here(Backend.NUMPY, dtype, *article_case(rng, dtype=dtype, **sizes))
+    given = here(Backend.NUMPY, dtype, *article_inputs(rng, dtype=dtype, **sizes))
     results = []
-    for context in (nullcontext(), generic_only()):
+    for context in (nullcontext(), reference_only()):
         with context:
             a, y, caches = rnn_forward(*given)
             dlogits = np.random.default_rng(1).normal(size=y.shape).astype(dtype)
@@ -108,11 +108,11 @@ def test_numpy_kernel_is_the_generic_scan(dtype, rng, sizes):
 @pytest.mark.parametrize("sizes", [{}, {"n_a": 1}, {"m": 1, "T": 1}, {"T": 40, "n_a": 8}])
 def test_sequence_is_torchs(xp, rng, sizes):
     """torch's nn.RNN and its autograd share no line with us or with the oracle."""
-    x, a0, p = article_case(rng, dtype=xp.float_dtypes[0], **sizes)
+    x, a0, p = article_inputs(rng, dtype=xp.float_dtypes[0], **sizes)
     a, y, caches = rnn_forward(*here(xp, None, x, a0, p))
     da, dlogits = cotangents(rng, xp.to_numpy(a), xp.to_numpy(y), (True, True), dtype=xp.float_dtypes[0])
     grads = rnn_backward(*here(xp, None, da), caches, dlogits=here(xp, None, dlogits)[0])
-    want_a, want_y, want = oracles.torch_sequence(x, a0, p, da, dlogits)
+    want_a, want_y, want = oracles.torch_results(x, a0, p, da, dlogits)
     xp.assert_close((a, y), (want_a, want_y), condition=100)
     xp.assert_close(grads, want, condition=400)
 
@@ -120,7 +120,7 @@ def test_sequence_is_torchs(xp, rng, sizes):
 @float64_only
 @pytest.mark.parametrize("outputs", ["a", "a and y_pred"])
 def test_every_gradient_by_central_differences(xp, rng, outputs):
-    x, a0, p = article_case(rng, m=3, T=5)
+    x, a0, p = article_inputs(rng, m=3, T=5)
 
     def forward(x, a0, p):
         a, y, caches = rnn_forward(x, a0, p)
@@ -132,14 +132,14 @@ def test_every_gradient_by_central_differences(xp, rng, outputs):
         g = rnn_backward(da, caches, dlogits=dlogits)
         return g["dx"], g["da0"], {name: g.get("d" + name) for name in p}
 
-    worst = oracles.prove(xp, forward, backward, here(xp, None, x, a0, p), names=("x", "a0", "p"), rng=rng)
+    worst = oracles.check_gradients_on(xp, forward, backward, here(xp, None, x, a0, p), names=("x", "a0", "p"), rng=rng)
     assert worst.keys() == {"x", "a0", *(f"p[{k!r}]" for k in p)}
     assert max(worst.values()) < 1e-7
 
 
 @float64_only
 def test_cell_gradients_by_central_differences(xp, rng):
-    x, a0, p = article_case(rng, m=3)
+    x, a0, p = article_inputs(rng, m=3)
 
     def forward(xt, a_prev, p):
         a_next, y, cache = rnn_cell_forward(xt, a_prev, p)
@@ -150,7 +150,9 @@ def test_cell_gradients_by_central_differences(xp, rng):
         g = rnn_cell_backward(u[0], cache, dlogits=softmax_back(xp, y, u[1]))
         return g["dxt"], g["da_prev"], {name: g["d" + name] for name in p}
 
-    worst = oracles.prove(xp, forward, backward, here(xp, None, x[:, :, 0], a0, p), names=("xt", "a_prev", "p"))
+    worst = oracles.check_gradients_on(
+        xp, forward, backward, here(xp, None, x[:, :, 0], a0, p), names=("xt", "a_prev", "p")
+    )
     assert max(worst.values()) < 1e-7
 
 
@@ -161,7 +163,7 @@ def softmax_back(xp, y, dy):
 
 def test_article_loop_over_the_caches_is_rnn_backward(xp, rng):
     """Each lazily made cache is a cache of rnn_cell_backward: the article's own loop runs on them."""
-    x, a0, p = article_case(rng, dtype=xp.float_dtypes[0])
+    x, a0, p = article_inputs(rng, dtype=xp.float_dtypes[0])
     a, _, (cells, gx) = rnn_forward(*here(xp, None, x, a0, p))
     da = xp.asarray(rng.normal(size=a.shape))
     want = rnn_backward(da, (cells, gx))
@@ -175,7 +177,7 @@ def test_article_loop_over_the_caches_is_rnn_backward(xp, rng):
 
 
 def test_caches_are_a_sequence(xp, rng):
-    x, a0, p = article_case(rng)
+    x, a0, p = article_inputs(rng)
     gx, ga0, gp = here(xp, None, x, a0, p)
     a, _, (cells, _) = rnn_forward(gx, ga0, gp)
     host = xp.to_numpy(a)
@@ -198,7 +200,7 @@ def test_caches_are_a_sequence(xp, rng):
 @pytest.mark.parametrize("kind", ["slice", "list"])
 def test_part_of_the_caches(xp, rng, part, given, kind):
     """A slice of the caches, or a list of them, is walked as the article's loop would walk it."""
-    x, a0, p = article_case(rng, dtype=xp.float_dtypes[0])
+    x, a0, p = article_inputs(rng, dtype=xp.float_dtypes[0])
     _, _, (cells, gx) = rnn_forward(*here(xp, None, x, a0, p))
     some = cells[part] if kind == "slice" else list(cells)[part]
     steps = range(6)[part]
@@ -217,7 +219,7 @@ def test_part_of_the_caches(xp, rng, part, given, kind):
 
 def test_hand_made_caches(xp, rng):
     """The article's own forward loop, written by a reader, feeds rnn_backward."""
-    x, a0, p = article_case(rng, dtype=xp.float_dtypes[0])
+    x, a0, p = article_inputs(rng, dtype=xp.float_dtypes[0])
     gx, state, gp = here(xp, None, x, a0, p)
     cells = []
     for t in range(x.shape[2]):

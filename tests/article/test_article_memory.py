@@ -6,14 +6,14 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from support.oracles import article_case
+from support.oracles import article_inputs
 
 from xprnn import rnn_backward, rnn_cell_forward, rnn_forward
 
 
 @pytest.fixture
 def case(rng):
-    x, a0, p = article_case(rng, n_x=64, n_a=2, n_y=1, m=8, T=500)
+    x, a0, p = article_inputs(rng, n_x=64, n_a=2, n_y=1, m=8, T=500)
     give = {name: value.astype("float32") for name, value in p.items()}
     return np.asfortranarray(x, "float32"), np.asfortranarray(a0, "float32"), give
 
@@ -81,7 +81,7 @@ def test_memory_order_of_the_arguments_changes_nothing(case, rng, order):
 
 
 def test_caches_cost_nothing_until_looked_at(rng):
-    x, a0, p = article_case(rng, n_x=1, n_a=1, n_y=1, m=1, T=20_000)
+    x, a0, p = article_inputs(rng, n_x=1, n_a=1, n_y=1, m=1, T=20_000)
     used, (_, _, (cells, _)) = peak(lambda: rnn_forward(x, a0, p))
     assert used < 200 * len(cells), "a tuple of four arrays takes over 300 bytes for each step"
     used, _ = peak(lambda: cells[1:-1][::3])

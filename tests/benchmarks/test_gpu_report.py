@@ -20,7 +20,7 @@ BEST = {"float32": 50e12, "tf32": 400e12, "bytes": 4e12, "clock": 2e9}
 @pytest.fixture
 def gpu(xp, monkeypatch, tmp_path):
     """The script's main module, with ceilings that don't take long, writing into a folder of the test's own."""
-    if xp is not Backend.CUPY_STANDIN:
+    if xp is not Backend.CUPY_FAKE:
         pytest.skip("on a GPU, run the benchmark itself")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.chdir(tmp_path)
@@ -33,7 +33,7 @@ def gpu(xp, monkeypatch, tmp_path):
 
 
 def test_a_run_writes_its_rows(gpu, capsys):
-    with Backend.CUPY_STANDIN.converting():
+    with Backend.CUPY_FAKE.allow_host_conversion():
         assert gpu.main(SMALL) == 0
     run = json.loads(Path("gpu.json").read_text(encoding="utf-8"))
     keys = [(r["cell"], r["tf32"], r["pass"]) for r in run["rows"]]
@@ -65,8 +65,8 @@ def test_a_stopped_run_keeps_its_rows(gpu, monkeypatch):
             raise KeyboardInterrupt
         return {"tier2": [1e-3] * 5}
 
-    monkeypatch.setattr(gpu_contenders, "measure", stopping)
-    with Backend.CUPY_STANDIN.converting(), pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(gpu_contenders, "time_in_turns", stopping)
+    with Backend.CUPY_FAKE.allow_host_conversion(), pytest.raises(KeyboardInterrupt):
         gpu.main([*SMALL, "--tf32", "off"])
     assert len(json.loads(Path("gpu.json").read_text(encoding="utf-8"))["rows"]) == 2
     assert "### elman" in Path("gpu.md").read_text(encoding="utf-8")
@@ -83,8 +83,8 @@ def test_a_row_that_fails_is_noted_and_the_others_go_on(gpu, monkeypatch):
             raise MemoryError("cudaErrorMemoryAllocation")
         return {"tier2": [1e-3] * 5}
 
-    monkeypatch.setattr(gpu_contenders, "measure", failing)
-    with Backend.CUPY_STANDIN.converting():
+    monkeypatch.setattr(gpu_contenders, "time_in_turns", failing)
+    with Backend.CUPY_FAKE.allow_host_conversion():
         assert gpu.main([*SMALL, "--tf32", "off"]) == 1
     run = json.loads(Path("gpu.json").read_text(encoding="utf-8"))
     assert [(r["cell"], r["pass"]) for r in run["rows"]] == [
@@ -119,13 +119,13 @@ def test_what_is_run_before_the_table(gpu, monkeypatch):
 def test_a_wrong_result_is_said_and_fails_the_run(gpu, monkeypatch):
     from xprnn.kernels.cuda import fused
 
-    true = fused.flat
+    true = fused.flatten_leading
 
     def bent(xp, a):
         return true(xp, a) * 1.001 if a.shape[-1] == 4 and a.ndim == 3 else true(xp, a)
 
-    monkeypatch.setattr(fused, "flat", bent)
-    with Backend.CUPY_STANDIN.converting():
+    monkeypatch.setattr(fused, "flatten_leading", bent)
+    with Backend.CUPY_FAKE.allow_host_conversion():
         assert gpu.main([*SMALL, "--tf32", "off", "--cell", "gru"]) == 1
     assert "- WRONG: tier2" in Path("gpu.md").read_text(encoding="utf-8")
 
@@ -149,7 +149,7 @@ def test_ratios_and_goals(gpu):
     def row(h, torch, tier3, tf32=False):
         key = {"cell": "gru", "pass": "forward", "shape": [h, h, 32, 100], "tf32": tf32}
         times = {"torch": torch, "tier3": tier3, "tier2": [6e-4, 6e-4, 6e-4]}
-        return gpu_report.row(key, times, {}, {"tier3": 1e-7, "torch": 2e-7}, BEST)
+        return gpu_report.summarize_row(key, times, {}, {"tier3": 1e-7, "torch": 2e-7}, BEST)
 
     fast = row(64, [2e-4, 4e-4, 6e-4], [1e-4, 1e-4, 2e-4])
     assert fast["us"]["torch"]["median"] == pytest.approx(4.0)
@@ -158,13 +158,13 @@ def test_ratios_and_goals(gpu):
     floor = max(fast["floor"].values())
     assert fast["over_floor"]["tier3"] == pytest.approx(1.0 / floor)
     slow = row(512, [1e-4] * 3, [2e-4] * 3)
-    lines = gpu_report.goals([fast, slow, row(64, [1e-9] * 3, [1e-4] * 3, tf32=True)])
+    lines = gpu_report.goal_lines([fast, slow, row(64, [1e-9] * 3, [1e-4] * 3, tf32=True)])
     assert lines[0].startswith(
         "tier 3, persistent: at least 1.00 times PyTorch's speed on 1 of 2 rows; worst 0.50 at gru"
     )
     assert "tier 2, fused steps: at least 0.33 times PyTorch's speed on 1 of 2 rows; worst 0.17" in lines[1]
     machine = {"gpu": "g", "capability": "90", "driver": 13000, "processor": "p", "versions": {"xprnn": "0"}}
-    text = gpu_report.tables({"machine": machine, "rows": [fast, slow], "ceilings": BEST, "training": []})
+    text = gpu_report.markdown_report({"machine": machine, "rows": [fast, slow], "ceilings": BEST, "training": []})
     assert "| 64 | 32 | f | 6 ±0% (0.67) | 1 ±50% (3.00) | 4 ±50% |" in text
     assert "1e-07, 2e-07" in text
 
@@ -178,13 +178,13 @@ def test_torch_means_the_same(gpu, cell):
     from benchmarks.harness.problem import Problem
 
     problem = Problem(cell, (4, 4, 3, 5))
-    with Backend.CUPY_STANDIN.converting():
-        found, missing = gpu_contenders.contenders(problem, False, torch_device="cpu")
+    with Backend.CUPY_FAKE.allow_host_conversion():
+        found, missing = gpu_contenders.make_implementations(problem, False, torch_device="cpu")
         assert "torch" not in missing
-        wanted = gpu_contenders.reference(problem)
+        wanted = gpu_contenders.float64_results(problem)
         assert found["torch"].results().keys() == wanted.keys()
-        assert 0 < gpu_contenders.errors(found["torch"].results(), wanted)["both"] < 1e-6
-        times = gpu_contenders.measure({"torch": found["torch"]}, "both", 5, 0.0)
+        assert 0 < gpu_contenders.relative_errors(found["torch"].results(), wanted)["both"] < 1e-6
+        times = gpu_contenders.time_in_turns({"torch": found["torch"]}, "both", 5, 0.0)
         assert len(times["torch"]) == 5
 
 
@@ -197,8 +197,8 @@ def test_training_text_agrees_with_torch(gpu, monkeypatch):
     for module in (gpu_training, training_steps):
         monkeypatch.setattr(module, "H", 8)
         monkeypatch.setattr(module, "T", 6)
-    with Backend.CUPY_STANDIN.converting(), np.errstate(under="ignore"):
-        row = gpu_training.training("gru", 3, False, rounds=1, windows=2, where="cpu")
+    with Backend.CUPY_FAKE.allow_host_conversion(), np.errstate(under="ignore"):
+        row = gpu_training.measure_training("gru", 3, False, rounds=1, windows=2, device="cpu")
     assert row["agree"], row["losses"]
     assert row["rates"].keys() == {"xprnn", "torch"}
 
@@ -206,9 +206,9 @@ def test_training_text_agrees_with_torch(gpu, monkeypatch):
 def test_the_exercise_for_the_sanitizer(gpu, capsys, monkeypatch):
     from benchmarks.gpu import contenders as gpu_contenders
 
-    monkeypatch.setattr(gpu_contenders, "CELLS", {"elman": "RNN"})
+    monkeypatch.setattr(gpu_contenders, "LAYER_CLASSES", {"elman": "RNN"})
     monkeypatch.setattr(gpu, "EXERCISED", [(64, 3, 4), (8, 2, 3)])
-    with Backend.CUPY_STANDIN.converting():
+    with Backend.CUPY_FAKE.allow_host_conversion():
         assert gpu.main(["--exercise"]) == 0
     assert capsys.readouterr().out.count("elman (") == 2
 

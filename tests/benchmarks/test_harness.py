@@ -15,18 +15,18 @@ import numpy as np
 import pytest
 
 from benchmarks.harness import contenders, measure, peers, report, short, step_latency, timing, worker_pool
-from benchmarks.harness.problem import BOTH, FORWARD
+from benchmarks.harness.problem import FORWARD, FORWARD_BACKWARD
 from xprnn.cli import main
 
 SMALL = (2, 3, 2, 4)
-TASK = measure.TASK | {"cells": ["lstm"], "shapes": [SMALL], "seconds": 0.0, "least": 1, "most": 1, "peers": []}
+TASK = measure.DEFAULT_TASK | {"cells": ["lstm"], "shapes": [SMALL], "seconds": 0.0, "least": 1, "most": 1, "peers": []}
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
 
 
 @pytest.fixture(autouse=True)
 def small_and_short(monkeypatch):
     monkeypatch.setattr(timing, "GEMM_SIZE", 8)
-    monkeypatch.setattr(timing, "SHORTEST", 1e-7)
+    monkeypatch.setattr(timing, "MIN_TURN_S", 1e-7)
     for name in ("WARM", "TURN"):
         monkeypatch.setattr(worker_pool, name, 0.0)
 
@@ -34,15 +34,15 @@ def small_and_short(monkeypatch):
 def collected(task):
     """A run, and what it returned."""
     run = measure.new_run()
-    return measure.collect(task, run, lambda _: None), run
+    return measure.measure_task(task, run, lambda _: None), run
 
 
 def agreed(cell, names, order="C", shape=SMALL):
     """In this process: what is wrong with each, compared with the first."""
     known, wrong = {}, {}
     for name in names:
-        found = contenders.contender(name, cell, shape, order, 1).results()
-        wrong[name] = contenders.differences(known, found, contenders.TOLERANCE)
+        found = contenders.make_implementation(name, cell, shape, order, 1).results()
+        wrong[name] = contenders.mismatches(known, found, contenders.TOLERANCE)
     return wrong
 
 
@@ -51,7 +51,7 @@ def row(core, others, *, shape=SMALL, which="forward", aside=0, cell="gru"):
         k: {"median": v, "q1": 0.9 * v, "q3": 1.1 * v, "rounds": 3} for k, v in ({"core": core} | others).items()
     }
     ratios = {"core": {k: v / core for k, v in others.items()}}
-    out = {"cell": cell, "threads": 1, "shape": list(shape), "pass": which, "seconds": seconds, "set_aside": aside}
+    out = {"cell": cell, "threads": 1, "shape": list(shape), "pass": which, "seconds": seconds, "discarded": aside}
     return out | {"times_faster": ratios, "gemm_rate": 1e9, "gemm_share": 0.5, "disagree": []}
 
 
@@ -61,17 +61,19 @@ def test_means_are_geometric_over_undisturbed_rows_and_the_article_is_no_peer():
     means = report.geometric_means(rows)["gru", 1, "forward"]
     assert means["torch"] == pytest.approx(4.0)
     assert means["best peer"] == pytest.approx(8**0.5)  # 2 of torch's, 4 of JAX's
-    assert report.best_peer(rows[0]) == 2.0
+    assert report.best_peer_ratio(rows[0]) == 2.0
 
 
 def test_a_line_of_the_table():
-    (line,) = report.table([row(0.5e-3, {"torch": 1e-3})])[2:]
+    (line,) = report.grid_table([row(0.5e-3, {"torch": 1e-3})])[2:]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells == ["(2, 3, 2, 4)", "forward", "0.500 ±10%", "1.00 ±10% (2.00)", "2.00", "50%"]
 
 
 def test_without_peers_there_is_no_best_peer():
-    text = "\n".join(report.table([row(0.5e-3, {"article": 1e-3})]) + report.means_line([row(0.5e-3, {})]))
+    text = "\n".join(
+        report.grid_table([row(0.5e-3, {"article": 1e-3})]) + report.geometric_mean_lines([row(0.5e-3, {})])
+    )
     assert "nan" not in text
     assert "best peer," not in text
 
@@ -89,21 +91,23 @@ def test_goals_name_the_row_the_peer_and_the_figure():
         },
     ]
     assert not report.goals([row(1.0, {"article": 0.5})])
-    assert report.undecided(rows) == ["gru (2, 3, 2, 4) forward, 1 thread(s)"]
+    assert report.inconclusive(rows) == ["gru (2, 3, 2, 4) forward, 1 thread(s)"]
 
 
 def test_a_paired_ratio_is_the_median_of_the_rounds_own():
     assert timing.paired_ratio([2.0, 30.0, 4.0], [1.0, 10.0, 1.0]) == 3.0
-    assert timing.summary([4.0, 1.0, 2.0, 3.0, 5.0]) == {"median": 3.0, "q1": 2.0, "q3": 4.0, "rounds": 5}
+    assert timing.quartile_summary([4.0, 1.0, 2.0, 3.0, 5.0]) == {"median": 3.0, "q1": 2.0, "q3": 4.0, "rounds": 5}
 
 
 def test_every_contender_has_its_turn_in_each_round():
-    seen = timing.interleave({name: lambda: None for name in "ab"}, 3)
+    seen = timing.time_interleaved({name: lambda: None for name in "ab"}, 3)
     assert {name: len(times) for name, times in seen.items()} == {"a": 3, "b": 3}
 
 
 def test_tables_are_aligned_for_a_terminal():
-    text = report.aligned("head\n| a | long |\n|---|---|\n| bbb | c |\n| | **refused: someone for a reason** | |\nend")
+    text = report.align_columns(
+        "head\n| a | long |\n|---|---|\n| bbb | c |\n| | **refused: someone for a reason** | |\nend"
+    )
     assert text.splitlines() == [
         "head",
         "a    long",
@@ -117,7 +121,7 @@ def test_tables_are_aligned_for_a_terminal():
 @pytest.mark.parametrize("cell", ["elman", "lstm", "gru"])
 def test_ours_and_the_article_agree(cell):
     for order in "CF":
-        names = contenders.names(cell, SMALL, True, [])
+        names = contenders.eligible_names(cell, SMALL, True, [])
         assert len(names) == (4 if cell == "elman" else 1)
         assert not any(agreed(cell, names, order).values())
 
@@ -126,14 +130,14 @@ def test_ours_and_the_article_agree(cell):
 @pytest.mark.parametrize("cell", ["elman", "lstm", "gru"])
 def test_torch_agrees(cell):
     assert not any(agreed(cell, ["core", "torch"]).values())
-    assert not step_latency.measure(cell, 3, ["torch"], 5)["disagree"]
+    assert not step_latency.measure_latency(cell, 3, ["torch"], 5)["disagree"]
 
 
 @pytest.mark.needs("torch", "onnxruntime", "onnx")
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize(("cell", "who"), [("lstm-proj", "torch"), ("gru-before", "onnxruntime")])
 def test_who_has_a_rarer_cell_agrees(cell, who):
-    names = contenders.names(cell, SMALL, False, list(peers.PEERS))
+    names = contenders.eligible_names(cell, SMALL, False, list(peers.PEERS))
     assert names == ["core", who]
     assert not any(agreed(cell, names).values())
 
@@ -148,19 +152,19 @@ def test_jax_agrees(cell):
 @pytest.mark.parametrize("cell", ["elman", "lstm", "gru"])
 @pytest.mark.parametrize("shape", [(1, 3, 1, 40), (3, 6, 1, 7)])
 def test_the_compiled_loop_agrees(cell, shape):
-    assert contenders.names(cell, shape, False, ["loop"])[-1] == "loop"
+    assert contenders.eligible_names(cell, shape, False, ["loop"])[-1] == "loop"
     wrong = agreed(cell, ["core", "loop"], shape=shape)
     assert not any(wrong.values())
 
 
 def test_the_compiled_loop_has_nothing_for_a_batch():
-    assert "loop" not in contenders.names("gru", SMALL, False, ["loop"])
+    assert "loop" not in contenders.eligible_names("gru", SMALL, False, ["loop"])
 
 
 def test_a_player_without_its_library_is_left_out_and_the_reason_said(monkeypatch):
     monkeypatch.setitem(peers.PEERS, "torch", ("no_such_module",))
     monkeypatch.setitem(sys.modules, "no_such_module", None)
-    assert peers.missing("torch").startswith("ModuleNotFoundError: import of no_such_module")
+    assert peers.missing_reason("torch").startswith("ModuleNotFoundError: import of no_such_module")
 
 
 def test_a_peer_that_is_no_peer_is_noted_and_the_others_are_measured():
@@ -169,7 +173,7 @@ def test_a_peer_that_is_no_peer_is_noted_and_the_others_are_measured():
     assert run["notes"] == ["nobody: left out (KeyError: 'nobody')"]
     assert [(r["pass"], list(r["seconds"]), r["disagree"]) for r in run["rows"]] == [
         (FORWARD, ["core"], []),
-        (BOTH, ["core"], []),
+        (FORWARD_BACKWARD, ["core"], []),
     ]
     (stream,) = run["streams"]
     assert list(stream["microseconds"]) == ["core"]
@@ -178,10 +182,10 @@ def test_a_peer_that_is_no_peer_is_noted_and_the_others_are_measured():
 
 def test_a_refused_peer_is_not_timed_and_the_table_says_so():
     # Its player raises when it sits down; nobody has checked whether it is there.
-    with worker_pool.Company() as company, tempfile.TemporaryDirectory() as folder:
-        rows = list(measure._grid(company, TASK, ["nobody"], Path(folder)))
+    with worker_pool.WorkerPool() as company, tempfile.TemporaryDirectory() as folder:
+        rows = list(measure._grid_rows(company, TASK, ["nobody"], Path(folder)))
     assert [list(r["seconds"]) for r in rows] == [["core"], ["core"]]
-    assert "refused: nobody raises" in "\n".join(report.table(rows))
+    assert "refused: nobody raises" in "\n".join(report.grid_table(rows))
 
 
 def test_without_the_core_a_task_is_given_up_and_the_reason_said():
@@ -267,7 +271,7 @@ def test_the_report_names_what_falls_short_and_by_how_much(monkeypatch):
         "grid": {"goals": grid, "code": 0, "title": "Grid", "undecided": ["a row"]},
         "imports": {"goals": more, "code": 3, "title": "Import", "undecided": []},
     }
-    assert everything.shortfalls(parts) == [
+    assert everything.unmet_goal_lines(parts) == [
         "1 of 4 goals are met.",
         "",
         "- behind: 0.75, at least 1.0 wanted",
@@ -283,7 +287,7 @@ def test_training_goes_on_where_xprnn_itself_fails(monkeypatch):
     training = importlib.import_module("training")
     why = "xprnn 1 raises MemoryError: none left"
     row = {"cell": "gru", "batch": 4, "rates": {"torch 1": [1.0, 3.0], "torch 2": [6.0, 6.0], "xprnn 2": [12.0, 12.0]}}
-    row |= {"disagree": [why], "set_aside": 0}
+    row |= {"disagree": [why], "discarded": 0}
     assert [goal["value"] for goal in training.goals([row], [1, 2])] == [2.0]
     assert np.isnan([goal["value"] for goal in training.goals([row], [1])]).tolist() == [True]
     lines = training.table([row], [1, 2])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks.harness import contenders, machine, worker, worker_pool
-from benchmarks.harness.problem import FORWARD, Contender
+from benchmarks.harness.problem import FORWARD, Implementation
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def short(monkeypatch):
 
 @pytest.fixture
 def company():
-    with worker_pool.Company() as those:
+    with worker_pool.WorkerPool() as those:
         yield those
 
 
@@ -41,15 +41,15 @@ def actor(part, seconds=0.0):
             os._exit(3)
         time.sleep(seconds)
 
-    return Contender({FORWARD: results if part == "lazy" else call}, results)
+    return Implementation({FORWARD: results if part == "lazy" else call}, results)
 
 
 def play(company, folder, parts, **options):
     """Actors by name, seated and agreeing; then their rounds."""
-    those = {name: company.player(name, 1) for name in parts}
-    seated, wrong = contenders.agreeing(those, actor, parts, folder)
+    those = {name: company.worker(name, 1) for name in parts}
+    seated, wrong = contenders.check_agreement(those, actor, parts, folder)
     chosen = {"seconds": 0.0, "least": 2, "most": 2} | options
-    return worker_pool.rounds({name: those[name] for name in seated}, FORWARD, **chosen), wrong
+    return worker_pool.run_rounds({name: those[name] for name in seated}, FORWARD, **chosen), wrong
 
 
 def test_players_take_turns_and_each_times_its_own(company, tmp_path):
@@ -74,15 +74,15 @@ def test_who_disagrees_or_raises_is_named_and_refused(company, tmp_path):
 
 def test_who_dies_in_its_turn_is_named_and_the_others_go_on(company, tmp_path, monkeypatch):
     parts = {"core": {"part": "core"}, "mortal": {"part": "mortal"}}
-    those = {name: company.player(name, 1) for name in parts}
-    contenders.agreeing(those, actor, parts, tmp_path)
+    those = {name: company.worker(name, 1) for name in parts}
+    contenders.check_agreement(those, actor, parts, tmp_path)
     those["mortal"]._child.kill()
-    seen = worker_pool.rounds(those, FORWARD, 0.0, 3, 3)
+    seen = worker_pool.run_rounds(those, FORWARD, 0.0, 3, 3)
     assert len(seen.times["core"]) == 3
     assert list(seen.times) == ["core"]
-    assert seen.lost["mortal"].startswith("ended early, code ")
-    again = company.player("mortal", 1)  # another one, for the next row
-    assert contenders.agreeing({"mortal": again}, actor, parts, tmp_path)[0] == {"mortal": [FORWARD]}
+    assert seen.failed["mortal"].startswith("ended early, code ")
+    again = company.worker("mortal", 1)  # another one, for the next row
+    assert contenders.check_agreement({"mortal": again}, actor, parts, tmp_path)[0] == {"mortal": [FORWARD]}
 
 
 def test_who_ends_while_it_sits_down_is_named(company, tmp_path):
@@ -93,19 +93,19 @@ def test_who_ends_while_it_sits_down_is_named(company, tmp_path):
 
 
 def state_of(player):
-    return Path(f"/proc/{player._child.pid}/stat").read_text(encoding="ascii").rpartition(") ")[2][0]
+    return Path(f"/proc/{player._process.pid}/stat").read_text(encoding="ascii").rpartition(") ")[2][0]
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="it is read from Linux's /proc")
 def test_a_player_that_is_not_at_its_turn_is_stopped(company):
-    player = company.player("someone", 1)
-    player.call(machine.cores)
+    player = company.worker("someone", 1)
+    player.call(machine.available_cores)
     deadline = time.monotonic() + 10
     while state_of(player) != "T" and time.monotonic() < deadline:
         time.sleep(0.01)
     assert state_of(player) == "T"
     player.close()
-    assert player.ended
+    assert player.has_exited
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="it is read from Linux's /proc")
@@ -128,15 +128,15 @@ def test_stopped_players_end_with_a_parent_that_is_killed(hangup):
 
 def test_busy_rounds_are_set_aside_where_threads_wait_for_each_other(company, tmp_path, monkeypatch):
     used = iter([0.0, 0.0, 0.0, 50.0, 50.0, 50.0])  # the second round of three is disturbed
-    monkeypatch.setattr(worker_pool, "_busy", lambda: next(used, 50.0))
-    those = {name: company.player(name, 2, cores=1) for name in ("core",)}
-    contenders.agreeing(those, actor, {"core": {"part": "core"}}, tmp_path)
-    seen = worker_pool.rounds(those, FORWARD, 0.0, 2, 2)
-    assert (len(seen.times["core"]), seen.set_aside) == (2, 1)
+    monkeypatch.setattr(worker_pool, "_total_cpu_seconds", lambda: next(used, 50.0))
+    those = {name: company.worker(name, 2, cores=1) for name in ("core",)}
+    contenders.check_agreement(those, actor, {"core": {"part": "core"}}, tmp_path)
+    seen = worker_pool.run_rounds(those, FORWARD, 0.0, 2, 2)
+    assert (len(seen.times["core"]), seen.discarded) == (2, 1)
     ever = iter(range(0, 10**6, 50))
-    monkeypatch.setattr(worker_pool, "_busy", lambda: next(ever))
-    seen = worker_pool.rounds(those, FORWARD, 0.0, 2, 2)
-    assert (len(seen.times["core"]), seen.set_aside) == (2 * worker_pool.PATIENCE, -1)
+    monkeypatch.setattr(worker_pool, "_total_cpu_seconds", lambda: next(ever))
+    seen = worker_pool.run_rounds(those, FORWARD, 0.0, 2, 2)
+    assert (len(seen.times["core"]), seen.discarded) == (2 * worker_pool.RETRY_FACTOR, -1)
 
 
 def test_a_turn_warms_up_off_the_clock_unless_a_call_is_long(monkeypatch):
@@ -146,6 +146,6 @@ def test_a_turn_warms_up_off_the_clock_unless_a_call_is_long(monkeypatch):
         now[0] += next(lasts)
 
     monkeypatch.setattr(worker.time, "perf_counter", lambda: now[0])
-    monkeypatch.setitem(worker._calls, "work", call)
-    assert worker.turn("work", 0.25, 0.03)[0] == 5.0
-    assert worker.turn("work", 0.25, 0.035)[0] == pytest.approx(0.01)  # three of 0.1 off the clock, four on it
+    monkeypatch.setitem(worker._loaded_calls, "work", call)
+    assert worker.time_call("work", 0.25, 0.03)[0] == 5.0
+    assert worker.time_call("work", 0.25, 0.035)[0] == pytest.approx(0.01)  # three of 0.1 off the clock, four on it

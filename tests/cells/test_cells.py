@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from support import reference_cells as naive
-from support.layer_cases import CASES, LEAKY, Case, expected, given, own, problem
+from support.layer_cases import (
+    CASES,
+    LEAKY_CELL,
+    LayerCase,
+    inputs_on,
+    random_inputs,
+    recurrent_factory,
+    reference_outputs,
+)
 
 import xprnn
 from xprnn import cells
@@ -78,21 +86,23 @@ def test_activations_do_not_overflow(xp, dtype, name):
 
 
 def elman(a):
-    return own(cells.elman(made(a))), naive.elman(by_reference(a))
+    return recurrent_factory(cells.elman(made(a))), naive.elman(by_reference(a))
 
 
 def lstm(gate, candidate, output):
     ours = cells.lstm(made(gate), made(candidate), made(output))
-    return own(ours), naive.lstm(*map(by_reference, (gate, candidate, output)))
+    return recurrent_factory(ours), naive.lstm(*map(by_reference, (gate, candidate, output)))
 
 
 def gru(gate, candidate):
-    return own(cells.gru(made(gate), made(candidate))), naive.gru(by_reference(gate), by_reference(candidate))
+    return recurrent_factory(cells.gru(made(gate), made(candidate))), naive.gru(
+        by_reference(gate), by_reference(candidate)
+    )
 
 
 def original_gru(gate, candidate):
     ours = cells.gru_reset_before(made(gate), made(candidate))
-    return own(ours), naive.gru(by_reference(gate), by_reference(candidate), reset_after=False)
+    return recurrent_factory(ours), naive.gru(by_reference(gate), by_reference(candidate), reset_after=False)
 
 
 def by_reference(name):
@@ -122,11 +132,11 @@ def test_every_activation_in_every_place(rng, name, place):
     """
     build, count, k = PLACES[place]
     names = list(CONSTANTS)
-    case = Case(*build(*(names[(names.index(name) + i - k) % len(names)] for i in range(count))))
+    case = LayerCase(*build(*(names[(names.index(name) + i - k) % len(names)] for i in range(count))))
     layer = case.make(2, 3)
-    p = problem(rng, layer, T=3, N=2, scale=0.4)
+    p = random_inputs(rng, layer, T=3, N=2, scale=0.4)
     y, final, _ = layer.forward(p.params, p.x, p.state)
-    for have, want in zip(leaves((y, final)), leaves(expected(case, layer, p)), strict=True):
+    for have, want in zip(leaves((y, final)), leaves(reference_outputs(case, layer, p)), strict=True):
         np.testing.assert_allclose(have, want, rtol=1e-12, atol=1e-13)
     check_layer(layer, p.params, p.x, p.state)
 
@@ -150,7 +160,7 @@ def test_clipping_bounds_what_the_gate_sees_and_stops_its_gradient(rng):
 def test_coupled_gates_have_one_gate_for_both(rng):
     """The forget gate's own rows are there, for files and layouts, and have no influence."""
     layer = xprnn.Recurrent(2, 3, cell=cells.lstm(coupled=True))
-    p = problem(rng, layer)
+    p = random_inputs(rng, layer)
     y, _, tape = layer.forward(p.params, p.x)
     called, _ = layer(p.params, p.x)
     grads = layer.backward(tape, rng.normal(size=y.shape)).dparams
@@ -167,7 +177,7 @@ def test_coupled_gates_have_one_gate_for_both(rng):
 
 def test_a_leaky_unit_remembers_at_its_own_rate(xp):
     """Without input the state decays by (1 - rate) in each step, each unit at its own rate."""
-    layer = xprnn.Recurrent(1, 3, cell=LEAKY, bias=False)
+    layer = xprnn.Recurrent(1, 3, cell=LEAKY_CELL, bias=False)
     params = {k: xp.asarray(np.zeros(s)) for k, s in layer.shapes().items()}
     rates = np.array([0.1, 0.5, 0.9])
     params["rate_l0"] = xp.asarray(np.log(rates / (1 - rates)))
@@ -179,14 +189,14 @@ def test_a_leaky_unit_remembers_at_its_own_rate(xp):
 @differences
 def test_an_own_cell_is_proven_like_any_other(xp, rng):
     layer = CASES["leaky"].make(1, 2, 2, bidirectional=True)
-    params, x, state, flags = given(xp, problem(rng, layer, T=3, N=2, flags="lmr"), "float64")
+    params, x, state, flags = inputs_on(xp, random_inputs(rng, layer, T=3, N=2, flags="lmr"), "float64")
     worst = check_layer(layer, params, x, state, **flags)
     assert "params['rate_l1_reverse']" in worst
     assert max(worst.values()) < 1e-6
 
 
 def test_an_own_cell_has_a_place_in_a_model_and_in_training(xp, rng):
-    model = xprnn.Sequential(rnn=xprnn.Recurrent(2, 3, cell=LEAKY), head=xprnn.Linear(3, 2))
+    model = xprnn.Sequential(rnn=xprnn.Recurrent(2, 3, cell=LEAKY_CELL), head=xprnn.Linear(3, 2))
     params = model.init(rng, like=xp.asarray(np.zeros(0)))
     x = xp.asarray(rng.normal(size=(4, 3, 2)))
     y, state, tape = model.forward(params, x)
@@ -221,14 +231,14 @@ def rotor(slip=1.0):
 @differences
 def test_two_states_that_read_each_other(xp, rng):
     layer = xprnn.Recurrent(1, 2, cell=rotor(), bidirectional=True)
-    params, x, state, flags = given(xp, problem(rng, layer, T=3, N=2, flags="lmr", scale=0.3), "float64")
+    params, x, state, flags = inputs_on(xp, random_inputs(rng, layer, T=3, N=2, flags="lmr", scale=0.3), "float64")
     check_layer(layer, params, x, state, **flags)
 
 
 @differences
 def test_a_wrong_adjoint_of_an_own_cell_is_found(xp, rng):
     layer = xprnn.Recurrent(2, 3, cell=rotor(slip=0.99))
-    params, x, state, _ = given(xp, problem(rng, layer, T=3, N=2, scale=0.3), "float64")
+    params, x, state, _ = inputs_on(xp, random_inputs(rng, layer, T=3, N=2, scale=0.3), "float64")
     with pytest.raises(xprnn.GradientError, match="backward says"):
         check_layer(layer, params, x, state)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.layer_cases import CASES, problem
+from support.layer_cases import CASES, random_inputs
 
 import xprnn
 from xprnn import cells
@@ -38,7 +38,7 @@ def test_a_layer_with_any_cell_of_ours_comes_back_the_same(cell, num_layers, bid
     layer = xprnn.Recurrent(3, 2, num_layers, bidirectional=bidirectional, cell=cell)
     again = through_json(layer)
     assert again == layer
-    assert again.core is cell
+    assert again.resolved_cell is cell
 
 
 @settings(deadline=None, max_examples=20)
@@ -47,14 +47,14 @@ def test_so_does_an_rnn_with_any_nonlinearity(f):
     layer = xprnn.RNN(3, 2, nonlinearity=f)
     again = through_json(layer)
     assert again == layer
-    assert again.core is layer.core
+    assert again.resolved_cell is layer.resolved_cell
 
 
 def test_one_object_for_each_cell_however_it_is_asked_for():
     assert cells.lstm() is cells.lstm("Sigmoid", candidate=xprnn.activation("tanh"), clip=None)
     assert cells.gru(clip=1) is cells.gru("sigmoid", clip=1.0)
     assert cells.gru() != cells.gru(clip=1.0)
-    assert xprnn.RNN(1, 1).core is xprnn.RNN(1, 1).core
+    assert xprnn.RNN(1, 1).resolved_cell is xprnn.RNN(1, 1).resolved_cell
 
 
 NAMED = [name for name in CASES if name != "leaky"]
@@ -64,20 +64,20 @@ NAMED = [name for name in CASES if name != "leaky"]
 @pytest.mark.parametrize("ending", [".safetensors", ".npz"])
 def test_files_hold_every_cell_and_its_numbers(tmp_path, rng, name, ending):
     layer = CASES[name].make(3, 4, 2)
-    p = problem(rng, layer)
+    p = random_inputs(rng, layer)
     path = tmp_path / f"model{ending}"
     xprnn.save(path, xprnn.Sequential(rnn=layer), {f"rnn.{k}": a for k, a in p.params.items()})
     model, params = xprnn.load(path)
-    assert model.parts["rnn"] == layer
+    assert model.layers["rnn"] == layer
     np.testing.assert_array_equal(model(params, p.x, p.state)[0], layer(p.params, p.x, p.state)[0])
 
 
 def test_configurations_written_before_cells_had_a_form():
     old = {"type": "LSTM", "input_size": 3, "hidden_size": 4, "num_layers": 2, "bias": True, "batch_first": False}
     assert from_config(old) == xprnn.LSTM(3, 4, 2)
-    assert from_config({"type": "RNN", "input_size": 3, "hidden_size": 4, "nonlinearity": "relu"}).core is cells.elman(
-        "relu"
-    )
+    assert from_config(
+        {"type": "RNN", "input_size": 3, "hidden_size": 4, "nonlinearity": "relu"}
+    ).resolved_cell is cells.elman("relu")
     assert "cell" not in xprnn.LSTM(3, 4).config()
 
 
@@ -126,7 +126,7 @@ def test_bad_forms_are_refused(case):
 @pytest.mark.parametrize("kind", ["LSTM", "RNN"])
 def test_a_file_that_claims_more_layers_than_it_has_arrays(tmp_path, kind):
     """Taken at its word, it would fill the memory with the names of its parameters."""
-    config = {"type": "Sequential", "parts": {"rnn": {**rnn(num_layers=10**15), "type": kind}}}
+    config = {"type": "Sequential", "layers": {"rnn": {**rnn(num_layers=10**15), "type": kind}}}
     path = tmp_path / "model.npz"
     xprnn.io.archive.write_arrays(path, {"rnn.weight_ih_l0": np.zeros((4, 3))}, {"model": config, "metadata": {}})
     with pytest.raises(InputError, match="num_layers is 1000000000000000 but there are 1 arrays"):

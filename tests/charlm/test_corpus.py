@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from xprnn.arrays.namespace import InputError
-from xprnn.charlm.corpus import Streams, Vocabulary, default_text, read_text, split, streams
-from xprnn.charlm.ngram_baseline import counting_bits
+from xprnn.charlm.corpus import BatchedText, Vocabulary, batchify, default_text, read_text, split_held_out
+from xprnn.charlm.ngram_baseline import ngram_bits_per_character
 
 
 def test_default_text_is_long_english_and_the_same_every_time():
@@ -55,7 +55,7 @@ def test_byte_order_mark_and_line_ends_are_not_characters(tmp_path):
 
 def test_vocabulary_numbers_characters_of_every_plane_and_back():
     text = "zebra «ä» 🙂 a"
-    vocabulary = Vocabulary.of(text)
+    vocabulary = Vocabulary.from_text(text)
     ids = vocabulary.encode(text)
     assert ids.dtype == np.int64
     assert ids.tolist() == [sorted(set(text)).index(c) for c in text]
@@ -70,16 +70,16 @@ def test_unknown_character_is_named():
 
 
 def test_the_last_tenth_is_held_out():
-    train, held_out = split(np.arange(105))
+    train, held_out = split_held_out(np.arange(105))
     assert train.tolist() == list(range(95))
     assert held_out.tolist() == list(range(95, 105))
 
 
 def test_windows_continue_their_stream_and_wrap_at_the_end():
     text = np.arange(100, 131)
-    s = Streams(*streams(text, batch=3, window=4), window=4)
-    assert s.windows == 2
-    first, second, again = s.at(0), s.at(1), s.at(2)
+    s = BatchedText(*batchify(text, batch=3, window=4), window=4)
+    assert s.windows_per_epoch == 2
+    first, second, again = s.batch(0), s.batch(1), s.batch(2)
     assert first[0].T.tolist() == [[100, 101, 102, 103], [110, 111, 112, 113], [120, 121, 122, 123]]
     assert second[0][0].tolist() == [104, 114, 124]
     np.testing.assert_array_equal(again[0], first[0])
@@ -89,10 +89,10 @@ def test_windows_continue_their_stream_and_wrap_at_the_end():
 
 
 def test_streams_refuse_a_text_too_short_and_accept_the_shortest():
-    inputs, _ = streams(np.arange(13), batch=3, window=4)
+    inputs, _ = batchify(np.arange(13), batch=3, window=4)
     assert inputs.shape == (4, 3)
     with pytest.raises(InputError, match=r"12 characters, but 3 streams of one window of 4 need 13"):
-        streams(np.arange(12), batch=3, window=4)
+        batchify(np.arange(12), batch=3, window=4)
 
 
 def brute_force_bits(train: list[int], held_out: list[int], characters: int, order: int) -> float:
@@ -116,7 +116,7 @@ def test_counting_agrees_with_brute_force(rng, order):
     text[350] = 5
     train, held_out = text[:300], text[300:]
     want = brute_force_bits(train.tolist(), held_out.tolist(), 7, order)
-    assert counting_bits(train, held_out, 7, order) == pytest.approx(want, rel=1e-12)
+    assert ngram_bits_per_character(train, held_out, 7, order) == pytest.approx(want, rel=1e-12)
 
 
 def brute_force_bits_of_both_sides(train: list[int], held_out: list[int], characters: int, order: int) -> float:
@@ -140,9 +140,9 @@ def test_counting_on_both_sides_agrees_with_brute_force(rng, order):
     text[1:] = np.where(rng.random(199) < 0.6, (text[:-1] + 1) % 4, text[1:])
     train, held_out = text[:150], text[150:]
     want = brute_force_bits_of_both_sides(train.tolist(), held_out.tolist(), 5, order)
-    assert counting_bits(train, held_out, 5, order, both_sides=True) == pytest.approx(want, rel=1e-12)
+    assert ngram_bits_per_character(train, held_out, 5, order, bidirectional=True) == pytest.approx(want, rel=1e-12)
 
 
 def test_counting_contexts_never_collide_for_huge_vocabularies():
     text = np.array([2**40, 1, 2, 3] * 50)
-    assert counting_bits(text[:150], text[150:], 2**41, 3) < 0.5
+    assert ngram_bits_per_character(text[:150], text[150:], 2**41, 3) < 0.5

@@ -16,30 +16,30 @@ import pytest
 import xprnn
 from xprnn.arrays.namespace import InputError
 from xprnn.charlm import report, training_run
-from xprnn.charlm.checkpoint import keep, restore
-from xprnn.charlm.corpus import Streams, Vocabulary, streams
-from xprnn.charlm.generate import fill_in, generate
-from xprnn.charlm.model import build
-from xprnn.charlm.trainer import Schedule, begin, held_out_bits, train
+from xprnn.charlm.checkpoint import load_checkpoint, save_checkpoint
+from xprnn.charlm.corpus import BatchedText, Vocabulary, batchify
+from xprnn.charlm.generate import generate, infill
+from xprnn.charlm.model import build_model
+from xprnn.charlm.trainer import TrainConfig, bits_per_character, init_train_state, train
 from xprnn.cli import main
 from xprnn.layers import model_file
-from xprnn.layers.context_shift import carry
+from xprnn.layers.context_shift import next_window_state
 
 TEXT = "the cat sat on the mat; the dog sat on the log. " * 12
-VOCABULARY = Vocabulary.of(TEXT)
+VOCABULARY = Vocabulary.from_text(TEXT)
 IDS = VOCABULARY.encode(TEXT)
 LIKE = np.zeros(1)
 QUICK = ["--hidden", "8", "--batch", "4", "--window", "16", "--steps", "20", "--backend", "numpy"]
 
 
-def cut(batch: int = 4, window: int = 9) -> Streams:
-    inputs, _ = streams(IDS, batch, window)
-    return Streams(inputs, inputs, window)
+def cut(batch: int = 4, window: int = 9) -> BatchedText:
+    inputs, _ = batchify(IDS, batch, window)
+    return BatchedText(inputs, inputs, window)
 
 
 def small(cell: str = "elman"):
-    model = build(cell, len(VOCABULARY), 12, bidirectional=True)
-    return model, begin(model, np.random.default_rng(3), LIKE)
+    model = build_model(cell, len(VOCABULARY), 12, bidirectional=True)
+    return model, init_train_state(model, np.random.default_rng(3), LIKE)
 
 
 def last(snapshots):
@@ -49,25 +49,27 @@ def last(snapshots):
 @pytest.fixture(scope="module")
 def learnt():
     model, start = small("gru")
-    return model, last(train(model, start, cut(), Schedule(steps=400, learning_rate=0.01)))
+    return model, last(train(model, start, cut(), TrainConfig(steps=400, learning_rate=0.01)))
 
 
 @pytest.mark.parametrize("cell", ["elman", "lstm"])
 def test_steps_carry_the_forward_state_only(cell):
     model, start = small(cell)
-    s, schedule = cut(), Schedule(steps=20)
+    s, schedule = cut(), TrainConfig(steps=20)
     got = list(train(model, start, s, schedule))
-    params, moments, state = start.params, start.moments, None
+    params, moments, state = start.params, start.optimizer_state, None
     for step in range(20):
-        x, _ = s.at(step)
-        logits, state, tape = model.forward(params, x, None if step % s.windows == 0 else state)
-        state = carry(state)
+        x, _ = s.batch(step)
+        logits, state, tape = model.forward(params, x, None if step % s.windows_per_epoch == 0 else state)
+        state = next_window_state(state)
         gradients = model.backward(tape, xprnn.cross_entropy(logits, x)[1])[2]
         gradients, _ = xprnn.clip_by_global_norm(gradients, 1.0)
-        params, moments = xprnn.adam(schedule.rate(got[step]._replace(step=step))).update(params, gradients, moments)
+        params, moments = xprnn.adam(schedule.learning_rate_at(got[step]._replace(step=step))).update(
+            params, gradients, moments
+        )
         for name in params:
             np.testing.assert_allclose(got[step].params[name], params[name], rtol=1e-10, atol=1e-12)
-        for part in got[step].state if cell == "lstm" else (got[step].state,):
+        for part in got[step].recurrent_state if cell == "lstm" else (got[step].recurrent_state,):
             assert part[0].any()
             assert not part[1].any()
 
@@ -76,40 +78,40 @@ def test_steps_carry_the_forward_state_only(cell):
 @pytest.mark.parametrize("stop", [1, 7])
 def test_resuming_is_the_same_as_never_having_stopped(tmp_path, cell, stop):
     model, start = small(cell)
-    schedule = Schedule(steps=20)
+    schedule = TrainConfig(steps=20)
     whole = last(train(model, start, cut(), schedule))
     half = last(islice(train(model, start, cut(), schedule), stop))
-    keep(tmp_path / "run.safetensors", model, half, {})
-    again, restored = restore(tmp_path / "run.safetensors", like=LIKE)
+    save_checkpoint(tmp_path / "run.safetensors", model, half, {})
+    again, restored = load_checkpoint(tmp_path / "run.safetensors", like=LIKE)
     assert again == model
     end = last(train(again, restored, cut(), schedule))
     for name in whole.params:
         np.testing.assert_array_equal(end.params[name], whole.params[name])
-    np.testing.assert_array_equal(np.asarray(end.state), np.asarray(whole.state))
+    np.testing.assert_array_equal(np.asarray(end.recurrent_state), np.asarray(whole.recurrent_state))
 
 
 def test_held_out_bits_know_nothing_of_the_character_itself():
     """On noise, a network that saw its answer would need no bits; one that does not needs all of them."""
     rng = np.random.default_rng(0)
     ids = rng.integers(4, size=(2000, 8))
-    model = build("gru", 4, 16, bidirectional=True)
-    start = begin(model, rng, LIKE)
-    now = last(train(model, start, Streams(ids, ids, 16), Schedule(steps=120, learning_rate=0.02)))
+    model = build_model("gru", 4, 16, bidirectional=True)
+    start = init_train_state(model, rng, LIKE)
+    now = last(train(model, start, BatchedText(ids, ids, 16), TrainConfig(steps=120, learning_rate=0.02)))
     fresh = rng.integers(4, size=(600, 8))
-    assert held_out_bits(model, now.params, fresh, fresh) > 1.99
+    assert bits_per_character(model, now.params, fresh, fresh) > 1.99
 
 
 def test_the_passage_shown_is_the_wordiest():
     vocabulary = Vocabulary(" -ab")
     ids = vocabulary.encode("--- --- abba ab - a --")
-    assert vocabulary.decode(report._wordiest(ids, vocabulary, 7)) == "abba ab"
-    assert report._wordiest(ids, vocabulary, 99).tolist() == ids.tolist()
+    assert vocabulary.decode(report._most_text_window(ids, vocabulary, 7)) == "abba ab"
+    assert report._most_text_window(ids, vocabulary, 99).tolist() == ids.tolist()
 
 
 def test_blanks_are_restored_from_both_sides(learnt):
     model, now = learnt
     blank = np.arange(len(IDS)) % 6 == 5
-    restored = fill_in(model, now.params, IDS, blank)
+    restored = infill(model, now.params, IDS, blank)
     np.testing.assert_array_equal(restored[~blank], IDS[~blank])
     # Only "cat|dog" and "mat|log" can be in doubt, and only where the blank hides what tells them apart.
     assert (restored == IDS)[blank].mean() > 0.9
@@ -119,18 +121,18 @@ def test_what_stood_in_a_blank_is_never_read(learnt):
     model, now = learnt
     blank = np.arange(len(IDS)) % 4 == 1
     other = np.where(blank, (IDS + 1) % len(VOCABULARY), IDS)
-    np.testing.assert_array_equal(fill_in(model, now.params, IDS, blank), fill_in(model, now.params, other, blank))
-    np.testing.assert_array_equal(fill_in(model, now.params, IDS, blank & False), IDS)
-    assert fill_in(model, now.params, IDS, blank | True).shape == IDS.shape
+    np.testing.assert_array_equal(infill(model, now.params, IDS, blank), infill(model, now.params, other, blank))
+    np.testing.assert_array_equal(infill(model, now.params, IDS, blank & False), IDS)
+    assert infill(model, now.params, IDS, blank | True).shape == IDS.shape
 
 
 def test_the_same_restoration_on_every_array_library(xp, learnt):
     model, now = learnt
     ids, blank = IDS[:30], np.arange(30) % 6 == 5
     params = {name: xp.asarray(array, "float32") for name, array in now.params.items()}
-    with xp.converting():
-        restored = fill_in(model, params, ids, blank)
-    np.testing.assert_array_equal(restored, fill_in(model, now.params, ids, blank))
+    with xp.allow_host_conversion():
+        restored = infill(model, params, ids, blank)
+    np.testing.assert_array_equal(restored, infill(model, now.params, ids, blank))
 
 
 def test_a_model_that_reads_ahead_cannot_write(learnt):
@@ -141,7 +143,7 @@ def test_a_model_that_reads_ahead_cannot_write(learnt):
 
 def test_two_layers_of_two_directions_are_refused():
     with pytest.raises(InputError, match="would see the character it is to predict"):
-        build("gru", 5, 4, 2, bidirectional=True)
+        build_model("gru", 5, 4, 2, bidirectional=True)
 
 
 @pytest.fixture
@@ -174,7 +176,7 @@ def test_the_command_says_what_its_figure_means(tmp_path, text, capsys):
     assert main.main(["info", str(out)]) == 0
     said = capsys.readouterr().out
     assert "bidirectional=True" in said
-    assert "around: Around(hidden_size=8)" in said
+    assert "around: ContextShift(hidden_size=8)" in said
     assert "task = 'each character from both sides'" in said
     assert "a bidirectional model restores" in refused(["sample", str(out)], capsys)
     assert "--bidirectional cannot change" in refused(["train", "--resume", str(out), "--bidirectional"], capsys)
@@ -202,7 +204,7 @@ def test_an_interrupted_run_goes_on_to_the_last_bit(tmp_path, text, monkeypatch)
         patch.setattr(training_run, "train", interrupting)
         assert main.main([*words, "--out", str(stopped)]) == 130
     assert main.main(["train", "--resume", str(stopped)]) == 0
-    one, two = (xprnn.load(d / model_file.MODEL_FILE)[1] for d in (whole, stopped))
+    one, two = (xprnn.load(d / model_file.MODEL_FILENAME)[1] for d in (whole, stopped))
     for name in one:
         np.testing.assert_array_equal(one[name], two[name])
 

@@ -11,34 +11,34 @@ import pytest
 
 import xprnn
 from xprnn.arrays.namespace import InputError
-from xprnn.charlm.checkpoint import keep, restore
-from xprnn.charlm.corpus import Streams, Vocabulary, streams
-from xprnn.charlm.generate import choose, generate, write
-from xprnn.charlm.model import build
-from xprnn.charlm.trainer import Schedule, Snapshot, begin, held_out_bits, train
+from xprnn.charlm.checkpoint import load_checkpoint, save_checkpoint
+from xprnn.charlm.corpus import BatchedText, Vocabulary, batchify
+from xprnn.charlm.generate import generate, generate_text, sample_token
+from xprnn.charlm.model import build_model
+from xprnn.charlm.trainer import TrainConfig, TrainState, bits_per_character, init_train_state, train
 
 TEXT = "the cat sat on the mat; the dog sat on the log. " * 12
-VOCABULARY = Vocabulary.of(TEXT)
+VOCABULARY = Vocabulary.from_text(TEXT)
 IDS = VOCABULARY.encode(TEXT)
 LIKE = np.zeros(1)
 
 
-def cut(batch: int = 4, window: int = 9) -> Streams:
-    return Streams(*streams(IDS, batch, window), window)
+def cut(batch: int = 4, window: int = 9) -> BatchedText:
+    return BatchedText(*batchify(IDS, batch, window), window)
 
 
 def small(cell: str = "elman", num_layers: int = 1):
-    model = build(cell, len(VOCABULARY), 12, num_layers)
-    return model, begin(model, np.random.default_rng(3), LIKE)
+    model = build_model(cell, len(VOCABULARY), 12, num_layers)
+    return model, init_train_state(model, np.random.default_rng(3), LIKE)
 
 
-def same(one: Snapshot, two: Snapshot) -> None:
+def same(one: TrainState, two: TrainState) -> None:
     assert one.step == two.step
     assert one.params.keys() == two.params.keys()
     for name in one.params:
         np.testing.assert_array_equal(one.params[name], two.params[name])
     np.testing.assert_array_equal(one.loss, two.loss)
-    np.testing.assert_array_equal(np.asarray(one.state), np.asarray(two.state))
+    np.testing.assert_array_equal(np.asarray(one.recurrent_state), np.asarray(two.recurrent_state))
 
 
 def last(snapshots):
@@ -53,13 +53,13 @@ def test_recurrent_weights_begin_orthogonal():
 
 def test_steps_are_truncated_backpropagation_with_the_state_carried_and_fresh_each_epoch():
     model, start = small()
-    s, schedule = cut(), Schedule(steps=40)
-    assert s.windows < 40 - 2
+    s, schedule = cut(), TrainConfig(steps=40)
+    assert s.windows_per_epoch < 40 - 2
     got = list(train(model, start, s, schedule))
-    params, moments, state = start.params, start.moments, None
+    params, moments, state = start.params, start.optimizer_state, None
     for step in range(40):
-        x, targets = s.at(step)
-        logits, state, tape = model.forward(params, x, None if step % s.windows == 0 else state)
+        x, targets = s.batch(step)
+        logits, state, tape = model.forward(params, x, None if step % s.windows_per_epoch == 0 else state)
         _, dlogits = xprnn.cross_entropy(logits, targets)
         gradients = model.backward(tape, dlogits)[2]
         gradients, _ = xprnn.clip_by_global_norm(gradients, 1.0)
@@ -73,22 +73,22 @@ def test_steps_are_truncated_backpropagation_with_the_state_carried_and_fresh_ea
 
 def test_a_long_enough_run_knows_the_text_by_heart():
     model, start = small()
-    now = last(train(model, start, cut(), Schedule(steps=800, learning_rate=0.01)))
-    inputs, targets = streams(IDS, 1, 1)
+    now = last(train(model, start, cut(), TrainConfig(steps=800, learning_rate=0.01)))
+    inputs, targets = batchify(IDS, 1, 1)
     # The sentence of 48 characters repeats: only the branches "cat|dog", "mat|log" and the like cost anything.
-    assert held_out_bits(model, now.params, inputs, targets) < 0.25
-    assert "sat on the " in write(model, now.params, VOCABULARY, "the ", 60, temperature=0)
+    assert bits_per_character(model, now.params, inputs, targets) < 0.25
+    assert "sat on the " in generate_text(model, now.params, VOCABULARY, "the ", 60, temperature=0)
 
 
 @pytest.mark.parametrize("cell", ["elman", "lstm", "gru"])
 @pytest.mark.parametrize("stop", [1, 7, 17])
 def test_resuming_is_the_same_as_never_having_stopped(tmp_path, cell, stop):
     model, start = small(cell, num_layers=2)
-    schedule = Schedule(steps=30)
+    schedule = TrainConfig(steps=30)
     whole = last(train(model, start, cut(), schedule))
     half = last(islice(train(model, start, cut(), schedule), stop))
-    keep(tmp_path / "run.safetensors", model, half, {})
-    again, restored = restore(tmp_path / "run.safetensors", like=LIKE)
+    save_checkpoint(tmp_path / "run.safetensors", model, half, {})
+    again, restored = load_checkpoint(tmp_path / "run.safetensors", like=LIKE)
     assert again == model
     same(restored, half)
     same(last(train(again, restored, cut(), schedule)), whole)
@@ -96,9 +96,9 @@ def test_resuming_is_the_same_as_never_having_stopped(tmp_path, cell, stop):
 
 def test_a_run_kept_before_its_first_step_restores(tmp_path):
     model, start = small()
-    keep(tmp_path / "run.safetensors", model, start, {})
-    _, restored = restore(tmp_path / "run.safetensors", like=LIKE)
-    schedule = Schedule(steps=3)
+    save_checkpoint(tmp_path / "run.safetensors", model, start, {})
+    _, restored = load_checkpoint(tmp_path / "run.safetensors", like=LIKE)
+    schedule = TrainConfig(steps=3)
     same(last(train(model, restored, cut(), schedule)), last(train(model, start, cut(), schedule)))
 
 
@@ -106,12 +106,12 @@ def test_a_model_file_is_not_a_run(tmp_path):
     model, start = small()
     xprnn.save(tmp_path / "model.safetensors", model, start.params)
     with pytest.raises(InputError, match="expected a run to resume"):
-        restore(tmp_path / "model.safetensors", like=LIKE)
+        load_checkpoint(tmp_path / "model.safetensors", like=LIKE)
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
-    schedule = Schedule(steps=1000, learning_rate=1.0)
-    rates = [schedule.rate(Snapshot(step, {}, None)) for step in (0, 24, 50, 500, 999)]
+    schedule = TrainConfig(steps=1000, learning_rate=1.0)
+    rates = [schedule.learning_rate_at(TrainState(step, {}, None)) for step in (0, 24, 50, 500, 999)]
     assert rates[0] == pytest.approx(0.02)
     assert rates[1] == pytest.approx(0.5, rel=0.01)
     assert rates[2] == pytest.approx(1.0, rel=0.01)
@@ -121,7 +121,7 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
 
 def test_minutes_end_a_run_by_the_clock():
     model, start = small()
-    now = last(train(model, start, cut(), Schedule(minutes=0.005)))
+    now = last(train(model, start, cut(), TrainConfig(minutes=0.005)))
     assert 0.3 <= now.seconds < 3
 
 
@@ -129,19 +129,19 @@ def test_a_loss_that_is_no_number_names_its_step():
     model, start = small()
     broken = {**start.params, "head.bias": np.full(len(VOCABULARY), np.nan)}
     with pytest.raises(InputError, match=r"the loss became nan at step 1; lower --learning-rate \(it is 0\.5\)"):
-        last(train(model, start._replace(params=broken), cut(), Schedule(steps=25, learning_rate=0.5)))
+        last(train(model, start._replace(params=broken), cut(), TrainConfig(steps=25, learning_rate=0.5)))
 
 
 def test_held_out_bits_are_exact_across_chunks_and_carry_the_state():
     model, start = small()
     ids = np.tile(IDS, 2)
-    inputs, targets = streams(ids, 1, 1)
+    inputs, targets = batchify(ids, 1, 1)
     assert len(inputs) > 3 * 256
     logits, _ = model(start.params, inputs)
     shifted = logits - logits.max(axis=-1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     want = -np.take_along_axis(log_p, targets[..., None], -1).mean() / math.log(2)
-    assert held_out_bits(model, start.params, inputs, targets) == pytest.approx(want, rel=1e-12)
+    assert bits_per_character(model, start.params, inputs, targets) == pytest.approx(want, rel=1e-12)
 
 
 @pytest.mark.parametrize("cell", ["elman", "lstm", "gru"])
@@ -152,14 +152,14 @@ def test_greedy_sampling_is_the_explicit_loop(cell):
         logits, _, _ = model.forward(start.params, VOCABULARY.encode(text)[:, None])
         text += VOCABULARY.characters[int(np.argmax(logits[-1, 0]))]
     for _ in range(2):
-        assert "the d" + write(model, start.params, VOCABULARY, "the d", 40, temperature=0) == text
+        assert "the d" + generate_text(model, start.params, VOCABULARY, "the d", 40, temperature=0) == text
 
 
 def test_draws_follow_temperature_and_top_k():
     logits, rng = np.log([0.1, 0.6, 0.3]), np.random.default_rng(0)
 
     def shares(temperature, top_k):
-        drawn = [choose(logits, temperature, top_k, rng) for _ in range(4000)]
+        drawn = [sample_token(logits, temperature, top_k, rng) for _ in range(4000)]
         return np.bincount(drawn, minlength=3) / 4000
 
     np.testing.assert_allclose(shares(1.0, None), [0.1, 0.6, 0.3], atol=0.03)
@@ -174,10 +174,10 @@ def test_the_same_seed_writes_the_same_text_on_every_array_library(xp):
     model, start = small()
     params = {name: xp.asarray(array, "float32") for name, array in start.params.items()}
     host = {name: array.astype(np.float32) for name, array in start.params.items()}
-    with xp.converting():
-        text = write(model, params, VOCABULARY, "the", 50, rng=np.random.default_rng(5))
-    assert text == write(model, host, VOCABULARY, "the", 50, rng=np.random.default_rng(5))
-    assert text != write(model, host, VOCABULARY, "the", 50, rng=np.random.default_rng(6))
+    with xp.allow_host_conversion():
+        text = generate_text(model, params, VOCABULARY, "the", 50, rng=np.random.default_rng(5))
+    assert text == generate_text(model, host, VOCABULARY, "the", 50, rng=np.random.default_rng(5))
+    assert text != generate_text(model, host, VOCABULARY, "the", 50, rng=np.random.default_rng(6))
 
 
 @pytest.mark.parametrize(
@@ -197,4 +197,4 @@ def test_bad_sampling_is_refused_before_the_first_character(how, message):
 
 def test_an_unknown_cell_is_refused():
     with pytest.raises(InputError, match="expected a cell of elman, lstm, gru, found 'rwkv'"):
-        build("rwkv", 5, 4)
+        build_model("rwkv", 5, 4)

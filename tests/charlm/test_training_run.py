@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from support.tiny_text import QUICK, TEXT
+from support.tiny_text import QUICK_ARGUMENTS, TEXT
 
 import xprnn
 from xprnn.charlm import training_run
@@ -16,14 +16,19 @@ from xprnn.layers import model_file
 
 
 @pytest.mark.parametrize(
-    "left", [(model_file.MODEL_FILE,), (training_run.CHECKPOINT,), (model_file.MODEL_FILE, training_run.CHECKPOINT)]
+    "left",
+    [
+        (model_file.MODEL_FILENAME,),
+        (training_run.CHECKPOINT_FILE,),
+        (model_file.MODEL_FILENAME, training_run.CHECKPOINT_FILE),
+    ],
 )
 def test_another_run_is_not_overwritten(tmp_path, text, capsys, left):
     out = tmp_path / "run"
     out.mkdir()
     for name in left:
         (out / name).write_bytes(b"hours of work")
-    assert main.main(["train", text, "--out", str(out), *QUICK]) == 2
+    assert main.main(["train", text, "--out", str(out), *QUICK_ARGUMENTS]) == 2
     errors = capsys.readouterr().err
     assert errors == f"xprnn train: --out {out}: already holds a run; take another --out, or --resume {out}\n"
     assert sorted(path.name for path in out.iterdir()) == sorted(left)
@@ -39,18 +44,18 @@ def test_a_diverging_run_keeps_its_last_good_model(tmp_path, text, capsys, monke
     real = training_run.train
     monkeypatch.setattr(training_run, "train", diverging)
     out = tmp_path / "run"
-    assert main.main(["train", text, "--out", str(out), *QUICK]) == 2
+    assert main.main(["train", text, "--out", str(out), *QUICK_ARGUMENTS]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("xprnn train: the held-out loss became nan at step 8; lower --learning-rate")
     assert f"the last good model, of step 7, is in {out}" in line
-    assert model_file.load_metadata(out / model_file.MODEL_FILE)["step"] == 7
-    _, params = xprnn.load(out / model_file.MODEL_FILE)
+    assert model_file.load_metadata(out / model_file.MODEL_FILENAME)["step"] == 7
+    _, params = xprnn.load(out / model_file.MODEL_FILENAME)
     assert all(np.isfinite(array).all() for array in params.values())
 
 
 def test_a_run_that_diverges_at_once_leaves_no_directory(tmp_path, text, capsys):
     out = tmp_path / "run"
-    words = ["train", text, "--out", str(out), *QUICK[:6], "--steps", "5000", "--learning-rate", "1e38"]
+    words = ["train", text, "--out", str(out), *QUICK_ARGUMENTS[:6], "--steps", "5000", "--learning-rate", "1e38"]
     assert main.main([*words, "--backend", "numpy"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("xprnn train: the loss became")
@@ -60,7 +65,7 @@ def test_a_run_that_diverges_at_once_leaves_no_directory(tmp_path, text, capsys)
 @pytest.mark.parametrize("more", [[], ["--bidirectional"]])
 def test_an_absurd_loss_ends_a_run(tmp_path, text, capsys, more):
     out = tmp_path / "run"
-    words = ["train", text, "--out", str(out), *QUICK, "--learning-rate", "1e9", *more]
+    words = ["train", text, "--out", str(out), *QUICK_ARGUMENTS, "--learning-rate", "1e9", *more]
     assert main.main(words) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("xprnn train: the held-out loss became ")
@@ -76,12 +81,12 @@ def test_an_absurd_loss_leaves_the_last_good_model(tmp_path, text, capsys, monke
     real = training_run.train
     monkeypatch.setattr(training_run, "train", exploding)
     out = tmp_path / "run"
-    assert main.main(["train", text, "--out", str(out), *QUICK]) == 2
+    assert main.main(["train", text, "--out", str(out), *QUICK_ARGUMENTS]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "bits per character at step 8; lower --learning-rate" in line
     assert f"the last good model, of step 7, is in {out}" in line
-    assert model_file.load_metadata(out / model_file.MODEL_FILE)["step"] == 7
-    _, params = xprnn.load(out / model_file.MODEL_FILE)
+    assert model_file.load_metadata(out / model_file.MODEL_FILENAME)["step"] == 7
+    _, params = xprnn.load(out / model_file.MODEL_FILENAME)
     assert max(np.abs(array).max() for array in params.values()) < 100
 
 
@@ -90,7 +95,7 @@ def test_a_last_tenth_in_another_alphabet_is_no_divergence(tmp_path, capsys):
     path.write_text(TEXT + "\u044f\u0436\u0448" * 60, encoding="utf-8")
     words = ["--hidden", "16", "--batch", "4", "--window", "16", "--steps", "600", "--learning-rate", "0.2"]
     assert main.main(["train", str(path), "--out", str(out), *words, "--backend", "numpy"]) == 0
-    bits = model_file.load_metadata(out / model_file.MODEL_FILE)["held_out_bits"]
+    bits = model_file.load_metadata(out / model_file.MODEL_FILENAME)["bits_per_character"]
     assert bits > 2 * np.log2(len(set(TEXT)) + 3) + 10, "the case is not the one it was made for"
 
 

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from support.tiny_text import QUICK, TEXT
+from support.tiny_text import QUICK_ARGUMENTS, TEXT
 
 import xprnn
 from xprnn.charlm import model as charlm_model
@@ -22,21 +22,21 @@ from xprnn.layers import model_file
 
 @pytest.fixture
 def trained(tmp_path, text, capsys):
-    assert main.main(["train", text, "--out", str(tmp_path / "run"), *QUICK]) == 0
+    assert main.main(["train", text, "--out", str(tmp_path / "run"), *QUICK_ARGUMENTS]) == 0
     capsys.readouterr()
     return tmp_path / "run"
 
 
 def test_train_writes_model_curve_and_figures(tmp_path, text, capsys):
-    assert main.main(["train", text, "--out", str(tmp_path / "run"), *QUICK]) == 0
+    assert main.main(["train", text, "--out", str(tmp_path / "run"), *QUICK_ARGUMENTS]) == 0
     out = capsys.readouterr().out
     with (tmp_path / "run" / "curve.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(float(row["step"])) for row in rows] == list(range(1, 21))
-    metadata = model_file.load_metadata(tmp_path / "run" / model_file.MODEL_FILE)
+    metadata = model_file.load_metadata(tmp_path / "run" / model_file.MODEL_FILENAME)
     assert metadata["vocabulary"] == "".join(sorted(set(TEXT)))
-    assert metadata["held_out_bits"] == pytest.approx(float(rows[-1]["held_out_bits"]), abs=1e-4)
-    assert f"this network          {metadata['held_out_bits']:.3f}" in out
+    assert metadata["bits_per_character"] == pytest.approx(float(rows[-1]["bits_per_character"]), abs=1e-4)
+    assert f"this network          {metadata['bits_per_character']:.3f}" in out
     assert "counting, order 3" in out
     assert not list((tmp_path / "run").glob(".*"))
 
@@ -50,20 +50,20 @@ def test_train_draws_its_curve(trained):
 def test_without_matplotlib_one_line_says_what_to_install(tmp_path, text, capsys, monkeypatch):
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, name, None)
-    assert main.main(["train", text, "--out", str(tmp_path / "run"), *QUICK]) == 0
+    assert main.main(["train", text, "--out", str(tmp_path / "run"), *QUICK_ARGUMENTS]) == 0
     out = capsys.readouterr().out
     assert out.count('pip install "xprnn[plot]"') == 1
     assert out.index('pip install "xprnn[plot]"') < out.index("held-out bits per character")
     assert not (tmp_path / "run" / "curve.png").exists()
-    assert (tmp_path / "run" / model_file.MODEL_FILE).exists()
+    assert (tmp_path / "run" / model_file.MODEL_FILENAME).exists()
 
 
 def test_the_first_free_directory_is_taken(tmp_path, text, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
-        assert main.main(["train", text, *QUICK]) == 0
-    assert (tmp_path / "xprnn-run" / model_file.MODEL_FILE).exists()
-    assert (tmp_path / "xprnn-run-2" / model_file.MODEL_FILE).exists()
+        assert main.main(["train", text, *QUICK_ARGUMENTS]) == 0
+    assert (tmp_path / "xprnn-run" / model_file.MODEL_FILENAME).exists()
+    assert (tmp_path / "xprnn-run-2" / model_file.MODEL_FILENAME).exists()
 
 
 def test_sample_is_streamed_and_the_same_for_a_seed(trained, capsys):
@@ -89,7 +89,7 @@ def test_info_says_what_is_in_a_model(trained, capsys):
 
 def test_a_run_interrupted_goes_on_as_if_never_stopped(tmp_path, text, capsys, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert main.main(["train", text, "--out", str(whole), *QUICK]) == 0
+    assert main.main(["train", text, "--out", str(whole), *QUICK_ARGUMENTS]) == 0
     steps = 0
 
     def interrupting(*args):
@@ -103,15 +103,15 @@ def test_a_run_interrupted_goes_on_as_if_never_stopped(tmp_path, text, capsys, m
     monkeypatch.setattr(training_run, "train", interrupting)
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.chdir(tmp_path)
-    assert main.main(["train", "text.txt", "--out", str(stopped), *QUICK]) == 130
+    assert main.main(["train", "text.txt", "--out", str(stopped), *QUICK_ARGUMENTS]) == 130
     assert signal.getsignal(signal.SIGINT) is before
     assert f"python -m xprnn train --resume {stopped}" in capsys.readouterr().out
     assert steps == 7
     monkeypatch.chdir("/")  # the text is found from anywhere
     assert main.main(["train", "--resume", str(stopped)]) == 0
     assert steps == 20
-    _, one = xprnn.load(whole / model_file.MODEL_FILE)
-    _, two = xprnn.load(stopped / model_file.MODEL_FILE)
+    _, one = xprnn.load(whole / model_file.MODEL_FILENAME)
+    _, two = xprnn.load(stopped / model_file.MODEL_FILENAME)
     for name in one:
         np.testing.assert_array_equal(one[name], two[name])
     curves = [np.loadtxt(d / "curve.csv", delimiter=",", skiprows=1) for d in (whole, stopped)]
@@ -120,12 +120,12 @@ def test_a_run_interrupted_goes_on_as_if_never_stopped(tmp_path, text, capsys, m
 
 def test_a_finished_run_can_be_made_longer(trained):
     assert main.main(["train", "--resume", str(trained), "--steps", "30", "--backend", "numpy"]) == 0
-    assert model_file.load_metadata(trained / model_file.MODEL_FILE)["step"] == 30
+    assert model_file.load_metadata(trained / model_file.MODEL_FILENAME)["step"] == 30
 
 
 def test_a_real_ctrl_c_saves_and_says_how_to_go_on(tmp_path, text):
     out = tmp_path / "run"
-    words = [sys.executable, "-m", "xprnn", "train", text, "--out", str(out), *QUICK[:6], "--minutes", "0.5"]
+    words = [sys.executable, "-m", "xprnn", "train", text, "--out", str(out), *QUICK_ARGUMENTS[:6], "--minutes", "0.5"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     lines = [process.stdout.readline() for _ in range(2)]
@@ -136,7 +136,7 @@ def test_a_real_ctrl_c_saves_and_says_how_to_go_on(tmp_path, text):
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert f"python -m xprnn train --resume {out}" in told
-    xprnn.load(out / model_file.MODEL_FILE)
+    xprnn.load(out / model_file.MODEL_FILENAME)
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(trained):
@@ -154,7 +154,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(trained):
 
 def test_training_works_outside_the_main_thread(tmp_path, text):
     codes = []
-    words = ["train", text, "--out", str(tmp_path / "run"), *QUICK]
+    words = ["train", text, "--out", str(tmp_path / "run"), *QUICK_ARGUMENTS]
     thread = threading.Thread(target=lambda: codes.append(main.main(words)))
     thread.start()
     thread.join()

@@ -24,11 +24,11 @@ from support import keras_models
 
 
 def record(name: str, dtype: str) -> None:
-    keras_models.use(keras, dtype)
+    keras_models.set_dtype(keras, dtype)
     rng = np.random.default_rng(len(name))
-    model = keras_models.layers_of(keras, name)
-    keras_models.draw(rng, model)
-    found = keras_models.ask(keras, model, keras_models.inputs(rng, name, dtype), rng)
+    model = keras_models.build_model(keras, name)
+    keras_models.randomize_weights(rng, model)
+    found = keras_models.keras_results(keras, model, keras_models.random_inputs(rng, name, dtype), rng)
     stem = name if dtype == "float64" else f"{name}_{dtype}"
     model.save(FILES / f"{stem}.keras")
     np.savez(FILES / f"{stem}.npz", **found)
@@ -38,7 +38,7 @@ def record(name: str, dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or keras_models.NAMES:
+    for name in sys.argv[1:] or keras_models.MODEL_NAMES:
         record(name, "float64")
     if not sys.argv[1:]:
         record("lstm_stack", "float32")

@@ -8,7 +8,7 @@ from engine.test_call_cache_step import WAYS, XP, agree, each_layer, given
 
 import xprnn
 from xprnn.engine import stack
-from xprnn.kernels.config import compiling, generic_only
+from xprnn.kernels.config import allow_jit, reference_only
 
 
 def wrong_arguments(params, x, state):
@@ -60,7 +60,7 @@ def wrong_arguments(params, x, state):
 def test_what_does_not_fit_gets_the_checks_own_words(rng, make, fast):
     layer = make(3, 8)
     fitting = given(rng, layer, 2)
-    with compiling(fast):
+    with allow_jit(fast):
         agree(layer, *fitting)  # so that a quick step is at hand
         for name, arguments in wrong_arguments(*fitting).items():
             with pytest.raises(xprnn.InputError) as checked:
@@ -76,7 +76,7 @@ def test_a_learned_state_is_checked_though_no_step_needs_it(rng, fast):
     layer = xprnn.GRU(3, 8, 2, learned_state=True)
     params, x, state = given(rng, layer, 1)
     start = params["initial_h"]
-    with compiling(fast):
+    with allow_jit(fast):
         agree(layer, params, x, state)
         for other in (start[:1], start.astype("float32"), start.tolist(), None):
             with pytest.raises(xprnn.InputError, match="initial_h"):
@@ -94,5 +94,5 @@ def test_what_only_the_checked_step_takes(rng, make):
     XP.assert_close(layer.step(params, x), stack.step(layer, params, x, None), condition=32)
     half = given(rng, layer, 2, "float16")
     assert layer.step(*half)[0].dtype == np.float16
-    with generic_only():
-        assert layer._step(params, x, state) is None
+    with reference_only():
+        assert layer._fast_step(params, x, state) is None

@@ -10,8 +10,8 @@ import pytest
 from engine.test_call_cache_step import WAYS, XP
 
 import xprnn
-from xprnn.kernels.config import compiling, generic_only
-from xprnn.layers.elementwise import Apply, Softmax
+from xprnn.kernels.config import allow_jit, reference_only
+from xprnn.layers.elementwise import ActivationLayer, Softmax
 
 
 def models():
@@ -23,7 +23,7 @@ def models():
         "two": (xprnn.Sequential(one=xprnn.LSTM(7, 6), two=xprnn.RNN(6, 5)), float),
         "none": (xprnn.Sequential(embed=xprnn.Embedding(7, 4), head=xprnn.Linear(4, 2)), int),
         "nested": (xprnn.Sequential(rnn=xprnn.RNN(7, 6), inner=inner), float),
-        "other parts": (xprnn.Sequential(rnn=xprnn.RNN(7, 6), apply=Apply("relu"), out=Softmax()), float),
+        "other parts": (xprnn.Sequential(rnn=xprnn.RNN(7, 6), apply=ActivationLayer("relu"), out=Softmax()), float),
     }
 
 
@@ -34,12 +34,12 @@ def test_a_model_steps_as_its_parts_do(rng, name, n, fast):
     model, kind = models()[name]
     params = model.init(rng, like=np.zeros(0))
     x = rng.integers(0, 7, n) if kind is int else rng.normal(size=(n, 7))
-    with generic_only():
+    with reference_only():
         _, state = model.step(params, x)
-        assert model._step(params, x, state) is None
+        assert model._fast_step(params, x, state) is None
         want = model.step(params, x, state)
-    with compiling(fast):
-        found = model._step(params, x, state)
+    with allow_jit(fast):
+        found = model._fast_step(params, x, state)
         assert found is not None
         XP.assert_close(found[0], want[0], condition=32)
         XP.assert_close(dict(flat(found[1])), dict(flat(want[1])), condition=32)
@@ -58,9 +58,9 @@ def flat(state, name="state"):
 def test_a_model_given_what_does_not_fit_says_so(rng, fast):
     model = models()["text"][0]
     params, ids = model.init(rng, like=np.zeros(0)), np.array([1])
-    with compiling(fast):
+    with allow_jit(fast):
         _, state = model.step(params, ids)
-        assert model._step(params, ids, state) is not None
+        assert model._fast_step(params, ids, state) is not None
         for match, arguments in {
             "x must hold integers in 0..6, found 7": (params, np.array([7]), state),
             "x must hold integers in 0..6, found -1": (params, np.array([-1]), state),
@@ -83,7 +83,11 @@ def test_a_model_given_what_does_not_fit_says_so(rng, fast):
 def test_a_layer_that_has_stepped_can_be_copied_and_pickled(rng):
     for part in (xprnn.LSTM(3, 4), xprnn.Linear(3, 2), *(model for model, _ in models().values())):
         params = part.init(rng, like=np.zeros(0))
-        x = np.array([1]) if "embed" in getattr(part, "parts", {}) else np.ones((1, 7 if hasattr(part, "parts") else 3))
+        x = (
+            np.array([1])
+            if "embed" in getattr(part, "layers", {})
+            else np.ones((1, 7 if hasattr(part, "layers") else 3))
+        )
         want = part.step(params, x)
         for twin in (copy.copy(part), copy.deepcopy(part), pickle.loads(pickle.dumps(part))):
             assert twin == part

@@ -7,25 +7,25 @@ import copy
 import numpy as np
 import pytest
 from engine.test_call_cache_step import XP, each_layer
-from support.layer_cases import CASES, MAIN, problem
+from support.layer_cases import CASES, MAIN_CASES, random_inputs
 
 import xprnn
 from xprnn.engine import stack
 from xprnn.kernels import step_plan
-from xprnn.kernels.config import compiling, generic_only
+from xprnn.kernels.config import allow_jit, reference_only
 
 pytestmark = pytest.mark.needs("numba")
 
 
 def scanned(layer, params, x, state):
     """What the checked way says, by the generic scan."""
-    with generic_only():
-        return stack.forward(layer, params, x, state, keep=False)[:2]
+    with reference_only():
+        return stack.forward(layer, params, x, state, record_tape=False)[:2]
 
 
 def agree(layer, params, x, state):
     before = copy.deepcopy((params, x, state))
-    found = layer._walk(params, x, state)
+    found = layer._fast_sequence(params, x, state)
     assert found is not None
     XP.assert_close(found, scanned(layer, params, x, state), condition=64)
     np.testing.assert_equal((params, x, state), before)
@@ -46,17 +46,17 @@ def as_dtype(p, dtype):
 def test_every_cell_is_the_scan(rng, name):
     for layers, steps, n in ((1, 7, 1), (2, 40, 2), (1, 1, 1), (3, 17, 1), (1, 0, 1)):
         layer = CASES[name].make(3, 5, layers)
-        p = problem(rng, layer, steps, N=n)
+        p = random_inputs(rng, layer, steps, N=n)
         agree(layer, p.params, p.x, p.state)
 
 
-@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("name", MAIN_CASES)
 @pytest.mark.parametrize(
     "options", [{}, {"bias": False}, {"batch_first": True}], ids=["plain", "no bias", "batch first"]
 )
 def test_every_option_is_the_scan(rng, name, options):
     layer = CASES[name].make(3, 19, 2, **options)
-    p = problem(rng, layer, 6, N=2)
+    p = random_inputs(rng, layer, 6, N=2)
     x = p.x.swapaxes(0, 1) if options.get("batch_first") else p.x
     ids = rng.integers(0, 3, x.shape[:2])
     agree(layer, p.params, np.ascontiguousarray(x), p.state)
@@ -71,13 +71,15 @@ def test_every_option_is_the_scan(rng, name, options):
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 16), (3, 15), (27, 17), (33, 8), (2, 33)])
 def test_every_size_is_the_scan(rng, make, sizes, dtype):
     layer = make(*sizes)
-    agree(layer, *as_dtype(problem(rng, layer, 35, N=1, scale=0.15), dtype))  # larger weights make chaos of 33 units
+    agree(
+        layer, *as_dtype(random_inputs(rng, layer, 35, N=1, scale=0.15), dtype)
+    )  # larger weights make chaos of 33 units
 
 
 @each_layer
 def test_chunks_of_any_length_are_the_whole_bit_for_bit(rng, make):
     layer = make(3, 8)
-    p = problem(rng, layer, 70, N=1)
+    p = random_inputs(rng, layer, 70, N=1)
     y, final = layer(p.params, p.x, p.state)
     for cut in (1, 15, 16, 17, 33, 69):
         first, carried = layer(p.params, p.x[:cut], p.state)
@@ -88,9 +90,9 @@ def test_chunks_of_any_length_are_the_whole_bit_for_bit(rng, make):
 
 def test_a_learned_state_is_the_scans(rng):
     layer = xprnn.LSTM(3, 5, learned_state=True)
-    p = problem(rng, layer, 4, N=2)
+    p = random_inputs(rng, layer, 4, N=2)
     agree(layer, p.params, p.x, p.state)
-    assert layer._walk(p.params, p.x, None) is None
+    assert layer._fast_sequence(p.params, p.x, None) is None
     XP.assert_close(layer(p.params, p.x), scanned(layer, p.params, p.x, None), condition=64)
     with pytest.raises(xprnn.InputError, match="initial_h"):
         layer(p.params | {"initial_h": np.ones((1, 4))}, p.x, p.state)
@@ -100,23 +102,23 @@ def test_a_learned_state_is_the_scans(rng):
 def test_who_does_not_walk(rng, make):
     """Flags, many rows, large weights, other ways chosen."""
     layer, large = make(3, 8), make(3, 200)
-    p, many, big = (problem(rng, owner, 4, N=n) for owner, n in ((layer, 2), (layer, 1000), (large, 1)))
-    assert layer._walk(p.params, p.x, p.state) is not None
-    assert layer._walk(many.params, many.x, many.state) is None
-    assert large._walk(big.params, big.x, big.state) is None
-    assert make(3, 8, bidirectional=True)._walk(p.params, p.x, p.state) is None
-    for context in (compiling(False), generic_only()):
+    p, many, big = (random_inputs(rng, owner, 4, N=n) for owner, n in ((layer, 2), (layer, 1000), (large, 1)))
+    assert layer._fast_sequence(p.params, p.x, p.state) is not None
+    assert layer._fast_sequence(many.params, many.x, many.state) is None
+    assert large._fast_sequence(big.params, big.x, big.state) is None
+    assert make(3, 8, bidirectional=True)._fast_sequence(p.params, p.x, p.state) is None
+    for context in (allow_jit(False), reference_only()):
         with context:
-            assert layer._walk(p.params, p.x, p.state) is None
+            assert layer._fast_sequence(p.params, p.x, p.state) is None
     short, _ = layer(p.params, p.x, p.state, lengths=[1, 2])
     assert not short[2:].any()
-    assert step_plan.SHORT > 2 * 4 * 8 * (3 + 8)
+    assert step_plan.MAX_SEQUENCE_KERNEL_WORK > 2 * 4 * 8 * (3 + 8)
 
 
 @each_layer
 def test_what_does_not_fit_gets_the_checks_own_words(rng, make):
     layer = make(3, 8)
-    p = problem(rng, layer, 4, N=2)
+    p = random_inputs(rng, layer, 4, N=2)
     pair = isinstance(p.state, tuple)
 
     def each(f):
@@ -138,7 +140,7 @@ def test_what_does_not_fit_gets_the_checks_own_words(rng, make):
     }
     for name, arguments in wrong.items():
         with pytest.raises(xprnn.InputError) as checked:
-            stack.forward(layer, *arguments, keep=False)
+            stack.forward(layer, *arguments, record_tape=False)
         with pytest.raises(xprnn.InputError) as found:
             layer(*arguments)
         assert str(found.value) == str(checked.value), name

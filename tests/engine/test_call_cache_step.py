@@ -10,12 +10,12 @@ from functools import partial
 import numpy as np
 import pytest
 from support.backends import Backend
-from support.layer_cases import CASES, MAIN, problem
+from support.layer_cases import CASES, MAIN_CASES, random_inputs
 
 import xprnn
 from xprnn.engine import call_cache, stack
 from xprnn.kernels import step_plan
-from xprnn.kernels.config import compiling
+from xprnn.kernels.config import allow_jit
 
 XP = Backend.NUMPY
 WAYS = pytest.mark.parametrize("fast", [pytest.param(True, marks=pytest.mark.needs("numba")), False])
@@ -34,7 +34,7 @@ each_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 
 def given(rng, layer, n, dtype="float64"):
     """params, x and the state for one step, in a dtype."""
-    p = problem(rng, layer, 1, N=n)
+    p = random_inputs(rng, layer, 1, N=n)
     state = tuple(s.astype(dtype) for s in p.state) if isinstance(p.state, tuple) else p.state.astype(dtype)
     return {k: v.astype(dtype) for k, v in p.params.items()}, p.x[0].astype(dtype), state
 
@@ -47,7 +47,7 @@ def leaves(result):
 def agree(layer, params, x, state):
     """The quick step takes these and says what the checked one says; returns its result."""
     before = [a.copy() for a in (x, *params.values(), *leaves((x, state)))]
-    found, checked = layer._step(params, x, state), stack.step(layer, params, x, state)
+    found, checked = layer._fast_step(params, x, state), stack.step(layer, params, x, state)
     assert found is not None
     XP.assert_close(found, checked, condition=32)
     for a, b in zip((x, *params.values(), *leaves((x, state))), before, strict=True):
@@ -62,17 +62,17 @@ def agree(layer, params, x, state):
 @WAYS
 @pytest.mark.parametrize("name", CASES)
 def test_every_cell_is_the_checked_step(rng, name, dtype, fast):
-    with compiling(fast):
+    with allow_jit(fast):
         for layers, n in SHAPES:
             layer = CASES[name].make(5, 19, layers)  # 19: neither a whole vector nor less than one
             agree(layer, *given(rng, layer, n, dtype))
 
 
 @WAYS
-@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("name", MAIN_CASES)
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"learned_state": True}], ids=["plain", "no bias", "learned"])
 def test_every_option_is_the_checked_step(rng, name, options, fast):
-    with compiling(fast):
+    with allow_jit(fast):
         for layers, n in SHAPES:
             layer = CASES[name].make(5, 19, layers, **options)
             params, x, state = given(rng, layer, n)
@@ -87,20 +87,20 @@ def test_every_option_is_the_checked_step(rng, name, options, fast):
 def test_a_few_rows_take_the_compiled_way(rng, make, monkeypatch):
     monkeypatch.setattr(call_cache, "numpy_step", None)  # who calls it falls through to the checked step
     layer = make(5, 19, 2)
-    for n, taken in ((1, True), (step_plan.FEW, True), (step_plan.FEW + 1, False)):
+    for n, taken in ((1, True), (step_plan.MAX_COMPILED_ROWS, True), (step_plan.MAX_COMPILED_ROWS + 1, False)):
         params, x, state = given(rng, layer, n)
         ids = rng.integers(0, 5, n).astype(np.int32)
-        assert (layer._step(params, x, state) is not None) == taken
-        assert (layer._step(params, ids, state) is not None) == taken
-        with compiling(False):
-            assert layer._step(params, x, state) is None
+        assert (layer._fast_step(params, x, state) is not None) == taken
+        assert (layer._fast_step(params, ids, state) is not None) == taken
+        with allow_jit(False):
+            assert layer._fast_step(params, x, state) is None
     wide = make(50, 4)
     params, _, state = given(rng, wide, 1)
     params["weight_ih_l0"] = np.asfortranarray(params["weight_ih_l0"])  # as `init` lays out many classes
-    assert wide._step(params, np.array([3]), state) is not None
+    assert wide._fast_step(params, np.array([3]), state) is not None
     large = make(2000, 400)
-    assert large._step(*given(rng, large, 1)) is not None
-    assert large._step(*given(rng, large, 2)) is None
+    assert large._fast_step(*given(rng, large, 1)) is not None
+    assert large._fast_step(*given(rng, large, 2)) is None
 
 
 @WAYS
@@ -108,7 +108,7 @@ def test_a_few_rows_take_the_compiled_way(rng, make, monkeypatch):
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 16), (3, 2), (16, 16), (33, 8), (40, 64)])
 def test_every_size_is_the_checked_step(rng, make, sizes, dtype, fast):
     layer = make(*sizes)
-    with compiling(fast):
+    with allow_jit(fast):
         agree(layer, *given(rng, layer, 1, dtype))
 
 
@@ -133,7 +133,7 @@ def test_what_happens_to_a_parameter_is_seen(rng, make, fast):
     layer, twin = make(3, 8), make(3, 8)
     assert layer == twin
     params, x, state = given(rng, layer, 1)
-    with compiling(fast):
+    with allow_jit(fast):
         first = agree(layer, params, x, state)
         params["weight_hh_l0"] *= 0.5
         second = agree(layer, params, x, state)
@@ -158,7 +158,7 @@ def test_arrays_of_any_strides_and_read_only_ones(rng, make, fast):
     wide = [np.repeat(s, 2, axis=2)[:, :, ::2] for s in parts]
     turned = [np.asfortranarray(s) for s in parts]
     one = isinstance(state, tuple)
-    with compiling(fast):
+    with allow_jit(fast):
         for other in (wide, turned):
             agree(layer, params, x, tuple(other) if one else other[0])
         agree(layer, params, np.repeat(x, 2, axis=1)[:, ::2], state)
@@ -190,7 +190,7 @@ def copying_cell():
 @pytest.mark.parametrize("n", [1, 3])
 def test_states_that_share_a_value_share_no_memory(rng, n, fast):
     layer = xprnn.Recurrent(3, 5, cell=copying_cell())
-    with compiling(fast):
+    with allow_jit(fast):
         agree(layer, *given(rng, layer, n))
 
 
@@ -198,7 +198,7 @@ def test_states_that_share_a_value_share_no_memory(rng, n, fast):
 def test_nothing_is_kept_alive(rng, fast):
     layer = xprnn.LSTM(3, 8, 2)
     params, x, state = given(rng, layer, 1)
-    with compiling(fast):
+    with allow_jit(fast):
         agree(layer, params, x, state)
     watched = [weakref.ref(a) for a in (*params.values(), x, *state)]
     del params, x, state
@@ -213,7 +213,7 @@ def test_threads_share_a_layer(rng, fast):
     tasks = [given(rng, layer, 1) for _ in range(4)]
 
     def run(params, x, state):
-        with compiling(fast):
+        with allow_jit(fast):
             for _ in range(300):
                 y, state = layer.step(params, x, state)
         return y

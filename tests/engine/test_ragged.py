@@ -7,7 +7,17 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import given as drawn
 from hypothesis import strategies as st
-from support.layer_cases import CASES, MAIN, SLOW, Problem, cotangents, expected, given, on, problem
+from support.layer_cases import (
+    CASES,
+    MAIN_CASES,
+    SLOW_LIBRARIES,
+    LayerInputs,
+    inputs_on,
+    random_cotangents,
+    random_inputs,
+    reference_outputs,
+    to_backend,
+)
 
 import xprnn
 from xprnn.gradcheck import check_layer
@@ -19,7 +29,7 @@ explored = settings(
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-main_cases = pytest.mark.parametrize("name", MAIN)
+main_cases = pytest.mark.parametrize("name", MAIN_CASES)
 differences = pytest.mark.not_on(
     "strict:no_float64", "strict:device1", "numpy:readonly", reason="differences are taken on the plain variant"
 )
@@ -44,9 +54,9 @@ def situations(draw, largest=4):
     return T, N, flags, draw(st.integers(0, 2**16))
 
 
-def drawn_problem(layer, situation) -> Problem:
+def drawn_problem(layer, situation) -> LayerInputs:
     T, N, flags, seed = situation
-    return problem(np.random.default_rng(seed), layer, T, N)._replace(flags=flags)
+    return random_inputs(np.random.default_rng(seed), layer, T, N)._replace(flags=flags)
 
 
 @main_cases
@@ -58,9 +68,9 @@ def test_equals_the_naive_reference(xp, name):
     @drawn(situations())
     def check(situation):
         p = drawn_problem(layer, situation)
-        params, x, state, flags = given(xp, p)
+        params, x, state, flags = inputs_on(xp, p)
         y, final, _ = layer.forward(params, x, state, **flags)
-        xp.assert_close((y, final), expected(case, layer, p), condition=64)
+        xp.assert_close((y, final), reference_outputs(case, layer, p), condition=64)
         xp.assert_close(layer(params, x, state, **flags)[0], xp.to_numpy(y), condition=0)
 
     check()
@@ -74,7 +84,7 @@ def test_gradients(xp, name):
     @settings(explored, max_examples={"numpy": 18, "torch": 6}.get(xp.library, 2))
     @drawn(situations(largest=3))
     def check(situation):
-        params, x, state, flags = given(xp, drawn_problem(layer, situation), "float64")
+        params, x, state, flags = inputs_on(xp, drawn_problem(layer, situation), "float64")
         check_layer(layer, params, x, state, **flags)
 
     check()
@@ -83,10 +93,10 @@ def test_gradients(xp, name):
 @differences
 @pytest.mark.parametrize("flags", ["l", "m", "r", "lmr"])
 @pytest.mark.parametrize("name", ["lstm-proj", "gru"])
-@pytest.mark.not_on(*SLOW, reason="the slowest libraries: one layer is enough")
+@pytest.mark.not_on(*SLOW_LIBRARIES, reason="the slowest libraries: one layer is enough")
 def test_gradients_of_a_stack(xp, rng, name, flags):
     layer = CASES[name].make(2, 3, 2, bidirectional=True)
-    params, x, state, flags = given(xp, problem(rng, layer, T=4, N=3, flags=flags), "float64")
+    params, x, state, flags = inputs_on(xp, random_inputs(rng, layer, T=4, N=3, flags=flags), "float64")
     check_layer(layer, params, x, state, **flags)
 
 
@@ -94,19 +104,19 @@ def test_gradients_of_a_stack(xp, rng, name, flags):
 def test_what_stands_in_padding_reaches_nothing(xp, rng, name):
     """NaN in every step that is not valid: outputs, states and gradients are those of zeros there, to the bit."""
     layer = CASES[name].make(2, 3, 2, bidirectional=True)
-    p = problem(rng, layer, T=5, N=4, flags="lmr")
+    p = random_inputs(rng, layer, T=5, N=4, flags="lmr")
     p.flags["lengths"] = np.array([2, 5, 0, 4])
     valid = p.flags["mask"] & (np.arange(5)[:, None] < p.flags["lengths"])
     assert 0 < valid.sum() < valid.size
     results = []
     for padding in (0.0, np.nan):
         filled = np.where(valid[..., None], p.x, padding)
-        params, x, state, flags = given(xp, p._replace(x=filled))
+        params, x, state, flags = inputs_on(xp, p._replace(x=filled))
         y, final, tape = layer.forward(params, x, state, **flags)
         if not results:
-            dy, dfinal = cotangents(rng, y), cotangents(rng, final)
-        junk = on(xp, np.where(valid[..., None], dy, padding))
-        got = layer.backward(tape, junk, on(xp, dfinal))
+            dy, dfinal = random_cotangents(rng, y), random_cotangents(rng, final)
+        junk = to_backend(xp, np.where(valid[..., None], dy, padding))
+        got = layer.backward(tape, junk, to_backend(xp, dfinal))
         results.append((y, final, *got))
         assert not xp.to_numpy(got.dx)[~valid].any()
         assert not xp.to_numpy(y)[~valid].any()
@@ -120,11 +130,11 @@ def tree_to_numpy(xp, tree):
 @main_cases
 def test_an_all_false_mask_hands_everything_through(xp, rng, name):
     layer = CASES[name].make(2, 3, 2, bidirectional=True)
-    p = problem(rng, layer, T=4)
+    p = random_inputs(rng, layer, T=4)
     for nothing in ({"mask": np.zeros((4, 3), bool)}, {"lengths": np.zeros(3, int)}):
-        params, x, state, flags = given(xp, p._replace(flags=nothing))
+        params, x, state, flags = inputs_on(xp, p._replace(flags=nothing))
         y, final, tape = layer.forward(params, x, state, **flags)
-        dfinal = on(xp, cotangents(rng, final))
+        dfinal = to_backend(xp, random_cotangents(rng, final))
         dx, dstate, dparams = layer.backward(tape, xp.xp.ones_like(y), dfinal)
         xp.assert_close((final, dstate), tree_to_numpy(xp, (state, dfinal)), condition=0)
         assert not any(xp.to_numpy(a).any() for a in (y, dx, *dparams.values()))
@@ -134,10 +144,10 @@ def test_an_all_false_mask_hands_everything_through(xp, rng, name):
 def test_resets_cut_a_row_into_sequences_of_their_own(xp, rng, name):
     """Forward, a reset at t starts anew at t; in reverse, which comes from the end, what is cut off lies before t+1."""
     layer = CASES[name].make(2, 3, bidirectional=True)
-    p = problem(rng, layer, T=6, N=2)
+    p = random_inputs(rng, layer, T=6, N=2)
     reset = np.zeros((6, 2), bool)
     reset[3] = True
-    params, x, state, flags = given(xp, p._replace(flags={"reset": reset}))
+    params, x, state, flags = inputs_on(xp, p._replace(flags={"reset": reset}))
     y, final, _ = layer.forward(params, x, state, **flags)
     half = layer.output_size // 2
 
@@ -158,13 +168,13 @@ def test_resets_cut_a_row_into_sequences_of_their_own(xp, rng, name):
 @main_cases
 def test_the_gradient_of_a_reset_goes_to_the_initial_state(xp, rng, name):
     layer = CASES[name].make(2, 3)
-    p = problem(rng, layer, T=4, N=2, flags="r")
+    p = random_inputs(rng, layer, T=4, N=2, flags="r")
     p.flags["reset"][:] = [[False, False], [False, True], [True, False], [False, False]]
-    params, x, state, flags = given(xp, p)
+    params, x, state, flags = inputs_on(xp, p)
     y, _, tape = layer.forward(params, x, state, **flags)
-    dy = cotangents(rng, y)
+    dy = random_cotangents(rng, y)
     dy[:2, 0], dy[:1, 1] = 0, 0  # only what comes after each row's reset counts
-    dx, dstate, _ = layer.backward(tape, on(xp, dy))
+    dx, dstate, _ = layer.backward(tape, to_backend(xp, dy))
     dx = xp.to_numpy(dx)
     assert not dx[:2, 0].any()
     assert not dx[:1, 1].any()
@@ -176,13 +186,13 @@ def test_the_gradient_of_a_reset_goes_to_the_initial_state(xp, rng, name):
 
 def test_a_reset_past_the_end_of_a_row_has_no_effect(xp, rng):
     layer = xprnn.LSTM(2, 3, 2, bidirectional=True)
-    p = problem(rng, layer, T=5, flags="l")
+    p = random_inputs(rng, layer, T=5, flags="l")
     p.flags["lengths"] = np.array([0, 3, 5])
     reset = np.arange(5)[:, None] >= p.flags["lengths"]
-    params, x, state, flags = given(xp, p)
+    params, x, state, flags = inputs_on(xp, p)
     y, final, tape = layer.forward(params, x, state, **flags)
-    with_y, with_final, with_tape = layer.forward(params, x, state, **flags, reset=on(xp, reset))
-    dy, dfinal = on(xp, cotangents(rng, y)), on(xp, cotangents(rng, final))
+    with_y, with_final, with_tape = layer.forward(params, x, state, **flags, reset=to_backend(xp, reset))
+    dy, dfinal = to_backend(xp, random_cotangents(rng, y)), to_backend(xp, random_cotangents(rng, final))
     got, want = layer.backward(with_tape, dy, dfinal), layer.backward(tape, dy, dfinal)
     xp.assert_close((with_y, with_final, *got[:2]), tree_to_numpy(xp, (y, final, *want[:2])), condition=0)
 
@@ -190,9 +200,9 @@ def test_a_reset_past_the_end_of_a_row_has_no_effect(xp, rng):
 def test_a_reset_in_a_masked_step_still_resets(xp, rng):
     """The step is skipped, the reset before it is not."""
     layer = xprnn.GRU(2, 3)
-    p = problem(rng, layer, T=2, N=1)
+    p = random_inputs(rng, layer, T=2, N=1)
     flags = {"mask": np.array([[True], [False]]), "reset": np.array([[False], [True]])}
-    params, x, state, flags = given(xp, p._replace(flags=flags))
+    params, x, state, flags = inputs_on(xp, p._replace(flags=flags))
     _, final = layer(params, x, state, **flags)
     xp.assert_close(final, xp.to_numpy(state), condition=0)
 
@@ -200,8 +210,8 @@ def test_a_reset_in_a_masked_step_still_resets(xp, rng):
 @pytest.mark.parametrize("kind", [list, tuple, np.asarray])
 def test_lengths_may_be_a_host_sequence(xp, rng, kind):
     layer = xprnn.GRU(2, 3, bidirectional=True)
-    params, x, state, _ = given(xp, problem(rng, layer, N=3))
-    here = layer(params, x, state, lengths=on(xp, np.array([2, 0, 5])))
+    params, x, state, _ = inputs_on(xp, random_inputs(rng, layer, N=3))
+    here = layer(params, x, state, lengths=to_backend(xp, np.array([2, 0, 5])))
     host = layer(params, x, state, lengths=kind([2, 0, 5]))
     xp.assert_close(host, tree_to_numpy(xp, here), condition=0)
 
@@ -210,19 +220,19 @@ def test_lengths_may_be_a_host_sequence(xp, rng, kind):
 def test_lengths_of_any_integer_dtype(xp, rng, dtype_of_lengths):
     case = CASES["gru"]
     layer = case.make(2, 3, bidirectional=True)
-    p = problem(rng, layer, flags="l")
-    params, x, state, _ = given(xp, p)
+    p = random_inputs(rng, layer, flags="l")
+    params, x, state, _ = inputs_on(xp, p)
     lengths = xp.asarray(p.flags["lengths"].astype(dtype_of_lengths))
-    xp.assert_close(layer(params, x, state, lengths=lengths), expected(case, layer, p), condition=64)
+    xp.assert_close(layer(params, x, state, lengths=lengths), reference_outputs(case, layer, p), condition=64)
 
 
 def test_full_lengths_change_nothing(xp, rng):
     layer = xprnn.LSTM(2, 3, 2, bidirectional=True)
-    params, x, state, _ = given(xp, problem(rng, layer))
+    params, x, state, _ = inputs_on(xp, random_inputs(rng, layer))
     plain = layer(params, x, state)
     for flags in (
         {"lengths": [5, 5, 5]},
-        {"mask": on(xp, np.ones((5, 3), bool))},
-        {"reset": on(xp, np.zeros((5, 3), bool))},
+        {"mask": to_backend(xp, np.ones((5, 3), bool))},
+        {"reset": to_backend(xp, np.zeros((5, 3), bool))},
     ):
         xp.assert_close(layer(params, x, state, **flags), tree_to_numpy(xp, plain), condition=16)

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.layer_cases import CASES, MAIN, SLOW, cotangents, expected, given, on, problem
+from support.layer_cases import (
+    CASES,
+    MAIN_CASES,
+    SLOW_LIBRARIES,
+    inputs_on,
+    random_cotangents,
+    random_inputs,
+    reference_outputs,
+    to_backend,
+)
 
 import xprnn
 from xprnn.gradcheck import check_layer
@@ -13,7 +22,7 @@ from xprnn.layers.sequential import from_config
 differences = pytest.mark.not_on(
     "strict:no_float64", "strict:device1", "numpy:readonly", reason="differences are taken on the plain variant"
 )
-main_cases = pytest.mark.parametrize("name", MAIN)
+main_cases = pytest.mark.parametrize("name", MAIN_CASES)
 LENGTHS = np.array([5, 0, 3, 1])
 
 
@@ -30,10 +39,10 @@ def turned(a, lengths=LENGTHS):
 def test_equals_the_naive_reference(xp, rng, name, flags):
     case = CASES[name]
     layer = case.make(3, 4, 2, reverse=True)
-    p = problem(rng, layer, flags=flags)
-    params, x, state, on_flags = given(xp, p)
+    p = random_inputs(rng, layer, flags=flags)
+    params, x, state, on_flags = inputs_on(xp, p)
     y, final, tape = layer.forward(params, x, state, **on_flags)
-    xp.assert_close((y, final), expected(case, layer, p), condition=64)
+    xp.assert_close((y, final), reference_outputs(case, layer, p), condition=64)
     xp.assert_close(layer(params, x, state, **on_flags)[0], xp.to_numpy(y), condition=0)
     assert "reverse" in tape.explain()
 
@@ -44,15 +53,15 @@ def test_is_the_forward_layer_on_turned_rows(xp, rng, name, flags):
     """Outputs, final states and every gradient; nothing of the reverse walk itself is used for what is expected."""
     reverse, forward = (CASES[name].make(2, 3, 2, reverse=r) for r in (True, False))
     assert list(reverse.shapes()) == list(forward.shapes())
-    p = problem(rng, forward, T=5, N=4, flags=flags)
+    p = random_inputs(rng, forward, T=5, N=4, flags=flags)
     p.flags["lengths"] = LENGTHS
     back = {k: v if k == "lengths" else turned(v) for k, v in p.flags.items()}
     y, final, tape = forward.forward(p.params, turned(p.x), p.state, **back)
-    dy, dstate = cotangents(rng, y), cotangents(rng, final)
+    dy, dstate = random_cotangents(rng, y), random_cotangents(rng, final)
     want = forward.backward(tape, turned(dy), dstate)
-    params, x, state, on_flags = given(xp, p)
+    params, x, state, on_flags = inputs_on(xp, p)
     got_y, got_final, tape = reverse.forward(params, x, state, **on_flags)
-    got = reverse.backward(tape, on(xp, dy), on(xp, dstate))
+    got = reverse.backward(tape, to_backend(xp, dy), to_backend(xp, dstate))
     xp.assert_close((got_y, got_final), (turned(y), final), condition=64)
     xp.assert_close(tuple(got), (turned(want.dx), *want[1:]), condition=500)
 
@@ -61,17 +70,17 @@ def test_is_the_forward_layer_on_turned_rows(xp, rng, name, flags):
 @pytest.mark.parametrize("flags", ["", "lmr"])
 @main_cases
 def test_gradients(xp, rng, name, flags):
-    if xp.library in SLOW and (name, flags) != ("lstm", "lmr"):
+    if xp.library in SLOW_LIBRARIES and (name, flags) != ("lstm", "lmr"):
         pytest.skip("the richest one is enough on the slowest libraries")
     layer = CASES[name].make(2, 3, 2, reverse=True)
-    params, x, state, on_flags = given(xp, problem(rng, layer, T=4, flags=flags), "float64")
+    params, x, state, on_flags = inputs_on(xp, random_inputs(rng, layer, T=4, flags=flags), "float64")
     assert max(check_layer(layer, params, x, state, **on_flags).values()) < 1e-6
 
 
 @pytest.mark.parametrize("options", [{"batch_first": True}, {"learned_state": True}, {"bias": False}], ids=str)
 def test_options(rng, options):
     layer = xprnn.GRU(2, 3, 2, reverse=True, **options)
-    p = problem(rng, layer, T=4, N=3, flags="" if layer.batch_first else "l")
+    p = random_inputs(rng, layer, T=4, N=3, flags="" if layer.batch_first else "l")
     x = np.swapaxes(p.x, 0, 1) if layer.batch_first else p.x
     check_layer(layer, p.params, x, None, **p.flags)
 
@@ -80,7 +89,7 @@ def test_options(rng, options):
 def test_states_after_every_step(rng, name):
     """The state at t is where a walk from the end to t has come: the final state of the sequence cut before t."""
     layer = CASES[name].make(2, 3, 2, reverse=True)
-    p = problem(rng, layer, T=4)
+    p = random_inputs(rng, layer, T=4)
     _, _, tape = layer.forward(p.params, p.x, p.state)
     for t in range(4):
         _, final = layer(p.params, p.x[t:], p.state)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from support.backends import Backend
-from support.oracles import prove
+from support.oracles import check_gradients_on
 
 import xprnn
 from xprnn import GradientError, NotDifferentiableError, check_gradients
@@ -27,7 +27,7 @@ def test_right_gradients_pass(xp, rng, given):
     def backward(tape, dy):
         return dy @ xp.xp.permute_dims(tape[1], (1, 0)), xp.xp.permute_dims(tape[0], (1, 0)) @ dy
 
-    worst = prove(xp, lambda a, b: (a @ b, (a, b)), backward, [a, b], names=["a", "b"])
+    worst = check_gradients_on(xp, lambda a, b: (a @ b, (a, b)), backward, [a, b], names=["a", "b"])
     assert worst.keys() == {"a", "b"}
     assert max(worst.values()) < 1e-9
 
@@ -37,7 +37,7 @@ def test_names_the_argument_and_both_values(xp):
     x, w = xp.asarray(np.asarray([2.0])), xp.asarray(np.asarray([3.0]))
     passes = lambda x, w: (x * w, (x, w)), lambda t, dy: (dy * t[1], dy * t[0] * 2)
     with pytest.raises(GradientError) as caught:
-        prove(xp, *passes, [x, w], names=["x", "w"])
+        check_gradients_on(xp, *passes, [x, w], names=["x", "w"])
     text = str(caught.value)
     assert text.startswith("w: backward says ")
     words = text.replace(",", " ").split()
@@ -212,5 +212,5 @@ def test_empty_and_zero_dimensional_arguments(shape):
 def test_a_device_without_float64_is_refused():
     pytest.importorskip("array_api_strict")
     xp = Backend.STRICT_NO_FLOAT64
-    with xp.guarded(), pytest.raises(xprnn.InputError, match="float64 is not to be had"):
-        prove(xp, lambda x: (x, x), lambda x, dy: dy, [xp.asarray([1.0, 2.0])])
+    with xp.forbid_host_conversion(), pytest.raises(xprnn.InputError, match="float64 is not to be had"):
+        check_gradients_on(xp, lambda x: (x, x), lambda x, dy: dy, [xp.asarray([1.0, 2.0])])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.mutants import ELMAN_BUGS, elman_passes, verdict
+from support.mutants import ELMAN_BUGS, checker_message, elman_passes
 
 import xprnn
 from xprnn import Activation, cells
-from xprnn.kernels.config import generic_only
+from xprnn.kernels.config import reference_only
 
 T, N, D, H, V = 5, 3, 4, 4, 2  # D = H: a gradient from the wrong weight then has the right shape
 NAMES = ("x", "h0", "p")
@@ -22,12 +22,12 @@ def elman_args(rng):
 
 
 def test_the_right_backward_passes(elman_args):
-    assert verdict(elman_passes(), elman_args, NAMES) == ""
+    assert checker_message(elman_passes(), elman_args, NAMES) == ""
 
 
 @pytest.mark.parametrize("bug", ELMAN_BUGS)
 def test_a_wrong_backward_is_caught(elman_args, bug):
-    said = verdict(elman_passes(bug), elman_args, NAMES)
+    said = checker_message(elman_passes(bug), elman_args, NAMES)
     assert said.startswith(ELMAN_BUGS[bug] + ":"), f"{bug}: {said or 'not caught'}"
     assert "backward says" in said
     assert "central differences say" in said
@@ -88,8 +88,8 @@ def test_a_wrong_activation_in_a_layer_is_caught(rng, bug, generic):
 
     args = (params, rng.normal(size=(T, N, D)), rng.normal(size=(1, N, H)))
     if generic:
-        with generic_only():
-            said = verdict((forward, backward), args, ("params", "x", "state"))
+        with reference_only():
+            said = checker_message((forward, backward), args, ("params", "x", "state"))
     else:
-        said = verdict((forward, backward), args, ("params", "x", "state"))
+        said = checker_message((forward, backward), args, ("params", "x", "state"))
     assert bool(said) == (bug is not None), said

@@ -10,12 +10,12 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
-from support.layer_cases import cotangents, problem
+from support.layer_cases import random_cotangents, random_inputs
 
 import xprnn
 from xprnn import cells
 from xprnn.gradcheck import check_layer
-from xprnn.kernels.config import generic_only
+from xprnn.kernels.config import reference_only
 
 
 def lstm_back(dstate, saved, state, **slip):
@@ -92,7 +92,7 @@ def mutant(base, back, slip):
         def wrong(dstate, saved, state, p):
             return back(dstate, saved, state, **({slip: True} if slip else {}))
 
-        return base.over(xp).step, wrong
+        return base.bind(xp).step, wrong
 
     return xprnn.Cell(base.name, base.gates, build, base.states)  # one name, one text: its forward is compiled once
 
@@ -102,8 +102,8 @@ TABLE = [(cells.lstm(), lstm_back, s) for s in LSTM_SLIPS] + [(cells.gru(), gru_
 
 def checked(layer, rng, *, wrong=None, generic=False):
     """check_layer on random numbers, of the layer or of what `wrong` makes of it."""
-    p = problem(rng, layer, T=4, N=3)
-    with generic_only() if generic else nullcontext():
+    p = random_inputs(rng, layer, T=4, N=3)
+    with reference_only() if generic else nullcontext():
         return check_layer(Around(layer, wrong) if wrong else layer, p.params, p.x, p.state)
 
 
@@ -254,7 +254,7 @@ def test_a_slip_in_a_ragged_batch_is_found(rng, kind, bidirectional, slip):
         "reset": np.array([[0, 0, 0], [0, 0, 1], [1, 0, 0], [0, 1, 0]], bool),
     }
     layer = kind(2, 3, bidirectional=bidirectional)
-    p = problem(rng, layer, T=4, N=3)
+    p = random_inputs(rng, layer, T=4, N=3)
     check_layer(layer, p.params, p.x, p.state, **flags)
     with pytest.raises(xprnn.GradientError, match="backward says"):
         check_layer(by_another_tape(RAGGED[slip])(layer, flags), p.params, p.x, p.state)
@@ -267,7 +267,7 @@ def test_a_dropped_mask_of_dropout_is_found(rng):
         y, final, _ = layer.forward(params, x, state, rng=np.random.default_rng(1))
         return y, final, layer.forward(params, x, state)[2]
 
-    p = problem(rng, layer, T=3, N=2)
+    p = random_inputs(rng, layer, T=3, N=2)
     with pytest.raises(xprnn.GradientError):
         check_layer(Around(layer, lambda layer, *args: layer.backward(*args), forward), p.params, p.x, p.state)
 
@@ -275,9 +275,9 @@ def test_a_dropped_mask_of_dropout_is_found(rng):
 def test_a_cotangent_of_ones_would_miss_what_random_ones_find(rng):
     """Why the checker draws its cotangents: dy.sum() is the same read backwards (reference: reversed dy)."""
     layer = xprnn.LSTM(2, 3)
-    p = problem(rng, layer)
+    p = random_inputs(rng, layer)
     y, _, tape = layer.forward(p.params, p.x, p.state)
     ones = np.ones_like(y)
     assert np.array_equal(layer.backward(tape, ones).dx, layer.backward(tape, ones[::-1]).dx)
-    dy = cotangents(rng, y)
+    dy = random_cotangents(rng, y)
     assert not np.allclose(layer.backward(tape, dy).dx, layer.backward(tape, dy[::-1]).dx)

@@ -43,22 +43,22 @@ def test_the_published_gate_orders(cell, system):
 
 def test_the_shapes_and_places_of_each_system(rng):
     own = own_params(rng, "lstm", peepholes=True)
-    onnx = conventions.to_system("onnx", "lstm", own)
+    onnx = conventions.to_framework("onnx", "lstm", own)
     assert {k: v.shape for k, v in onnx.items()} == {"W": (8, D), "R": (8, H), "B": (16,), "P": (6,)}
     i, f, g, o = (slice(k * H, k * H + H) for k in range(4))
     np.testing.assert_array_equal(onnx["R"][2:4], own["weight_hh"][o])
     np.testing.assert_array_equal(onnx["B"][8 + 4 : 8 + 6], own["bias_hh"][f])
     np.testing.assert_array_equal(onnx["P"][2:4], own["weight_po"])
     del own["weight_pi"], own["weight_pf"], own["weight_po"]
-    keras = conventions.to_system("keras", "lstm", own)
+    keras = conventions.to_framework("keras", "lstm", own)
     assert {k: v.shape for k, v in keras.items()} == {"kernel": (D, 8), "recurrent_kernel": (H, 8), "bias": (8,)}
     np.testing.assert_array_equal(keras["kernel"][:, 4:6], own["weight_ih"][g].T)
     np.testing.assert_array_equal(keras["bias"][:2], own["bias_ih"][i] + own["bias_hh"][i])
     own = own_params(rng, "gru")
-    keras = conventions.to_system("keras", "gru", own)
+    keras = conventions.to_framework("keras", "gru", own)
     assert keras["bias"].shape == (2, 6)
     np.testing.assert_array_equal(keras["bias"][1, :2], own["bias_hh"][2:4])
-    assert conventions.to_system("keras", "gru_reset_before", own)["bias"].shape == (6,)
+    assert conventions.to_framework("keras", "gru_reset_before", own)["bias"].shape == (6,)
 
 
 @pytest.mark.parametrize("cell", GATES)
@@ -66,8 +66,8 @@ def test_the_shapes_and_places_of_each_system(rng):
 @pytest.mark.parametrize("bias", [False, True])
 def test_there_and_back(rng, cell, system, bias):
     own = own_params(rng, cell, bias, peepholes=cell == "lstm" and system != "keras")
-    back = conventions.from_system(system, cell, conventions.to_system(system, cell, own))
-    if bias and conventions.CONVENTIONS[system].biases[cell] == "summed":
+    back = conventions.from_framework(system, cell, conventions.to_framework(system, cell, own))
+    if bias and conventions.CONVENTIONS[system].bias_layouts[cell] == "summed":
         np.testing.assert_array_equal(back.pop("bias_ih"), own.pop("bias_ih") + own["bias_hh"])
         np.testing.assert_array_equal(back.pop("bias_hh"), np.zeros_like(own.pop("bias_hh")))
     assert back.keys() == own.keys()
@@ -77,13 +77,13 @@ def test_there_and_back(rng, cell, system, bias):
 
 def test_what_a_system_has_no_place_for(rng):
     with pytest.raises(InputError, match="keras: its lstm has no place for weight_pf, weight_pi, weight_po"):
-        conventions.to_system("keras", "lstm", own_params(rng, "lstm", peepholes=True))
+        conventions.to_framework("keras", "lstm", own_params(rng, "lstm", peepholes=True))
     with pytest.raises(InputError, match="onnx: its lstm has no place for weight_hr"):
-        conventions.to_system("onnx", "lstm", {**own_params(rng, "lstm"), "weight_hr": np.zeros((1, H))})
+        conventions.to_framework("onnx", "lstm", {**own_params(rng, "lstm"), "weight_hr": np.zeros((1, H))})
     with pytest.raises(InputError, match="onnx: a gru has no kernel"):
-        conventions.from_system("onnx", "gru", {"kernel": np.zeros((D, 6))})
+        conventions.from_framework("onnx", "gru", {"kernel": np.zeros((D, 6))})
     with pytest.raises(InputError, match=r"axis 0 of shape \(7, 3\) is not 4 blocks"):
-        conventions.from_system("onnx", "lstm", {"W": np.zeros((7, 3)), "R": np.zeros((8, 2))})
+        conventions.from_framework("onnx", "lstm", {"W": np.zeros((7, 3)), "R": np.zeros((8, 2))})
 
 
 def test_sequences_and_states(rng, xp, dtype):
@@ -91,18 +91,20 @@ def test_sequences_and_states(rng, xp, dtype):
     host = rng.normal(size=(5, 4, 2 * H))
     y = xp.asarray(host, dtype)
     ns = namespace(y)
-    there = conventions.to_directions(ns, y, 2)
+    there = conventions.split_directions(ns, y, 2)
     want = host.reshape(5, 4, 2, H).swapaxes(1, 2)
     np.testing.assert_array_equal(xp.to_numpy(there), want.astype(dtype))
-    np.testing.assert_array_equal(xp.to_numpy(conventions.from_directions(ns, there)), host.astype(dtype))
-    np.testing.assert_array_equal(xp.to_numpy(conventions.swap_batch(ns, there)), want.swapaxes(0, 1).astype(dtype))
+    np.testing.assert_array_equal(xp.to_numpy(conventions.merge_directions(ns, there)), host.astype(dtype))
+    np.testing.assert_array_equal(
+        xp.to_numpy(conventions.swap_leading_axes(ns, there)), want.swapaxes(0, 1).astype(dtype)
+    )
     h, cell = rng.normal(size=(2, 6, 4, H)).astype(dtype)
-    flat = conventions.to_flat_states((xp.asarray(h, dtype), xp.asarray(cell, dtype)))
+    flat = conventions.flatten_states((xp.asarray(h, dtype), xp.asarray(cell, dtype)))
     for have, wanted in zip(flat, (h[0], cell[0], h[1], cell[1]), strict=False):
         np.testing.assert_array_equal(xp.to_numpy(have), wanted)
-    for have, wanted in zip(conventions.from_flat_states(ns, flat, 2), (h, cell), strict=True):
+    for have, wanted in zip(conventions.unflatten_states(ns, flat, 2), (h, cell), strict=True):
         np.testing.assert_array_equal(xp.to_numpy(have), wanted)
     (one,) = [
-        xp.to_numpy(a) for a in (conventions.from_flat_states(ns, conventions.to_flat_states(xp.asarray(h, dtype)), 1),)
+        xp.to_numpy(a) for a in (conventions.unflatten_states(ns, conventions.flatten_states(xp.asarray(h, dtype)), 1),)
     ]
     np.testing.assert_array_equal(one, h)

@@ -7,11 +7,11 @@ import tracemalloc
 import numpy as np
 import pytest
 from support.backends import Backend
-from support.layer_cases import CASES, MAIN, RARE, cotangents, given, problem
+from support.layer_cases import CASES, MAIN_CASES, RARE_CASES, inputs_on, random_cotangents, random_inputs
 
 import xprnn
 from xprnn.gradcheck import check_layer
-from xprnn.kernels.config import compiling, generic_only
+from xprnn.kernels.config import allow_jit, reference_only
 from xprnn.kernels.jit import compile_cache
 
 PATTERNS = {
@@ -36,15 +36,15 @@ NAMES = {"in place": "NumPy in place", "compiled": "compiled by numba"}
 @pytest.fixture(params=NAMES, autouse=True)
 def kernel(request):
     """Every test runs with each kernel; its name in a tape's words."""
-    if request.param == "compiled" and not compile_cache.available():
+    if request.param == "compiled" and not compile_cache.numba_available():
         pytest.skip("numba is not installed")
-    with compiling(request.param == "compiled"):
+    with allow_jit(request.param == "compiled"):
         yield NAMES[request.param]
 
 
 def run(layer, p, dtype, dy=None, dfinal=None):
     """Everything a pass gives: (y, final, states, dx, dstate, dparams) and how it was computed."""
-    params, x, state, flags = given(XP, p, dtype)
+    params, x, state, flags = inputs_on(XP, p, dtype)
     y, final, tape = layer.forward(params, x, state, **flags)
     if dy is None:
         return (y, final, tape.states()), tape
@@ -58,9 +58,9 @@ def cast(tree, dtype):
 
 def both(layer, p, dtype, rng):
     (y, final, _), tape = run(layer, p, dtype)
-    dy, dfinal = cotangents(rng, y), cotangents(rng, final)
+    dy, dfinal = random_cotangents(rng, y), random_cotangents(rng, final)
     fast, tape = run(layer, p, dtype, dy, dfinal)
-    with generic_only():
+    with reference_only():
         slow, generic = run(layer, p, dtype, dy, dfinal)
     assert "generic" in generic.explain()
     return fast, slow, tape
@@ -70,32 +70,32 @@ def both(layer, p, dtype, rng):
 @pytest.mark.parametrize("name", CASES)
 def test_a_kernel_equals_generic(rng, dtype, kernel, name, pattern):
     layer = CASES[name].make(3, 4, 2, bidirectional=True)
-    p = problem(rng, layer, T=6, N=4)._replace(flags=PATTERNS[pattern])
+    p = random_inputs(rng, layer, T=6, N=4)._replace(flags=PATTERNS[pattern])
     p = p._replace(flags={k: np.asarray(v) for k, v in p.flags.items()})
     fast, slow, tape = both(layer, p, dtype, rng)
     in_place = kernel == NAMES["in place"]
-    expected = "generic scan" if in_place and layer.core.early else kernel  # early gates are compiled only
+    expected = "generic scan" if in_place and layer.resolved_cell.early else kernel  # early gates are compiled only
     assert tape.explain().count(expected) == 2 * layer.num_layers
     XP.assert_close(fast, slow, condition=200)
-    XP.assert_home(fast, XP.asarray(np.zeros(1), dtype))
-    params, x, state, flags = given(XP, p, dtype)
+    XP.assert_like(fast, XP.asarray(np.zeros(1), dtype))
+    params, x, state, flags = inputs_on(XP, p, dtype)
     XP.assert_close(layer(params, x, state, **flags), fast[:2], condition=0)  # no tape, the same bits
 
 
-@pytest.mark.parametrize("name", RARE)
+@pytest.mark.parametrize("name", RARE_CASES)
 def test_a_rarer_cell_equals_generic(rng, kernel, name):
     """Early gates of a cell of one's own, whichever only look at x + h; peepholes with a projected h: all that runs."""
-    layer = RARE[name](3, 5, 2)
-    p = problem(rng, layer, T=6, N=4, flags="lmr", scale=0.3)
+    layer = RARE_CASES[name](3, 5, 2)
+    p = random_inputs(rng, layer, T=6, N=4, flags="lmr", scale=0.3)
     fast, slow, tape = both(layer, p, "float64", rng)
     compiled = kernel == NAMES["compiled"]
-    assert ("generic scan" if layer.core.early and not compiled else kernel) in tape.explain()
+    assert ("generic scan" if layer.resolved_cell.pregates and not compiled else kernel) in tape.explain()
     XP.assert_close(fast, slow, condition=200)
     check_layer(layer, p.params, p.x, p.state, **p.flags)
     ids = rng.integers(0, 3, (4, 2))
     state = tuple(s[:, :2] for s in p.state)
     for x in (p.x[:, :2], ids):
-        assert (layer._walk(p.params, x, state) is not None) == compiled
+        assert (layer._fast_sequence(p.params, x, state) is not None) == compiled
         walked, steps = layer(p.params, x, state), state
         for x_t in x:
             y, steps = layer.step(p.params, x_t, steps)
@@ -103,12 +103,12 @@ def test_a_rarer_cell_equals_generic(rng, kernel, name):
         XP.assert_close((y, steps), (walked[0][-1], walked[1]), condition=64)
 
 
-@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("name", MAIN_CASES)
 def test_the_same_bits_from_run_to_run_and_from_replay(rng, name):
     layer = CASES[name].make(3, 4, 2, bidirectional=True)
-    p = problem(rng, layer, T=6, N=4, flags="lmr")
+    p = random_inputs(rng, layer, T=6, N=4, flags="lmr")
     (y, final, _), tape = run(layer, p, "float64")
-    dy, dfinal = cotangents(rng, y), cotangents(rng, final)
+    dy, dfinal = random_cotangents(rng, y), random_cotangents(rng, final)
     one, tape = run(layer, p, "float64", dy, dfinal)
     two, _ = run(layer, p, "float64", dy, dfinal)
     XP.assert_close(two, one, condition=0)
@@ -120,9 +120,9 @@ def test_the_same_bits_from_run_to_run_and_from_replay(rng, name):
 def test_any_memory_layout(rng, name):
     """Fortran-ordered, strided and read-only arguments: the same numbers, and not one of them is written to."""
     layer = CASES[name].make(3, 4, 2, bidirectional=True)
-    p = problem(rng, layer, T=5, N=4, flags="lr")
+    p = random_inputs(rng, layer, T=5, N=4, flags="lr")
     (y, final, _), _ = run(layer, p, "float64")
-    dy, dfinal = cotangents(rng, y), cotangents(rng, final)
+    dy, dfinal = random_cotangents(rng, y), random_cotangents(rng, final)
     want, _ = run(layer, p, "float64", dy, dfinal)
     for twist in (np.asfortranarray, every_other, backwards):
         params, x, state = twisted(twist, (p.params, p.x, p.state))
@@ -152,9 +152,9 @@ def twisted(twist, tree):
 def test_what_comes_out_is_not_what_the_tape_holds(rng):
     """A caller who works in place on results must not bend the gradients: such memory is read-only or a copy."""
     layer = xprnn.LSTM(3, 4)
-    p = problem(rng, layer)
+    p = random_inputs(rng, layer)
     (y, final, _), _ = run(layer, p, "float64")
-    dy, dfinal = cotangents(rng, y), cotangents(rng, final)
+    dy, dfinal = random_cotangents(rng, y), random_cotangents(rng, final)
     want, _ = run(layer, p, "float64", dy, dfinal)
     y, final, tape = layer.forward(p.params, p.x, p.state)
     got = layer.backward(tape, dy, dfinal)
@@ -184,14 +184,18 @@ def test_no_allocation_inside_the_time_loop(rng, name):
         x = rng.normal(size=(T, N, 2))
         layer(params, x)  # the first call compiles
         peaks.append(peak(lambda x=x: layer(params, x)))
-    kept = len(layer.core.states) + layer.core.gates  # states and projection; the Elman cell's are one
+    kept = (
+        len(layer.resolved_cell.states) + layer.resolved_cell.gates
+    )  # states and projection; the Elman cell's are one
     assert peaks[1] - peaks[0] <= (kept + 0.5) * 40 * step
     y, _, tape = layer.forward(params, x)
     dy = np.ones_like(y)
     layer.backward(tape, dy)
     short = layer.forward(params, x[:40])[2]
     growth = peak(lambda: layer.backward(tape, dy)) - peak(lambda: layer.backward(short, dy[:40]))
-    sums = layer.core.gates * (1 if layer.core.name != "gru" else 2) + len(layer.core.vectors)
+    sums = layer.resolved_cell.gates * (1 if layer.resolved_cell.name != "gru" else 2) + len(
+        layer.resolved_cell.vectors
+    )
     assert growth <= (sums + 0.5) * 40 * step  # the gates' adjoints, which one product reads at the end
 
 
@@ -232,7 +236,7 @@ def branching_cell():
 @pytest.mark.parametrize("make", [untraceable_cell, branching_cell])
 def test_a_cell_that_cannot_be_traced_takes_the_generic_scan(rng, make):
     layer = xprnn.Recurrent(2, 3, cell=make(), bidirectional=True)
-    p = problem(rng, layer, T=4, flags="lmr", scale=0.3)
+    p = random_inputs(rng, layer, T=4, flags="lmr", scale=0.3)
     assert run(layer, p, "float64")[1].explain().count("generic") == 2
     check_layer(layer, p.params, p.x, p.state, **p.flags)
 
@@ -242,7 +246,7 @@ def test_a_very_long_sequence(rng, kind, bidirectional):
     """torch's cuDNN path ends at 65,535 steps. Here only the last steps matter, and they are the short run's."""
     T = 70_000
     layer = kind(1, 1, bidirectional=bidirectional)
-    p = problem(rng, layer, T=1, N=1, scale=0.3)
+    p = random_inputs(rng, layer, T=1, N=1, scale=0.3)
     x = rng.normal(size=(T, 1, 1))
     y, final, tape = layer.forward(p.params, x, p.state)
     assert np.isfinite(y).all()
@@ -255,7 +259,7 @@ def test_a_very_long_sequence(rng, kind, bidirectional):
     np.testing.assert_allclose(got.dx[-1000:], want.dx[-1000:], rtol=1e-9, atol=1e-15)
     for name in got.dparams:
         np.testing.assert_allclose(got.dparams[name], want.dparams[name], rtol=1e-9, atol=1e-12)
-    with generic_only():
+    with reference_only():
         generic = layer(p.params, x[:500], p.state)[0]
     np.testing.assert_allclose(generic[:400, :, 0], y[:400, :, 0], rtol=0, atol=1e-14)
     check_parts_of_a_long_walk(layer, p, x, y, final)

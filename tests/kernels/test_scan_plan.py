@@ -10,7 +10,7 @@ import pytest
 import xprnn
 from xprnn.engine import stack
 from xprnn.kernels.jit import scan_plan
-from xprnn.kernels.jit.threads import each
+from xprnn.kernels.jit.threads import parallel_map
 
 pytestmark = pytest.mark.needs("numba")
 LAYERS = {
@@ -50,7 +50,7 @@ class Counted:
 
     def __init__(self, monkeypatch):
         self.counts, self.closed = {"forward": 0, "backward": 0}, False
-        for name, way in (("forward", scan_plan.Ahead), ("backward", scan_plan.Back)):
+        for name, way in (("forward", scan_plan.ForwardPlan), ("backward", scan_plan.BackwardPlan)):
             monkeypatch.setattr(way, "__call__", self._watched(name, way.__call__))
 
     def _watched(self, name, run):
@@ -81,10 +81,10 @@ def test_the_same_bits(rng, short, name, options, shape, dtype):
         zero, end, other = layer.forward(params, x)
         inner = [tuple(np.ones_like(s) for s in one) for one in tape.states()]
         found = [y, final, zero, end, *tape.states(), layer.backward(tape, dy), layer.backward(other, dy, state)]
-        found += stack.forward(layer, params, x, state, keep=False)[:2]
+        found += stack.forward(layer, params, x, state, record_tape=False)[:2]
         return [*found, layer.backward(tape, dy, state, dstates=inner), layer.backward(tape, None, state)]
 
-    found, ways = run(), layer.num_layers * layer.directions
+    found, ways = run(), layer.num_layers * layer.num_directions
     assert short.counts["forward"] == 3 * ways
     assert short.counts["backward"] >= 2 * ways
     short.closed = True
@@ -150,14 +150,16 @@ def test_several_threads_share_a_forward_and_take_the_long_way_back(rng, short, 
     layer = xprnn.LSTM(64, 128)
     params, x, dy, state = made(rng, layer, (40, 32))
     threads = 1
-    monkeypatch.setattr("xprnn.kernels.jit.threads.allowed", lambda: threads)
+    monkeypatch.setattr("xprnn.kernels.jit.threads.max_threads", lambda: threads)
     y, final, tape = layer.forward(params, x, state)
     grads = layer.backward(tape, dy)
     inference = layer(params, x, state)
     assert short.counts["forward"] > 1
     assert short.counts["backward"] == 1
     threads, shared = 2, []
-    monkeypatch.setattr(scan_plan, "each", lambda walk, those: shared.append(len(those)) or each(walk, those))
+    monkeypatch.setattr(
+        scan_plan, "parallel_map", lambda walk, those: shared.append(len(those)) or parallel_map(walk, those)
+    )
     assert_same(layer(params, x, state), inference)
     assert_same(layer.forward(params, x, state)[:2], (y, final))
     # A tape that one thread wrote, read by two: their sums are added up in another order.

@@ -6,10 +6,10 @@ import json
 
 import numpy as np
 import pytest
-from support.oracles import prove
+from support.oracles import check_gradients_on
 
 import xprnn
-from xprnn.layers.context_shift import carry
+from xprnn.layers.context_shift import next_window_state
 from xprnn.layers.sequential import from_config
 
 float64_only = pytest.mark.not_on("strict:no_float64", reason="central differences need float64")
@@ -28,14 +28,14 @@ def moved(x, by):
 
 @pytest.mark.parametrize("lead", [(T,), (T, N), (T, 2, N), (T, 0), (0, N), (1, N), (2, N)])
 def test_values_and_adjoint(xp, dtype, rng, lead):
-    layer = xprnn.Around(H)
+    layer = xprnn.ContextShift(H)
     x, dy = (rng.normal(size=(*lead, 2 * H)).astype(dtype) for _ in range(2))
     params = layer.init(rng, xp.asarray(x))
     y, state, tape = layer.forward(params, xp.asarray(x))
     dx, dstate, dparams = layer.backward(tape, xp.asarray(dy))
     xp.assert_close((y, dx), (moved(x, 1), moved(dy, -1)), condition=0)
     xp.assert_close(layer(params, xp.asarray(x))[0], moved(x, 1), condition=0)
-    xp.assert_home((y, dx), xp.asarray(x))
+    xp.assert_like((y, dx), xp.asarray(x))
     assert state is dstate is None
     assert params == dparams == layer.shapes() == {}
 
@@ -43,8 +43,8 @@ def test_values_and_adjoint(xp, dtype, rng, lead):
 @float64_only
 @pytest.mark.parametrize("lead", [(T, N), (1, 2), (T,)])
 def test_adjoint_by_central_differences(xp, rng, lead):
-    layer, x = xprnn.Around(H), xp.asarray(rng.normal(size=(*lead, 2 * H)))
-    worst = prove(
+    layer, x = xprnn.ContextShift(H), xp.asarray(rng.normal(size=(*lead, 2 * H)))
+    worst = check_gradients_on(
         xp,
         lambda x: layer.forward({}, x)[::2],
         lambda tape, dy: (layer.backward(tape, dy).dx,),
@@ -56,7 +56,7 @@ def test_adjoint_by_central_differences(xp, rng, lead):
 
 def network(kind="RNN"):
     return xprnn.Sequential(
-        rnn=getattr(xprnn, kind)(V, H, bidirectional=True), around=xprnn.Around(H), head=xprnn.Linear(2 * H, V)
+        rnn=getattr(xprnn, kind)(V, H, bidirectional=True), around=xprnn.ContextShift(H), head=xprnn.Linear(2 * H, V)
     )
 
 
@@ -78,7 +78,7 @@ def test_the_network_by_central_differences(xp, rng, kind):
         return dparams, dstate
 
     state = (one, 0.5 * one) if kind == "LSTM" else one
-    assert max(prove(xp, forward, backward, (params, state), names=("params", "state")).values()) < 1e-6
+    assert max(check_gradients_on(xp, forward, backward, (params, state), names=("params", "state")).values()) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
@@ -102,7 +102,7 @@ def test_two_layers_or_no_move_would_leak(rng):
     other = ids.copy()
     other[2] = (ids[2] + 1) % V
     deep = xprnn.Sequential(
-        rnn=xprnn.RNN(V, H, num_layers=2, bidirectional=True), around=xprnn.Around(H), head=xprnn.Linear(2 * H, V)
+        rnn=xprnn.RNN(V, H, num_layers=2, bidirectional=True), around=xprnn.ContextShift(H), head=xprnn.Linear(2 * H, V)
     )
     plain = xprnn.Sequential(rnn=xprnn.RNN(V, H, bidirectional=True), head=xprnn.Linear(2 * H, V))
     for model in (deep, plain):
@@ -112,10 +112,10 @@ def test_two_layers_or_no_move_would_leak(rng):
 
 def test_the_next_window_takes_the_forward_state_and_a_fresh_reverse_one(xp, rng):
     one, two = (rng.normal(size=(2, N, H)).astype("float32") for _ in range(2))
-    kept = carry((xp.asarray(one), xp.asarray(two)))
+    kept = next_window_state((xp.asarray(one), xp.asarray(two)))
     zero = np.zeros((1, N, H))
     xp.assert_close(kept, (np.concatenate((one[:1], zero)), np.concatenate((two[:1], zero))), condition=0)
-    xp.assert_home(kept, xp.asarray(one))
+    xp.assert_like(kept, xp.asarray(one))
 
 
 def test_a_masked_character_is_not_read(xp, rng):
@@ -132,7 +132,7 @@ def test_a_masked_character_is_not_read(xp, rng):
 
 
 def test_bad_calls_say_what_is_wrong(rng):
-    layer = xprnn.Around(H)
+    layer = xprnn.ContextShift(H)
     with pytest.raises(xprnn.InputError, match=r"x \(T,...,2H\) must end in 6 features"):
         layer({}, np.zeros((T, N, H)))
     with pytest.raises(xprnn.InputError, match="must end in 6 features"):
@@ -144,7 +144,7 @@ def test_bad_calls_say_what_is_wrong(rng):
     with pytest.raises(xprnn.InputError, match="give the whole sequence"):
         layer.step({}, np.zeros((N, 2 * H)))
     with pytest.raises(xprnn.InputError, match="hidden_size must be an integer >= 1"):
-        xprnn.Around(0)
+        xprnn.ContextShift(0)
     model = network()
     with pytest.raises(xprnn.InputError, match="bidirectional"):
         model.step(model.init(rng, np.zeros(1)), np.zeros(N, int))
@@ -162,6 +162,6 @@ def test_sizes_may_be_numpys_integers():
         xprnn.RNN(size, size),
         xprnn.Linear(size, size),
         xprnn.Embedding(size, size),
-        xprnn.Around(size),
+        xprnn.ContextShift(size),
     ):
         assert from_config(json.loads(json.dumps(part.config()))) == part

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.layer_cases import LEAKY, cotangents, given, problem
+from support.layer_cases import LEAKY_CELL, inputs_on, random_cotangents, random_inputs
 
 import xprnn
 
@@ -22,7 +22,7 @@ def test_every_library_gets_the_same_numbers(xp, dtype, kind, scheme):
     layer = kind(3, 4, 2, bidirectional=True, learned_state=True)
     like = xp.asarray(np.zeros(1), dtype)
     here = init(layer, like=like, scheme=scheme)
-    xp.assert_home(here, like)
+    xp.assert_like(here, like)
     xp.assert_close(here, {k: v.astype(dtype) for k, v in init(layer, scheme=scheme).items()}, condition=0)
     assert {k: tuple(v.shape) for k, v in here.items()} == layer.shapes()
     assert list(here) == list(layer.shapes())
@@ -67,7 +67,7 @@ def test_uniform_has_torchs_spread():
 def test_each_gate_is_orthogonal_by_itself(kind, scheme, also_input):
     D, H = 7, 5
     params = init(kind(D, H), scheme=scheme)
-    for k in range(kind(D, H).core.gates):
+    for k in range(kind(D, H).resolved_cell.gates):
         u = params["weight_hh_l0"][k * H : (k + 1) * H]
         np.testing.assert_allclose(u @ u.T, np.eye(H), atol=1e-14)
         w = params["weight_ih_l0"][k * H : (k + 1) * H]
@@ -113,7 +113,7 @@ def test_spectral_radius(kind, radius):
     layer = kind(3, 8, 2)
     params = init(layer, spectral_radius=radius)
     for name in ("weight_hh_l0", "weight_hh_l1"):
-        for block in np.split(params[name], layer.core.gates):
+        for block in np.split(params[name], layer.resolved_cell.gates):
             np.testing.assert_allclose(np.abs(np.linalg.eigvals(block)).max(), radius, rtol=1e-12)
     assert np.abs(params["weight_ih_l0"]).max() <= 1 / np.sqrt(8)
 
@@ -138,7 +138,7 @@ def test_a_learned_state_starts_at_zero():
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_cells_own_vectors_are_drawn_too(scheme):
-    params = init(xprnn.Recurrent(3, 4, 2, cell=LEAKY, bidirectional=True), scheme=scheme)
+    params = init(xprnn.Recurrent(3, 4, 2, cell=LEAKY_CELL, bidirectional=True), scheme=scheme)
     assert params["rate_l1_reverse"].shape == (4,)
 
 
@@ -167,14 +167,14 @@ def test_rng_is_a_generator(rng_given):
 
 def test_dropout_drops_the_same_on_every_library(xp, rng):
     layer = xprnn.GRU(2, 5, 3, dropout=0.5, bidirectional=True)
-    p = problem(rng, layer)
+    p = random_inputs(rng, layer)
     want, _, tape = layer.forward(p.params, p.x, p.state, rng=np.random.default_rng(3))
-    dy = cotangents(rng, want)
+    dy = random_cotangents(rng, want)
     want_dx = layer.backward(tape, dy).dx
-    params, x, state, _ = given(xp, p)
+    params, x, state, _ = inputs_on(xp, p)
     y, _, tape = layer.forward(params, x, state, rng=np.random.default_rng(3))
     xp.assert_close((y, layer.backward(tape, xp.asarray(dy)).dx), (want, want_dx), condition=100)
-    xp.assert_home(y, x)
+    xp.assert_like(y, x)
 
 
 def test_dropout_zeroes_a_share_and_keeps_the_mean():
@@ -194,7 +194,7 @@ def test_dropout_zeroes_a_share_and_keeps_the_mean():
 
 def test_dropout_is_for_training_and_between_layers_only(rng):
     for layer in (xprnn.GRU(2, 3, 2, dropout=0.5), xprnn.GRU(2, 3, dropout=0.5)):
-        p = problem(rng, layer)
+        p = random_inputs(rng, layer)
         called, _ = layer(p.params, p.x)
         without, _, _ = layer.forward(p.params, p.x)
         drawn, _, _ = layer.forward(p.params, p.x, rng=np.random.default_rng(0))

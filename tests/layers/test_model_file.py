@@ -56,7 +56,7 @@ def test_load_moves_to_the_array_library_asked_for(tmp_path, model, params, xp, 
     like = xp.asarray(np.zeros(1), "float32")
     _, loaded = xprnn.load(path, like=like)
     for name, array in loaded.items():
-        xp.assert_home(array, like)
+        xp.assert_like(array, like)
         np.testing.assert_array_equal(xp.to_numpy(array), params[name])
 
 

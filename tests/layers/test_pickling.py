@@ -18,14 +18,14 @@ MODELS = {
     "layer": xprnn.LSTM(3, 4, 2),
     "both ways": xprnn.GRU(3, 4, bidirectional=True),
     "model": xprnn.Sequential(head=xprnn.Linear(3, 3), rnn=xprnn.RNN(3, 4)),
-    "nested": xprnn.Sequential(inner=xprnn.Sequential(last=xprnn.Last()), head=xprnn.Linear(3, 2)),
+    "nested": xprnn.Sequential(inner=xprnn.Sequential(last=xprnn.LastStep()), head=xprnn.Linear(3, 2)),
 }
 PARTS = {
     "cell": xprnn.Recurrent(3, 4, cell=cells.elman("relu")),
     "options": xprnn.Recurrent(3, 4, cell=cells.lstm(peepholes=True, clip=3)),
     "constants": xprnn.RNN(3, 4, nonlinearity=xprnn.activation("elu", 0.5)),
     "constants in a cell": xprnn.Recurrent(3, 4, cell=cells.gru(candidate=xprnn.activation("elu", 0.5))),
-    "apply": xprnn.Apply(xprnn.activation("leakyrelu", 0.3)),
+    "apply": xprnn.ActivationLayer(xprnn.activation("leakyrelu", 0.3)),
     "model": xprnn.Sequential(rnn=xprnn.GRU(3, 4, reset_after=False), head=xprnn.Linear(4, 2)),
 }
 

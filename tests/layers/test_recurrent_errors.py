@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.layer_cases import LEAKY, given, on, problem
+from support.layer_cases import LEAKY_CELL, inputs_on, random_inputs, to_backend
 
 import xprnn
 from xprnn import InputError
@@ -31,7 +31,7 @@ T, N = 4, 3
         (lambda: xprnn.Recurrent(2, 3, cell="lstm"), "Recurrent: cell must be an xprnn.Cell, found str"),
         (lambda: xprnn.RNN(2, 3, nonlinearity="swish"), "expected one of tanh.*found 'swish'"),
         (
-            lambda: xprnn.Recurrent(2, 3, cell=LEAKY).config(),
+            lambda: xprnn.Recurrent(2, 3, cell=LEAKY_CELL).config(),
             "Recurrent: a layer with a cell of your own has no file form",
         ),
     ],
@@ -43,7 +43,7 @@ def test_configurations(make, says):
 
 
 def setting(xp, rng, layer):
-    params, x, state, _ = given(xp, problem(rng, layer, T, N))
+    params, x, state, _ = inputs_on(xp, random_inputs(rng, layer, T, N))
     return params, x, state
 
 
@@ -68,7 +68,7 @@ def setting(xp, rng, layer):
 def test_flags(xp, rng, verb, flags, says):
     layer = xprnn.GRU(2, 3, 2)
     params, x, state = setting(xp, rng, layer)
-    here = {k: v if k == "lengths" else on(xp, v) for k, v in flags.items()}
+    here = {k: v if k == "lengths" else to_backend(xp, v) for k, v in flags.items()}
     where, call = ("GRU.forward", layer.forward) if verb == "forward" else ("GRU", layer)
     with pytest.raises(InputError, match=f"^{where}: {says}") as caught:
         call(params, x, state, **here)
@@ -86,10 +86,10 @@ def test_flags_of_another_library(xp, rng, flag):
 
 def test_flags_of_a_batch_first_layer_are_batch_first(xp, rng):
     layer = xprnn.GRU(2, 3, batch_first=True)
-    p = problem(rng, layer, N, T)  # read the other way round: N rows of T steps
-    params, x, _, _ = given(xp, p)
+    p = random_inputs(rng, layer, N, T)  # read the other way round: N rows of T steps
+    params, x, _, _ = inputs_on(xp, p)
     with pytest.raises(InputError, match=r"mask \(N,T\) must have shape \(3, 4\), found \(4, 3\)"):
-        layer(params, x, mask=on(xp, np.ones((T, N), bool)))
+        layer(params, x, mask=to_backend(xp, np.ones((T, N), bool)))
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_x(xp, rng, x, says):
     layer = xprnn.GRU(2, 3)
     params, _, state = setting(xp, rng, layer)
     with pytest.raises(InputError, match=says):
-        layer(params, on(xp, x), state)
+        layer(params, to_backend(xp, x), state)
 
 
 def test_x_of_a_step(xp, rng):
@@ -209,6 +209,6 @@ def test_x_of_a_step(xp, rng):
     with pytest.raises(
         InputError, match=r"GRU\.step: x must be of .* found .*bool: as class numbers, convert it to int"
     ):
-        layer.step(params, on(xp, np.ones(N, bool)), state)
+        layer.step(params, to_backend(xp, np.ones(N, bool)), state)
     with pytest.raises(InputError, match=r"GRU\.step: x has 1 features but weight_ih_l0 expects 2"):
         layer.step(params, x[0, :, :1], state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.oracles import prove
+from support.oracles import check_gradients_on
 
 import xprnn
 from xprnn import RNN, Embedding, Linear, Sequential
@@ -31,7 +31,7 @@ def test_linear(xp, dtype, rng, bias, lead):
     flat_x, flat_dy = hx.reshape(-1, D), hdy.reshape(-1, V)
     want = {"weight": flat_dy.T @ flat_x} | ({"bias": flat_dy.sum(0)} if bias else {})
     xp.assert_close(dparams, want, condition=60)
-    xp.assert_home((y, dx, dparams, params), x)
+    xp.assert_like((y, dx, dparams, params), x)
     assert state is dstate is None
     assert {k: tuple(p.shape) for k, p in params.items()} == layer.shapes()
 
@@ -47,7 +47,7 @@ def test_embedding_is_a_one_hot_product(xp, dtype, rng, lead):
     hot = np.eye(V)[ids].reshape(-1, V)
     xp.assert_close(y, xp.to_numpy(params["weight"])[ids], condition=0)
     xp.assert_close(dparams, {"weight": hot.T @ xp.to_numpy(dy).astype("float64").reshape(-1, D)}, condition=30)
-    xp.assert_home((y, dparams), params["weight"])
+    xp.assert_like((y, dparams), params["weight"])
     assert dx is None
 
 
@@ -118,7 +118,7 @@ def test_chain_by_central_differences(xp, rng, kind):
         assert dx is None
         return dparams, dstate
 
-    worst = prove(xp, forward, backward, (params, state), names=("params", "state"))
+    worst = check_gradients_on(xp, forward, backward, (params, state), names=("params", "state"))
     assert {name for name in worst if name.startswith("params")} == {f"params[{k!r}]" for k in params}
     assert max(worst.values()) < 1e-6
 
@@ -127,10 +127,10 @@ def test_chain_is_its_parts(xp, rng):
     """What Sequential does, done by hand."""
     model = model_of()
     params = model.init(rng, like(xp))
-    parts = {n: {k.partition(".")[2]: a for k, a in params.items() if k.startswith(n + ".")} for n in model.parts}
+    parts = {n: {k.partition(".")[2]: a for k, a in params.items() if k.startswith(n + ".")} for n in model.layers}
     ids, dy = xp.asarray(rng.integers(V, size=(T, N))), xp.asarray(rng.normal(size=(T, N, V)))
     start, dlast = (xp.asarray(rng.normal(size=(1, N, H))) for _ in range(2))
-    embed, rnn, head = model.parts.values()
+    embed, rnn, head = model.layers.values()
     e, _, tape_e = embed.forward(parts["embed"], ids)
     h, last, tape_r = rnn.forward(parts["rnn"], e, start)
     y, _, tape_h = head.forward(parts["head"], h)
@@ -171,7 +171,7 @@ def test_flags_reach_the_recurrent_part(xp, rng):
 
 
 def test_explain_has_a_line_for_each_layer_of_each_recurrent_part(xp, rng):
-    inner = Sequential(skip=xprnn.Masking(), low=RNN(D, H, 2), last=xprnn.Last())
+    inner = Sequential(skip=xprnn.Masking(), low=RNN(D, H, 2), last=xprnn.LastStep())
     alone = Sequential(flat=Linear(H, V))
     for model, ways in (
         (Sequential(read=Embedding(V, D), inner=inner, head=alone), ["inner, low, layer 0", "inner, low, layer 1"]),
@@ -240,7 +240,7 @@ def test_sequential_is_a_frozen_configuration():
     assert model != model_of("LSTM")
     assert from_config(model.config()) == model
     with pytest.raises(AttributeError, match="frozen"):
-        model.parts = {}
+        model.layers = {}
 
 
 @pytest.mark.parametrize("kind", [xprnn.RNN, xprnn.LSTM, xprnn.GRU])

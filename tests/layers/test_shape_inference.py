@@ -12,7 +12,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import xprnn
-from xprnn import GRU, LSTM, RNN, Around, Embedding, InputError, Linear, Masking, Merge, Recurrent, Sequential
+from xprnn import (
+    GRU,
+    LSTM,
+    RNN,
+    ContextShift,
+    Embedding,
+    InputError,
+    Linear,
+    Masking,
+    MergeDirections,
+    Recurrent,
+    Sequential,
+)
 from xprnn.layers.sequential import from_config
 
 REFUSED = {
@@ -32,10 +44,10 @@ REFUSED = {
     "through what keeps the width": (
         {
             "up": Linear(3, 4),
-            "bend": xprnn.Apply("relu"),
+            "bend": xprnn.ActivationLayer("relu"),
             "m": Masking(),
-            "h": xprnn.Hold(),
-            "f": xprnn.Flip(),
+            "h": xprnn.HoldLastOutput(),
+            "f": xprnn.ReverseTime(),
             "rnn": RNN(5, 2),
         },
         "rnn (RNN) has input_size=5, expected 4: up (Linear) gives 4 features",
@@ -49,20 +61,29 @@ REFUSED = {
         "read (Embedding) takes integers, but rnn (RNN) gives floats: an Embedding comes first",
     ),
     "one verb of it would run": (
-        {"rnn": RNN(3, 4), "h": xprnn.Hold(), "read": Embedding(7, 4)},
+        {"rnn": RNN(3, 4), "h": xprnn.HoldLastOutput(), "read": Embedding(7, 4)},
         "rnn (RNN) gives floats",
     ),
     "embedding of any floats": ({"bend": xprnn.Softmax(), "read": Embedding(7, 4)}, "but bend (Softmax) gives floats"),
-    "merge": ({"rnn": RNN(3, 8), "m": Merge(8)}, "m (Merge) has hidden_size=8, twice that in features, but rnn (RNN)"),
-    "around": ({"rnn": RNN(3, 5), "a": Around(5)}, "gives 5 features: it stands behind a bidirectional layer"),
-    "behind a merge": ({"m": Merge(4, "ave"), "head": Linear(8, 2)}, "expected 4: m (Merge) gives 4 features"),
-    "behind around": (
-        {"a": Around(4), "last": xprnn.Last(), "head": Linear(4, 2)},
-        "expected 8: a (Around) gives 8 features",
+    "merge": (
+        {"rnn": RNN(3, 8), "m": MergeDirections(8)},
+        "m (MergeDirections) has hidden_size=8, twice that in features, but rnn (RNN)",
     ),
-    "behind a pair": ({"m": Merge(4, "pair"), "head": Linear(4, 2)}, "takes one array, but m (Merge) gives a pair"),
+    "around": ({"rnn": RNN(3, 5), "a": ContextShift(5)}, "gives 5 features: it stands behind a bidirectional layer"),
+    "behind a merge": (
+        {"m": MergeDirections(4, "ave"), "head": Linear(8, 2)},
+        "expected 4: m (MergeDirections) gives 4 features",
+    ),
+    "behind around": (
+        {"a": ContextShift(4), "last": xprnn.LastStep(), "head": Linear(4, 2)},
+        "expected 8: a (ContextShift) gives 8 features",
+    ),
+    "behind a pair": (
+        {"m": MergeDirections(4, "pair"), "head": Linear(4, 2)},
+        "takes one array, but m (MergeDirections) gives a pair",
+    ),
     "one inside another": (
-        {"low": Sequential(rnn=RNN(3, 4), last=xprnn.Last()), "high": Sequential(head=Linear(5, 2))},
+        {"low": Sequential(rnn=RNN(3, 4), last=xprnn.LastStep()), "high": Sequential(head=Linear(5, 2))},
         "high.head (Linear) has in_features=5, expected 4: low.rnn (RNN) gives 4 features",
     ),
     "one feature": ({"up": Linear(3, 1), "rnn": RNN(2, 3)}, "expected 1: up (Linear) gives 1 feature"),
@@ -76,7 +97,7 @@ def assert_refused(parts, words):
     assert str(caught.value).startswith("Sequential: ")
     assert words in str(caught.value)
     with pytest.raises(InputError, match="Sequential"):
-        from_config({"type": "Sequential", "parts": {name: part.config() for name, part in parts.items()}})
+        from_config({"type": "Sequential", "layers": {name: part.config() for name, part in parts.items()}})
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -90,23 +111,32 @@ KNOWN = st.one_of(
     st.builds(Embedding, WIDTHS, WIDTHS),
     st.builds(RNN, WIDTHS, WIDTHS, bidirectional=st.booleans()),
     st.builds(lambda d, h, p: LSTM(d, h + 1, proj_size=min(p, h)), WIDTHS, WIDTHS, st.integers(0, 2)),
-    st.builds(Merge, WIDTHS, st.sampled_from(["sum", "pair"])),
-    st.builds(Around, WIDTHS),
-    st.sampled_from([xprnn.Apply("tanh"), xprnn.Softmax(), xprnn.Flip(), xprnn.Hold(), xprnn.Last(), Masking()]),
+    st.builds(MergeDirections, WIDTHS, st.sampled_from(["sum", "pair"])),
+    st.builds(ContextShift, WIDTHS),
+    st.sampled_from(
+        [
+            xprnn.ActivationLayer("tanh"),
+            xprnn.Softmax(),
+            xprnn.ReverseTime(),
+            xprnn.HoldLastOutput(),
+            xprnn.LastStep(),
+            Masking(),
+        ]
+    ),
 )
 
 
 def unchecked(parts):
     """A Sequential that was never looked at."""
     model = object.__new__(Sequential)
-    object.__setattr__(model, "parts", MappingProxyType(parts))
+    object.__setattr__(model, "layers", MappingProxyType(parts))
     return model
 
 
 @settings(deadline=None, max_examples=300)
 @given(st.lists(KNOWN, min_size=2, max_size=4), st.integers(1, 8))
-@example([Merge(1, "pair"), xprnn.Hold()], 1)
-@example([xprnn.Last(), Embedding(1, 1)], 2)
+@example([MergeDirections(1, "pair"), xprnn.HoldLastOutput()], 1)
+@example([xprnn.LastStep(), Embedding(1, 1)], 2)
 def test_nothing_that_runs_is_refused(parts, cut):
     """What is refused fails for every input; a chain inside the chain changes nothing about it.
 
@@ -125,7 +155,7 @@ def test_nothing_that_runs_is_refused(parts, cut):
             verdicts.append("")
     assert verdicts[0] == verdicts[1]
     lost = "walks along time" in verdicts[0]
-    if not verdicts[0] or (lost and "(Around)" in verdicts[0]):
+    if not verdicts[0] or (lost and "(ContextShift)" in verdicts[0]):
         return
     model = unchecked(parts)
     params = model.init(np.random.default_rng(0), np.zeros(0))
@@ -136,7 +166,7 @@ def test_nothing_that_runs_is_refused(parts, cut):
                 verb(params, x)
 
 
-class Doubled(xprnn.layers.base.Part):
+class Doubled(xprnn.layers.base.StatelessLayer):
     """A part of one's own, which says nothing of its widths."""
 
     def forward(self, params, x, state=None, **flags):
@@ -158,9 +188,9 @@ class Skip(Sequential):
 
     def __call__(self, params, x, state=None, lengths=None, mask=None, reset=None):
         """The second part reads the input too."""
-        own = {n: {k[len(n) + 1 :]: a for k, a in params.items() if k.startswith(n)} for n in self.parts}
-        y, _ = self.parts["a"](own["a"], x)
-        return self.parts["b"](own["b"], np.concatenate((x, y), axis=-1))
+        own = {n: {k[len(n) + 1 :]: a for k, a in params.items() if k.startswith(n)} for n in self.layers}
+        y, _ = self.layers["a"](own["a"], x)
+        return self.layers["b"](own["b"], np.concatenate((x, y), axis=-1))
 
 
 @pytest.mark.parametrize(
@@ -189,18 +219,18 @@ def test_parts_are_read_only():
     parts = {"rnn": RNN(3, 4), "head": Linear(4, 2)}
     model = Sequential(**parts)
     for change in (
-        lambda: model.parts.__setitem__("head", Linear(4, 9)),
-        lambda: model.parts.pop("head"),
-        lambda: model.parts.update(more=Linear(2, 2)),
+        lambda: model.layers.__setitem__("head", Linear(4, 9)),
+        lambda: model.layers.pop("head"),
+        lambda: model.layers.update(more=Linear(2, 2)),
     ):
         with pytest.raises((TypeError, AttributeError)):
             change()
     with pytest.raises(TypeError):
-        model.parts["more"] = Linear(2, 2)
+        model.layers["more"] = Linear(2, 2)
     with pytest.raises(TypeError):
-        del model.parts["head"]
+        del model.layers["head"]
     parts["head"] = Linear(4, 9)
-    assert model.parts["head"] == Linear(4, 2)
+    assert model.layers["head"] == Linear(4, 2)
 
 
 @pytest.mark.parametrize("used", [False, True])
@@ -215,25 +245,25 @@ def test_copies_and_pickles(duplicate, used):
     x = np.ones((1, 3))
     want = model.step(params, x)[0]
     if used:
-        assert "_step" in vars(model)
+        assert "_fast_step" in vars(model)
     else:
-        model = Sequential(**model.parts)
+        model = Sequential(**model.layers)
     found = duplicate(model)
     assert found == model
     assert hash(found) == hash(model)
-    assert list(found.parts) == ["low", "head"]
+    assert list(found.layers) == ["low", "head"]
     assert found.shapes() == model.shapes()
     np.testing.assert_array_equal(found.step(params, x)[0], want)
     with pytest.raises(TypeError):
-        found.parts["head"] = Linear(4, 9)
+        found.layers["head"] = Linear(4, 9)
     with pytest.raises(AttributeError, match="frozen"):
-        found.parts = {}
+        found.layers = {}
 
 
 def test_a_pickle_of_a_plain_dict_of_parts_is_read():
     """As Sequential was pickled before its parts were read-only."""
     model = object.__new__(Sequential)
-    model.__setstate__({"parts": {"rnn": RNN(3, 4)}})
+    model.__setstate__({"layers": {"rnn": RNN(3, 4)}})
     assert model == Sequential(rnn=RNN(3, 4))
     with pytest.raises(TypeError):
-        model.parts["rnn"] = RNN(1, 1)
+        model.layers["rnn"] = RNN(1, 1)

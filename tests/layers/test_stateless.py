@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.layer_cases import on
-from support.oracles import prove
+from support.layer_cases import to_backend
+from support.oracles import check_gradients_on
 
 import xprnn
-from xprnn import Apply, Flip, Hold, Last, Masking, Merge, Softmax
+from xprnn import ActivationLayer, HoldLastOutput, LastStep, Masking, MergeDirections, ReverseTime, Softmax
 from xprnn.layers.sequential import from_config
 
 T, N, D = 5, 4, 4
@@ -48,10 +48,13 @@ FLAGS = {
     "both": {"mask": np.random.default_rng(4).random((T, N)) < 0.7, "lengths": np.array([3, 5, 0, 4])},
 }
 OVER_TIME = {
-    **{f"hold-{w}": (Hold(walk=w), lambda x, v, w=w: held(x, v, w)) for w in ("forward", "reverse", "both")},
-    **{f"last-{w}": (Last(walk=w), lambda x, v, w=w: last(x, v, w)) for w in ("forward", "reverse", "both")},
-    "last-any": (Last(walk="both", valid=False), lambda x, v: last(x, v, "both", False)),
-    "flip": (Flip(), lambda x, v: x[::-1]),
+    **{
+        f"hold-{w}": (HoldLastOutput(direction=w), lambda x, v, w=w: held(x, v, w))
+        for w in ("forward", "reverse", "both")
+    },
+    **{f"last-{w}": (LastStep(direction=w), lambda x, v, w=w: last(x, v, w)) for w in ("forward", "reverse", "both")},
+    "last-any": (LastStep(direction="both", valid_only=False), lambda x, v: last(x, v, "both", False)),
+    "flip": (ReverseTime(), lambda x, v: x[::-1]),
 }
 over_time = pytest.mark.parametrize("name", OVER_TIME)
 flagged = pytest.mark.parametrize("flags", FLAGS.values(), ids=list(FLAGS))
@@ -64,7 +67,7 @@ def softmax(x):
 
 POINTWISE = {
     **{
-        f"apply-{f}": (Apply(f), reference)
+        f"apply-{f}": (ActivationLayer(f), reference)
         for f, reference in {
             "tanh": np.tanh,
             "relu": lambda x: np.maximum(x, 0),
@@ -72,19 +75,19 @@ POINTWISE = {
             "softplus": lambda x: np.log1p(np.exp(x)),
         }.items()
     },
-    "apply-own-constants": (Apply(xprnn.activation("leakyrelu", 0.3)), lambda x: np.where(x > 0, x, 0.3 * x)),
+    "apply-own-constants": (ActivationLayer(xprnn.activation("leakyrelu", 0.3)), lambda x: np.where(x > 0, x, 0.3 * x)),
     "softmax": (Softmax(), softmax),
     "log-softmax": (Softmax(log=True), lambda x: np.log(softmax(x))),
-    "sum": (Merge(2, "sum"), lambda x: x[..., :2] + x[..., 2:]),
-    "mul": (Merge(2, "mul"), lambda x: x[..., :2] * x[..., 2:]),
-    "ave": (Merge(2, "ave"), lambda x: (x[..., :2] + x[..., 2:]) / 2),
-    "pair": (Merge(2, "pair"), lambda x: (x[..., :2], x[..., 2:])),
+    "sum": (MergeDirections(2, "sum"), lambda x: x[..., :2] + x[..., 2:]),
+    "mul": (MergeDirections(2, "mul"), lambda x: x[..., :2] * x[..., 2:]),
+    "ave": (MergeDirections(2, "ave"), lambda x: (x[..., :2] + x[..., 2:]) / 2),
+    "pair": (MergeDirections(2, "pair"), lambda x: (x[..., :2], x[..., 2:])),
 }
 pointwise = pytest.mark.parametrize("name", POINTWISE)
 
 
 def check_part(xp, part, x, **flags):
-    prove(
+    check_gradients_on(
         xp,
         lambda x: part.forward({}, x, **flags)[::2],
         lambda tape, dy: part.backward(tape, dy).dx,
@@ -105,13 +108,13 @@ def test_along_time(xp, dtype, rng, name, flags, batch_first):
         x, want = np.swapaxes(x, 0, 1), np.swapaxes(want, 0, 1) if want.ndim == 3 else want
         given |= {"mask": None if flags.get("mask") is None else flags["mask"].T}
     here = xp.asarray(x, dtype)
-    y, _, tape = part.forward({}, here, **on(xp, given))
-    xp.assert_home(y, here)
+    y, _, tape = part.forward({}, here, **to_backend(xp, given))
+    xp.assert_like(y, here)
     xp.assert_close(y, want, condition=0)
-    xp.assert_close(part({}, here, **on(xp, given))[0], want, condition=0)
+    xp.assert_close(part({}, here, **to_backend(xp, given))[0], want, condition=0)
     dy = rng.normal(size=want.shape)
     dx = part.backward(tape, xp.asarray(dy, dtype)).dx
-    xp.assert_home(dx, here)
+    xp.assert_like(dx, here)
     # The parts here are linear: <dy, part(v)> = <dx, v> for any v, nothing else is the adjoint.
     for v in rng.normal(size=(3, T, N, D)):
         pushed = reference(v, valid_steps(flags))
@@ -124,7 +127,7 @@ def test_along_time(xp, dtype, rng, name, flags, batch_first):
 @flagged
 @over_time
 def test_gradients_along_time(xp, rng, name, flags):
-    check_part(xp, OVER_TIME[name][0], xp.asarray(rng.normal(size=(T, N, D))), **on(xp, flags))
+    check_part(xp, OVER_TIME[name][0], xp.asarray(rng.normal(size=(T, N, D))), **to_backend(xp, flags))
 
 
 @pointwise
@@ -133,11 +136,11 @@ def test_pointwise(xp, dtype, rng, name):
     x = rng.normal(size=(2, 3, D))
     here = xp.asarray(x, dtype)
     y, _, tape = part.forward({}, here)
-    xp.assert_home(y, here)
+    xp.assert_like(y, here)
     xp.assert_close(y, reference(x), condition=32)
     xp.assert_close(part.step({}, here[0, ...])[0], on_rows(reference(x)), condition=32)
     dy = tuple(xp.asarray(rng.normal(size=a.shape), dtype) for a in y) if isinstance(y, tuple) else y
-    xp.assert_home(part.backward(tape, dy).dx, here)
+    xp.assert_like(part.backward(tape, dy).dx, here)
 
 
 def on_rows(y):
@@ -165,8 +168,8 @@ def padded(rng, value=0.0):
 @pytest.mark.parametrize("value", [0.0, -1.5, 3])
 def test_masking_is_the_mask_given(xp, dtype, rng, value):
     rnn, head = xprnn.LSTM(2, 3, 2), xprnn.Linear(3, 2)
-    model = xprnn.Sequential(mask=Masking(value), rnn=rnn, hold=Hold(), head=head, last=Last())
-    plain = xprnn.Sequential(rnn=rnn, hold=Hold(), head=head, last=Last())
+    model = xprnn.Sequential(mask=Masking(value), rnn=rnn, hold=HoldLastOutput(), head=head, last=LastStep())
+    plain = xprnn.Sequential(rnn=rnn, hold=HoldLastOutput(), head=head, last=LastStep())
     x, valid = padded(rng, value)
     params = xp.asarray({n: rng.normal(size=s) for n, s in model.shapes().items()}, dtype)
     here, mask, lengths = xp.asarray(x, dtype), xp.asarray(valid), [5, 4, 5, 2]
@@ -198,7 +201,7 @@ def test_a_mask_found_and_a_mask_given_hold_both(xp, rng):
     for mask, both in ((more, more), (given, valid)):
         got = model(params, xp.asarray(x), mask=xp.asarray(mask))
         plain = {n.removeprefix("rnn."): a for n, a in params.items()}
-        want = model.parts["rnn"](plain, xp.asarray(x), mask=xp.asarray(both))
+        want = model.layers["rnn"](plain, xp.asarray(x), mask=xp.asarray(both))
         xp.assert_close(got, on_host(xp, want), condition=0)
 
 
@@ -208,9 +211,9 @@ def test_gradients_of_a_model_with_a_mask_of_its_own(xp, rng):
     model = xprnn.Sequential(
         mask=Masking(),
         rnn=xprnn.GRU(2, 3, bidirectional=True, batch_first=True),
-        merge=Merge(3, "mul"),
-        hold=Hold(batch_first=True),
-        last=Last(batch_first=True),
+        merge=MergeDirections(3, "mul"),
+        hold=HoldLastOutput(batch_first=True),
+        last=LastStep(batch_first=True),
         softmax=Softmax(),
     )
     x, valid = padded(rng)
@@ -226,13 +229,13 @@ def test_gradients_of_a_model_with_a_mask_of_its_own(xp, rng):
         dx, _, dparams = model.backward(tape, *cotangents)
         return dparams, xp.xp.where(valid, dx, xp.xp.zeros_like(dx))
 
-    prove(xp, forward, backward, [params, xp.asarray(x)], names=["params", "x"])
+    check_gradients_on(xp, forward, backward, [params, xp.asarray(x)], names=["params", "x"])
 
 
 def test_masks_of_integers_and_of_nested_models(xp, rng):
     """Padding before an embedding, inside a model of its own, holds for what follows outside it."""
     inner = xprnn.Sequential(mask=Masking(0), table=xprnn.Embedding(5, 3))
-    model = xprnn.Sequential(inner=inner, rnn=xprnn.RNN(3, 2), last=Last())
+    model = xprnn.Sequential(inner=inner, rnn=xprnn.RNN(3, 2), last=LastStep())
     ids = np.array([[1, 0], [0, 3], [4, 2], [0, 0]])
     params = xp.asarray({n: rng.normal(size=s) for n, s in model.shapes().items()})
     y, state, tape = model.forward(params, xp.asarray(ids))
@@ -252,13 +255,13 @@ def test_flip_turns_the_flags_too(xp, rng, batch_first):
     """A reverse layer is a forward one between two flips, whatever the lengths, masks and resets."""
     options = {"batch_first": batch_first}
     layer = xprnn.LSTM(2, 3, reverse=True, **options)
-    turned = xprnn.Sequential(flip=Flip(**options), rnn=xprnn.LSTM(2, 3, **options), back=Flip(**options))
+    turned = xprnn.Sequential(flip=ReverseTime(**options), rnn=xprnn.LSTM(2, 3, **options), back=ReverseTime(**options))
     params = {n: rng.normal(size=s) for n, s in layer.shapes().items()}
     x, flags = rng.normal(size=(T, N, 2)), FLAGS["both"] | {"reset": rng.random((T, N)) < 0.3}
     if batch_first:
         x, flags = np.swapaxes(x, 0, 1), {k: a if k == "lengths" else a.T for k, a in flags.items()}
-    want = layer(xp.asarray(params), xp.asarray(x), **on(xp, flags))
-    got = turned(xp.asarray({f"rnn.{n}": a for n, a in params.items()}), xp.asarray(x), **on(xp, flags))
+    want = layer(xp.asarray(params), xp.asarray(x), **to_backend(xp, flags))
+    got = turned(xp.asarray({f"rnn.{n}": a for n, a in params.items()}), xp.asarray(x), **to_backend(xp, flags))
     xp.assert_close(got, on_host(xp, want), condition=64)
-    kept = Flip(**options, flags=False)
-    assert kept.following(xp.asarray(x), {"mask": 1}) == {"mask": 1}
+    kept = ReverseTime(**options, reverse_mask=False)
+    assert kept.transform_mask(xp.asarray(x), {"mask": 1}) == {"mask": 1}

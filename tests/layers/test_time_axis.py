@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from layers.test_shape_inference import assert_refused
 
 import xprnn
-from xprnn import GRU, LSTM, RNN, Around, Embedding, InputError, Linear, Masking, Merge, Sequential
+from xprnn import GRU, LSTM, RNN, ContextShift, Embedding, InputError, Linear, Masking, MergeDirections, Sequential
 
 REFUSED = {
     "rows for steps": (
@@ -17,41 +17,47 @@ REFUSED = {
         "high (LSTM) has batch_first=False, expected True: low (GRU) gives (N,T,...)",
     ),
     "steps for rows": (
-        {"low": GRU(3, 4, bidirectional=True), "m": Merge(4), "last": xprnn.Last(batch_first=True)},
-        "last (Last) has batch_first=True, expected False: low (GRU) gives (T,N,...)",
+        {"low": GRU(3, 4, bidirectional=True), "m": MergeDirections(4), "last": xprnn.LastStep(batch_first=True)},
+        "last (LastStep) has batch_first=True, expected False: low (GRU) gives (T,N,...)",
     ),
     "through what has no time of its own": (
         {
-            "turn": xprnn.Flip(batch_first=True),
+            "turn": xprnn.ReverseTime(batch_first=True),
             "m": Masking(),
-            "bend": xprnn.Apply("tanh"),
+            "bend": xprnn.ActivationLayer("tanh"),
             "up": Linear(3, 3),
             "p": xprnn.Softmax(),
-            "held": xprnn.Hold(),
+            "held": xprnn.HoldLastOutput(),
         },
-        "held (Hold) has batch_first=False, expected True: turn (Flip) gives (N,T,...)",
+        "held (HoldLastOutput) has batch_first=False, expected True: turn (ReverseTime) gives (N,T,...)",
     ),
     "around is time first": (
-        {"rnn": RNN(3, 5, bidirectional=True, batch_first=True), "a": Around(5)},
-        "a (Around) takes (T,N,...), but rnn (RNN) gives (N,T,...): give that part batch_first=False",
+        {"rnn": RNN(3, 5, bidirectional=True, batch_first=True), "a": ContextShift(5)},
+        "a (ContextShift) takes (T,N,...), but rnn (RNN) gives (N,T,...): give that part batch_first=False",
     ),
-    "behind around, rows first": ({"a": Around(2), "r": RNN(4, 5, batch_first=True)}, "a (Around) gives (T,N,...)"),
+    "behind around, rows first": (
+        {"a": ContextShift(2), "r": RNN(4, 5, batch_first=True)},
+        "a (ContextShift) gives (T,N,...)",
+    ),
     "rows for steps, inside": (
         {"low": Sequential(read=Embedding(7, 3), rnn=RNN(3, 4, batch_first=True)), "high": Sequential(rnn=RNN(4, 4))},
         "high.rnn (RNN) has batch_first=False, expected True: low.rnn (RNN) gives (N,T,...)",
     ),
     "no time left": (
-        {"rnn": RNN(3, 4), "last": xprnn.Last(), "up": Linear(4, 4), "high": RNN(4, 2)},
-        "high (RNN) walks along time, (T,N,...), but last (Last) leaves one output of each row, (N,...)",
+        {"rnn": RNN(3, 4), "last": xprnn.LastStep(), "up": Linear(4, 4), "high": RNN(4, 2)},
+        "high (RNN) walks along time, (T,N,...), but last (LastStep) leaves one output of each row, (N,...)",
     ),
     "no time left, rows first": (
-        {"low": Sequential(l=xprnn.Last(batch_first=True)), "high": LSTM(4, 2, batch_first=True)},
-        "but low.l (Last) leaves one output of each row",
+        {"low": Sequential(l=xprnn.LastStep(batch_first=True)), "high": LSTM(4, 2, batch_first=True)},
+        "but low.l (LastStep) leaves one output of each row",
     ),
-    "the last of the last": ({"a": xprnn.Last(), "b": xprnn.Last()}, "b (Last) walks along time"),
-    "held behind the last": ({"a": xprnn.Last(), "b": xprnn.Hold()}, "b (Hold) walks along time"),
-    "turned behind the last": ({"a": xprnn.Last(), "b": xprnn.Flip()}, "b (Flip) walks along time"),
-    "around behind the last": ({"a": xprnn.Last(), "b": Around(2)}, "b (Around) walks along time"),
+    "the last of the last": ({"a": xprnn.LastStep(), "b": xprnn.LastStep()}, "b (LastStep) walks along time"),
+    "held behind the last": (
+        {"a": xprnn.LastStep(), "b": xprnn.HoldLastOutput()},
+        "b (HoldLastOutput) walks along time",
+    ),
+    "turned behind the last": ({"a": xprnn.LastStep(), "b": xprnn.ReverseTime()}, "b (ReverseTime) walks along time"),
+    "around behind the last": ({"a": xprnn.LastStep(), "b": ContextShift(2)}, "b (ContextShift) walks along time"),
 }
 
 
@@ -64,15 +70,15 @@ ANY_ORDER = st.one_of(
     st.builds(
         lambda first, both: RNN(2, 2 - both, batch_first=first, bidirectional=both), st.booleans(), st.booleans()
     ),
-    st.builds(lambda first: xprnn.Flip(batch_first=first), st.booleans()),
-    st.builds(lambda first: xprnn.Hold(batch_first=first), st.booleans()),
-    st.sampled_from([xprnn.Apply("tanh"), Linear(2, 2), Around(1)]),
+    st.builds(lambda first: xprnn.ReverseTime(batch_first=first), st.booleans()),
+    st.builds(lambda first: xprnn.HoldLastOutput(batch_first=first), st.booleans()),
+    st.sampled_from([xprnn.ActivationLayer("tanh"), Linear(2, 2), ContextShift(1)]),
 )
 
 
 @settings(deadline=None, max_examples=150)
 @given(st.lists(ANY_ORDER, min_size=2, max_size=5))
-@example([RNN(2, 2, batch_first=True), Around(1)])
+@example([RNN(2, 2, batch_first=True), ContextShift(1)])
 @example([RNN(2, 2, batch_first=True), Linear(2, 2), RNN(2, 2)])
 def test_no_chain_mixes_rows(parts):
     """Of what is not refused, along one of the two axes the entries never meet: those are the rows."""
@@ -94,7 +100,7 @@ def test_no_chain_mixes_rows(parts):
     assert not all(mixed)
 
 
-class Turned(xprnn.layers.base.Part):
+class Turned(xprnn.layers.base.StatelessLayer):
     """(T, N, .) to (N, T, .), and back."""
 
     def forward(self, params, x, state=None, **flags):
@@ -102,7 +108,7 @@ class Turned(xprnn.layers.base.Part):
         return np.swapaxes(x, 0, 1), None, None
 
 
-class Repeated(xprnn.layers.base.Part):
+class Repeated(xprnn.layers.base.StatelessLayer):
     """One output of each row as so many steps."""
 
     def __init__(self, steps):
@@ -117,7 +123,7 @@ class Repeated(xprnn.layers.base.Part):
     ("model", "out"),
     [
         (Sequential(rows=RNN(3, 4), turn=Turned(), columns=RNN(4, 4, batch_first=True), back=Turned()), (5, 2, 4)),
-        (Sequential(rnn=RNN(3, 4), last=xprnn.Last(), again=Repeated(7), on=RNN(4, 2)), (7, 2, 2)),
+        (Sequential(rnn=RNN(3, 4), last=xprnn.LastStep(), again=Repeated(7), on=RNN(4, 2)), (7, 2, 2)),
     ],
     ids=["order", "time"],
 )

@@ -10,7 +10,7 @@ import itertools
 import numpy as np
 import pytest
 from support.backends import Backend
-from support.layer_cases import cotangents, given, on, problem
+from support.layer_cases import inputs_on, random_cotangents, random_inputs, to_backend
 
 import xprnn
 
@@ -96,12 +96,12 @@ def torch_answer(module, x, state, dy, dstate, lengths=None):
 
 
 def compare(home, name, layer, rng, T=5, N=4, lengths=None):
-    p = problem(rng, layer, T, N)
+    p = random_inputs(rng, layer, T, N)
     x = np.swapaxes(p.x, 0, 1) if layer.batch_first else p.x
-    params, x_here, state, _ = given(home, p._replace(x=x), "float64")
+    params, x_here, state, _ = inputs_on(home, p._replace(x=x), "float64")
     y, final, tape = layer.forward(params, x_here, state, lengths=lengths)
-    dy, dstate = cotangents(rng, y), cotangents(rng, final)
-    got = layer.backward(tape, on(home, dy), on(home, dstate))
+    dy, dstate = random_cotangents(rng, y), random_cotangents(rng, final)
+    got = layer.backward(tape, to_backend(home, dy), to_backend(home, dstate))
     want = torch_answer(oracle(name, layer, p.params), x, p.state, dy, dstate, lengths)
     assert got.dparams.keys() == want[-1].keys()
     for part, have, wanted in zip(("y", "final", "dx", "dstate", "dparams"), (y, final, *got), want, strict=True):
@@ -149,12 +149,12 @@ def test_lengths_are_packed_sequences(home, rng, name, bidirectional, batch_firs
 def test_empty_rows_leave_the_others_alone(home, rng, name, lengths):
     """torch refuses a length of 0: the rows that have one must be as if they were not there."""
     layer = build(name, L=2, bidirectional=True)
-    p = problem(rng, layer, N=4)
+    p = random_inputs(rng, layer, N=4)
     full = [k for k, n in enumerate(lengths) if n]
-    params, x, state, _ = given(home, p, "float64")
+    params, x, state, _ = inputs_on(home, p, "float64")
     y, final, tape = layer.forward(params, x, state, lengths=lengths)
-    dy, dfinal = cotangents(rng, y), cotangents(rng, final)
-    dx, dstate, dparams = layer.backward(tape, on(home, dy), on(home, dfinal))
+    dy, dfinal = random_cotangents(rng, y), random_cotangents(rng, final)
+    dx, dstate, dparams = layer.backward(tape, to_backend(home, dy), to_backend(home, dfinal))
 
     def rows(tree, keep):
         if isinstance(tree, tuple):
@@ -165,13 +165,13 @@ def test_empty_rows_leave_the_others_alone(home, rng, name, lengths):
     want = torch_answer(
         oracle(name, layer, p.params), rows(p.x, full), rows(p.state, full), rows(dy, full), rows(dfinal, full), some
     )
-    within(home, "full", tuple(on(home, rows(a, full)) for a in (y, final, dx, dstate)), want[:4])
+    within(home, "full", tuple(to_backend(home, rows(a, full)) for a in (y, final, dx, dstate)), want[:4])
     within(home, "dparams", dparams, want[4])
     empty = [k for k in range(4) if k not in full]
     assert not rows(y, empty).any()
     assert not rows(dx, empty).any()
     for a, b in ((final, p.state), (dstate, dfinal)):
-        within(home, "empty", on(home, rows(a, empty)), rows(b, empty))
+        within(home, "empty", to_backend(home, rows(a, empty)), rows(b, empty))
 
 
 @homes
@@ -179,11 +179,11 @@ def test_empty_rows_leave_the_others_alone(home, rng, name, lengths):
 def test_parity_of_layers_of_different_sizes(home, rng, kind):
     """torch has one size for all: its layers are chained one by one."""
     sizes, layer = (4, 2, 3), build(kind, H=(4, 2, 3), L=3, bidirectional=True)
-    p = problem(rng, layer)
-    params, x, state, _ = given(home, p, "float64")
+    p = random_inputs(rng, layer)
+    params, x, state, _ = inputs_on(home, p, "float64")
     y, final, tape = layer.forward(params, x, state)
-    dy, dfinal = cotangents(rng, y), cotangents(rng, final)
-    dx, dstate, dparams = layer.backward(tape, on(home, dy), on(home, dfinal))
+    dy, dfinal = random_cotangents(rng, y), random_cotangents(rng, final)
+    dx, dstate, dparams = layer.backward(tape, to_backend(home, dy), to_backend(home, dfinal))
     pair = isinstance(p.state[0], tuple)
 
     def of(tree, k):
@@ -217,7 +217,7 @@ def test_the_shortest_sequences(rng, T):
     if T:
         compare(Backend.NUMPY, "lstm", layer, rng, T=T, N=1)
         return
-    p = problem(rng, layer, T=0)
+    p = random_inputs(rng, layer, T=0)
     with pytest.raises(RuntimeError):
         torch_answer(oracle("lstm", layer, p.params), p.x, p.state, p.x, p.state)
     y, final = layer(p.params, p.x, p.state)

@@ -7,7 +7,7 @@ of a library's variants. The `xp` fixture (conftest.py) hands a test one member:
         x = rng.normal(size=(4, 3))
         given = xp.asarray(x, dtype)                     # this library's array, on this device
         result = layer_under_test(given)
-        xp.assert_home(result, given)                    # same namespace, dtype and device
+        xp.assert_like(result, given)                    # same namespace, dtype and device
         xp.assert_close(result, np.tanh(x), condition=4) # within 4 eps of the largest element
 
 Importing this file imports no array library but NumPy.
@@ -45,7 +45,7 @@ class Backend(Enum):
     TORCH = "torch"
     JAX = "jax"  # immutable arrays
     CUPY = "cupy"
-    CUPY_STANDIN = "cupy:standin"  # its rules on NumPy's arrays (standin.py): only where it is asked for by this name
+    CUPY_FAKE = "cupy:standin"  # its rules on NumPy's arrays (standin.py): only where it is asked for by this name
 
     def __str__(self) -> str:
         return self.value
@@ -60,9 +60,9 @@ class Backend(Enum):
         """The part of the name after the colon, or ""."""
         return self.value.partition(":")[2]
 
-    def missing(self) -> str:
+    def missing_reason(self) -> str:
         """Why this machine cannot run it, or "" when it can."""
-        if self is Backend.CUPY_STANDIN:
+        if self is Backend.CUPY_FAKE:
             return "" if shutil.which("g++") else "g++ is not installed"
         module = {"strict": "array_api_strict"}.get(self.library, self.library)
         if importlib.util.find_spec(module) is None:
@@ -84,7 +84,7 @@ class Backend(Enum):
             case "torch":
                 import array_api_compat.torch as namespace
             case "cupy":
-                if self is Backend.CUPY_STANDIN:
+                if self is Backend.CUPY_FAKE:
                     from support.cuda import fake_cupy as standin
 
                     standin.install()
@@ -95,7 +95,7 @@ class Backend(Enum):
                 # Without this JAX silently makes float32 of float64.
                 jax.config.update("jax_enable_x64", True)
                 import jax.numpy as namespace
-        return _ReadOnly(namespace) if self is Backend.NUMPY_READONLY else namespace
+        return _ReadOnlyNamespace(namespace) if self is Backend.NUMPY_READONLY else namespace
 
     @cached_property
     def device(self) -> Any:
@@ -127,7 +127,7 @@ class Backend(Enum):
         """A NumPy copy of an array; a dict gives a dict."""
         if isinstance(value, Mapping):
             return {name: self.to_numpy(item) for name, item in value.items()}
-        with self.converting():
+        with self.allow_host_conversion():
             match self.library:
                 case "strict":
                     value = value.to_device(self.xp.Device("CPU_DEVICE"))
@@ -137,33 +137,33 @@ class Backend(Enum):
                     value = value.get()
             return np.array(value)
 
-    def guarded(self) -> AbstractContextManager[None]:
+    def forbid_host_conversion(self) -> AbstractContextManager[None]:
         """Inside: converting an array to the host raises. The `xp` fixture starts inside.
 
-        Also a decorator: `xp.guarded()(f)` is f with the guard, to hand to a caller that converts.
+        Also a decorator: `xp.forbid_host_conversion()(f)` is f with the guard, to hand to a caller that converts.
         """
-        return self._waiting(allowed=False)
+        return self._host_conversion(allowed=False)
 
-    def converting(self) -> AbstractContextManager[None]:
+    def allow_host_conversion(self) -> AbstractContextManager[None]:
         """Inside: conversions are allowed again, for code whose job is to bring numbers home."""
-        return self._waiting(allowed=True)
+        return self._host_conversion(allowed=True)
 
-    def _waiting(self, *, allowed: bool) -> AbstractContextManager[None]:
-        if self is Backend.CUPY_STANDIN:
+    def _host_conversion(self, *, allowed: bool) -> AbstractContextManager[None]:
+        if self is Backend.CUPY_FAKE:
             from support.cuda import fake_cupy
 
-            return fake_cupy.refusing(not allowed)
-        return _strictest(convert=allowed) if self.library == "strict" else nullcontext()
+            return fake_cupy.sync_forbidden(not allowed)
+        return _strict_mode(allow_conversion=allowed) if self.library == "strict" else nullcontext()
 
     def rtol(self, dtype: Any, condition: float) -> float:
         """The one place for tolerances: rounding errors of `dtype` times the stated condition."""
         return condition * float(np.finfo(dtype_name(dtype)).eps)
 
-    def assert_home(self, result: Any, like: Array) -> None:
+    def assert_like(self, result: Any, like: Array) -> None:
         """Every array in `result` (dicts and tuples are walked) lives where `like` lives."""
-        home = _home(like)
+        home = _kind(like)
         for name, array in _leaves(result):
-            found = _home(array)
+            found = _kind(array)
             assert found == home, f"{self}: {name} is {found}, expected {home}"
 
     def assert_close(self, actual: Any, expected: Any, *, condition: float = 8, scale: float | None = None) -> None:
@@ -177,9 +177,9 @@ class Backend(Enum):
         got = dict(_leaves(actual))
         assert got.keys() == wanted.keys(), f"{self}: {sorted(got)} is not {sorted(wanted)}"
         for name, array in got.items():
-            namespace = _home(array)[0]
+            namespace = _kind(array)[0]
             assert namespace == _namespace(self.asarray(0)), f"{self}: {name} is of {namespace}"
-            have, want = self.to_numpy(array), _host(wanted[name], self)
+            have, want = self.to_numpy(array), _as_numpy(wanted[name], self)
             assert have.shape == want.shape, f"{self}: {name} {have.shape} is not {want.shape}"
             size = float(np.max(np.abs(want), initial=0)) if scale is None else scale
             exact = have.dtype.kind != "f"
@@ -187,17 +187,17 @@ class Backend(Enum):
             np.testing.assert_allclose(have, want, rtol=0, atol=atol, equal_nan=False, err_msg=f"{self}: {name}")
 
 
-def choose(names: list[str]) -> list[Backend]:
+def select_backends(names: list[str]) -> list[Backend]:
     """The backends asked for by name; with no name all that this machine can run."""
     if not names:
-        return [b for b in Backend if b is not Backend.CUPY_STANDIN and not b.missing()]
+        return [b for b in Backend if b is not Backend.CUPY_FAKE and not b.missing_reason()]
     known = {name for backend in Backend for name in (backend.value, backend.library)}
     if unknown := sorted(set(names) - known):
         raise LookupError(f"unknown backend {unknown[0]!r}: expected one of {sorted(known)}")
-    plain = [b for b in Backend if b is not Backend.CUPY_STANDIN and b.library in names]
+    plain = [b for b in Backend if b is not Backend.CUPY_FAKE and b.library in names]
     chosen = [b for b in Backend if b.value in names or b in plain]
     for backend in chosen:
-        if reason := backend.missing():
+        if reason := backend.missing_reason():
             raise LookupError(f"backend {backend}: {reason}")
     return chosen
 
@@ -207,7 +207,7 @@ def dtype_name(dtype: Any) -> str:
     return getattr(dtype, "__name__", str(dtype)).rpartition(".")[2]
 
 
-class _ReadOnly:
+class _ReadOnlyNamespace:
     """A namespace whose functions return arrays that cannot be written to."""
 
     def __init__(self, namespace: ModuleType) -> None:
@@ -215,10 +215,10 @@ class _ReadOnly:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._namespace, name)
-        return found if isinstance(found, type) or not callable(found) else _frozen(found)
+        return found if isinstance(found, type) or not callable(found) else _return_readonly(found)
 
 
-def _frozen(function: Callable[..., Any]) -> Callable[..., Any]:
+def _return_readonly(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
@@ -231,7 +231,7 @@ def _frozen(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # What brings numbers to the host without asking: each is a hidden wait for a GPU.
-_CONVERSIONS = (
+_HOST_CONVERSIONS = (
     "__bool__",
     "__int__",
     "__float__",
@@ -240,22 +240,22 @@ _CONVERSIONS = (
     "__array__",
     "__buffer__",
 )
-_ORIGINALS: dict[str, Any] = {}
+_ORIGINAL_METHODS: dict[str, Any] = {}
 
 
 @contextmanager
-def _strictest(*, convert: bool) -> Iterator[None]:
+def _strict_mode(*, allow_conversion: bool) -> Iterator[None]:
     """array-api-strict without what the standard makes optional, its host conversions on or off."""
     import array_api_strict as strict
 
     array = type(strict.zeros(1))
-    if not _ORIGINALS:
-        _ORIGINALS.update({name: vars(array)[name] for name in _CONVERSIONS if name in vars(array)})
-    before = {name: vars(array)[name] for name in _ORIGINALS}
+    if not _ORIGINAL_METHODS:
+        _ORIGINAL_METHODS.update({name: vars(array)[name] for name in _HOST_CONVERSIONS if name in vars(array)})
+    before = {name: vars(array)[name] for name in _ORIGINAL_METHODS}
     flags = strict.ArrayAPIStrictFlags(boolean_indexing=False, data_dependent_shapes=False, enabled_extensions=())
     try:
-        for name, original in _ORIGINALS.items():
-            setattr(array, name, original if convert else _refusal(name))
+        for name, original in _ORIGINAL_METHODS.items():
+            setattr(array, name, original if allow_conversion else _raise_on_conversion(name))
         with flags:
             yield
     finally:
@@ -263,7 +263,7 @@ def _strictest(*, convert: bool) -> Iterator[None]:
             setattr(array, name, method)
 
 
-def _refusal(name: str) -> Callable[..., Any]:
+def _raise_on_conversion(name: str) -> Callable[..., Any]:
     def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise HostConversionError(
             f"{name} of an array {self.shape} inside a pass. If the test itself converts, use "
@@ -280,11 +280,11 @@ def _namespace(array: Array) -> str:
         raise AssertionError(f"{type(array).__name__} is not an array: {array!r}") from None
 
 
-def _home(array: Array) -> tuple[str, str, Any]:
+def _kind(array: Array) -> tuple[str, str, Any]:
     return _namespace(array), dtype_name(array.dtype), array_api_compat.device(array)
 
 
-def _host(value: Any, backend: Backend) -> np.ndarray:
+def _as_numpy(value: Any, backend: Backend) -> np.ndarray:
     plain = isinstance(value, np.ndarray | np.generic | int | float | list)
     return np.asarray(value) if plain else backend.to_numpy(value)
 

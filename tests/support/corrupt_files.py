@@ -33,21 +33,37 @@ from xprnn.arrays.namespace import InputError
 from xprnn.io import archive
 from xprnn.layers import model_file
 
-KERAS = DATA / "keras_files"
-HEADROOM = 256 << 20  # bytes of address space beyond what the imports took
-NUMBERS = [0, 1, -1, 7, 255, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**64 - 1, 10**30, 10**400, 0.5, 1e308]
-OTHERS = [None, True, "", "F64", "O", "lstm", "tanh", [], {}, [[]], [2**62, 4], [-1, -12], float("nan"), "\0"]
+KERAS_FILES = DATA / "keras_files"
+MEMORY_HEADROOM = 256 << 20  # bytes of address space beyond what the imports took
+BOUNDARY_NUMBERS = [
+    0,
+    1,
+    -1,
+    7,
+    255,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**53,
+    2**63 - 1,
+    2**64 - 1,
+    10**30,
+    10**400,
+    0.5,
+    1e308,
+]
+ODD_VALUES = [None, True, "", "F64", "O", "lstm", "tanh", [], {}, [[]], [2**62, 4], [-1, -12], float("nan"), "\0"]
 
 
-def model() -> Any:
+def sample_model() -> Any:
     cell = xprnn.cells.lstm(peepholes=True, gate=xprnn.activation("hardsigmoid", 0.3, 0.4))
     rnn = xprnn.LSTM(3, (4, 2), 2, bidirectional=True, cell=cell, learned_state=True)
     return xprnn.Sequential(emb=xprnn.Embedding(5, 3), rnn=rnn, head=xprnn.Linear(4, 5))
 
 
-def good_files(folder: Path) -> dict[str, bytes]:
+def valid_files(folder: Path) -> dict[str, bytes]:
     """The content of one good file of each kind; "NAME.suffix" says which readers it is for."""
-    made = model()
+    made = sample_model()
     params = made.init(np.random.default_rng(0), like=np.zeros(1, np.float32))
     plain = {k: np.ascontiguousarray(a) for k, a in params.items()}
     layer = xprnn.LSTM(3, 4, 2)
@@ -61,7 +77,7 @@ def good_files(folder: Path) -> dict[str, bytes]:
     (folder / "short.safetensors").write_bytes(short)
     if importlib.util.find_spec("h5py"):
         for name, stem in (("keras.keras", "stacked_cells.keras"), ("keras.h5", "lstm_stack.weights.h5")):
-            (folder / name).write_bytes((KERAS / stem).read_bytes())
+            (folder / name).write_bytes((KERAS_FILES / stem).read_bytes())
     if "torch" in sys.modules:
         import torch
 
@@ -69,7 +85,7 @@ def good_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def readers(name: str) -> list[Callable[[Path], Any]]:
+def readers_for(name: str) -> list[Callable[[Path], Any]]:
     """What is tried on a file made from this one."""
     ours = [xprnn.load, xprnn.load_state, model_file.load_metadata, archive.read_arrays]
     if name.endswith(".pt"):
@@ -77,7 +93,7 @@ def readers(name: str) -> list[Callable[[Path], Any]]:
     if name.endswith(".keras"):
         return [xprnn.from_keras]
     if name.endswith(".h5"):
-        return [partial(xprnn.from_keras, config=KERAS / "lstm_stack.json")]
+        return [partial(xprnn.from_keras, config=KERAS_FILES / "lstm_stack.json")]
     return [*ours, xprnn.from_torch] if name.endswith(".safetensors") else ours
 
 
@@ -86,38 +102,38 @@ def _safetensors(header: Any, data: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
-def somewhere(tree: Any, r: random.Random) -> Any:
+def replace_random_value(tree: Any, r: random.Random) -> Any:
     """A copy of nested data with one value in it replaced by a number or another thing."""
     if isinstance(tree, dict) and tree and r.random() < 0.9:
         key = r.choice(sorted(tree))
         if r.random() < 0.1:
             return {k: v for k, v in tree.items() if k != key}
-        return {**tree, key: somewhere(tree[key], r)}
+        return {**tree, key: replace_random_value(tree[key], r)}
     if isinstance(tree, list) and tree and r.random() < 0.8:
         place = r.randrange(len(tree))
-        return [*tree[:place], somewhere(tree[place], r), *tree[place + 1 :]]
-    return r.choice([*NUMBERS, *OTHERS])
+        return [*tree[:place], replace_random_value(tree[place], r), *tree[place + 1 :]]
+    return r.choice([*BOUNDARY_NUMBERS, *ODD_VALUES])
 
 
-def _lying_json(text: str, r: random.Random) -> str:
+def _corrupt_json(text: str, r: random.Random) -> str:
     if r.random() < 0.02:
         return "[" * 100_000
-    return json.dumps(somewhere(json.loads(text), r))
+    return json.dumps(replace_random_value(json.loads(text), r))
 
 
-def lying_header(content: bytes, r: random.Random) -> bytes:
+def corrupt_header(content: bytes, r: random.Random) -> bytes:
     """A `.safetensors` file whose header lies, its checksum made to fit."""
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
     about = header.get("__metadata__", {})
     if about and r.random() < 0.7:
-        text = _lying_json(about[archive.FORMAT], r)
+        text = _corrupt_json(about[archive.FORMAT], r)
         about = {archive.FORMAT: text, "xprnn.crc32": str(zlib.crc32(text.encode()))}
         return _safetensors({**header, "__metadata__": about}, content[8 + length :])
-    return _safetensors(somewhere(header, r), content[8 + length :])
+    return _safetensors(replace_random_value(header, r), content[8 + length :])
 
 
-def lying_zip(content: bytes, r: random.Random) -> bytes:
+def corrupt_zip(content: bytes, r: random.Random) -> bytes:
     """A zip file with one member changed, its checksum made to fit."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(out, "w") as new:
@@ -126,20 +142,20 @@ def lying_zip(content: bytes, r: random.Random) -> bytes:
         for name in names:
             data = old.read(name)
             if name == chosen:
-                data = _lying(name, data, r) if r.random() < 0.7 else bent(data, r)
+                data = _corrupt_member(name, data, r) if r.random() < 0.7 else corrupt_bytes(data, r)
             kind = zipfile.ZIP_DEFLATED if r.random() < 0.02 else zipfile.ZIP_STORED
             new.writestr(name, data, kind)
     return out.getvalue()
 
 
-def _lying(name: str, data: bytes, r: random.Random) -> bytes:
+def _corrupt_member(name: str, data: bytes, r: random.Random) -> bytes:
     if name.endswith(".json"):
-        return _lying_json(data.decode(), r).encode()
-    return _lying_npy(data, r) if name.endswith(".npy") else bent(data, r)
+        return _corrupt_json(data.decode(), r).encode()
+    return _corrupt_npy(data, r) if name.endswith(".npy") else corrupt_bytes(data, r)
 
 
-def _lying_npy(data: bytes, r: random.Random) -> bytes:
-    shape = tuple(n for n in (r.choice(NUMBERS) for _ in range(r.randrange(4))))
+def _corrupt_npy(data: bytes, r: random.Random) -> bytes:
+    shape = tuple(n for n in (r.choice(BOUNDARY_NUMBERS) for _ in range(r.randrange(4))))
     about = {
         "descr": r.choice(["<f4", ">f8", "|O", "|u1", "<i8", "<U9999999", "|V0", ["a"]]),
         "fortran_order": r.random() < 0.5,
@@ -150,14 +166,14 @@ def _lying_npy(data: bytes, r: random.Random) -> bytes:
     size = struct.pack("<H", length) if version == b"\1\0" else struct.pack("<I", r.choice([length, 2**32 - 1]))
     body = data[10 + struct.unpack("<H", data[8:10])[0] :]
     if data.startswith(b"\x93NUMPY") and r.random() < 0.5 and b"{" in body[:1]:  # our own header, as JSON in bytes
-        changed = np.frombuffer(_lying_json(body.decode(), r).encode(), np.uint8)
+        changed = np.frombuffer(_corrupt_json(body.decode(), r).encode(), np.uint8)
         out = io.BytesIO()
         np.lib.format.write_array(out, changed)
         return out.getvalue()
     return b"\x93NUMPY" + version + size + text + body
 
 
-def bent(content: bytes, r: random.Random) -> bytes:
+def corrupt_bytes(content: bytes, r: random.Random) -> bytes:
     """Cut short, with bits flipped, numbers written over, or pieces moved."""
     if not content:
         return b"\0" * r.randrange(9)
@@ -182,20 +198,20 @@ def bent(content: bytes, r: random.Random) -> bytes:
             return content[:a] + r.randbytes(r.randrange(1, 64)) + content[a:]
 
 
-def hostile(name: str, content: bytes, r: random.Random) -> bytes:
+def corrupt_file(name: str, content: bytes, r: random.Random) -> bytes:
     """A bad file made from a good one."""
     if r.random() < 0.6 and not name.endswith(".h5"):
-        return lying_header(content, r) if name.endswith(".safetensors") else lying_zip(content, r)
-    return bent(content, r)
+        return corrupt_header(content, r) if name.endswith(".safetensors") else corrupt_zip(content, r)
+    return corrupt_bytes(content, r)
 
 
-def attempt(path: Path, name: str) -> Iterator[str]:
+def read_with_all(path: Path, name: str) -> Iterator[str]:
     """Read the file in every way; yields what came of each: "read" or the error's text.
 
     Raises:
         AssertionError: an error of more than a line.
     """
-    for read in readers(name):
+    for read in readers_for(name):
         try:
             read(path)
             message = "read"
@@ -214,7 +230,7 @@ def limit_memory() -> None:
         return
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else 0
     if pages:
-        most = pages * resource.getpagesize() + HEADROOM
+        most = pages * resource.getpagesize() + MEMORY_HEADROOM
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
@@ -232,17 +248,17 @@ def main() -> int:
             import torch  # noqa: F401 (its files are tried where it is there)
     with tempfile.TemporaryDirectory() as place:
         folder, count, refused, start = Path(place), 0, 0, time.monotonic()
-        good = {name: content for name, content in good_files(folder).items() if name.endswith(args.only)}
+        good = {name: content for name, content in valid_files(folder).items() if name.endswith(args.only)}
         for name in good:
-            assert "read" in set(attempt(folder / name, name)), name
+            assert "read" in set(read_with_all(folder / name, name)), name
         limit_memory()
         seed = args.seed
         while seed < args.seed + args.examples if args.examples else time.monotonic() < start + 60 * args.minutes:
             for name, content in good.items():
                 path = folder / f"bad{Path(name).suffix}"
-                path.write_bytes(hostile(name, content, random.Random(f"{name} {seed}")))
+                path.write_bytes(corrupt_file(name, content, random.Random(f"{name} {seed}")))
                 try:
-                    outcome = list(attempt(path, name))
+                    outcome = list(read_with_all(path, name))
                 except BaseException:
                     print(f"file {name}, seed {seed}:", flush=True)
                     raise

@@ -13,7 +13,7 @@ import xprnn
 N, T, D, V = 3, 5, 3, 6
 
 
-def layers_of(keras: Any, name: str) -> Any:
+def build_model(keras: Any, name: str) -> Any:
     """The model of this name, its weights not yet drawn."""
     L = keras.layers
     rows, ids = L.Input((None, D)), L.Input((None,), dtype="int32")
@@ -69,7 +69,7 @@ def layers_of(keras: Any, name: str) -> Any:
     return keras.Model(rows, [*pair, state])
 
 
-NAMES = (
+MODEL_NAMES = (
     "simple_rnn_last",
     "lstm_alone",
     "lstm_stack",
@@ -81,7 +81,7 @@ NAMES = (
 )
 
 
-def use(keras: Any, dtype: str) -> None:
+def set_dtype(keras: Any, dtype: str) -> None:
     """Let Keras make and compute everything in this dtype."""
     from keras.src.backend.common import dtypes
 
@@ -91,7 +91,7 @@ def use(keras: Any, dtype: str) -> None:
     keras.config.set_dtype_policy(dtype)
 
 
-def inputs(rng: np.random.Generator, name: str, dtype: str) -> Any:
+def random_inputs(rng: np.random.Generator, name: str, dtype: str) -> Any:
     """Numbers, or ids, with holes and whole rows of padding."""
     skipped = np.array([[0, 0, 1, 1, 0], [1, 0, 1, 0, 1], [1, 1, 1, 1, 1]], bool)
     if name == "bidirectional":
@@ -100,20 +100,20 @@ def inputs(rng: np.random.Generator, name: str, dtype: str) -> Any:
     return np.where(skipped[..., None], value, rng.normal(size=(N, T, D))).astype(dtype)
 
 
-def draw(rng: np.random.Generator, model: Any) -> None:
+def randomize_weights(rng: np.random.Generator, model: Any) -> None:
     """Random weights, biases included."""
     for variable in model.trainable_variables:
         variable.assign((0.6 * rng.normal(size=variable.shape)).astype(variable.dtype))
 
 
-def flat(tree: Any) -> list[Any]:
+def flatten(tree: Any) -> list[Any]:
     """The arrays of nested tuples, lists and dicts in order."""
     if isinstance(tree, dict):
-        return [a for v in tree.values() for a in flat(v)]
-    return [a for v in tree for a in flat(v)] if isinstance(tree, (tuple, list)) else [tree]
+        return [a for v in tree.values() for a in flatten(v)]
+    return [a for v in tree for a in flatten(v)] if isinstance(tree, (tuple, list)) else [tree]
 
 
-def same_gradients(got: dict[str, Any], want: dict[str, Any], rtol: float) -> None:
+def assert_same_gradients(got: dict[str, Any], want: dict[str, Any], rtol: float) -> None:
     """Hold our gradients to Keras's; where Keras has one bias, both of ours have its gradient."""
     assert got.keys() == want.keys()
     for name, gradient in want.items():
@@ -122,7 +122,7 @@ def same_gradients(got: dict[str, Any], want: dict[str, Any], rtol: float) -> No
         np.testing.assert_allclose(got[name], expected, rtol=rtol, atol=rtol, err_msg=name)
 
 
-def gradients(model: Any, params: Any, x: Any, dy: list[Any]) -> tuple[list[Any], Any]:
+def outputs_and_gradients(model: Any, params: Any, x: Any, dy: list[Any]) -> tuple[list[Any], Any]:
     """Outputs (the state of a GRU that returns it among them) and gradients of <outputs, dy>."""
     y, state, tape = model.forward(params, x)
     if not isinstance(y, tuple):
@@ -132,20 +132,20 @@ def gradients(model: Any, params: Any, x: Any, dy: list[Any]) -> tuple[list[Any]
     return [*y, state[key][0]], model.backward(tape, (dy[0], dy[1]), dstate)
 
 
-def check(model: Any, params: Any, numbers: Any, rtol: float) -> None:
+def assert_matches_keras(model: Any, params: Any, numbers: Any, rtol: float) -> None:
     """The outputs and gradients that were recorded, or that Keras gives now."""
     count = len([k for k in numbers if k.startswith("y")])
-    y, got = gradients(model, params, numbers["x"], [numbers[f"dy{k}"] for k in range(count)])
+    y, got = outputs_and_gradients(model, params, numbers["x"], [numbers[f"dy{k}"] for k in range(count)])
     assert len(y) == count
     for k, a in enumerate(y):
         assert a.dtype == numbers[f"y{k}"].dtype
         np.testing.assert_allclose(a, numbers[f"y{k}"], rtol=rtol, atol=rtol, err_msg=f"y{k}")
     if "dx" in numbers:
         np.testing.assert_allclose(got.dx, numbers["dx"], rtol=rtol, atol=rtol, err_msg="dx")
-    same_gradients(got.dparams, {k[5:]: numbers[k] for k in numbers if k.startswith("grad.")}, rtol)
+    assert_same_gradients(got.dparams, {k[5:]: numbers[k] for k in numbers if k.startswith("grad.")}, rtol)
 
 
-def ask(keras: Any, model: Any, x: Any, rng: np.random.Generator) -> dict[str, Any]:
+def keras_results(keras: Any, model: Any, x: Any, rng: np.random.Generator) -> dict[str, Any]:
     """What Keras says: outputs, and by JAX's own differentiation every gradient, under our names."""
     import jax
 
@@ -153,7 +153,7 @@ def ask(keras: Any, model: Any, x: Any, rng: np.random.Generator) -> dict[str, A
     integer = x.dtype.kind == "i"
 
     def outputs(trained: Any, x: Any) -> Any:
-        return flat(model.stateless_call(trained, [v.value for v in model.non_trainable_variables], x)[0])
+        return flatten(model.stateless_call(trained, [v.value for v in model.non_trainable_variables], x)[0])
 
     y = [np.asarray(a) for a in outputs(trained, x)]
     dy = [rng.normal(size=a.shape).astype(a.dtype) for a in y]
@@ -172,7 +172,7 @@ def ask(keras: Any, model: Any, x: Any, rng: np.random.Generator) -> dict[str, A
     return found | ({} if integer else {"dx": np.asarray(dx[0])})
 
 
-def on_jax():
+def keras_on_jax():
     """Keras on JAX, in float64."""
     os.environ["KERAS_BACKEND"] = "jax"
     import jax
@@ -181,5 +181,5 @@ def on_jax():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import keras
-    use(keras, "float64")
+    set_dtype(keras, "float64")
     return keras

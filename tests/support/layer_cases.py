@@ -12,7 +12,7 @@ import xprnn
 from xprnn import cells
 
 
-class Case(NamedTuple):
+class LayerCase(NamedTuple):
     """A kind of layer and the reference's step for it."""
 
     make: Callable[..., Any]  # make(D, H, num_layers, **options) -> layer
@@ -39,24 +39,24 @@ def leaky_cell() -> xprnn.Cell:
     return xprnn.Cell("leaky", 1, build, vectors=("rate",))
 
 
-LEAKY = leaky_cell()
-HARD = ("hardsigmoid", 0.25, 0.5)
-SCALED = ("scaledtanh", 1.5, 0.75)
+LEAKY_CELL = leaky_cell()
+HARD_SIGMOID = ("hardsigmoid", 0.25, 0.5)
+SCALED_TANH = ("scaledtanh", 1.5, 0.75)
 
 
-def own(cell):
+def recurrent_factory(cell):
     return lambda D, H, L=1, **options: xprnn.Recurrent(D, H, L, cell=cell, **options)
 
 
-def early_cell(first_apart: bool, late_apart: bool) -> xprnn.Cell:
+def pregate_cell(separate_pregates: bool, separate_gates: bool) -> xprnn.Cell:
     """Two early gates r, z, two others that see q = r h + c/2; x and h of each pair apart, or only summed."""
 
     def build(xp):
         def first(x, h):
-            return 1.0 * x + h if first_apart else x + h
+            return 1.0 * x + h if separate_pregates else x + h
 
         def late(x, h):
-            return x + 0.5 * h if late_apart else x + h
+            return x + 0.5 * h if separate_gates else x + h
 
         def early(x, h, state, p):
             r, z = xp.tanh(first(x[0], h[0])), xp.tanh(first(x[1], h[1]) + p[1] * state[1])
@@ -77,46 +77,56 @@ def early_cell(first_apart: bool, late_apart: bool) -> xprnn.Cell:
             dh, dc = dstate
             dc = dc + dh * o
             dan, dao = dc * z * (1.0 - n * n), dh * c * (1.0 - o * o)
-            d = (0.5 * dan, 0.5 * dao) if late_apart else (dan, dao)
+            d = (0.5 * dan, 0.5 * dao) if separate_gates else (dan, dao)
             return (dh * p[0], dc * (n - state[1]), dan, dao), d, (None, dc * (1.0 - z)), (dh * r, None)
 
         return cells.Pointwise(step, back, early, early_back)
 
-    return xprnn.Cell("early", 4, build, ("h", "c"), ("weight_r", "weight_z"), early=2)
+    return xprnn.Cell("early", 4, build, ("h", "c"), ("weight_r", "weight_z"), pregates=2)
 
 
 CASES = {
-    "rnn": Case(xprnn.RNN, naive.elman()),
-    "rnn-relu": Case(lambda *a, **k: xprnn.RNN(*a, nonlinearity="relu", **k), naive.elman(naive.activation("relu"))),
-    "lstm": Case(xprnn.LSTM, naive.lstm()),
-    "lstm-proj": Case(lambda *a, **k: xprnn.LSTM(*a, proj_size=2, **k), naive.lstm()),
-    "gru": Case(xprnn.GRU, naive.gru()),
-    "gru-before": Case(lambda *a, **k: xprnn.GRU(*a, reset_after=False, **k), naive.gru(reset_after=False)),
-    "leaky": Case(own(LEAKY), naive.leaky),
-    "lstm-peepholes": Case(own(cells.lstm(peepholes=True)), naive.lstm(peepholes=True)),
-    "lstm-coupled": Case(own(cells.lstm(peepholes=True, coupled=True)), naive.lstm(peepholes=True, coupled=True)),
-    "lstm-clip": Case(own(cells.lstm(clip=0.4)), naive.lstm(clip=0.4)),
-    "gru-clip": Case(own(cells.gru(clip=0.3)), naive.gru(clip=0.3)),
-    "gru-before-clip": Case(own(cells.gru_reset_before(clip=0.3)), naive.gru(reset_after=False, clip=0.3)),
-    "rnn-clip": Case(own(cells.elman(clip=0.3)), naive.elman(clip=0.3)),
-    "lstm-activations": Case(
-        own(cells.lstm(xprnn.activation(*HARD), "softsign", xprnn.activation(*SCALED))),
-        naive.lstm(naive.activation(*HARD), naive.activation("softsign"), naive.activation(*SCALED)),
+    "rnn": LayerCase(xprnn.RNN, naive.elman()),
+    "rnn-relu": LayerCase(
+        lambda *a, **k: xprnn.RNN(*a, nonlinearity="relu", **k), naive.elman(naive.activation("relu"))
     ),
-    "gru-activations": Case(
-        own(cells.gru(xprnn.activation(*HARD), "softsign")),
-        naive.gru(naive.activation(*HARD), naive.activation("softsign")),
+    "lstm": LayerCase(xprnn.LSTM, naive.lstm()),
+    "lstm-proj": LayerCase(lambda *a, **k: xprnn.LSTM(*a, proj_size=2, **k), naive.lstm()),
+    "gru": LayerCase(xprnn.GRU, naive.gru()),
+    "gru-before": LayerCase(lambda *a, **k: xprnn.GRU(*a, reset_after=False, **k), naive.gru(reset_after=False)),
+    "leaky": LayerCase(recurrent_factory(LEAKY_CELL), naive.leaky),
+    "lstm-peepholes": LayerCase(recurrent_factory(cells.lstm(peepholes=True)), naive.lstm(peepholes=True)),
+    "lstm-coupled": LayerCase(
+        recurrent_factory(cells.lstm(peepholes=True, coupled=True)), naive.lstm(peepholes=True, coupled=True)
+    ),
+    "lstm-clip": LayerCase(recurrent_factory(cells.lstm(clip=0.4)), naive.lstm(clip=0.4)),
+    "gru-clip": LayerCase(recurrent_factory(cells.gru(clip=0.3)), naive.gru(clip=0.3)),
+    "gru-before-clip": LayerCase(
+        recurrent_factory(cells.gru_reset_before(clip=0.3)), naive.gru(reset_after=False, clip=0.3)
+    ),
+    "rnn-clip": LayerCase(recurrent_factory(cells.elman(clip=0.3)), naive.elman(clip=0.3)),
+    "lstm-activations": LayerCase(
+        recurrent_factory(cells.lstm(xprnn.activation(*HARD_SIGMOID), "softsign", xprnn.activation(*SCALED_TANH))),
+        naive.lstm(naive.activation(*HARD_SIGMOID), naive.activation("softsign"), naive.activation(*SCALED_TANH)),
+    ),
+    "gru-activations": LayerCase(
+        recurrent_factory(cells.gru(xprnn.activation(*HARD_SIGMOID), "softsign")),
+        naive.gru(naive.activation(*HARD_SIGMOID), naive.activation("softsign")),
     ),
 }
 # Whose products are where no other case's are; the kernels' tests hold them to the generic scan.
-RARE = {f"early-{a:d}{b:d}": own(early_cell(a, b)) for a, b in ((True, True), (True, False), (False, True))}
-RARE["peepholes-proj"] = lambda D, H, L=1: xprnn.LSTM(D, H, L, proj_size=3, cell=cells.lstm(peepholes=True, clip=0.5))
+RARE_CASES = {
+    f"early-{a:d}{b:d}": recurrent_factory(pregate_cell(a, b)) for a, b in ((True, True), (True, False), (False, True))
+}
+RARE_CASES["peepholes-proj"] = lambda D, H, L=1: xprnn.LSTM(
+    D, H, L, proj_size=3, cell=cells.lstm(peepholes=True, clip=0.5)
+)
 # Libraries on which a step costs a hundred times NumPy's: one check of each kind is enough there.
-SLOW = ("strict", "jax")
-MAIN = ["rnn", "lstm", "lstm-proj", "gru", "gru-before", "leaky"]
+SLOW_LIBRARIES = ("strict", "jax")
+MAIN_CASES = ["rnn", "lstm", "lstm-proj", "gru", "gru-before", "leaky"]
 
 
-class Problem(NamedTuple):
+class LayerInputs(NamedTuple):
     """NumPy arrays for one call of a layer."""
 
     params: dict[str, Any]
@@ -125,21 +135,21 @@ class Problem(NamedTuple):
     flags: dict[str, Any]
 
 
-def state_like(rng: np.random.Generator, layer: Any, n: int, scale: float = 0.5) -> Any:
+def random_state(rng: np.random.Generator, layer: Any, n: int, scale: float = 0.5) -> Any:
     """A random state in the structure that the layer documents."""
     parts, projected = [], getattr(layer, "proj_size", 0)
-    for i in range(len(layer.core.states)):
-        sizes = [projected if projected and i == 0 else h for h in layer.sizes]
+    for i in range(len(layer.resolved_cell.states)):
+        sizes = [projected if projected and i == 0 else h for h in layer.hidden_sizes]
         if isinstance(layer.hidden_size, int):
-            parts.append(scale * rng.normal(size=(layer.num_layers * layer.directions, n, sizes[0])))
+            parts.append(scale * rng.normal(size=(layer.num_layers * layer.num_directions, n, sizes[0])))
         else:
-            parts.append(tuple(scale * rng.normal(size=(layer.directions, n, h)) for h in sizes))
+            parts.append(tuple(scale * rng.normal(size=(layer.num_directions, n, h)) for h in sizes))
     return parts[0] if len(parts) == 1 else tuple(parts)
 
 
-def unpacked(layer: Any, state: Any) -> list[tuple[Any, ...]]:
+def split_state(layer: Any, state: Any) -> list[tuple[Any, ...]]:
     """The state of each layer and direction, as the reference takes it."""
-    parts = (state,) if len(layer.core.states) == 1 else state
+    parts = (state,) if len(layer.resolved_cell.states) == 1 else state
     columns = []
     for part in parts:
         arrays = [part] if not isinstance(part, tuple) else part
@@ -147,9 +157,9 @@ def unpacked(layer: Any, state: Any) -> list[tuple[Any, ...]]:
     return list(zip(*columns, strict=True))
 
 
-def packed(layer: Any, finals: list[tuple[Any, ...]]) -> Any:
-    """The inverse of `unpacked`."""
-    d, parts = layer.directions, []
+def stack_state(layer: Any, finals: list[tuple[Any, ...]]) -> Any:
+    """The inverse of `split_state`."""
+    d, parts = layer.num_directions, []
     for column in zip(*finals, strict=True):
         if isinstance(layer.hidden_size, int):
             parts.append(np.stack(column))
@@ -158,9 +168,9 @@ def packed(layer: Any, finals: list[tuple[Any, ...]]) -> Any:
     return parts[0] if len(parts) == 1 else tuple(parts)
 
 
-def problem(
+def random_inputs(
     rng: np.random.Generator, layer: Any, T: int = 5, N: int = 3, flags: str = "", scale: float = 0.6
-) -> Problem:
+) -> LayerInputs:
     """Random numbers for `layer`, all parameters included (biases and peepholes too), time-major.
 
     Args:
@@ -174,33 +184,38 @@ def problem(
         given["mask"] = rng.random((T, N)) < 0.7
     if "r" in flags:
         given["reset"] = rng.random((T, N)) < 0.3
-    return Problem(params, rng.normal(size=(T, N, layer.input_size)), state_like(rng, layer, N), given)
+    return LayerInputs(params, rng.normal(size=(T, N, layer.input_size)), random_state(rng, layer, N), given)
 
 
-def expected(case: Case, layer: Any, p: Problem) -> tuple[Any, Any]:
+def reference_outputs(case: LayerCase, layer: Any, p: LayerInputs) -> tuple[Any, Any]:
     """y and the final state by the naive reference."""
-    y, finals = naive.run(case.step, layer, p.params, p.x, unpacked(layer, p.state), **p.flags)
-    return y, packed(layer, finals)
+    y, finals = naive.run_stack(case.step, layer, p.params, p.x, split_state(layer, p.state), **p.flags)
+    return y, stack_state(layer, finals)
 
 
-def on(xp: Any, tree: Any, dtype: str | None = None) -> Any:
+def to_backend(xp: Any, tree: Any, dtype: str | None = None) -> Any:
     """The arrays of nested tuples and dicts, on a backend: floats in `dtype`, the others in their own."""
     if isinstance(tree, dict):
-        return {k: on(xp, v, dtype) for k, v in tree.items()}
+        return {k: to_backend(xp, v, dtype) for k, v in tree.items()}
     if isinstance(tree, tuple):
-        return tuple(on(xp, v, dtype) for v in tree)
+        return tuple(to_backend(xp, v, dtype) for v in tree)
     if tree is None:
         return None
     return xp.asarray(tree, dtype if np.asarray(tree).dtype.kind == "f" else None)
 
 
-def given(xp: Any, p: Problem, dtype: str | None = None) -> tuple[Any, Any, Any, dict[str, Any]]:
+def inputs_on(xp: Any, p: LayerInputs, dtype: str | None = None) -> tuple[Any, Any, Any, dict[str, Any]]:
     """params, x, state, flags of a problem on a backend."""
-    return on(xp, p.params, dtype), on(xp, p.x, dtype), on(xp, p.state, dtype), on(xp, p.flags)
+    return (
+        to_backend(xp, p.params, dtype),
+        to_backend(xp, p.x, dtype),
+        to_backend(xp, p.state, dtype),
+        to_backend(xp, p.flags),
+    )
 
 
-def cotangents(rng: np.random.Generator, tree: Any) -> Any:
+def random_cotangents(rng: np.random.Generator, tree: Any) -> Any:
     """Random numbers in the shape of each array of the tree."""
     if isinstance(tree, tuple):
-        return tuple(cotangents(rng, a) for a in tree)
+        return tuple(random_cotangents(rng, a) for a in tree)
     return rng.normal(size=tuple(tree.shape))

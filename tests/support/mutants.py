@@ -1,7 +1,7 @@
 """Wrong backwards to plant, and the one question put to each: does check_gradients see it?
 
 A mutant is the cell's own text with one thing changed. To add a cell: write its forward and backward once with `at`
-(see `elman_passes`), list what can go wrong, and call `verdict` (test_mutations.py does both for the Elman network).
+(see `elman_passes`), list what can go wrong, and call `checker_message` (test_mutations.py does both for the Elman network).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from xprnn import GradientError, check_gradients
 Passes = tuple[Callable[..., Any], Callable[..., Any]]
 
 
-def verdict(passes: Passes, args, names) -> str:
+def checker_message(passes: Passes, args, names) -> str:
     """ "" if the checker finds nothing wrong, otherwise what it says."""
     try:
         check_gradients(*passes, args, names=names, rng=np.random.default_rng(5))
@@ -46,7 +46,7 @@ def elman_passes(bug: str = "") -> Passes:
         dz = np.zeros_like(dh)
         for t in reversed(range(len(x))):
             total = into[t] if bug == "recurrent path dropped" and t < len(x) - 1 else into[t] + carried
-            dz[t] = total * slope(bug, h, t)
+            dz[t] = total * tanh_derivative(bug, h, t)
             carried = dz[t] @ (p["U"].T if bug == "transposed recurrent weight" else p["U"])
         before = h[1:] if bug == "state off by one" else h[:-1]
         if bug == "initial state taken for zero":
@@ -58,12 +58,14 @@ def elman_passes(bug: str = "") -> Passes:
             "V": np.einsum("tnv,tnh->vh", dlogits, h[:-1] if bug == "head sees the state before" else h[1:]),
             "c": dlogits.sum((0, 1)),
         }
-        return after(bug, dz @ p["W"], dz @ p["U"] if bug == "dx from the wrong weight" else None, carried, into, grads)
+        return mutate_gradients(
+            bug, dz @ p["W"], dz @ p["U"] if bug == "dx from the wrong weight" else None, carried, into, grads
+        )
 
     return forward, backward
 
 
-def slope(bug, h, t):
+def tanh_derivative(bug, h, t):
     """1 - a², or what a slip makes of it."""
     match bug:
         case "1 - a² missing":
@@ -75,7 +77,7 @@ def slope(bug, h, t):
     return 1 - h[t + 1] ** 2
 
 
-def after(bug, dx, wrong_dx, dh0, into, grads):
+def mutate_gradients(bug, dx, wrong_dx, dh0, into, grads):
     """The gradients, those that go wrong at the very end among them."""
     match bug:
         case "all gradients zero":

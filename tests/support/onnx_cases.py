@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-GATES = {"RNN": 1, "LSTM": 4, "GRU": 3}
-PLACES = {"RNN": ["Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"], "GRU": ["Sigmoid", "Tanh"]}
-NAMES = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")
+GATE_COUNTS = {"RNN": 1, "LSTM": 4, "GRU": 3}
+DEFAULT_ACTIVATIONS = {"RNN": ["Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"], "GRU": ["Sigmoid", "Tanh"]}
+INPUT_NAMES = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")
 
 
 def sigmoid(x, a, b):
@@ -20,7 +20,7 @@ def sigmoid(x, a, b):
 
 
 # name -> (function of x, alpha, beta; which constants it has)
-FUNCTIONS: dict[str, Any] = {
+ACTIVATIONS: dict[str, Any] = {
     "Tanh": (lambda x, a, b: np.tanh(x), ""),
     "Sigmoid": (sigmoid, ""),
     "Relu": (lambda x, a, b: np.maximum(x, 0), ""),
@@ -33,11 +33,11 @@ FUNCTIONS: dict[str, Any] = {
     "ThresholdedRelu": (lambda x, a, b: x if x > a else 0.0, "a"),
     "Elu": (lambda x, a, b: x if x >= 0 else a * (np.exp(x) - 1), "a"),
 }
-DEFAULTS = {"Affine": (1, 0), "ScaledTanh": (1, 1), "HardSigmoid": (0.2, 0.5), "LeakyRelu": (0.01, 0)}
-DEFAULTS |= {"ThresholdedRelu": (1, 0), "Elu": (1, 0)}
+DEFAULT_CONSTANTS = {"Affine": (1, 0), "ScaledTanh": (1, 1), "HardSigmoid": (0.2, 0.5), "LeakyRelu": (0.01, 0)}
+DEFAULT_CONSTANTS |= {"ThresholdedRelu": (1, 0), "Elu": (1, 0)}
 
 
-class Case(NamedTuple):
+class OperatorCase(NamedTuple):
     """An operator with its attributes, its inputs (float64; lengths int32) and the names of its outputs."""
 
     op: str
@@ -46,23 +46,23 @@ class Case(NamedTuple):
     outputs: tuple[str, ...]
 
 
-def flip(rng):
+def random_bool(rng):
     return bool(rng.integers(2))
 
 
-def draw(rng, op, *, zero_lengths=False, all_constants=False):
+def random_case(rng, op, *, zero_lengths=False, all_constants=False):
     """A case with any of the operator's attributes and optional inputs."""
     directions = ["forward", "reverse", "bidirectional"][rng.integers(3)]
-    d, g = 1 + (directions == "bidirectional"), GATES[op]
+    d, g = 1 + (directions == "bidirectional"), GATE_COUNTS[op]
     t, n, i, h = (int(k) for k in rng.integers(1, 5, 4))
     attrs: dict[str, Any] = {"direction": directions, "hidden_size": h}
-    if (layout := int(rng.integers(2))) or flip(rng):
+    if (layout := int(rng.integers(2))) or random_bool(rng):
         attrs["layout"] = layout
-    if flip(rng):
-        attrs |= functions(rng, len(PLACES[op]) * d, all_constants)
-    if flip(rng):
+    if random_bool(rng):
+        attrs |= random_activations(rng, len(DEFAULT_ACTIVATIONS[op]) * d, all_constants)
+    if random_bool(rng):
         attrs["clip"] = float(np.float32(rng.uniform(0.2, 1.0)))
-    if op == "LSTM" and flip(rng):
+    if op == "LSTM" and random_bool(rng):
         attrs["input_forget"] = 1
     if op == "GRU":
         attrs["linear_before_reset"] = int(rng.integers(2))
@@ -70,51 +70,53 @@ def draw(rng, op, *, zero_lengths=False, all_constants=False):
     shapes |= {"initial_h": (d, n, h), "initial_c": (d, n, h), "P": (d, 3 * h)}
     if layout:
         shapes |= {"X": (n, t, i), "initial_h": (n, d, h), "initial_c": (n, d, h)}
-    wanted = [k for k in shapes if k in "XWR" or ((op == "LSTM" or k not in ("initial_c", "P")) and flip(rng))]
+    wanted = [k for k in shapes if k in "XWR" or ((op == "LSTM" or k not in ("initial_c", "P")) and random_bool(rng))]
     inputs = {k: rng.standard_normal(shapes[k]) * (1.0 if k == "X" else 0.6) for k in wanted}
     inputs = {k: a.astype(np.float32).astype(np.float64) for k, a in inputs.items()}
-    if flip(rng) or zero_lengths:
+    if random_bool(rng) or zero_lengths:
         inputs["sequence_lens"] = rng.integers(0 if zero_lengths else 1, t + 1, n).astype(np.int32)
     outputs = ["Y", "Y_h", "Y_c"][: 3 if op == "LSTM" else 2]
-    kept = tuple(o if o == "Y" or flip(rng) else "" for o in outputs)
-    return Case(op, attrs, inputs, kept if flip(rng) else tuple(outputs))
+    kept = tuple(o if o == "Y" or random_bool(rng) else "" for o in outputs)
+    return OperatorCase(op, attrs, inputs, kept if random_bool(rng) else tuple(outputs))
 
 
-def functions(rng, count, all_constants):
+def random_activations(rng, count, all_constants):
     """Activations in each place, with constants for those that have them, or for the first few only."""
-    names = [list(FUNCTIONS)[k] for k in rng.integers(0, len(FUNCTIONS), count)]
+    names = [list(ACTIVATIONS)[k] for k in rng.integers(0, len(ACTIVATIONS), count)]
     out: dict[str, Any] = {"activations": names}
     for key, letter in (("activation_alpha", "a"), ("activation_beta", "b")):
-        having = [n for n in names if letter in FUNCTIONS[n][1]]
+        having = [n for n in names if letter in ACTIVATIONS[n][1]]
         values = [float(np.float32(rng.uniform(0.1, 0.9))) for _ in having]
-        if values and (all_constants or flip(rng)):
+        if values and (all_constants or random_bool(rng)):
             out[key] = values if all_constants else values[: int(rng.integers(1, len(values) + 1))]
     return out
 
 
-def model(case, *, weights=(), opset=22, kind="float32"):
+def operator_model(case, *, initializers=(), opset=22, dtype="float32"):
     """The operator alone in a model; inputs named in `weights` are its initialisers, the others its inputs."""
     import onnx
     from onnx import helper, numpy_helper
 
-    names = list(NAMES[: 8 if case.op == "LSTM" else 6])
+    names = list(INPUT_NAMES[: 8 if case.op == "LSTM" else 6])
     while names[-1] not in case.inputs:
         names.pop()
     node = helper.make_node(
         case.op, [k if k in case.inputs else "" for k in names], list(case.outputs), name="the node", **case.attrs
     )
-    types = {k: 6 if k == "sequence_lens" else helper.np_dtype_to_tensor_dtype(np.dtype(kind)) for k in NAMES}
-    given = [helper.make_tensor_value_info(k, types[k], a.shape) for k, a in case.inputs.items() if k not in weights]
+    types = {k: 6 if k == "sequence_lens" else helper.np_dtype_to_tensor_dtype(np.dtype(dtype)) for k in INPUT_NAMES}
+    given = [
+        helper.make_tensor_value_info(k, types[k], a.shape) for k, a in case.inputs.items() if k not in initializers
+    ]
     ranks = {"Y": [None] * 4, "Y_h": [None] * 3, "Y_c": [None] * 3}
     results = [helper.make_tensor_value_info(k, types["X"], ranks[k]) for k in case.outputs if k]
-    kept = [numpy_helper.from_array(case.inputs[k].astype(kind), k) for k in weights if k in case.inputs]
+    kept = [numpy_helper.from_array(case.inputs[k].astype(dtype), k) for k in initializers if k in case.inputs]
     graph = helper.make_graph([node], "one", given, results, kept)
     built = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
     onnx.checker.check_model(built)
     return built
 
 
-def onnx_runtime(built, inputs, outputs=None):
+def run_onnxruntime(built, inputs, outputs=None):
     """What ONNX Runtime answers, a dict from names; in float32, or float64 where the model asks for that."""
     import onnxruntime
 
@@ -130,7 +132,7 @@ def onnx_runtime(built, inputs, outputs=None):
     return dict(zip(names, run.run(None, feed), strict=True))
 
 
-def batch_second(case):
+def to_layout_0(case):
     """The same case in layout 0."""
     if not case.attrs.get("layout", 0):
         return case
@@ -138,14 +140,14 @@ def batch_second(case):
     return case._replace(attrs=case.attrs | {"layout": 0}, inputs=turned)
 
 
-def batch_first(outputs):
+def to_layout_1(outputs):
     """Outputs of layout 0 in layout 1."""
     return {k: a.transpose(2, 0, 1, 3) if k == "Y" else a.swapaxes(0, 1) for k, a in outputs.items()}
 
 
-def loop(case):
+def reference_outputs(case):
     """Y, Y_h and Y_c, number by number."""
-    plain = batch_second(case)
+    plain = to_layout_0(case)
     x, get = plain.inputs["X"], plain.inputs.get
     t, n, _ = x.shape
     ways = {"forward": [False], "reverse": [True], "bidirectional": [False, True]}[case.attrs["direction"]]
@@ -153,40 +155,41 @@ def loop(case):
     lengths = get("sequence_lens", np.full(n, t))
     y = np.zeros((t, len(ways), n, h))
     finals = np.zeros((2, len(ways), n, h))
-    places = chosen(plain, len(ways))
+    places = activation_functions(plain, len(ways))
     for d, backwards in enumerate(ways):
         for row in range(n):
             state = [get(k, np.zeros((len(ways), n, h)))[d, row] for k in ("initial_h", "initial_c")]
             steps = range(lengths[row])
             for s in reversed(steps) if backwards else steps:
-                state = step(plain, d, x[s, row], *state, places[d])
+                state = reference_step(plain, d, x[s, row], *state, places[d])
                 y[s, d, row] = state[0]
             finals[:, d, row] = state
     out = {"Y": y, "Y_h": finals[0], "Y_c": finals[1]}
-    out = batch_first(out) if case.attrs.get("layout", 0) else out
+    out = to_layout_1(out) if case.attrs.get("layout", 0) else out
     return {k: out[k] for k in case.outputs if k}
 
 
-def chosen(case, directions):
+def activation_functions(case, directions):
     """The functions of each direction, as functions of one number."""
-    names = case.attrs.get("activations", PLACES[case.op] * directions)
+    names = case.attrs.get("activations", DEFAULT_ACTIVATIONS[case.op] * directions)
     lists = {c: list(case.attrs.get(f"activation_{k}", [])) for c, k in (("a", "alpha"), ("b", "beta"))}
     made = []
     for name in names:
-        f, has = FUNCTIONS[name]
+        f, has = ACTIVATIONS[name]
         constants = [
-            lists[c].pop(0) if c in has and lists[c] else DEFAULTS.get(name, (0, 0))[k] for k, c in enumerate("ab")
+            lists[c].pop(0) if c in has and lists[c] else DEFAULT_CONSTANTS.get(name, (0, 0))[k]
+            for k, c in enumerate("ab")
         ]
         made.append(np.vectorize(lambda v, f=f, c=tuple(constants): f(v, *c), otypes=[float]))
-    each = len(PLACES[case.op])
+    each = len(DEFAULT_ACTIVATIONS[case.op])
     return [made[d * each : d * each + each] for d in range(directions)]
 
 
-def step(case, d, x, h, c, f):
+def reference_step(case, d, x, h, c, f):
     """One step of one row: the equations as the standard writes them."""
     W, R = case.inputs["W"][d], case.inputs["R"][d]
     wb, rb = np.split(case.inputs["B"][d], 2) if "B" in case.inputs else np.zeros((2, len(W)))
-    g, bound = GATES[case.op], case.attrs.get("clip", np.inf)
+    g, bound = GATE_COUNTS[case.op], case.attrs.get("clip", np.inf)
     xs, hs = np.split(W @ x + wb, g), np.split(R @ h + rb, g)
 
     def act(k, v):

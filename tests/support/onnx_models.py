@@ -3,9 +3,9 @@
 import xprnn
 from xprnn import cells
 
-own = cells.lstm("hardsigmoid", xprnn.activation("scaledtanh", 1.5, 0.7), "softsign", peepholes=True, clip=0.7)
+CUSTOM_LSTM = cells.lstm("hardsigmoid", xprnn.activation("scaledtanh", 1.5, 0.7), "softsign", peepholes=True, clip=0.7)
 
-MODELS = {
+OPERATOR_MODELS = {
     "rnn": xprnn.RNN(3, 4),
     "relu": xprnn.RNN(3, 4, 2, nonlinearity="relu", bidirectional=True),
     "identity": xprnn.RNN(3, 4, nonlinearity="identity", reverse=True),
@@ -17,7 +17,7 @@ MODELS = {
     "lstm both ways": xprnn.LSTM(3, 4, 2, bidirectional=True, batch_first=True, learned_state=True),
     "lstm backwards": xprnn.LSTM(3, 4, 2, reverse=True, bias=False),
     "lstm of many sizes": xprnn.LSTM(3, (4, 6), 2, learned_state=True, bidirectional=True),
-    "lstm of one's own": xprnn.LSTM(3, 4, cell=own, bidirectional=True),
+    "lstm of one's own": xprnn.LSTM(3, 4, cell=CUSTOM_LSTM, bidirectional=True),
     "coupled": xprnn.LSTM(3, 4, 2, cell=cells.lstm(coupled=True)),
     "gru": xprnn.GRU(3, 4, 2, learned_state=True),
     "original gru": xprnn.GRU(3, 4, bidirectional=True, reset_after=False, batch_first=True),
@@ -25,37 +25,39 @@ MODELS = {
     "with a head": xprnn.Sequential(rnn=xprnn.GRU(3, 4, dropout=0.5, num_layers=2), head=xprnn.Linear(4, 2)),
     "of its last step": xprnn.Sequential(
         rnn=xprnn.GRU(3, 4, 2, batch_first=True),
-        last=xprnn.Last(batch_first=True),
+        last=xprnn.LastStep(batch_first=True),
         head=xprnn.Linear(4, 2),
-        bend=xprnn.Apply("relu"),
+        bend=xprnn.ActivationLayer("relu"),
         odds=xprnn.Softmax(log=True),
     ),
     "of its last step backwards": xprnn.Sequential(
-        rnn=xprnn.LSTM(3, 4, 2, reverse=True), last=xprnn.Last(walk="reverse"), head=xprnn.Linear(4, 2)
+        rnn=xprnn.LSTM(3, 4, 2, reverse=True), last=xprnn.LastStep(direction="reverse"), head=xprnn.Linear(4, 2)
     ),
     "of both its last steps": xprnn.Sequential(
         rnn=xprnn.LSTM(3, 4, 2, bidirectional=True, batch_first=True),
-        last=xprnn.Last(batch_first=True, walk="both"),
+        last=xprnn.LastStep(batch_first=True, direction="both"),
         head=xprnn.Linear(8, 2),
         odds=xprnn.Softmax(),
     ),
     "its two ways put into one": xprnn.Sequential(
         a=xprnn.GRU(3, 4, bidirectional=True),
-        b=xprnn.Merge(4, "ave"),
+        b=xprnn.MergeDirections(4, "ave"),
         c=xprnn.RNN(4, 5, bidirectional=True),
-        d=xprnn.Merge(5, "mul"),
+        d=xprnn.MergeDirections(5, "mul"),
         e=xprnn.LSTM(5, 2, bidirectional=True),
-        last=xprnn.Last(walk="both"),
-        f=xprnn.Merge(2, "sum"),
+        last=xprnn.LastStep(direction="both"),
+        f=xprnn.MergeDirections(2, "sum"),
     ),
     "its two ways multiplied": xprnn.Sequential(
-        rnn=xprnn.LSTM(3, 4, bidirectional=True, batch_first=True), both=xprnn.Merge(4, "mul"), head=xprnn.Linear(4, 2)
+        rnn=xprnn.LSTM(3, 4, bidirectional=True, batch_first=True),
+        both=xprnn.MergeDirections(4, "mul"),
+        head=xprnn.Linear(4, 2),
     ),
     "bent": xprnn.Sequential(
         a=xprnn.LSTM(3, 4),
-        b=xprnn.Apply(xprnn.activation("elu", 0.3)),
+        b=xprnn.ActivationLayer(xprnn.activation("elu", 0.3)),
         c=xprnn.LSTM(4, 4),
-        d=xprnn.Apply("tanh"),
+        d=xprnn.ActivationLayer("tanh"),
         e=xprnn.Softmax(),
     ),
     "of many parts": xprnn.Sequential(

@@ -15,7 +15,7 @@ import xprnn
 Arrays = dict[str, Any]
 
 
-def article_case(rng, *, n_x=3, n_a=5, n_y=4, m=2, T=6, dtype="float64") -> tuple[Any, Any, Arrays]:
+def article_inputs(rng, *, n_x=3, n_a=5, n_y=4, m=2, T=6, dtype="float64") -> tuple[Any, Any, Arrays]:
     """x, a0, parameters in the article's layout, float64 numbers that `dtype` holds exactly.
 
     Two results of one dtype then start from the same numbers, and differences are rounding alone.
@@ -29,7 +29,7 @@ def article_case(rng, *, n_x=3, n_a=5, n_y=4, m=2, T=6, dtype="float64") -> tupl
     return draw(n_x, m, T), draw(n_a, m), parameters
 
 
-def softmax_of(z, axis=0):
+def softmax(z, axis=0):
     """Softmax slice by slice, each with its own maximum."""
     return np.apply_along_axis(lambda v: np.exp(v - v.max()) / np.sum(np.exp(v - v.max())), axis, z) if z.size else z
 
@@ -37,7 +37,7 @@ def softmax_of(z, axis=0):
 def cell_forward(xt, a_prev, p):
     """The article's rnn_cell_forward: a_next, yt_pred."""
     a_next = np.tanh(p["Wax"] @ xt + p["Waa"] @ a_prev + p["ba"])
-    return a_next, softmax_of(p["Wya"] @ a_next + p["by"])
+    return a_next, softmax(p["Wya"] @ a_next + p["by"])
 
 
 def cell_backward(da_next, a_next, a_prev, xt, p, dlogits=None) -> Arrays:
@@ -81,7 +81,7 @@ def sequence_backward(da, x, a0, a, p, dlogits=None) -> Arrays:
     return {"dx": dx, "da0": da_prev} | out
 
 
-def torch_sequence(x, a0, p, da, dlogits) -> tuple[Any, Any, Arrays]:
+def torch_results(x, a0, p, da, dlogits) -> tuple[Any, Any, Arrays]:
     """a, y_pred and every gradient by torch's own nn.RNN and autograd, in the article's layout and names."""
     import torch
 
@@ -106,15 +106,15 @@ def torch_sequence(x, a0, p, da, dlogits) -> tuple[Any, Any, Arrays]:
     return hidden.detach().numpy().T, torch.softmax(logits, -1).detach().numpy().T, grads
 
 
-def prove(xp, forward, backward, args, **options) -> dict[str, float]:
+def check_gradients_on(xp, forward, backward, args, **options) -> dict[str, float]:
     """check_gradients on `xp`: the passes stay guarded, the checker itself may bring numbers home."""
 
     def within(function):
         def call(*given):
-            with xp.guarded() if xp is not None else nullcontext():
+            with xp.forbid_host_conversion() if xp is not None else nullcontext():
                 return function(*given)
 
         return call
 
-    with xp.converting() if xp is not None else nullcontext():
+    with xp.allow_host_conversion() if xp is not None else nullcontext():
         return xprnn.check_gradients(within(forward), within(backward), args, **options)

@@ -32,7 +32,7 @@ def activation(name, alpha=None, beta=None):
     return table[name]
 
 
-def gate(w, k, count, x, h):
+def gate_terms(w, k, count, x, h):
     """(what x, what h contributes to gate k of count)."""
     size = w["weight_ih"].shape[0] // count
     rows = slice(k * size, (k + 1) * size)
@@ -42,25 +42,25 @@ def gate(w, k, count, x, h):
     return from_x, from_h
 
 
-def clipped(clip):
+def clip_function(clip):
     return (lambda v: v) if clip is None else (lambda v: np.clip(v, -clip, clip))
 
 
 def elman(f=np.tanh, clip=None):
-    bound = clipped(clip)
+    bound = clip_function(clip)
 
     def step(w, x, state):
-        return (f(bound(sum(gate(w, 0, 1, x, state[0])))),)
+        return (f(bound(sum(gate_terms(w, 0, 1, x, state[0])))),)
 
     return step
 
 
 def lstm(s=None, t=np.tanh, u=np.tanh, *, peepholes=False, coupled=False, clip=None):
-    s, bound = s or activation("sigmoid"), clipped(clip)
+    s, bound = s or activation("sigmoid"), clip_function(clip)
 
     def step(w, x, state):
         h, c = state
-        a_i, a_f, a_g, a_o = (sum(gate(w, k, 4, x, h)) for k in range(4))
+        a_i, a_f, a_g, a_o = (sum(gate_terms(w, k, 4, x, h)) for k in range(4))
         if peepholes:
             a_i, a_f = a_i + w["weight_pi"] * c, a_f + w["weight_pf"] * c
         i = s(bound(a_i))
@@ -75,17 +75,17 @@ def lstm(s=None, t=np.tanh, u=np.tanh, *, peepholes=False, coupled=False, clip=N
 
 
 def gru(s=None, t=np.tanh, *, reset_after=True, clip=None):
-    s, bound = s or activation("sigmoid"), clipped(clip)
+    s, bound = s or activation("sigmoid"), clip_function(clip)
 
     def step(w, x, state):
         (h,) = state
-        r = s(bound(sum(gate(w, 0, 3, x, h))))
-        z = s(bound(sum(gate(w, 1, 3, x, h))))
+        r = s(bound(sum(gate_terms(w, 0, 3, x, h))))
+        z = s(bound(sum(gate_terms(w, 1, 3, x, h))))
         if reset_after:
-            from_x, from_h = gate(w, 2, 3, x, h)
+            from_x, from_h = gate_terms(w, 2, 3, x, h)
             n = t(bound(from_x + r * from_h))
         else:
-            n = t(bound(sum(gate(w, 2, 3, x, r * h))))
+            n = t(bound(sum(gate_terms(w, 2, 3, x, r * h))))
         return ((1 - z) * n + z * h,)
 
     return step
@@ -95,10 +95,10 @@ def leaky(w, x, state):
     """A continuous-time Elman unit: every unit forgets at its own rate."""
     (h,) = state
     rate = 1 / (1 + np.exp(-w["rate"]))
-    return ((1 - rate) * h + rate * np.tanh(sum(gate(w, 0, 1, x, h))),)
+    return ((1 - rate) * h + rate * np.tanh(sum(gate_terms(w, 0, 1, x, h))),)
 
 
-def walk(step, w, x, initial, reverse, length, mask, reset):
+def run_row(step, w, x, initial, reverse, length, mask, reset):
     """One row through time: x (T, D), mask and reset (T,) -> y (T, P), the final state."""
     state = initial
     y = [np.zeros_like(initial[0]) for _ in x]
@@ -112,7 +112,7 @@ def walk(step, w, x, initial, reverse, length, mask, reset):
     return y, state
 
 
-def run(step, layer, params, x, state, *, lengths=None, mask=None, reset=None):
+def run_stack(step, layer, params, x, state, *, lengths=None, mask=None, reset=None):
     """A whole stack, everything time-major: x (T, N, D) or integers (T, N).
 
     Args:
@@ -138,7 +138,7 @@ def run(step, layer, params, x, state, *, lengths=None, mask=None, reset=None):
             y = np.zeros((T, N, start[0].shape[-1]))
             final = tuple(np.zeros_like(s) for s in start)
             for n in range(N):
-                row, last = walk(
+                row, last = run_row(
                     step,
                     w,
                     x[:, n],

@@ -5,11 +5,13 @@ from __future__ import annotations
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-several = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+property_settings = settings(
+    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @st.composite
-def recurrents(draw):
+def recurrent_layers(draw):
     """(the name of a class in torch.nn, its arguments)."""
     name = draw(st.sampled_from(["RNN", "LSTM", "GRU"]))
     hidden, layers = draw(st.integers(2, 4)), draw(st.integers(1, 3))
@@ -29,14 +31,14 @@ def recurrents(draw):
     return name, arguments
 
 
-def made(name, arguments, seed=0):
+def build_layer(name, arguments, seed=0):
     import torch
 
     torch.manual_seed(seed)
     return getattr(torch.nn, name)(**arguments, dtype=torch.float64)
 
 
-def network(rnn, embedding=0, outputs=0, bias=True):
+def build_network(rnn, embedding=0, outputs=0, bias=True):
     """A module such as people write: Embedding before, Linear behind, either left out where 0."""
     import torch
 

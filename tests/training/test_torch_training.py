@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import xprnn
-from xprnn.charlm.corpus import Streams, Vocabulary, default_text, streams
+from xprnn.charlm.corpus import BatchedText, Vocabulary, batchify, default_text
 
 pytestmark = pytest.mark.needs("torch")
 STEPS, BATCH, WINDOW, HIDDEN, RATE = 20, 8, 32, 48, 2e-2
@@ -16,8 +16,8 @@ CLIP = {"RNN": 1.0, "LSTM": 0.5, "GRU": 1.0}  # between the smallest and the lar
 @pytest.fixture(scope="module")
 def text():
     characters = default_text()[:20_000]
-    vocabulary = Vocabulary.of(characters)
-    return len(vocabulary), Streams(*streams(vocabulary.encode(characters), BATCH, WINDOW), WINDOW)
+    vocabulary = Vocabulary.from_text(characters)
+    return len(vocabulary), BatchedText(*batchify(vocabulary.encode(characters), BATCH, WINDOW), WINDOW)
 
 
 def our_losses(model, params, text, clip):

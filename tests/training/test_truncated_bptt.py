@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import xprnn
-from xprnn.training.truncated_bptt import gradients, windows
+from xprnn.training.truncated_bptt import window_gradients, windows
 
 LAYERS = {
     "elman": lambda **kw: xprnn.RNN(3, 4, **kw),
@@ -115,9 +115,9 @@ def test_windows_hold_every_step_once_and_the_context_before_it(xp):
             np.testing.assert_array_equal(x, np.arange(start, start + len(x)))
             assert w.target is None or len(x) <= k2
             if w.target is not None:
-                np.testing.assert_array_equal(xp.to_numpy(w.target), x[-w.fresh :])
-                fresh += x[-w.fresh :].tolist()
-            start += w.advance
+                np.testing.assert_array_equal(xp.to_numpy(w.target), x[-w.new_steps :])
+                fresh += x[-w.new_steps :].tolist()
+            start += w.stride
         assert fresh == steps[burn_in:].tolist()
 
 
@@ -133,7 +133,7 @@ def test_a_window_as_long_as_the_sequence_is_full_back_propagation(xp, rng, name
     # k2 = T: each window goes back to the start, so the windows' gradients add up to the whole one.
     state, total = None, dict.fromkeys(params, 0)
     for w in windows([(x, target)], k1=3, k2=9):
-        _, dparams, state = gradients(layer, params, w, state, lambda y, t: xprnn.mse(y, t, reduction="sum"))
+        _, dparams, state = window_gradients(layer, params, w, state, lambda y, t: xprnn.mse(y, t, reduction="sum"))
         total = {k: total[k] + dparams[k] for k in total}
     xp.assert_close(total, whole, condition=256)
 
@@ -144,7 +144,7 @@ def test_a_gradient_goes_back_k2_steps_and_no_further(rng):
     x, target = rng.standard_normal((8, 1, 1)), rng.standard_normal((8, 1, 3))
     state, found = None, None
     for w in windows([(x, target)], k1=2, k2=5):
-        value, found, state = gradients(layer, params, w, state, xprnn.mse)
+        value, found, state = window_gradients(layer, params, w, state, xprnn.mse)
     # The last window: steps 3 to 7 from the state after step 2, loss of steps 6 and 7.
     _, before = layer(params, x[:3])
     y, _, tape = layer.forward(params, x[3:], before)
@@ -161,7 +161,7 @@ def test_burn_in_settles_the_state(rng):
     x, target = rng.standard_normal((10, 2, 2)), rng.standard_normal((10, 2, 1))
     results, state = [], None
     for w in windows([(x, target)], k1=3, burn_in=4):
-        value, dparams, state = gradients(model, params, w, state, xprnn.mse)
+        value, dparams, state = window_gradients(model, params, w, state, xprnn.mse)
         results.append(value)
         assert (value is None) == (dparams is None) == (w.target is None)
     assert [r is None for r in results] == [True, True, False, False]
@@ -179,7 +179,7 @@ def test_memory_does_not_grow_with_the_length_of_a_stream(rng):
         state = None
         tracemalloc.start()
         for w in windows(stream, k1=64, k2=128):
-            _, _, state = gradients(layer, params, w, state, xprnn.mse)
+            _, _, state = window_gradients(layer, params, w, state, xprnn.mse)
         high = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return high
@@ -210,10 +210,10 @@ def test_a_state_can_be_saved_and_a_stream_goes_on(xp, rng, tmp_path, ending):
     x = xp.asarray(rng.standard_normal((6, 2, 2)))
     params = model.init(rng, like=x)
     _, state = model(params, x[:3, ...])
-    with xp.converting():
+    with xp.allow_host_conversion():
         xprnn.save_state(tmp_path / f"state.{ending}", state)
         again = xprnn.load_state(tmp_path / f"state.{ending}", like=x)
-    xp.assert_home(again, x)
+    xp.assert_like(again, x)
     y, _ = model(params, x[3:, ...], again)
     xp.assert_close(y, model(params, x[3:, ...], state)[0], condition=0)
 

@@ -9,13 +9,13 @@ from functools import partial
 import numpy as np
 
 from xprnn.arrays.namespace import Array, Namespace, as_index, device_of, is_integer, is_numpy
-from xprnn.arrays.segment_sum import sum_rows_by_id
-from xprnn.arrays.sparse_gradient import SparseGradient, Total, occurring
+from xprnn.arrays.segment_sum import segment_sum
+from xprnn.arrays.sparse_gradient import SegmentSum, SparseGradient, sparse_lookup_gradient
 
-__all__ = ["affine", "affine_back", "columns", "few", "flat", "table_back"]
+__all__ = ["flatten_leading", "gather_columns", "gather_is_cheaper", "linear", "linear_backward", "lookup_backward"]
 
 
-def flat(xp: Namespace, a: Array) -> Array:
+def flatten_leading(xp: Namespace, a: Array) -> Array:
     """(..., K) -> (M, K), M the product of the leading axes, which may be 0."""
     m = 1
     for n in a.shape[:-1]:
@@ -23,42 +23,42 @@ def flat(xp: Namespace, a: Array) -> Array:
     return xp.reshape(a, (m, a.shape[-1]))
 
 
-def affine(xp: Namespace, x: Array, w: Array, b: Array | None) -> Array:
+def linear(xp: Namespace, x: Array, w: Array, b: Array | None) -> Array:
     """x (..., D) or integers (...), w (K, D), b (K,) or None -> (..., K)."""
     if is_integer(xp, x):
         m = 1
         for n in x.shape:
             m *= n
-        y, lead = columns(xp, w, xp.reshape(x, (m,))), x.shape
+        y, lead = gather_columns(xp, w, xp.reshape(x, (m,))), x.shape
     else:
-        y, lead = xp.matmul(flat(xp, x), xp.permute_dims(w, (1, 0))), x.shape[:-1]
+        y, lead = xp.matmul(flatten_leading(xp, x), xp.permute_dims(w, (1, 0))), x.shape[:-1]
     if b is not None:
         y = y + b
     return xp.reshape(y, (*lead, w.shape[0]))
 
 
-def columns(xp: Namespace, w: Array, ids: Array) -> Array:
+def gather_columns(xp: Namespace, w: Array, ids: Array) -> Array:
     """The columns of w (K, V) with these numbers (M,), as rows (M, K).
 
-    >>> columns(np, np.asarray([[1, 2, 3], [4, 5, 6]]), np.asarray([2, 0]))
+    >>> gather_columns(np, np.asarray([[1, 2, 3], [4, 5, 6]]), np.asarray([2, 0]))
     array([[3, 6],
            [1, 4]])
     """
     if not is_numpy(xp):
         return xp.permute_dims(xp.take(w, as_index(xp, ids), axis=1), (1, 0))
-    if few(w, ids):
+    if gather_is_cheaper(w, ids):
         return np.ascontiguousarray(w.take(ids, axis=1).T)
     # Where a class lies after the other, as `init` lays wide weights, its row is simply there.
     return np.ascontiguousarray(w.T).take(ids, axis=0)
 
 
-def few(w: Array, ids: Array) -> bool:
+def gather_is_cheaper(w: Array, ids: Array) -> bool:
     """Whether to turn the columns that are found, and not all of a NumPy table that lies in C order."""
     # A column of such a table is far apart in memory: to turn one costs as much as to turn five to ten in line.
     return not w.flags.f_contiguous and 8 * ids.size < w.shape[1]
 
 
-def affine_back(
+def linear_backward(
     xp: Namespace,
     dy: Array,
     x: Array,
@@ -68,22 +68,22 @@ def affine_back(
     sparse: bool = False,
     active: Array | None = None,
 ) -> tuple[Array | None, Array | SparseGradient, Array]:
-    """The adjoint of `affine`: dy (..., K) -> dx like x (None for integers), dw like w, db (K,).
+    """The adjoint of `linear`: dy (..., K) -> dx like x (None for integers), dw like w, db (K,).
 
-    Where x is integer, `sparse` and `active` are those of `table_back`.
+    Where x is integer, `sparse` and `active` are those of `lookup_backward`.
     """
-    dy2 = flat(xp, dy)
+    dy2 = flatten_leading(xp, dy)
     # A sum down the rows as a product: the matrix libraries do it at the speed of memory.
     db = xp.matmul(xp.ones((1, dy2.shape[0]), dtype=dy.dtype, device=device_of(dy)), dy2)[0, :]
     if is_integer(xp, x):
         ids = as_index(xp, xp.reshape(x, (dy2.shape[0],)))
-        return None, table_back(xp, ids, dy2, w.shape[1], sparse=sparse, active=active), db
-    dw = xp.matmul(xp.permute_dims(dy2, (1, 0)), flat(xp, x))
+        return None, lookup_backward(xp, ids, dy2, w.shape[1], sparse=sparse, active=active), db
+    dw = xp.matmul(xp.permute_dims(dy2, (1, 0)), flatten_leading(xp, x))
     dx = xp.reshape(xp.matmul(dy2, w), x.shape) if need_dx else None
     return dx, dw, db
 
 
-def table_back(
+def lookup_backward(
     xp: Namespace,
     ids: Array,
     rows: Array,
@@ -91,7 +91,7 @@ def table_back(
     *,
     sparse: bool = False,
     active: Array | None = None,
-    total: Total | None = None,
+    segment_sum_fn: SegmentSum | None = None,
 ) -> Array | SparseGradient:
     """The adjoint of `columns`: the gradient of a table (K, V) of which columns were looked up.
 
@@ -104,11 +104,13 @@ def table_back(
         active: which of `ids` occur (any shape with M entries), see sparse.occurring; None: all.
         total: how rows are summed by number: ids, rows, count -> (count, K).
     """
-    total = total or partial(sum_rows_by_id, xp)
+    segment_sum_fn = segment_sum_fn or partial(segment_sum, xp)
     if not sparse:
-        return xp.permute_dims(total(ids, rows, count), (1, 0))
+        return xp.permute_dims(segment_sum_fn(ids, rows, count), (1, 0))
     active = None if active is None else xp.reshape(active, (rows.shape[0],))
-    return occurring(xp, ids, rows, (rows.shape[1], count), 1, active=active, total=total)
+    return sparse_lookup_gradient(
+        xp, ids, rows, (rows.shape[1], count), 1, active=active, segment_sum_fn=segment_sum_fn
+    )
 
 
 def zeros(xp: Namespace, shape: tuple[int, ...], like: Array) -> Array:

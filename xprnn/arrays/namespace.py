@@ -23,22 +23,22 @@ __all__ = [
     "Params",
     "as_index",
     "check_dicts",
-    "check_integers",
+    "check_index_bounds",
     "check_shape",
     "device_of",
     "from_numpy",
+    "host_view",
     "is_cupy",
     "is_integer",
     "is_numpy",
     "is_writeable",
     "namespace",
-    "on_host",
-    "refuse_masked",
-    "resolve",
+    "reject_masked_array",
+    "resolve_namespace",
     "to_numpy",
 ]
 
-_PLAIN = frozenset((np.dtype(np.float32), np.dtype(np.float64)))
+_FLOAT_DTYPES = frozenset((np.dtype(np.float32), np.dtype(np.float64)))
 
 
 class InputError(ValueError):
@@ -50,7 +50,7 @@ class InputError(ValueError):
 
 
 @cache
-def _numpy() -> Namespace:
+def _numpy_namespace() -> Namespace:
     """NumPy's namespace, asked for when it is first wanted: to make it imports all of NumPy, f2py and testing too."""
     return array_api_compat.array_namespace(np.zeros(0))
 
@@ -98,7 +98,7 @@ def is_integer(xp: Namespace, array: Array) -> bool:
     return bool(xp.isdtype(array.dtype, "integral"))
 
 
-def resolve(
+def resolve_namespace(
     where: str, floats: Mapping[str, Array | None], others: Mapping[str, Array | None] | None = None
 ) -> Namespace:
     """The namespace that all arrays of a call share; the arrays in `floats` share one real dtype too.
@@ -111,20 +111,20 @@ def resolve(
     Raises:
         InputError: not an array, or mixed libraries, devices or dtypes: says which argument has what.
 
-    >>> resolve("f", {"x": np.zeros(3), "h": np.zeros(3, np.float32)})
+    >>> resolve_namespace("f", {"x": np.zeros(3), "h": np.zeros(3, np.float32)})
     Traceback (most recent call last):
     xprnn.arrays.namespace.InputError: f: h is float32 but x is float64: give all arrays one dtype
     """
-    if not others and _plain([a for a in floats.values() if a is not None]):
-        return _numpy()
+    if not others and _share_float_dtype([a for a in floats.values() if a is not None]):
+        return _numpy_namespace()
     named = [(n, a) for n, a in (*floats.items(), *(others or {}).items()) if a is not None]
     name, first = named[0]
-    xp = _namespace_named(where, name, first)
+    xp = _namespace_of(where, name, first)
     if any(type(a) is not type(first) for _, a in named[1:]):
         for n, a in named[1:]:
-            if _namespace_named(where, n, a) is not xp:
+            if _namespace_of(where, n, a) is not xp:
                 raise InputError(
-                    f"{where}: {n} is a {_kind(a)} array but {name} is a {_kind(first)} array: "
+                    f"{where}: {n} is a {_library_name(a)} array but {name} is a {_library_name(first)} array: "
                     "convert one (nothing is moved between libraries silently)"
                 )
     if not is_numpy(xp):
@@ -137,12 +137,12 @@ def resolve(
     return xp
 
 
-def _plain(arrays: list[Array]) -> bool:
+def _share_float_dtype(arrays: list[Array]) -> bool:
     """Whether all are NumPy's own arrays of one usual dtype: what nearly every call has, seen in a microsecond."""
     if not arrays or arrays[0].__class__ is not np.ndarray:
         return False
     dtype = arrays[0].dtype
-    return dtype in _PLAIN and all(a.__class__ is np.ndarray and a.dtype == dtype for a in arrays)
+    return dtype in _FLOAT_DTYPES and all(a.__class__ is np.ndarray and a.dtype == dtype for a in arrays)
 
 
 def _check_dtypes(where: str, xp: Namespace, floats: Sequence[tuple[str, Array]]) -> None:
@@ -155,8 +155,8 @@ def _check_dtypes(where: str, xp: Namespace, floats: Sequence[tuple[str, Array]]
             raise InputError(f"{where}: {n} is {_dtype_name(a)} but {first} is {home}: give all arrays one dtype")
 
 
-def _namespace_named(where: str, name: str, array: Array) -> Namespace:
-    refuse_masked(where, name, array)
+def _namespace_of(where: str, name: str, array: Array) -> Namespace:
+    reject_masked_array(where, name, array)
     try:
         return array_api_compat.array_namespace(array)
     except TypeError:
@@ -165,10 +165,10 @@ def _namespace_named(where: str, name: str, array: Array) -> Namespace:
         ) from None
 
 
-def refuse_masked(where: str, name: str, array: Any) -> None:
+def reject_masked_array(where: str, name: str, array: Any) -> None:
     """Raise InputError for a masked array: a NumPy array by its class, but its mask would be lost on the way.
 
-    >>> refuse_masked("f", "x", np.ma.zeros(3))
+    >>> reject_masked_array("f", "x", np.ma.zeros(3))
     Traceback (most recent call last):
     xprnn.arrays.namespace.InputError: f: x must be a plain array, found a numpy.ma one: give x.filled(0), and mask= its steps
     """
@@ -190,7 +190,7 @@ def check_dicts(where: str, **dicts: Any) -> None:
             raise InputError(f"{where}: {name} must be a dict of arrays, found {type(value).__name__}{hint}")
 
 
-def _kind(array: Array) -> str:
+def _library_name(array: Array) -> str:
     return type(array).__module__.partition(".")[0]
 
 
@@ -198,7 +198,7 @@ def _dtype_name(array: Array) -> str:
     return str(array.dtype).rpartition(".")[2]
 
 
-def check_shape(where: str, name: str, letters: str, array: Array, expected: Sequence[int | None]) -> None:
+def check_shape(where: str, name: str, axis_names: str, array: Array, expected: Sequence[int | None]) -> None:
     """Raise InputError unless `array` has the `expected` shape (None: any length), whose axes are called `letters`.
 
     >>> check_shape("rnn", "h", "(N,H)", np.zeros((2, 3)), (2, 4))
@@ -210,13 +210,13 @@ def check_shape(where: str, name: str, letters: str, array: Array, expected: Seq
     found = tuple(array.shape)
     if len(found) != len(expected) or any(e is not None and e != f for e, f in zip(expected, found, strict=True)):
         want = f"({', '.join('any' if e is None else str(e) for e in expected)}{',' * (len(expected) == 1)})"
-        raise InputError(f"{where}: {' '.join((name, *letters.split()))} must have shape {want}, found {found}")
+        raise InputError(f"{where}: {' '.join((name, *axis_names.split()))} must have shape {want}, found {found}")
 
 
-def on_host(array: Array) -> Any:
+def host_view(array: Array) -> Any:
     """The array as NumPy, nothing copied, if it lies in host memory and nothing has to be waited for; else None.
 
-    >>> on_host(np.zeros(3)) is None
+    >>> host_view(np.zeros(3)) is None
     False
     """
     if array_api_compat.is_numpy_array(array):
@@ -226,18 +226,18 @@ def on_host(array: Array) -> Any:
     return None
 
 
-def check_integers(where: str, name: str, array: Array, below: int) -> None:
+def check_index_bounds(where: str, name: str, array: Array, stop: int) -> None:
     """Raise InputError if integers lie outside 0..below-1; unchecked where reading them would wait for a device.
 
-    >>> check_integers("Embedding", "x", np.asarray([0, 7]), 5)
+    >>> check_index_bounds("Embedding", "x", np.asarray([0, 7]), 5)
     Traceback (most recent call last):
     xprnn.arrays.namespace.InputError: Embedding: x must hold integers in 0..4, found 7
     """
-    host = on_host(array)
+    host = host_view(array)
     if host is not None and host.size:
         low, high = int(host.min()), int(host.max())
-        if low < 0 or high >= below:
-            raise InputError(f"{where}: {name} must hold integers in 0..{below - 1}, found {low if low < 0 else high}")
+        if low < 0 or high >= stop:
+            raise InputError(f"{where}: {name} must hold integers in 0..{stop - 1}, found {low if low < 0 else high}")
 
 
 def as_index(xp: Namespace, array: Array) -> Array:

@@ -6,12 +6,12 @@ import numpy as np
 
 from xprnn.arrays.namespace import Array, Namespace, device_of, is_numpy
 
-__all__ = ["sum_rows_by_id"]
+__all__ = ["segment_sum"]
 
-_SHORT = 8  # rows of a run, on average: shorter ones are not worth a call each
+_MIN_MEAN_RUN_LENGTH = 8  # rows of a run, on average: shorter ones are not worth a call each
 
 
-def sum_rows_by_id(xp: Namespace, ids: Array, rows: Array, count: int) -> Array:
+def segment_sum(xp: Namespace, ids: Array, rows: Array, count: int) -> Array:
     """Scatter-add: out[v] = sum of rows[m] over the m with ids[m] = v. The adjoint of a row look-up.
 
     The standard has no scatter. Rows are sorted by id, summed within each run of equal ids, and each run's sum is
@@ -27,7 +27,7 @@ def sum_rows_by_id(xp: Namespace, ids: Array, rows: Array, count: int) -> Array:
     Returns:
         (count, K).
 
-    >>> sum_rows_by_id(np, np.asarray([2, 0, 2]), np.asarray([[1.0], [2.0], [3.0]]), 4)[:, 0]
+    >>> segment_sum(np, np.asarray([2, 0, 2]), np.asarray([[1.0], [2.0], [3.0]]), 4)[:, 0]
     array([2., 0., 4., 0.])
     """
     m = rows.shape[0]
@@ -37,7 +37,7 @@ def sum_rows_by_id(xp: Namespace, ids: Array, rows: Array, count: int) -> Array:
     order = xp.argsort(ids, stable=True)
     ids = xp.take(ids, order)
     if is_numpy(xp):
-        _add_runs(out, ids, rows, order)
+        _sum_runs(out, ids, rows, order)
         return out
     rows = xp.take(rows, order, axis=0)
     shift = 1
@@ -53,22 +53,22 @@ def sum_rows_by_id(xp: Namespace, ids: Array, rows: Array, count: int) -> Array:
     return xp.where(found[:, None], sums, out)
 
 
-def _add_runs(out: Any, ids: Any, rows: Any, order: Any) -> None:
+def _sum_runs(out: Any, ids: Any, rows: Any, order: Any) -> None:
     """`rows[order]`, whose ids are sorted, into out: a row that is alone in its run is only copied."""
     first = np.concatenate((np.ones(1, bool), ids[1:] != ids[:-1]))
     alone = first & np.append(first[1:], True)
     out[ids[alone]] = rows[order[alone]]
     ids, rows, first = ids[~alone], rows[order[~alone]], first[~alone]
     starts = np.flatnonzero(first)
-    if ids.size <= _SHORT * starts.size:
-        _add_pairs(out, ids, rows)
+    if ids.size <= _MIN_MEAN_RUN_LENGTH * starts.size:
+        _sum_pairwise(out, ids, rows)
         return
     # A reduction for each run of ids: four times as fast as `reduceat`, and ten times as `add.at`.
     for v, a, b in zip(ids[starts].tolist(), starts.tolist(), [*starts[1:].tolist(), ids.size], strict=True):
         np.add.reduce(rows[a:b], axis=0, out=out[v])
 
 
-def _add_pairs(out: Any, ids: Any, rows: Any) -> None:
+def _sum_pairwise(out: Any, ids: Any, rows: Any) -> None:
     """The same: in every run each second row is added to the one before it, until one is left. Writes into rows."""
     at = np.arange(ids.size)
     while True:

@@ -10,19 +10,19 @@ from xprnn.arrays.namespace import (
     InputError,
     Params,
     check_shape,
-    resolve,
+    resolve_namespace,
 )
 
 __all__ = [
+    "check_bool",
     "check_init",
     "check_param_shapes",
     "check_params",
+    "check_probability",
     "check_rng",
-    "flag",
-    "fraction",
-    "keep_positive",
-    "need",
-    "positive",
+    "positive_int",
+    "require_array",
+    "validate_positive",
 ]
 
 
@@ -35,7 +35,7 @@ def check_params(where: str, params: Any, shapes: dict[str, tuple[int, ...]]) ->
         parts = [f"{what} {', '.join(n)}" for what, n in (("missing", missing), ("unexpected", extra)) if n]
         raise InputError(f"{where}: params: {'; '.join(parts)} (expected {', '.join(shapes)})")
     for name, value in params.items():
-        need(where, name, value)
+        require_array(where, name, value)
 
 
 def check_param_shapes(where: str, params: Params, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -45,32 +45,32 @@ def check_param_shapes(where: str, params: Params, shapes: dict[str, tuple[int, 
             check_shape(where, name, "", params[name], shape)
 
 
-def positive(where: str, name: str, value: Any, least: int = 1) -> int:
+def positive_int(where: str, name: str, value: Any, minimum: int = 1) -> int:
     """`value` as an int (np.int64 and the like are integers too); InputError unless it is one, and >= least."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise InputError(f"{where}: {name} must be an integer >= {least}, found {value!r}")
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
+        raise InputError(f"{where}: {name} must be an integer >= {minimum}, found {value!r}")
     return int(value)
 
 
-def keep_positive(config: Any, *names: str, least: int = 1) -> None:
+def validate_positive(config: Any, *names: str, minimum: int = 1) -> None:
     """Put `positive` of these attributes in their place in a frozen configuration."""
     for name in names:
-        object.__setattr__(config, name, positive(type(config).__name__, name, getattr(config, name), least))
+        object.__setattr__(config, name, positive_int(type(config).__name__, name, getattr(config, name), minimum))
 
 
-def fraction(where: str, name: str, value: Any) -> None:
+def check_probability(where: str, name: str, value: Any) -> None:
     """Raise InputError unless 0 <= `value` < 1."""
     if not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise InputError(f"{where}: {name} must be in [0, 1), found {value!r}")
 
 
-def need(where: str, name: str, value: Any) -> None:
+def require_array(where: str, name: str, value: Any) -> None:
     """Raise InputError if `value` is None where an array is needed."""
     if value is None:
         raise InputError(f"{where}: {name} must be an array, found None")
 
 
-def flag(where: str, name: str, value: Any) -> None:
+def check_bool(where: str, name: str, value: Any) -> None:
     """Raise InputError unless `value` is True or False."""
     if not isinstance(value, (bool, np.bool_)):
         raise InputError(f"{where}: {name} must be True or False, found {value!r}")
@@ -79,7 +79,7 @@ def flag(where: str, name: str, value: Any) -> None:
 def check_init(where: str, rng: Any, like: Any) -> None:
     """Raise InputError unless `init` got a NumPy Generator and an array whose dtype parameters can take."""
     check_rng(where, rng)
-    resolve(where, {"like": like})
+    resolve_namespace(where, {"like": like})
 
 
 def check_rng(where: str, rng: Any, *, optional: bool = False) -> None:

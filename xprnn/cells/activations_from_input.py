@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["OF_INPUT", "erf", "sigmoid"]
+__all__ = ["FROM_INPUT", "erf", "sigmoid"]
 
-Pair = tuple[Callable[[Any], Any], Callable[[Any], Any]]
+ActivationPair = tuple[Callable[[Any], Any], Callable[[Any], Any]]
 
 
 def sigmoid(xp: Any) -> Callable[[Any], Any]:
@@ -19,7 +19,7 @@ def sigmoid(xp: Any) -> Callable[[Any], Any]:
     return own or (lambda x: 0.5 * xp.tanh(0.5 * x) + 0.5)
 
 
-def _silu(xp: Any) -> Pair:
+def _silu(xp: Any) -> ActivationPair:
     s = sigmoid(xp)
 
     def slope(x: Any) -> Any:
@@ -29,7 +29,7 @@ def _silu(xp: Any) -> Pair:
     return lambda x: x * s(x), slope
 
 
-def _gelu(xp: Any) -> Pair:
+def _gelu(xp: Any) -> ActivationPair:
     """x P(X < x) for a normal X (Hendrycks & Gimpel 2016)."""
     phi = erf(xp)
 
@@ -39,7 +39,7 @@ def _gelu(xp: Any) -> Pair:
     return lambda x: x * below(x), lambda x: below(x) + 0.3989422804014327 * x * xp.exp(-0.5 * x * x)
 
 
-def _gelu_tanh(xp: Any) -> Pair:
+def _gelu_tanh(xp: Any) -> ActivationPair:
     """Their approximation: P(X < x) by a tanh."""
     a, b = 0.7978845608028654, 0.044715
 
@@ -53,7 +53,7 @@ def _gelu_tanh(xp: Any) -> Pair:
     return lambda x: x * half(x), slope
 
 
-def _mish(xp: Any) -> Pair:
+def _mish(xp: Any) -> ActivationPair:
     s = sigmoid(xp)
 
     def bent(x: Any) -> Any:
@@ -66,7 +66,7 @@ def _mish(xp: Any) -> Pair:
     return lambda x: x * bent(x), slope
 
 
-def _hardswish(xp: Any) -> Pair:
+def _hardswish(xp: Any) -> ActivationPair:
     def f(x: Any) -> Any:
         return x * xp.minimum(xp.maximum(x / 6.0 + 0.5, 0.0), 1.0)
 
@@ -76,7 +76,7 @@ def _hardswish(xp: Any) -> Pair:
     return f, slope
 
 
-def _tanhshrink(xp: Any) -> Pair:
+def _tanhshrink(xp: Any) -> ActivationPair:
     def slope(x: Any) -> Any:
         t = xp.tanh(x)
         return t * t
@@ -84,7 +84,7 @@ def _tanhshrink(xp: Any) -> Pair:
     return lambda x: x - xp.tanh(x), slope
 
 
-OF_INPUT: dict[str, Callable[[Any], Pair]] = {
+FROM_INPUT: dict[str, Callable[[Any], ActivationPair]] = {
     "silu": _silu,
     "gelu": _gelu,
     "gelutanh": _gelu_tanh,
@@ -103,7 +103,7 @@ _D = (1.0, 1.57449261107098347e1, 1.17693950891312499e2, 5.37181101862009858e2, 
       3.29079923573345963e3, 4.36261909014324716e3, 3.43936767414372164e3, 1.23033935480374942e3)  # fmt: skip
 
 
-def _poly(coefficients: Sequence[float], x: Any) -> Any:
+def _polynomial(coefficients: Sequence[float], x: Any) -> Any:
     """Highest power first."""
     y = coefficients[0] * x + coefficients[1]
     for c in coefficients[2:]:
@@ -124,8 +124,8 @@ def erf(xp: Any) -> Callable[[Any], Any]:
         # Beyond 6 it is 1 to the last digit of a double.
         size = xp.minimum(xp.abs(x), 6.0)
         near, far = xp.minimum(size, 0.46875), xp.maximum(size, 0.46875)
-        small = near * (_poly(_A, near * near) / _poly(_B, near * near))
-        large = 1.0 - xp.exp(-far * far) * (_poly(_C, far) / _poly(_D, far))
+        small = near * (_polynomial(_A, near * near) / _polynomial(_B, near * near))
+        large = 1.0 - xp.exp(-far * far) * (_polynomial(_C, far) / _polynomial(_D, far))
         return xp.sign(x) * xp.where(size < 0.46875, small, large)
 
     return own or f

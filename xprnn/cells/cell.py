@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from xprnn.arrays.namespace import InputError
-from xprnn.cells.serialization import cell_form, cell_of
+from xprnn.cells.serialization import cell_from_config, cell_to_config
 
 __all__ = [
     "Cell",
     "Pointwise",
-    "checked",
+    "with_result_checks",
 ]
 
 
@@ -21,9 +21,9 @@ class Pointwise(NamedTuple):
     """A cell's functions over one namespace; the last two only where a part of a gate acts before its product."""
 
     step: Callable[..., Any]
-    back: Callable[..., Any]
-    early: Callable[..., Any] | None = None
-    early_back: Callable[..., Any] | None = None
+    backward: Callable[..., Any]
+    pregate: Callable[..., Any] | None = None
+    pregate_backward: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Cell:
             reset_after=False): `build` then returns two functions more, `early(x, h, state, p) -> values, q` and
             its adjoint `early_back(dvalues, dq, values, state, p) -> dx, dstate, dp`; the other gates' product is
             q U', and `step` receives `values` in the place of the first E entries of x.
-        options: what its factory here was given, for files (forms.cell_form); None for a cell of your own.
+        options: what its factory here was given, for files (forms.cell_to_config); None for a cell of your own.
 
     >>> leak = Cell("leak", 1, lambda xp: (
     ...     lambda x, h, s, p: ((0.9 * s[0] + 0.1 * (x[0] + h[0]),), ()),
@@ -55,7 +55,7 @@ class Cell:
     build: Callable[[Any], Any]
     states: tuple[str, ...] = ("h",)
     vectors: tuple[str, ...] = ()
-    early: int = 0
+    pregates: int = 0
     options: tuple[tuple[str, Any], ...] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -66,18 +66,18 @@ class Cell:
             raise InputError(f"Cell {self.name}: build must be a function of a namespace, found {self.build!r}")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        form = cell_form(self)
-        if form is None or cell_of(form) != self:
+        form = cell_to_config(self)
+        if form is None or cell_from_config(form) != self:
             return super().__reduce_ex__(protocol)  # your own goes where its functions go
-        return cell_of, (form,)
+        return cell_from_config, (form,)
 
-    def over(self, xp: Any) -> Pointwise:
+    def bind(self, xp: Any) -> Pointwise:
         """The cell's functions over the namespace `xp`; those of your own cell are held to their word."""
         built = self.build(xp)
-        return Pointwise(*(built if self.options is not None else checked(self, built)))
+        return Pointwise(*(built if self.options is not None else with_result_checks(self, built)))
 
 
-def checked(cell: Any, built: Any) -> tuple[Callable[..., Any], ...]:
+def with_result_checks(cell: Any, built: Any) -> tuple[Callable[..., Any], ...]:
     """What `cell.build` returned, as functions whose results are counted at every call.
 
     Args:
@@ -88,34 +88,36 @@ def checked(cell: Any, built: Any) -> tuple[Callable[..., Any], ...]:
         InputError: other than these functions; and each function, when it is called: results of other lengths.
     """
     functions = tuple(f for f in built if f is not None) if isinstance(built, (tuple, list)) else ()
-    names = ("step", "back", *(("early", "early_back") if cell.early else ()))
+    names = ("step", "backward", *(("pregate", "pregate_backward") if cell.pregates else ()))
     if len(functions) != len(names) or not all(map(callable, functions)):
         found = f"{len(built)} of them" if isinstance(built, (tuple, list)) else type(built).__name__
         raise InputError(f"Cell {cell.name}: build must return the functions ({', '.join(names)}), found {found}")
-    states, vectors, late = len(cell.states), len(cell.vectors), cell.gates - cell.early
+    states, vectors, late = len(cell.states), len(cell.vectors), cell.gates - cell.pregates
     results: dict[str, dict[str, int | None]] = {
         "step": {"state": states, "saved": None},
-        "back": {"dx": cell.gates, "dh": late, "dstate": states, "dp": vectors},
-        "early": {"values": None},  # and q, an array
-        "early_back": {"dx": cell.early, "dstate": states, "dp": vectors},
+        "backward": {"dx": cell.gates, "dh": late, "dstate": states, "dp": vectors},
+        "pregate": {"values": None},  # and q, an array
+        "pregate_backward": {"dx": cell.pregates, "dstate": states, "dp": vectors},
     }
-    return tuple(_counted(cell, name, f, results[name]) for name, f in zip(names, functions, strict=True))
+    return tuple(_with_length_checks(cell, name, f, results[name]) for name, f in zip(names, functions, strict=True))
 
 
-def _counted(cell: Any, name: str, function: Callable[..., Any], parts: dict[str, int | None]) -> Callable[..., Any]:
-    wanted = (*parts, "q") if name == "early" else tuple(parts)
+def _with_length_checks(
+    cell: Any, name: str, function: Callable[..., Any], parts: dict[str, int | None]
+) -> Callable[..., Any]:
+    wanted = (*parts, "q") if name == "pregate" else tuple(parts)
 
     def run(*args: Any) -> Any:
         found = function(*args)
-        _check(cell, f"{name} must return ({', '.join(wanted)})", found, len(wanted))
+        _check_tuple(cell, f"{name} must return ({', '.join(wanted)})", found, len(wanted))
         for (part, count), value in zip(parts.items(), found, strict=False):
-            _check(cell, f"{part} that {name} returns must be a tuple", value, count)
+            _check_tuple(cell, f"{part} that {name} returns must be a tuple", value, count)
         return found
 
     return run
 
 
-def _check(cell: Any, must: str, found: Any, count: int | None) -> None:
+def _check_tuple(cell: Any, must: str, found: Any, count: int | None) -> None:
     if not isinstance(found, (tuple, list)):
         raise InputError(f"Cell {cell.name}: {must}, found {type(found).__name__}")
     if count is not None and len(found) != count:

@@ -23,7 +23,7 @@ from typing import Any
 
 from xprnn.cells.activations import Activation, activation
 from xprnn.cells.cell import Cell, Pointwise, Values
-from xprnn.cells.serialization import in_files
+from xprnn.cells.serialization import serializable
 
 __all__ = [
     "elman",
@@ -33,14 +33,14 @@ __all__ = [
 ]
 
 
-def _clipper(xp: Any, clip: float | None) -> tuple[Callable[[Any], Any], Callable[[Any], Values]]:
+def _clip_fns(xp: Any, clip: float | None) -> tuple[Callable[[Any], Any], Callable[[Any], Values]]:
     """(bound a pre-activation, what must be saved to know where it was bound)."""
     if clip is None:
         return lambda v: v, lambda v: ()
     return lambda v: xp.minimum(xp.maximum(v, -clip), clip), lambda v: (xp.where(xp.abs(v) <= clip, 1.0, 0.0 * v),)
 
 
-def _slopes(saved: Values, gates: int, clip: float | None) -> Callable[[int, Any], Any]:
+def _clipped_derivative(saved: Values, gates: int, clip: float | None) -> Callable[[int, Any], Any]:
     """gate number, derivative -> the derivative, zero where the pre-activation was bound."""
     if clip is None:
         return lambda k, slope: slope
@@ -48,7 +48,7 @@ def _slopes(saved: Values, gates: int, clip: float | None) -> Callable[[int, Any
     return lambda k, slope: slope * inside[k]
 
 
-@in_files
+@serializable
 def elman(f: Activation | str = "tanh", clip: float | None = None) -> Cell:
     """The Elman (simple) cell: h' = f(x W' + b_ih + h U' + b_hh).
 
@@ -59,7 +59,7 @@ def elman(f: Activation | str = "tanh", clip: float | None = None) -> Cell:
 
     def build(xp: Any) -> tuple[Any, Any]:
         fn, slope = act.build(xp)
-        bound, inside = _clipper(xp, clip)
+        bound, inside = _clip_fns(xp, clip)
 
         def step(x: Values, h: Values, state: Values, p: Values) -> tuple[Values, Values]:
             a = x[0] + h[0]
@@ -67,7 +67,7 @@ def elman(f: Activation | str = "tanh", clip: float | None = None) -> Cell:
             return (y,), (y, *inside(a))
 
         def back(dstate: Values, saved: Values, state: Values, p: Values) -> tuple[Values, Values, Values, Values]:
-            at = _slopes(saved, 1, clip)
+            at = _clipped_derivative(saved, 1, clip)
             da = dstate[0] * at(0, slope(saved[0]))
             return (da,), (da,), (None,), ()
 
@@ -76,7 +76,7 @@ def elman(f: Activation | str = "tanh", clip: float | None = None) -> Cell:
     return Cell("elman", 1, build)
 
 
-@in_files
+@serializable
 def lstm(
     gate: Activation | str = "sigmoid",
     candidate: Activation | str = "tanh",
@@ -96,9 +96,9 @@ def lstm(
     places = activation(gate), activation(candidate), activation(output)
 
     def build(xp: Any) -> tuple[Any, Any]:
-        pairs, bound = [f.build(xp) for f in places], _clipper(xp, clip)
+        pairs, bound = [f.build(xp) for f in places], _clip_fns(xp, clip)
         step = _lstm_step([f for f, _ in pairs], bound, peepholes, coupled)
-        return step, _lstm_back([slope for _, slope in pairs], clip, peepholes, coupled)
+        return step, _lstm_backward([slope for _, slope in pairs], clip, peepholes, coupled)
 
     vectors = ("weight_pi", "weight_pf", "weight_po") if peepholes else ()
     return Cell("lstm", 4, build, ("h", "c"), vectors)
@@ -125,12 +125,12 @@ def _lstm_step(f: Sequence[Any], bounds: Any, peepholes: bool, coupled: bool) ->
     return step
 
 
-def _lstm_back(slope: Sequence[Any], clip: float | None, peepholes: bool, coupled: bool) -> Any:
+def _lstm_backward(slope: Sequence[Any], clip: float | None, peepholes: bool, coupled: bool) -> Any:
     ds, dt, du = slope
 
     def back(dstate: Values, saved: Values, state: Values, p: Values) -> tuple[Values, Values, Values, Values]:
         i, f, g, o, tc = saved[:5]
-        (dh, dc), c, at = dstate, state[1], _slopes(saved, 4, clip)
+        (dh, dc), c, at = dstate, state[1], _clipped_derivative(saved, 4, clip)
         dao = dh * (tc * at(3, ds(o)))
         dc = dc + dh * (o * du(tc))
         if peepholes:
@@ -151,7 +151,7 @@ def _lstm_back(slope: Sequence[Any], clip: float | None, peepholes: bool, couple
     return back
 
 
-@in_files
+@serializable
 def gru(gate: Activation | str = "sigmoid", candidate: Activation | str = "tanh", clip: float | None = None) -> Cell:
     """The GRU cell of torch and cuDNN, reset after the product: h' = n + z*(h - n), n = tanh(x_n + r*h_n).
 
@@ -165,7 +165,7 @@ def gru(gate: Activation | str = "sigmoid", candidate: Activation | str = "tanh"
     def build(xp: Any) -> tuple[Any, Any]:
         s, ds = gate_.build(xp)
         t, dt = candidate_.build(xp)
-        bound, inside = _clipper(xp, clip)
+        bound, inside = _clip_fns(xp, clip)
 
         def step(x: Values, h: Values, state: Values, p: Values) -> tuple[Values, Values]:
             (h_prev,) = state
@@ -177,7 +177,7 @@ def gru(gate: Activation | str = "sigmoid", candidate: Activation | str = "tanh"
 
         def back(dstate: Values, saved: Values, state: Values, p: Values) -> tuple[Values, Values, Values, Values]:
             r, z, n, hn = saved[:4]
-            at = _slopes(saved, 3, clip)
+            at = _clipped_derivative(saved, 3, clip)
             (dh,) = dstate
             (h_prev,) = state
             dan = dh * ((1.0 - z) * at(2, dt(n)))
@@ -190,7 +190,7 @@ def gru(gate: Activation | str = "sigmoid", candidate: Activation | str = "tanh"
     return Cell("gru", 3, build)
 
 
-@in_files
+@serializable
 def gru_reset_before(
     gate: Activation | str = "sigmoid", candidate: Activation | str = "tanh", clip: float | None = None
 ) -> Cell:
@@ -204,7 +204,7 @@ def gru_reset_before(
     def build(xp: Any) -> Pointwise:
         s, ds = gate_.build(xp)
         t, dt = candidate_.build(xp)
-        bound, inside = _clipper(xp, clip)
+        bound, inside = _clip_fns(xp, clip)
 
         def early(x: Values, h: Values, state: Values, p: Values) -> tuple[Values, Any]:
             ar, az = x[0] + h[0], x[1] + h[1]
@@ -215,7 +215,7 @@ def gru_reset_before(
             dvalues: Values, dq: Any, values: Values, state: Values, p: Values
         ) -> tuple[Values, Values, Values]:
             r, z = values[:2]
-            at = _slopes(values, 2, clip)
+            at = _clipped_derivative(values, 2, clip)
             dar = dq * (state[0] * at(0, ds(r)))
             daz = dvalues[1] * at(1, ds(z))
             return (dar, daz), (dq * r,), ()
@@ -229,9 +229,9 @@ def gru_reset_before(
         def back(dstate: Values, saved: Values, state: Values, p: Values) -> tuple[Values, Values, Values, Values]:
             z, n = saved[:2]
             (dh,), (h_prev,) = dstate, state
-            dan = dh * ((1.0 - z) * _slopes(saved, 1, clip)(0, dt(n)))
+            dan = dh * ((1.0 - z) * _clipped_derivative(saved, 1, clip)(0, dt(n)))
             return (None, dh * (h_prev - n), dan), (dan,), (dh * z,), ()
 
         return Pointwise(step, back, early, early_back)
 
-    return Cell("gru_reset_before", 3, build, early=2)
+    return Cell("gru_reset_before", 3, build, pregates=2)

@@ -2,7 +2,7 @@
 
 A text of characters becomes integers through a `Vocabulary`. For truncated back-propagation through time it is cut into
 N parallel streams, each read window by window of T characters, so that the state after one window is the right state
-before the next. `counting_bits` is the honest opponent of every model here: what a table of counts reaches on the same
+before the next. `ngram_bits_per_character` is the honest opponent of every model here: what a table of counts reaches on the same
 held-out text.
 """
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from xprnn.arrays.namespace import Array, InputError
 from xprnn.io.archive import check_file
 
-Ids = NDArray[np.int64]
+TokenIds = NDArray[np.int64]
 
 
 def default_text() -> str:
@@ -85,7 +85,7 @@ class Vocabulary:
     characters: str
 
     @classmethod
-    def of(cls, text: str) -> Vocabulary:
+    def from_text(cls, text: str) -> Vocabulary:
         """Return the vocabulary of all characters of `text`, sorted."""
         return cls("".join(sorted(set(text))))
 
@@ -93,18 +93,18 @@ class Vocabulary:
         return len(self.characters)
 
     @cached_property
-    def _points(self) -> tuple[Ids, Ids]:
+    def _codepoints(self) -> tuple[TokenIds, TokenIds]:
         points = np.array([ord(c) for c in self.characters], dtype=np.int64)
         order = np.argsort(points)
         return points[order], order.astype(np.int64)
 
-    def encode(self, text: str) -> Ids:
+    def encode(self, text: str) -> TokenIds:
         """Return the numbers (len(text),) of the characters of `text`.
 
         Raises:
             InputError: a character is not in the vocabulary; the message names it.
         """
-        points, order = self._points
+        points, order = self._codepoints
         wanted = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.int64)
         found = np.minimum(np.searchsorted(points, wanted), max(len(points) - 1, 0))
         unknown = points[found] != wanted if len(points) else np.ones(len(wanted), bool)
@@ -121,9 +121,9 @@ class Vocabulary:
         return "".join(self.characters[int(i)] for i in ids)
 
 
-def split(ids: Ids, share: float = 0.1) -> tuple[Ids, Ids]:
+def split_held_out(ids: TokenIds, held_out_fraction: float = 0.1) -> tuple[TokenIds, TokenIds]:
     """Return the training part and the held-out part: the last `share` of `ids`."""
-    cut = len(ids) - int(len(ids) * share)
+    cut = len(ids) - int(len(ids) * held_out_fraction)
     return ids[:cut], ids[cut:]
 
 
@@ -139,10 +139,10 @@ class Corpus(NamedTuple):
     """
 
     name: str
-    mark: str
+    fingerprint: str
     vocabulary: Vocabulary
-    train: Ids
-    held_out: Ids
+    train: TokenIds
+    held_out: TokenIds
 
     @classmethod
     def read(cls, file: str | None) -> Corpus:
@@ -153,8 +153,8 @@ class Corpus(NamedTuple):
         """
         name = "the Python manual's topics" if file is None else file
         text = default_text() if file is None else read_text(file)
-        vocabulary = Vocabulary.of(text)
-        train, held_out = split(vocabulary.encode(text))
+        vocabulary = Vocabulary.from_text(text)
+        train, held_out = split_held_out(vocabulary.encode(text))
         if len(held_out) < 2:
             raise InputError(
                 f"text {name}: too short: it has {len(text)} characters, and a tenth of them, at least 2, is held out;"
@@ -175,7 +175,7 @@ class Corpus(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Streams:
+class BatchedText:
     """N parallel streams of a text, read in windows of T.
 
     Args:
@@ -191,18 +191,18 @@ class Streams:
     window: int
 
     @property
-    def windows(self) -> int:
+    def windows_per_epoch(self) -> int:
         """Full windows in one epoch."""
         return int(self.inputs.shape[0]) // self.window
 
-    def at(self, step: int) -> tuple[Array, Array]:
+    def batch(self, step: int) -> tuple[Array, Array]:
         """Return inputs and targets (T, N) of training step `step`; epochs follow one another."""
-        start = (step % self.windows) * self.window
+        start = (step % self.windows_per_epoch) * self.window
         stop = start + self.window
         return self.inputs[start:stop, ...], self.targets[start:stop, ...]
 
 
-def streams(ids: Ids, batch: int, window: int) -> tuple[Ids, Ids]:
+def batchify(ids: TokenIds, batch: int, window: int) -> tuple[TokenIds, TokenIds]:
     """Cut a text into `batch` streams of equal length.
 
     Args:
@@ -216,7 +216,7 @@ def streams(ids: Ids, batch: int, window: int) -> tuple[Ids, Ids]:
     Raises:
         InputError: the text is too short for N streams of T.
 
-    >>> inputs, targets = streams(np.arange(7), batch=2, window=3)
+    >>> inputs, targets = batchify(np.arange(7), batch=2, window=3)
     >>> inputs.T.tolist(), targets.T.tolist()
     ([[0, 1, 2], [3, 4, 5]], [[1, 2, 3], [4, 5, 6]])
     """

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from xprnn.arrays.namespace import Array, InputError, Params, from_numpy, to_numpy
-from xprnn.charlm.corpus import Ids, Vocabulary
-from xprnn.layers.context_shift import reads_ahead
+from xprnn.charlm.corpus import TokenIds, Vocabulary
+from xprnn.layers.context_shift import is_noncausal
 
 
 def generate(
@@ -41,7 +41,7 @@ def generate(
     Raises:
         InputError: a temperature below 0, a top_k below 1, a prompt with unknown characters, or a bidirectional model.
     """
-    if reads_ahead(model):
+    if is_noncausal(model):
         raise InputError(
             "generate: a bidirectional model restores characters between known ones; to write, it would have to read"
             " what it has not written yet: train one without --bidirectional"
@@ -54,10 +54,10 @@ def generate(
     like = next(iter(params.values()))
     start = "\n" if "\n" in vocabulary.characters else vocabulary.characters[0]
     ids = vocabulary.encode(prompt or start)
-    return _characters(model, params, vocabulary, from_numpy(ids[:, None], like=like), temperature, top_k, rng)
+    return _generate_characters(model, params, vocabulary, from_numpy(ids[:, None], like=like), temperature, top_k, rng)
 
 
-def _characters(
+def _generate_characters(
     model: Any,
     params: Params,
     vocabulary: Vocabulary,
@@ -72,15 +72,15 @@ def _characters(
     if logits.shape[-1] != len(vocabulary):
         raise InputError(f"generate: the model has {logits.shape[-1]} outputs for {len(vocabulary)} characters")
     while True:
-        chosen = choose(to_numpy(logits)[0], temperature, top_k, rng)
+        chosen = sample_token(to_numpy(logits)[0], temperature, top_k, rng)
         yield vocabulary.characters[chosen]
         logits, state = model.step(params, from_numpy(np.array([chosen]), like=like), state)
 
 
-def choose(logits: Any, temperature: float, top_k: int | None, rng: np.random.Generator) -> int:
+def sample_token(logits: Any, temperature: float, top_k: int | None, rng: np.random.Generator) -> int:
     """Return one index drawn from softmax(logits / temperature), logits (V,), among the `top_k` largest.
 
-    >>> choose(np.array([0.0, 3.0, 1.0]), 0.0, None, np.random.default_rng(0))
+    >>> sample_token(np.array([0.0, 3.0, 1.0]), 0.0, None, np.random.default_rng(0))
     1
     """
     logits = np.asarray(logits, dtype=np.float64)
@@ -96,12 +96,14 @@ def choose(logits: Any, temperature: float, top_k: int | None, rng: np.random.Ge
     return int(np.searchsorted(cumulated, rng.random() * cumulated[-1], side="right"))
 
 
-def write(model: Any, params: Params, vocabulary: Vocabulary, prompt: str = "", length: int = 300, **how: Any) -> str:
+def generate_text(
+    model: Any, params: Params, vocabulary: Vocabulary, prompt: str = "", length: int = 300, **options: Any
+) -> str:
     """Return `length` characters that follow `prompt`; other arguments as in `generate`."""
-    return "".join(islice(generate(model, params, vocabulary, prompt, **how), length))
+    return "".join(islice(generate(model, params, vocabulary, prompt, **options), length))
 
 
-def fill_in(model: Any, params: Params, ids: Ids, blank: Any, rounds: int = 5) -> Ids:
+def infill(model: Any, params: Params, ids: TokenIds, blank: Any, iterations: int = 5) -> TokenIds:
     """Return `ids` (T,) with the likeliest characters where `blank`; what stood there is never read.
 
     At first both directions skip the blanks. Then each blank is restored once more with the others as restored so far,
@@ -116,7 +118,7 @@ def fill_in(model: Any, params: Params, ids: Ids, blank: Any, rounds: int = 5) -
     """
     like = next(iter(params.values()))
     restored = np.where(blank, 0, ids)
-    for round_ in range(rounds):
+    for round_ in range(iterations):
         skip = {} if round_ else {"mask": from_numpy(~np.asarray(blank)[:, None], like=like)}
         logits, _ = model(params, from_numpy(restored[:, None], like=like), **skip)
         likeliest = np.where(blank, np.argmax(to_numpy(logits)[:, 0, :], axis=-1), ids)

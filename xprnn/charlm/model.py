@@ -8,11 +8,11 @@ import numpy as np
 
 from xprnn.arrays.namespace import Array, InputError
 from xprnn.layers import rnn_lstm_gru
-from xprnn.layers.context_shift import Around
+from xprnn.layers.context_shift import ContextShift
 from xprnn.layers.linear import Linear
 from xprnn.layers.sequential import Sequential
 
-CELLS = {"elman": "RNN", "lstm": "LSTM", "gru": "GRU"}
+LAYER_CLASSES = {"elman": "RNN", "lstm": "LSTM", "gru": "GRU"}
 
 
 def backend_array(backend: str) -> Array:
@@ -37,7 +37,9 @@ def backend_array(backend: str) -> Array:
     return np.zeros(1, dtype=np.float32)
 
 
-def build(cell: str, characters: int, hidden: int, num_layers: int = 1, bidirectional: bool = False) -> Any:
+def build_model(
+    cell: str, vocabulary_size: int, hidden_size: int, num_layers: int = 1, bidirectional: bool = False
+) -> Any:
     """Return a character model: one-hot input, a recurrent stack, a linear head.
 
     Args:
@@ -51,18 +53,20 @@ def build(cell: str, characters: int, hidden: int, num_layers: int = 1, bidirect
     Raises:
         InputError: an unknown cell, or a stack of bidirectional layers.
 
-    >>> list(build("gru", 40, 16, bidirectional=True).parts)
+    >>> list(build_model("gru", 40, 16, bidirectional=True).layers)
     ['rnn', 'around', 'head']
     """
-    if cell not in CELLS:
-        raise InputError(f"build: expected a cell of {', '.join(CELLS)}, found {cell!r}")
+    if cell not in LAYER_CLASSES:
+        raise InputError(f"build: expected a cell of {', '.join(LAYER_CLASSES)}, found {cell!r}")
     if bidirectional and num_layers > 1:
         raise InputError(
             f"build: a bidirectional model has 1 layer, found {num_layers}: the second layer's forward direction would"
             " see the character it is to predict, through the first one's reverse direction; leave out one of"
             " --bidirectional and --layers"
         )
-    rnn = getattr(rnn_lstm_gru, CELLS[cell])(characters, hidden, num_layers=num_layers, bidirectional=bidirectional)
+    rnn = getattr(rnn_lstm_gru, LAYER_CLASSES[cell])(
+        vocabulary_size, hidden_size, num_layers=num_layers, bidirectional=bidirectional
+    )
     if bidirectional:
-        return Sequential(rnn=rnn, around=Around(hidden), head=Linear(2 * hidden, characters))
-    return Sequential(rnn=rnn, head=Linear(hidden, characters))
+        return Sequential(rnn=rnn, around=ContextShift(hidden_size), head=Linear(2 * hidden_size, vocabulary_size))
+    return Sequential(rnn=rnn, head=Linear(hidden_size, vocabulary_size))

@@ -23,7 +23,7 @@ def plot_curve(
     path: str | Path,
     steps: Sequence[float],
     curves: Mapping[str, Sequence[float]],
-    levels: Mapping[str, float] | None = None,
+    baselines: Mapping[str, float] | None = None,
 ) -> None:
     """Draw curves over training steps, and horizontal lines to compare them with.
 
@@ -49,7 +49,7 @@ def plot_curve(
     axes = figure.add_subplot()
     for name, values in curves.items():
         axes.plot(steps, values, label=name)
-    for number, (name, value) in enumerate((levels or {}).items()):
+    for number, (name, value) in enumerate((baselines or {}).items()):
         axes.axhline(value, label=f"{name}: {value:.2f}", color="gray", linestyle=("--", ":", "-.")[number % 3])
     axes.set_xlabel("training steps")
     axes.set_ylabel("bits per character")

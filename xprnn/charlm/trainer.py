@@ -2,7 +2,7 @@
 
     model = build("elman", V, hidden=256)
     for now in train(model, begin(model, rng, like), streams, Schedule(steps=1000)):
-        ...                     # `now` is a Snapshot: look at it, save it, stop whenever you like
+        ...                     # `now` is a TrainState: look at it, save it, stop whenever you like
 
 A step reads one window of T characters in N streams, carries the state of the window before (gradients stop at the
 window's edge; a reverse direction starts afresh in each), clips the gradient by its global norm and moves by Adam.
@@ -21,17 +21,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from xprnn.arrays.namespace import Array, InputError, Params, to_numpy
-from xprnn.charlm.corpus import Streams
-from xprnn.layers.context_shift import carry, reads_ahead
-from xprnn.training.data_parallel import Crew
+from xprnn.charlm.corpus import BatchedText
+from xprnn.layers.context_shift import is_noncausal, next_window_state
+from xprnn.training.data_parallel import DataParallel
 from xprnn.training.losses import cross_entropy
 from xprnn.training.optimizers import adam, clip_by_global_norm
 
-_LOOK_EVERY = 10  # steps between two looks at the loss: each look waits for the device
+_CHECK_INTERVAL = 10  # steps between two looks at the loss: each look waits for the device
 
 
 @dataclass(frozen=True)
-class Schedule:
+class TrainConfig:
     """How far and how fast: the learning rate warms up for 50 steps and falls along a cosine to zero at the end.
 
     Args:
@@ -46,17 +46,17 @@ class Schedule:
     learning_rate: float = 4e-3
     clip: float = 1.0
 
-    def progress(self, now: Snapshot) -> float:
+    def progress(self, train_state: TrainState) -> float:
         """Return the share of the run that lies behind `now`, 1 at its end."""
-        return now.step / self.steps if self.minutes is None else now.seconds / (60 * self.minutes)
+        return train_state.step / self.steps if self.minutes is None else train_state.seconds / (60 * self.minutes)
 
-    def rate(self, now: Snapshot) -> float:
+    def learning_rate_at(self, train_state: TrainState) -> float:
         """Return the learning rate of the step after `now`."""
-        falling = (1 + math.cos(math.pi * min(self.progress(now), 1.0))) / 2
-        return self.learning_rate * min(1.0, (now.step + 1) / 50) * falling
+        falling = (1 + math.cos(math.pi * min(self.progress(train_state), 1.0))) / 2
+        return self.learning_rate * min(1.0, (train_state.step + 1) / 50) * falling
 
 
-class Snapshot(NamedTuple):
+class TrainState(NamedTuple):
     """A run between two steps.
 
     Args:
@@ -70,13 +70,13 @@ class Snapshot(NamedTuple):
 
     step: int
     params: Params
-    moments: Any
-    state: Any = None
+    optimizer_state: Any
+    recurrent_state: Any = None
     loss: Array | None = None
     seconds: float = 0.0
 
 
-def begin(model: Any, rng: np.random.Generator, like: Array) -> Snapshot:
+def init_train_state(model: Any, rng: np.random.Generator, like: Array) -> TrainState:
     """Return the snapshot before the first step: recurrent weights orthogonal, the others Glorot's, biases zero.
 
     Orthogonal recurrent weights neither shrink nor stretch a gradient on its way back in time (Saxe et al. 2014).
@@ -89,15 +89,17 @@ def begin(model: Any, rng: np.random.Generator, like: Array) -> Snapshot:
         like: gives them namespace, dtype and device.
     """
     params = model.init(rng, like=like, scheme="glorot_orthogonal")
-    return Snapshot(0, params, adam(0.0).init(params))
+    return TrainState(0, params, adam(0.0).init(params))
 
 
-def train(model: Any, start: Snapshot, streams: Streams, schedule: Schedule, threads: int = 1) -> Iterator[Snapshot]:
+def train(
+    model: Any, train_state: TrainState, data: BatchedText, config: TrainConfig, threads: int = 1
+) -> Iterator[TrainState]:
     """Learn, and yield a snapshot after every step.
 
     Args:
         model: maps integers (T, N) and a state to logits (T, N, V).
-        start: from `begin`, `restore`, or an earlier iteration.
+        start: from `begin`, `load_checkpoint`, or an earlier iteration.
         streams: the text, on the parameters' device.
         schedule: when to end, and the learning rate until then.
         threads: that share each step (crew.py), for NumPy arrays; the gradients are the same up to rounding.
@@ -105,23 +107,31 @@ def train(model: Any, start: Snapshot, streams: Streams, schedule: Schedule, thr
     Raises:
         InputError: the loss is not a number any more. It is looked at every tenth step and at the end.
     """
-    now, began, pending = start, time.monotonic() - start.seconds, list[Array]()
-    with Crew(threads) as crew:
-        while schedule.progress(now) < 1:
+    now, began, pending = train_state, time.monotonic() - train_state.seconds, list[Array]()
+    with DataParallel(threads) as crew:
+        while config.progress(now) < 1:
             # A loss that overflows is found below and named with its step; NumPy's warning would say less.
             with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-                now, loss = learn(model, now, *streams.at(now.step), schedule, crew, now.step % streams.windows == 0)
+                now, loss = train_step(
+                    model, now, *data.batch(now.step), config, crew, now.step % data.windows_per_epoch == 0
+                )
             now = now._replace(seconds=time.monotonic() - began)
             pending.append(loss)
-            if len(pending) == _LOOK_EVERY or schedule.progress(now) >= 1:
-                _look(pending, now.step, schedule)
+            if len(pending) == _CHECK_INTERVAL or config.progress(now) >= 1:
+                _check_finite(pending, now.step, config)
                 pending.clear()
             yield now
 
 
-def learn(
-    model: Any, now: Snapshot, x: Array, targets: Array, schedule: Schedule, crew: Crew, fresh: bool = False
-) -> tuple[Snapshot, Array]:
+def train_step(
+    model: Any,
+    train_state: TrainState,
+    x: Array,
+    targets: Array,
+    config: TrainConfig,
+    data_parallel: DataParallel,
+    reset_state: bool = False,
+) -> tuple[TrainState, Array]:
     """Return the snapshot after one step, and the loss of its window.
 
     Args:
@@ -132,15 +142,21 @@ def learn(
         crew: who does the work.
         fresh: whether the state starts anew.
     """
-    loss, gradients, state = crew.gradients(model, now.params, x, targets, None if fresh else now.state)
-    gradients, _ = clip_by_global_norm(gradients, schedule.clip)
-    params, moments = adam(schedule.rate(now)).update(now.params, gradients, now.moments)
-    state = carry(state) if reads_ahead(model) else state
-    average = loss if now.loss is None else now.loss + (loss - now.loss) * 0.02
-    return now._replace(step=now.step + 1, params=params, moments=moments, state=state, loss=average), loss
+    loss, gradients, state = data_parallel.gradients(
+        model, train_state.params, x, targets, None if reset_state else train_state.recurrent_state
+    )
+    gradients, _ = clip_by_global_norm(gradients, config.clip)
+    params, moments = adam(config.learning_rate_at(train_state)).update(
+        train_state.params, gradients, train_state.optimizer_state
+    )
+    state = next_window_state(state) if is_noncausal(model) else state
+    average = loss if train_state.loss is None else train_state.loss + (loss - train_state.loss) * 0.02
+    return train_state._replace(
+        step=train_state.step + 1, params=params, optimizer_state=moments, recurrent_state=state, loss=average
+    ), loss
 
 
-def _look(losses: list[Array], last: int, schedule: Schedule) -> None:
+def _check_finite(losses: list[Array], last: int, schedule: TrainConfig) -> None:
     for step, loss in enumerate(losses, last - len(losses) + 1):
         value = float(to_numpy(loss))
         if not math.isfinite(value):
@@ -149,13 +165,13 @@ def _look(losses: list[Array], last: int, schedule: Schedule) -> None:
             )
 
 
-def held_out_bits(model: Any, params: Params, inputs: Array, targets: Array) -> float:
+def bits_per_character(model: Any, params: Params, inputs: Array, targets: Array) -> float:
     """Return the mean bits per character for streams (S, N) of inputs and targets, the state carried as in training.
 
     >>> import numpy as np
     >>> ids = np.zeros((3, 1), dtype=np.int64)
     >>> coin = lambda params, x, state: (np.zeros((*x.shape, 2)), state)
-    >>> held_out_bits(coin, {}, ids, ids)
+    >>> bits_per_character(coin, {}, ids, ids)
     1.0
     """
     total, state, length = 0.0, None, int(inputs.shape[0])
@@ -163,7 +179,7 @@ def held_out_bits(model: Any, params: Params, inputs: Array, targets: Array) -> 
         stop = min(start + 256, length)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             logits, state = model(params, inputs[start:stop, ...], state)
-            state = carry(state) if reads_ahead(model) else state
+            state = next_window_state(state) if is_noncausal(model) else state
             value, _ = cross_entropy(logits, targets[start:stop, ...])
         total += float(to_numpy(value)) * (stop - start)
     return total / length / math.log(2)

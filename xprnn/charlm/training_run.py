@@ -26,26 +26,26 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from xprnn.arrays.namespace import Array, InputError, from_numpy, namespace, to_numpy
-from xprnn.charlm.checkpoint import keep, restore
-from xprnn.charlm.corpus import Corpus, Ids, Streams, streams
-from xprnn.charlm.model import backend_array, build
+from xprnn.charlm.checkpoint import load_checkpoint, save_checkpoint
+from xprnn.charlm.corpus import BatchedText, Corpus, TokenIds, batchify
+from xprnn.charlm.model import backend_array, build_model
 from xprnn.charlm.plot import can_plot
-from xprnn.charlm.report import picture, report
-from xprnn.charlm.trainer import Schedule, Snapshot, begin, held_out_bits, train
+from xprnn.charlm.report import print_report, save_curve
+from xprnn.charlm.trainer import TrainConfig, TrainState, bits_per_character, init_train_state, train
 from xprnn.io.archive import write_atomically
 from xprnn.layers import model_file
-from xprnn.layers.context_shift import reads_ahead
-from xprnn.training.data_parallel import keep_memory, suggested
+from xprnn.layers.context_shift import is_noncausal
+from xprnn.training.data_parallel import default_num_threads, keep_freed_memory
 
-CHECKPOINT = "checkpoint.safetensors"
-_COLUMNS = ("step", "seconds", "train_bits", "held_out_bits")
-_MEASUREMENTS = 20
+CHECKPOINT_FILE = "checkpoint.safetensors"
+_COLUMNS = ("step", "seconds", "train_bits", "bits_per_character")
+_MEASUREMENTS_PER_RUN = 20
 
 
 @dataclass(frozen=True)
-class Options:
+class TrainOptions:
     """What decides a run; kept in its checkpoint. A learning rate of 0 stands for 1/H, at most 0.004; 0 threads
-    for as many as `crew.suggested`, which a resumed run keeps."""
+    for as many as `crew.default_num_threads`, which a resumed run keeps."""
 
     file: str | None = None
     backend: str = "auto"
@@ -63,69 +63,76 @@ class Options:
 
 
 @dataclass
-class _Run:
-    options: Options
-    out: Path
-    text: Corpus
+class _TrainingRun:
+    options: TrainOptions
+    directory: Path
+    corpus: Corpus
     like: Any
     model: Any
-    now: Snapshot
+    train_state: TrainState
     curve: list[list[float]]
 
     def __post_init__(self) -> None:
-        o, held_out = self.options, self.text.held_out
+        o, held_out = self.options, self.corpus.held_out
         # Wider networks diverge earlier: 0.004 is best for H = 256, but already too much for 512.
-        self.schedule = Schedule(o.steps, o.minutes, o.learning_rate or min(0.004, 1 / o.hidden))
-        self.text.check_length(o.batch, o.window)
-        inputs, targets = self._here(streams(self.text.train, o.batch, o.window))
-        self.streams = Streams(inputs, targets, o.window)
+        self.config = TrainConfig(o.steps, o.minutes, o.learning_rate or min(0.004, 1 / o.hidden))
+        self.corpus.check_length(o.batch, o.window)
+        inputs, targets = self._to_device(batchify(self.corpus.train, o.batch, o.window))
+        self.train_data = BatchedText(inputs, targets, o.window)
         # Streams of 200 characters or more: what the first characters lack in context is then lost in the mean.
-        self.held_out = self._here(streams(held_out, max(1, min(32, len(held_out) // 200)), 1))
+        self.held_out_data = self._to_device(batchify(held_out, max(1, min(32, len(held_out) // 200)), 1))
 
-    def _here(self, arrays: tuple[Ids, Ids]) -> tuple[Array, Array]:
+    def _to_device(self, arrays: tuple[TokenIds, TokenIds]) -> tuple[Array, Array]:
         inputs, targets = arrays
-        if reads_ahead(self.model):  # each character is restored, the next one has been read
+        if is_noncausal(self.model):  # each character is restored, the next one has been read
             targets = inputs
         return from_numpy(inputs, like=self.like), from_numpy(targets, like=self.like)
 
     def measure(self) -> float:
-        bits = held_out_bits(self.model, self.now.params, *self.held_out)
-        if not math.isfinite(bits) or self._absurd(bits):
+        bits = bits_per_character(self.model, self.train_state.params, *self.held_out_data)
+        if not math.isfinite(bits) or self._diverged(bits):
             many = f"{bits:.4g} bits per character" if math.isfinite(bits) else f"{bits}"
-            rate = f"lower --learning-rate (it is {self.schedule.learning_rate:g})"
-            raise InputError(f"the held-out loss became {many} at step {self.now.step}; {rate}")
+            rate = f"lower --learning-rate (it is {self.config.learning_rate:g})"
+            raise InputError(f"the held-out loss became {many} at step {self.train_state.step}; {rate}")
         return bits
 
-    def _absurd(self, bits: float) -> bool:
-        bound = 2 * math.log2(len(self.text.vocabulary)) + 10
+    def _diverged(self, bits: float) -> bool:
+        bound = 2 * math.log2(len(self.corpus.vocabulary)) + 10
         if bits <= bound:
             return False
         # A last tenth in another alphabet costs as much without anything wrong: then what was learnt costs little.
-        size = max(self.streams.window, 256)
-        learnt = (self.streams.inputs[:size, ...], self.streams.targets[:size, ...])
-        return not held_out_bits(self.model, self.now.params, *learnt) <= bound
+        size = max(self.train_data.window, 256)
+        learnt = (self.train_data.inputs[:size, ...], self.train_data.targets[:size, ...])
+        return not bits_per_character(self.model, self.train_state.params, *learnt) <= bound
 
     def save(self, bits: float) -> None:
-        about = {"vocabulary": self.text.vocabulary.characters, "held_out_bits": bits, "step": self.now.step}
-        about["task"] = "each character from both sides" if reads_ahead(self.model) else "the next character"
+        about = {
+            "vocabulary": self.corpus.vocabulary.characters,
+            "bits_per_character": bits,
+            "step": self.train_state.step,
+        }
+        about["task"] = "each character from both sides" if is_noncausal(self.model) else "the next character"
         model_file.save(
-            self.out / model_file.MODEL_FILE, self.model, self.now.params, {**about, "text": self.text.name}
+            self.directory / model_file.MODEL_FILENAME,
+            self.model,
+            self.train_state.params,
+            {**about, "text": self.corpus.name},
         )
-        run = {"options": asdict(self.options), "mark": self.text.mark, "curve": self.curve}
-        keep(self.out / CHECKPOINT, self.model, self.now, run)
+        run = {"options": asdict(self.options), "mark": self.corpus.fingerprint, "curve": self.curve}
+        save_checkpoint(self.directory / CHECKPOINT_FILE, self.model, self.train_state, run)
         table = io.StringIO()
         csv.writer(table, lineterminator="\n").writerows([_COLUMNS, *self.curve])
-        write_atomically(self.out / "curve.csv", table.getvalue().encode())
+        write_atomically(self.directory / "curve.csv", table.getvalue().encode())
 
-    def learn(self, bar: Any, caught: list[int]) -> float:
+    def train(self, bar: Any, caught: list[int]) -> float:
         """Train to the end or until a signal is caught; return the last measured bits per character."""
-        characters, before = self.options.batch * self.options.window, self.schedule.progress(self.now)
+        characters, before = self.options.batch * self.options.window, self.config.progress(self.train_state)
         bits = self.curve[-1][-1] if self.curve else math.nan
-        for now in train(self.model, self.now, self.streams, self.schedule, self.options.threads):
-            self.now, progress = now, self.schedule.progress(now)
+        for now in train(self.model, self.train_state, self.train_data, self.config, self.options.threads):
+            self.train_state, progress = now, self.config.progress(now)
             bar.total = round(characters * now.step / progress)
             bar.update(characters)
-            if int(progress * _MEASUREMENTS) > int(before * _MEASUREMENTS):
+            if int(progress * _MEASUREMENTS_PER_RUN) > int(before * _MEASUREMENTS_PER_RUN):
                 bits = self.measure()
                 loss = float(to_numpy(now.loss))
                 row = (now.seconds, loss / math.log(2), bits)
@@ -140,61 +147,61 @@ class _Run:
         return bits
 
 
-def train_command(given: dict[str, Any]) -> int:
+def train_command(arguments: dict[str, Any]) -> int:
     """Run `train` with the options given on the command line, and return the exit code."""
-    if "file" in given:  # --resume finds it from any directory
-        given["file"] = str(Path(given["file"]).absolute())
-    run, made = _resumed(given) if "resume" in given else _fresh(given)
+    if "file" in arguments:  # --resume finds it from any directory
+        arguments["file"] = str(Path(arguments["file"]).absolute())
+    run, made = _resume(arguments) if "resume" in arguments else _new_run(arguments)
     try:
         # A step's products are small: BLAS threads gain little where they are free, and stall all where they are not.
-        keep_memory()
+        keep_freed_memory()
         with threadpool_limits(1, user_api="blas"):
-            return _watch(run)
+            return _train_with_progress(run)
     except InputError as error:
         if made and not run.curve:
             with suppress(OSError):
-                run.out.rmdir()
-        kept = f"; the last good model, of step {run.curve[-1][0]:.0f}, is in {run.out}" if run.curve else ""
+                run.directory.rmdir()
+        kept = f"; the last good model, of step {run.curve[-1][0]:.0f}, is in {run.directory}" if run.curve else ""
         raise InputError(f"{error}{kept}") from None
 
 
-def _fresh(given: dict[str, Any]) -> tuple[_Run, bool]:
-    out = Path(given["out"]) if "out" in given else _free("xprnn-run")
-    if any((out / name).exists() for name in (model_file.MODEL_FILE, CHECKPOINT)):
+def _new_run(given: dict[str, Any]) -> tuple[_TrainingRun, bool]:
+    out = Path(given["out"]) if "out" in given else _unused_path("xprnn-run")
+    if any((out / name).exists() for name in (model_file.MODEL_FILENAME, CHECKPOINT_FILE)):
         raise InputError(f"--out {out}: already holds a run; take another --out, or --resume {shlex.quote(str(out))}")
     text = Corpus.read(given.get("file"))
-    known = {f.name for f in fields(Options)}
-    options = _length(Options(**{k: v for k, v in given.items() if k in known}), given, text)
-    options = replace(options, threads=options.threads or suggested(options.batch))
+    known = {f.name for f in fields(TrainOptions)}
+    options = _apply_length(TrainOptions(**{k: v for k, v in given.items() if k in known}), given, text)
+    options = replace(options, threads=options.threads or default_num_threads(options.batch))
     array = backend_array(options.backend)
-    model = build(options.cell, len(text.vocabulary), options.hidden, options.layers, options.bidirectional)
+    model = build_model(options.cell, len(text.vocabulary), options.hidden, options.layers, options.bidirectional)
     _check_memory(model)
-    now = begin(model, np.random.default_rng(options.seed), array)
-    run = _Run(options, out, text, array, model, now, [])
+    now = init_train_state(model, np.random.default_rng(options.seed), array)
+    run = _TrainingRun(options, out, text, array, model, now, [])
     return run, _make_writable(out)
 
 
-def _resumed(given: dict[str, Any]) -> tuple[_Run, bool]:
+def _resume(given: dict[str, Any]) -> tuple[_TrainingRun, bool]:
     out = Path(given["resume"])
     fixed = sorted(given.keys() - {"resume", "file", "backend", "steps", "epochs", "minutes"})
     if fixed:
         raise InputError(f"--{fixed[0].replace('_', '-')} cannot change when a run is resumed")
-    kept = model_file.load_metadata(out / CHECKPOINT)
+    kept = model_file.load_metadata(out / CHECKPOINT_FILE)
     try:
-        options = replace(Options(**kept["options"]), **{k: given[k] for k in ("file", "backend") if k in given})
+        options = replace(TrainOptions(**kept["options"]), **{k: given[k] for k in ("file", "backend") if k in given})
         mark, curve = kept["mark"], [list(map(float, row)) for row in kept["curve"]]
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{out / CHECKPOINT}: damaged ({error})") from None
+        raise InputError(f"{out / CHECKPOINT_FILE}: damaged ({error})") from None
     text = Corpus.read(options.file)
-    if text.mark != mark:
+    if text.fingerprint != mark:
         raise InputError(f"--resume {out}: {text.name} is not the text this run has learnt from; give FILE")
     array = backend_array(options.backend)
-    model, now = restore(out / CHECKPOINT, like=array)
+    model, now = load_checkpoint(out / CHECKPOINT_FILE, like=array)
     _make_writable(out)
-    return _Run(_length(options, given, text), out, text, array, model, now, curve), False
+    return _TrainingRun(_apply_length(options, given, text), out, text, array, model, now, curve), False
 
 
-def _length(options: Options, given: dict[str, Any], text: Corpus) -> Options:
+def _apply_length(options: TrainOptions, given: dict[str, Any], text: Corpus) -> TrainOptions:
     if "epochs" in given:
         windows = (len(text.train) - 1) // options.batch // options.window
         return replace(options, steps=max(1, math.ceil(given["epochs"] * windows)), minutes=None)
@@ -217,7 +224,7 @@ def _check_memory(model: Any) -> None:
         )
 
 
-def _free(name: str) -> Path:
+def _unused_path(name: str) -> Path:
     paths = [Path(name), *(Path(f"{name}-{number}") for number in range(2, 10_000))]
     return next(path for path in paths if not path.exists())
 
@@ -233,7 +240,7 @@ def _make_writable(out: Path) -> bool:
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def _catch_signals() -> Iterator[list[int]]:
     # Only noted: the step in progress is finished, so that what is saved is exactly the state between two steps.
     caught: list[int] = []
 
@@ -253,8 +260,8 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _watch(run: _Run) -> int:
-    o, text, plots = run.options, run.text, can_plot()  # a slow import: not after the first line
+def _train_with_progress(run: _TrainingRun) -> int:
+    o, text, plots = run.options, run.corpus, can_plot()  # a slow import: not after the first line
     total = len(text.train) + len(text.held_out)
     size = sum(math.prod(shape) for shape in run.model.shapes().values())
     library = namespace(run.like).__name__.rpartition(".")[2]
@@ -268,18 +275,18 @@ def _watch(run: _Run) -> int:
     if not plots:
         print('no curve.png will be drawn: it needs matplotlib: pip install "xprnn[plot]"')
     sys.stdout.flush()
-    start, seconds = run.now.step * o.batch * o.window, run.now.seconds
+    start, seconds = run.train_state.step * o.batch * o.window, run.train_state.seconds
     quiet = {} if sys.stderr.isatty() else {"mininterval": 10.0}
-    with _signals() as caught, tqdm(initial=start, unit="char", unit_scale=True, smoothing=0.1, **quiet) as bar:
-        bits = run.learn(bar, caught)
+    with _catch_signals() as caught, tqdm(initial=start, unit="char", unit_scale=True, smoothing=0.1, **quiet) as bar:
+        bits = run.train(bar, caught)
     if caught:
-        where = f"step {run.now.step}, {bits:.3f} held-out bits per character"
+        where = f"step {run.train_state.step}, {bits:.3f} held-out bits per character"
         print(
-            f"\nstopped and saved ({where}). Go on with\n  python -m xprnn train --resume {shlex.quote(str(run.out))}"
+            f"\nstopped and saved ({where}). Go on with\n  python -m xprnn train --resume {shlex.quote(str(run.directory))}"
         )
         return 130
-    rate = (run.now.step * o.batch * o.window - start) / max(run.now.seconds - seconds, 1e-9)
-    picture(run.out, run.curve, report(run.model, run.now, text, bits, rate, o.seed))
+    rate = (run.train_state.step * o.batch * o.window - start) / max(run.train_state.seconds - seconds, 1e-9)
+    save_curve(run.directory, run.curve, print_report(run.model, run.train_state, text, bits, rate, o.seed))
     more = "what is in it: python -m xprnn info" if o.bidirectional else "more text: python -m xprnn sample"
-    print(f"saved in {run.out}; {more} {shlex.quote(str(run.out))}")
+    print(f"saved in {run.directory}; {more} {shlex.quote(str(run.directory))}")
     return 0

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from xprnn.arrays.namespace import InputError
-from xprnn.cli.model_arguments import ROWS
+from xprnn.cli.model_arguments import MODEL_COMMANDS
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def _number(kind: type[int | float], least: float, open_below: bool = False) -> Callable[[str], Any]:
+def _bounded_number(kind: type[int | float], least: float, open_below: bool = False) -> Callable[[str], Any]:
     def convert(text: str) -> int | float:
         wanted = f"{'a whole number' if kind is int else 'a number'} {'above' if open_below else 'of at least'} {least}"
         try:
@@ -42,14 +42,14 @@ def _number(kind: type[int | float], least: float, open_below: bool = False) -> 
     return convert
 
 
-def _place(text: str) -> str:
+def _path_arg(text: str) -> str:
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"expected a directory, found {text!r}")
     return text
 
 
-_count, _natural = _number(int, 1), _number(int, 0)
-_positive, _non_negative = _number(float, 0, open_below=True), _number(float, 0)
+_positive_int, _nonnegative_int = _bounded_number(int, 1), _bounded_number(int, 0)
+_positive_float, _nonnegative_float = _bounded_number(float, 0, open_below=True), _bounded_number(float, 0)
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,46 +61,51 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         help="a UTF-8 text (default: the Python manual's topics in the standard library)",
     )
     where = "where to write; no run may be there yet (default: xprnn-run, or the first free xprnn-run-2, ...)"
-    add("--out", type=_place, metavar="DIR", help=where)
+    add("--out", type=_path_arg, metavar="DIR", help=where)
     add(
         "--resume",
-        type=_place,
+        type=_path_arg,
         metavar="DIR",
         help="go on with the run in DIR, to the last bit as if it had never stopped",
     )
     add("--backend", choices=("auto", "numpy", "cupy"), help="array library (default: auto, CuPy where a GPU is)")
     add("--cell", choices=("elman", "lstm", "gru"), help="recurrent cell (default: elman)")
-    add("--hidden", type=_count, metavar="H", help="hidden units of a layer (default: 256)")
-    add("--layers", type=_count, metavar="L", help="layers (default: 1)")
+    add("--hidden", type=_positive_int, metavar="H", help="hidden units of a layer (default: 256)")
+    add("--layers", type=_positive_int, metavar="L", help="layers (default: 1)")
     both = "two directions: restore each character from both sides, instead of predicting the next (1 layer)"
     add("--bidirectional", action="store_true", default=None, help=both)
-    add("--batch", type=_count, metavar="N", help="streams read in parallel (default: 16)")
-    add("--window", type=_count, metavar="T", help="steps a gradient reaches back (default: 64)")
-    add("--learning-rate", type=_positive, metavar="A", help="Adam's, at its highest (default: 1/H, at most 0.004)")
-    add("--seed", type=_natural, help="of the first parameters and of the final sample (default: 0)")
-    add("--threads", type=_count, help="that share a step (default: one a core, and for 8 streams or more)")
+    add("--batch", type=_positive_int, metavar="N", help="streams read in parallel (default: 16)")
+    add("--window", type=_positive_int, metavar="T", help="steps a gradient reaches back (default: 64)")
+    add(
+        "--learning-rate",
+        type=_positive_float,
+        metavar="A",
+        help="Adam's, at its highest (default: 1/H, at most 0.004)",
+    )
+    add("--seed", type=_nonnegative_int, help="of the first parameters and of the final sample (default: 0)")
+    add("--threads", type=_positive_int, help="that share a step (default: one a core, and for 8 streams or more)")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=_count, help="windows to learn from (default: 7000)")
-    length.add_argument("--epochs", type=_positive, help="times to read the text")
-    length.add_argument("--minutes", type=_positive, help="time to learn, by the clock")
+    length.add_argument("--steps", type=_positive_int, help="windows to learn from (default: 7000)")
+    length.add_argument("--epochs", type=_positive_float, help="times to read the text")
+    length.add_argument("--minutes", type=_positive_float, help="time to learn, by the clock")
 
 
 def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("dir", metavar="DIR", help="the DIR of a run, or its .safetensors or .npz file")
     add("--prompt", default="", help="text to go on from (default: a new line)")
-    add("--length", type=_natural, default=1000, help="characters to write (default: 1000)")
-    add("--temperature", type=_non_negative, default=0.7, help="0: the likeliest; 1: as learnt (default: 0.7)")
-    add("--top-k", type=_count, metavar="K", help="draw among the K likeliest characters only")
-    add("--seed", type=_natural, default=0, help="of the draws (default: 0)")
+    add("--length", type=_nonnegative_int, default=1000, help="characters to write (default: 1000)")
+    add("--temperature", type=_nonnegative_float, default=0.7, help="0: the likeliest; 1: as learnt (default: 0.7)")
+    add("--top-k", type=_positive_int, metavar="K", help="draw among the K likeliest characters only")
+    add("--seed", type=_nonnegative_int, default=0, help="of the draws (default: 0)")
     add("--backend", choices=("auto", "numpy", "cupy"), default="numpy", help="array library (default: numpy)")
 
 
-def _shape(text: str) -> tuple[int, ...]:
-    from benchmarks.harness.short import shape_of
+def _shape_arg(text: str) -> tuple[int, ...]:
+    from benchmarks.harness.short import parse_shape
 
     try:
-        return shape_of(text)
+        return parse_shape(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected D,H,N,T, four positive integers, found {text!r}") from None
 
@@ -108,9 +113,9 @@ def _shape(text: str) -> tuple[int, ...]:
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     add, cells, peers = parser.add_argument, ("elman", "lstm", "gru"), ("loop", "torch", "jax", "onnxruntime")
     add("--cell", nargs="+", choices=cells, default=cells, help="recurrent cells (default: all three)")
-    add("--rows", nargs="+", type=_shape, metavar="D,H,N,T", help="sizes: inputs, hidden units, batch, steps")
+    add("--rows", nargs="+", type=_shape_arg, metavar="D,H,N,T", help="sizes: inputs, hidden units, batch, steps")
     add("--peers", nargs="*", choices=peers, default=peers, help="whom to try (default: all that are installed)")
-    add("--threads", type=_count, default=1, help="of everyone (default: 1)")
+    add("--threads", type=_positive_int, default=1, help="of everyone (default: 1)")
     add("--quick", action="store_true", help="fewer rows and rounds, for a first look")
     add("--json", metavar="FILE", help="write all figures here too")
 
@@ -123,11 +128,11 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _model_file(place: str) -> Path:
-    from xprnn.layers.model_file import MODEL_FILE
+    from xprnn.layers.model_file import MODEL_FILENAME
 
     path = Path(place)
     if path.is_dir():
-        path = path / MODEL_FILE
+        path = path / MODEL_FILENAME
     if not path.exists():
         raise InputError(f"{path}: there is no such model; `python -m xprnn train --out DIR` makes one in DIR")
     return path
@@ -193,11 +198,11 @@ COMMANDS = {
     "train": ("learn to write from a text, or to restore one", _TRAIN_EXAMPLES, _train_arguments, _train),
     "sample": ("write text with a trained model", _SAMPLE_EXAMPLES, _sample_arguments, _sample),
     "bench": ("say how fast this is here, beside what else is installed", _BENCH_EXAMPLES, _bench_arguments, _bench),
-    **ROWS,
+    **MODEL_COMMANDS,
 }
 
 
-def _parser() -> argparse.ArgumentParser:
+def _build_parser() -> argparse.ArgumentParser:
     about, raw = "Recurrent neural networks on plain arrays.", argparse.RawDescriptionHelpFormatter
     parser = _Parser(prog="xprnn", description=about, epilog="examples:" + _EXAMPLES, formatter_class=raw)
     # The front door is open before any of its rooms is; importing it from here would make a circle.
@@ -216,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words after the program's name; None: those of this process.
     """
-    parser = _parser()
+    parser = _build_parser()
     args = parser.parse_args(argv)
     command = args.command
     if command is None:
@@ -237,16 +242,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `| head` has seen enough
-        _silence()
+        _discard_stdout()
         return 0
     except OSError as error:
-        _silence()
+        _discard_stdout()
         code, problem = 1, f"{error.filename or 'output'}: cannot be written or read ({error.strerror or error})"
     print(f"xprnn {command}: {problem}", file=sys.stderr)
     return code
 
 
-def _silence() -> None:
+def _discard_stdout() -> None:
     """Point stdout away, so that the exit, which writes what is left, does not complain once more."""
     with suppress(OSError):  # of a stdout that is no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-__all__ = ["ROWS"]
+__all__ = ["MODEL_COMMANDS"]
 
 _CONVERT_EXAMPLES = """
   python -m xprnn convert model.pt model.npz
@@ -27,7 +27,7 @@ INPUT is (T,N,D), or (N,T,D) if the model is batch-first, or (T,D) for one seque
 """
 
 
-def _hints(parser: argparse.ArgumentParser) -> None:
+def _add_source_options(parser: argparse.ArgumentParser) -> None:
     about = parser.add_argument_group("what files of weights do not say")
     about.add_argument("--nonlinearity", choices=("tanh", "relu"), help="of an nn.RNN (default: tanh)")
     about.add_argument("--config", metavar="FILE", help="of a .weights.h5: a .json or .keras file that says its layers")
@@ -41,12 +41,12 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="IN", help="a model file, or the DIR of a run")
     parser.add_argument("target", metavar="OUT", help="the file to write; its ending tells the format")
     parser.add_argument("--dtype", choices=("float32", "float64"), help="of the parameters (default: the source's)")
-    _hints(parser)
+    _add_source_options(parser)
 
 
 def _info_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a model file of any format, or the DIR of a run")
-    _hints(parser)
+    _add_source_options(parser)
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,32 +54,32 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", metavar="INPUT", help="a .npy file")
     parser.add_argument("--output", metavar="OUT", help="a .npy file to write (default: print)")
     parser.add_argument("--stream", action="store_true", help="one step at a time; the output is that of every step")
-    _hints(parser)
+    _add_source_options(parser)
 
 
-def _given(args: argparse.Namespace) -> dict[str, object]:
+def _source_options(args: argparse.Namespace) -> dict[str, object]:
     return {name: getattr(args, name) for name in ("nonlinearity", "batch_first", "order", "config")}
 
 
 def _convert(args: argparse.Namespace) -> int:
     from xprnn.cli.model_commands import convert_command
 
-    return convert_command(args.source, args.target, args.dtype, **_given(args))
+    return convert_command(args.source, args.target, args.dtype, **_source_options(args))
 
 
 def _info(args: argparse.Namespace) -> int:
     from xprnn.cli.model_commands import info_command
 
-    return info_command(args.file, **_given(args))
+    return info_command(args.file, **_source_options(args))
 
 
 def _run(args: argparse.Namespace) -> int:
     from xprnn.cli.model_commands import run_command
 
-    return run_command(args.model, args.input, args.output, args.stream, **_given(args))
+    return run_command(args.model, args.input, args.output, args.stream, **_source_options(args))
 
 
-ROWS = {
+MODEL_COMMANDS = {
     "convert": ("write a model file in another format", _CONVERT_EXAMPLES, _convert_arguments, _convert),
     "info": ("say what is in a model file", _INFO_EXAMPLES, _info_arguments, _info),
     "run": ("run a model on an array", _RUN_EXAMPLES, _run_arguments, _run),

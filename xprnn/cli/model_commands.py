@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from xprnn.cli.model_formats import Found, read_model, read_npy, write_model, write_npy
+from xprnn.cli.model_formats import LoadedModel, read_model, read_npy, write_model, write_npy
 
 __all__ = ["convert_command", "info_command", "run_command"]
 
 
-def _like(dtype: str | None) -> Any:
+def _dtype_array(dtype: str | None) -> Any:
     return None if dtype is None else np.zeros(0, dtype)
 
 
 def convert_command(source: str, target: str, dtype: str | None = None, **hints: Any) -> int:
     """Read one file, write another, and say what it holds. Returns 0."""
-    found = read_model(source, _like(dtype), **hints)
+    found = read_model(source, _dtype_array(dtype), **hints)
     write_model(target, found)
     print(f"{source} ({found.format}) -> {target}: {_summary(found)}")
     ending = Path(target).suffix
@@ -32,16 +32,16 @@ def convert_command(source: str, target: str, dtype: str | None = None, **hints:
     return 0
 
 
-def _summary(found: Found) -> str:
+def _summary(found: LoadedModel) -> str:
     dtypes = sorted({str(p.dtype) for p in found.params.values()})
     return f"{sum(int(p.size) for p in found.params.values()):,} parameters, {' and '.join(dtypes) or 'no dtype'}"
 
 
-def info_command(place: str, **hints: Any) -> int:
+def info_command(path: str, **hints: Any) -> int:
     """Say what is in a file: layers, parameters, shapes, dtype, metadata. Returns 0."""
-    found = read_model(place, None, **hints)
-    print(f"{place} ({found.format}): {_summary(found)}")
-    parts = getattr(found.model, "parts", None)
+    found = read_model(path, None, **hints)
+    print(f"{path} ({found.format}): {_summary(found)}")
+    parts = getattr(found.model, "layers", None)
     for name, part in (parts or {"model": found.model}).items():
         print(f"  {name}: {part!r}")
     if found.is_graph:
@@ -53,60 +53,60 @@ def info_command(place: str, **hints: Any) -> int:
     return 0
 
 
-def run_command(place: str, given: str, output: str | None = None, stream: bool = False, **hints: Any) -> int:
+def run_command(path: str, input_path: str, output: str | None = None, stream: bool = False, **hints: Any) -> int:
     """Run a model on the array of a `.npy` file, and write or print what comes out. Returns 0."""
-    found = read_model(place, None, **hints)
-    x = _fitting(found, read_npy(given))
+    found = read_model(path, None, **hints)
+    x = _prepare_input(found, read_npy(input_path))
     start = time.perf_counter()
-    outputs = _streamed(found, x) if stream else _whole(found, x)
+    outputs = _run_steps(found, x) if stream else _run_sequence(found, x)
     seconds = time.perf_counter() - start
     if output is not None:
         write_npy(output, outputs)
     else:
         for name, array in outputs.items():
             print(f"{name} {tuple(array.shape)} {array.dtype}\n{array}")
-    print(f"{given} {x.shape} {x.dtype}: {1000 * seconds:.3g} ms", file=sys.stderr)
+    print(f"{input_path} {x.shape} {x.dtype}: {1000 * seconds:.3g} ms", file=sys.stderr)
     return 0
 
 
-def _named(y: Any) -> dict[str, Any]:
+def _named_outputs(y: Any) -> dict[str, Any]:
     if isinstance(y, Mapping):
         return dict(y)
     return {f"y_{k}": part for k, part in enumerate(y)} if isinstance(y, tuple) else {"y": y}
 
 
-def _whole(found: Found, x: Any) -> dict[str, Any]:
+def _run_sequence(found: LoadedModel, x: Any) -> dict[str, Any]:
     out = found.model(found.params, x)
-    return _named(out if found.is_graph else out[0])
+    return _named_outputs(out if found.is_graph else out[0])
 
 
-def _streamed(found: Found, x: Any) -> dict[str, Any]:
+def _run_steps(found: LoadedModel, x: Any) -> dict[str, Any]:
     """The output of every step, each on the state that the one before left."""
     axis = 1 if _batch_first(found.model) else 0
     if x.ndim <= axis:  # no time to walk in, as the whole call says
-        return _whole(found, x)
+        return _run_sequence(found, x)
     steps, state, outputs = np.moveaxis(x, axis, 0), None, list[dict[str, Any]]()
     for x_t in steps:
         y_t, state = found.model.step(found.params, x_t, state)
-        outputs.append(_named(y_t))
+        outputs.append(_named_outputs(y_t))
     if not outputs:
-        return _whole(found, x)
+        return _run_sequence(found, x)
     return {name: np.stack([y_t[name] for y_t in outputs], axis) for name in outputs[0]}
 
 
-def _leaves(model: Any) -> Iterator[Any]:
-    parts = getattr(model, "parts", None)
+def _leaf_layers(model: Any) -> Iterator[Any]:
+    parts = getattr(model, "layers", None)
     for part in [] if parts is None else parts.values():
-        yield from _leaves(part)
+        yield from _leaf_layers(part)
     if parts is None:
         yield model
 
 
 def _batch_first(model: Any) -> bool:
-    return any(getattr(part, "batch_first", False) for part in _leaves(model))
+    return any(getattr(part, "batch_first", False) for part in _leaf_layers(model))
 
 
-def _fitting(found: Found, x: Any) -> Any:
+def _prepare_input(found: LoadedModel, x: Any) -> Any:
     """x in the parameters' dtype, integers where they are numbers of rows; a single sequence gets a batch of 1."""
     dtype = next((p.dtype for p in found.params.values()), np.dtype(np.float32))
     if x.dtype.kind == "f" or (x.ndim == 3 and not found.is_graph):

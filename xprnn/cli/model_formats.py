@@ -17,15 +17,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from xprnn.arrays.namespace import Array, InputError, Params
-from xprnn.io.archive import check_file, is_ours, write_atomically
-from xprnn.layers.model_file import MODEL_FILE, load, load_metadata, save
+from xprnn.io.archive import check_file, is_xprnn_file, write_atomically
+from xprnn.layers.model_file import MODEL_FILENAME, load, load_metadata, save
 
-__all__ = ["Found", "read_model", "read_npy", "write_model", "write_npy"]
+__all__ = ["LoadedModel", "read_model", "read_npy", "write_model", "write_npy"]
 
-ENDINGS = ".safetensors, .npz, .pt, .pth, .onnx, .keras or .h5"
+SUPPORTED_SUFFIXES = ".safetensors, .npz, .pt, .pth, .onnx, .keras or .h5"
 
 
-class Found(NamedTuple):
+class LoadedModel(NamedTuple):
     """A model from a file."""
 
     format: str
@@ -39,7 +39,7 @@ class Found(NamedTuple):
         return hasattr(self.model, "reason")
 
 
-def read_model(place: str | Path, like: Array | None = None, **hints: Any) -> Found:
+def read_model(source: str | Path, like: Array | None = None, **hints: Any) -> LoadedModel:
     """The model in a file, whatever wrote it.
 
     Args:
@@ -51,18 +51,18 @@ def read_model(place: str | Path, like: Array | None = None, **hints: Any) -> Fo
     Raises:
         InputError: no such file, another ending, a file that cannot be read; or hints for a format that needs none.
     """
-    path = Path(place)
+    path = Path(source)
     if path.is_dir():
-        path = path / MODEL_FILE
+        path = path / MODEL_FILENAME
     if not path.exists():
         raise InputError(f"{path}: there is no such model")
     hints = {name: value for name, value in hints.items() if value is not None}
-    kind = _format(path)
+    kind = _detect_format(path)
     allowed = {"torch": {"nonlinearity", "batch_first", "order"}, "Keras": {"config"}}.get(kind, set())
     if strangers := sorted(hints.keys() - allowed):
         raise InputError(f"{path}: a file of {kind} needs no {', '.join(strangers)}: leave that out")
     if kind == "xprnn":
-        return Found(kind, *load(path, like), load_metadata(path))
+        return LoadedModel(kind, *load(path, like), load_metadata(path))
     from xprnn import interop
 
     readers: dict[str, Callable[..., Any]] = {
@@ -71,37 +71,37 @@ def read_model(place: str | Path, like: Array | None = None, **hints: Any) -> Fo
         "ONNX": interop.from_onnx,
     }
     model, params = readers[kind](path, like, **hints)
-    return Found(kind, model, params, {})
+    return LoadedModel(kind, model, params, {})
 
 
-def _format(path: Path) -> str:
+def _detect_format(path: Path) -> str:
     """Whose file it is."""
     if path.suffix == ".safetensors":
-        return "xprnn" if is_ours(path) else "torch"
+        return "xprnn" if is_xprnn_file(path) else "torch"
     kinds = {".npz": "xprnn", ".pt": "torch", ".pth": "torch", ".onnx": "ONNX", ".keras": "Keras", ".h5": "Keras"}
     if path.suffix not in kinds:
-        raise InputError(f"{path}: expected a name ending in {ENDINGS}, found {path.suffix or 'no ending'}")
+        raise InputError(f"{path}: expected a name ending in {SUPPORTED_SUFFIXES}, found {path.suffix or 'no ending'}")
     return kinds[path.suffix]
 
 
-def write_model(path: str | Path, found: Found) -> None:
+def write_model(path: str | Path, loaded_model: LoadedModel) -> None:
     """Write a model to a file in the format of its ending, in one step.
 
     Raises:
         InputError: an ending that is not written, or a model that the format cannot hold, with all reasons.
     """
     path = Path(path)
-    model, params = found.model, found.params
-    if found.is_graph:
+    model, params = loaded_model.model, loaded_model.params
+    if loaded_model.is_graph:
         raise InputError(f"{path}: this ONNX graph is only run, not converted, since {model.reason}")
     if path.suffix in (".safetensors", ".npz"):
-        save(path, model, params, found.metadata)
+        save(path, model, params, loaded_model.metadata)
     elif path.suffix in (".pt", ".pth"):
         from xprnn.interop import to_torch
-        from xprnn.interop.torch.files import need_torch
+        from xprnn.interop.torch.files import require_torch
 
         content = io.BytesIO()
-        need_torch(str(path)).save(to_torch(model, params).state_dict, content)
+        require_torch(str(path)).save(to_torch(model, params).state_dict, content)
         write_atomically(path, content.getvalue())
     elif path.suffix == ".onnx":
         from xprnn.interop import to_onnx

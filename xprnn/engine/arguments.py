@@ -12,25 +12,25 @@ from xprnn.arrays.namespace import (
     InputError,
     Namespace,
     Params,
-    check_integers,
+    check_index_bounds,
     check_shape,
     device_of,
     from_numpy,
+    host_view,
     is_integer,
     is_numpy,
-    on_host,
-    refuse_masked,
-    resolve,
+    reject_masked_array,
+    resolve_namespace,
 )
-from xprnn.arrays.validation import check_param_shapes, check_params, need
-from xprnn.engine.state_layout import names_of
-from xprnn.kernels.tape import Steps
+from xprnn.arrays.validation import check_param_shapes, check_params, require_array
+from xprnn.engine.state_layout import parameter_names
+from xprnn.kernels.tape import StepMask
 
 __all__ = [
-    "arrays_in",
     "check_call",
-    "check_inner",
-    "steps_of",
+    "check_state_cotangents",
+    "make_step_mask",
+    "tree_leaves",
 ]
 
 
@@ -43,7 +43,7 @@ def _check_x(where: str, layer: Any, xp: Namespace, x: Array, lead: str) -> None
             raise InputError(
                 f"{where}: integer x must be ({axes}), the numbers of one-hot classes, found shape {tuple(x.shape)}"
             )
-        check_integers(where, "x", x, d)
+        check_index_bounds(where, "x", x, d)
     elif x.ndim != rank + 1:
         raise InputError(f"{where}: x must be ({axes},D), {rank + 1} axes, found shape {tuple(x.shape)}")
     elif x.shape[-1] != d:
@@ -53,27 +53,27 @@ def _check_x(where: str, layer: Any, xp: Namespace, x: Array, lead: str) -> None
         )
 
 
-def arrays_in(state: Any) -> list[Array]:
+def tree_leaves(state: Any) -> list[Array]:
     """All arrays in nested tuples and lists."""
     if state is None:
         return []
-    return [a for s in state for a in arrays_in(s)] if isinstance(state, (tuple, list)) else [state]
+    return [a for s in state for a in tree_leaves(s)] if isinstance(state, (tuple, list)) else [state]
 
 
-def check_call(where: str, layer: Any, params: Params, x: Array, state: Any, lead: str) -> Namespace:
+def check_call(where: str, layer: Any, params: Params, x: Array, state: Any, leading_axes: str) -> Namespace:
     """The namespace of a layer's arguments, which are checked against its configuration and each other."""
-    shapes, _ = names_of(layer)
+    shapes, _ = parameter_names(layer)
     check_params(where, params, shapes)
-    need(where, "x", x)
-    floats = dict(params) | {f"state[{i}]" if i else "state": a for i, a in enumerate(arrays_in(state))}
+    require_array(where, "x", x)
+    floats = dict(params) | {f"state[{i}]" if i else "state": a for i, a in enumerate(tree_leaves(state))}
     integer = not hasattr(x, "dtype") or not _is_float(x)
-    xp = resolve(where, floats if integer else {"x": x, **floats}, {"x": x} if integer else None)
+    xp = resolve_namespace(where, floats if integer else {"x": x, **floats}, {"x": x} if integer else None)
     check_param_shapes(where, params, shapes)
     if integer and not is_integer(xp, x):
-        classes = xp.isdtype(x.dtype, "bool") and x.ndim == len(lead)
+        classes = xp.isdtype(x.dtype, "bool") and x.ndim == len(leading_axes)
         hint = ": as class numbers, convert it to integers" if classes else ""
         raise InputError(f"{where}: x must be of a real floating or an integer dtype, found {x.dtype}{hint}")
-    _check_x(where, layer, xp, x, lead)
+    _check_x(where, layer, xp, x, leading_axes)
     return xp
 
 
@@ -81,30 +81,30 @@ def _is_float(x: Array) -> bool:
     return x.dtype.kind == "f" if isinstance(x.dtype, np.dtype) else "float" in str(x.dtype)
 
 
-def steps_of(where: str, layer: Any, xp: Namespace, x: Array, lengths: Any, mask: Any, reset: Any) -> Steps:
+def make_step_mask(where: str, layer: Any, xp: Namespace, x: Array, lengths: Any, mask: Any, reset: Any) -> StepMask:
     """Put lengths, mask and reset together, on the device of the time-major x."""
     count, n = x.shape[:2]
     axes, shape = ("(N,T)", (n, count)) if layer.batch_first else ("(T,N)", (count, n))
     flags = {}
     for name, flag in (("mask", mask), ("reset", reset)):
         if flag is not None:
-            resolve(where, {}, {"x": x, name: flag})
+            resolve_namespace(where, {}, {"x": x, name: flag})
             check_shape(where, name, axes, flag, shape)
             if not xp.isdtype(flag.dtype, "bool"):
                 raise InputError(f"{where}: {name} must be boolean, found {flag.dtype}")
             flags[name] = xp.permute_dims(flag, (1, 0)) if layer.batch_first else flag
     active, reset = flags.get("mask"), flags.get("reset")
     if lengths is not None:
-        lengths = _lengths(where, xp, x, lengths, n, count)
+        lengths = _resolve_lengths(where, xp, x, lengths, n, count)
         within = xp.arange(count, dtype=lengths.dtype, device=device_of(x))[:, None] < lengths[None, :]
         active = within if active is None else within & active
         # Past its end a row keeps the state of its last valid step, whatever the flags there say.
         reset = None if reset is None else reset & within
-    return Steps(active, reset, lengths if mask is None else None)
+    return StepMask(active, reset, lengths if mask is None else None)
 
 
-def _lengths(where: str, xp: Namespace, x: Array, lengths: Any, n: int, count: int) -> Array:
-    refuse_masked(where, "lengths", lengths)
+def _resolve_lengths(where: str, xp: Namespace, x: Array, lengths: Any, n: int, count: int) -> Array:
+    reject_masked_array(where, "lengths", lengths)
     plain = isinstance(lengths, (list, tuple, np.ndarray))
     if plain:
         try:
@@ -113,24 +113,30 @@ def _lengths(where: str, xp: Namespace, x: Array, lengths: Any, n: int, count: i
             raise InputError(f"{where}: lengths must be (N,) integers, found a nested sequence") from None
         lengths = lengths.astype(int) if lengths.shape == (0,) else lengths
     else:
-        resolve(where, {}, {"x": x, "lengths": lengths})
+        resolve_namespace(where, {}, {"x": x, "lengths": lengths})
     if not (lengths.dtype.kind in "iu" if plain else is_integer(xp, lengths)):
         raise InputError(f"{where}: lengths must be integers, found {lengths.dtype}")
     check_shape(where, "lengths", "(N,)", lengths, (n,))
-    host = on_host(lengths)
+    host = host_view(lengths)
     if host is not None and host.size and (host.min() < 0 or host.max() > count):
         raise InputError(f"{where}: lengths must be in 0..T={count}, found {host.tolist()}")
     return from_numpy(lengths, like=x) if plain and not is_numpy(xp) else lengths
 
 
-def check_inner(
-    where: str, inner: list[Any], names: tuple[str, ...], widths: list[tuple[int, ...]], shape: tuple[int, int]
+def check_state_cotangents(
+    where: str,
+    state_cotangents: list[Any],
+    names: tuple[str, ...],
+    widths: list[tuple[int, ...]],
+    shape: tuple[int, int],
 ) -> list[Any]:
     """The adjoints of all states at all steps: for each layer and direction a tuple of arrays or None."""
-    if len(inner) != len(widths):
-        raise InputError(f"{where}: dstates must have {len(widths)} entries, as tape.states() has, found {len(inner)}")
+    if len(state_cotangents) != len(widths):
+        raise InputError(
+            f"{where}: dstates must have {len(widths)} entries, as tape.states() has, found {len(state_cotangents)}"
+        )
     out = []
-    for k, (entry, width) in enumerate(zip(inner, widths, strict=True)):
+    for k, (entry, width) in enumerate(zip(state_cotangents, widths, strict=True)):
         parts = (None,) * len(names) if entry is None else tuple(entry)
         if len(parts) != len(names):
             raise InputError(

@@ -7,52 +7,52 @@ from typing import Any, TypeVar
 import numpy as np
 
 from xprnn.arrays.namespace import Array, Params, namespace
-from xprnn.engine.checkpointing import Chain, ChainTape
-from xprnn.engine.layer import Quick, Streams, _is_ours, nothing
+from xprnn.engine.checkpointing import DirectionStack, DirectionStackTape
+from xprnn.engine.layer import FastStep, Steppable, is_library_method, no_fast_path
 from xprnn.engine.stack import StackTape
-from xprnn.engine.state_layout import names_of
+from xprnn.engine.state_layout import parameter_names
 from xprnn.kernels import config
-from xprnn.kernels.jit.short_sequence import compiled_walk
+from xprnn.kernels.jit.short_sequence import compiled_sequence
 from xprnn.kernels.jit.step import compiled_step
 from xprnn.kernels.memory import contiguous
-from xprnn.kernels.reference import step_once
-from xprnn.kernels.step_plan import BITS, Stepped
-from xprnn.kernels.tape import Gradients, State, Steps, Tape
+from xprnn.kernels.reference import single_step
+from xprnn.kernels.step_plan import DTYPE_BITS, LayerSignature
+from xprnn.kernels.tape import Gradients, State, StepMask, Tape
 from xprnn.kernels.ufunc.step import numpy_step
 
 __all__ = [
-    "Back",
-    "Pass",
-    "QuickRecurrent",
-    "chain_step",
-    "embedding_step",
-    "guarded",
-    "linear_step",
-    "plain",
-    "quick_of",
-    "recurrent_back",
-    "recurrent_pass",
+    "BackwardFn",
+    "FastPaths",
+    "ForwardFn",
+    "is_ndarray",
+    "make_embedding_step",
+    "make_layer_step",
+    "make_linear_step",
+    "make_recurrent_backward",
+    "make_recurrent_forward",
+    "make_sequential_step",
+    "with_fallback",
 ]
 
 
 Result = TypeVar("Result")
 
 
-def plain(a: Array, shape: tuple[int, ...], dtype: Any) -> bool:
+def is_ndarray(a: Array, shape: tuple[int, ...], dtype: Any) -> bool:
     """Whether this is NumPy's own array in this shape and dtype."""
     return a.__class__ is np.ndarray and a.dtype == dtype and a.shape == shape
 
 
-def _all_plain(params: Params, shapes: tuple[tuple[str, tuple[int, ...]], ...], dtype: Any) -> bool:
+def _all_ndarrays(params: Params, shapes: tuple[tuple[str, tuple[int, ...]], ...], dtype: Any) -> bool:
     """Whether the parameters are plain arrays of this dtype, in these shapes."""
-    return all(plain(params[name], shape, dtype) for name, shape in shapes)
+    return all(is_ndarray(params[name], shape, dtype) for name, shape in shapes)
 
 
-def guarded(
+def with_fallback(
     count: int, run: Callable[[Params, Array, Any], Result | None]
 ) -> Callable[[Params, Array, Any], Result | None]:
     """`run` for plain arrays outside of the generic scan; it may raise or return None where something doesn't fit."""
-    ndarray, generic = np.ndarray, config.generic
+    ndarray, generic = np.ndarray, config.is_reference_only
 
     def step(params: Params, x: Array, state: Any) -> Result | None:
         if x.__class__ is not ndarray or params.__class__ is not dict or len(params) != count or generic():
@@ -65,40 +65,50 @@ def guarded(
     return step
 
 
-def _steps_by_row(layer: Any) -> bool:
+def _uses_default_step(layer: Any) -> bool:
     """Whether a part's step, which is a call of one step, does what xprnn's own does."""
-    return all(_is_ours(type(layer), verb) for verb in ("__call__", "forward"))
+    return all(is_library_method(type(layer), verb) for verb in ("__call__", "forward"))
 
 
-def linear_step(layer: Any, prefix: str, count: int) -> Quick:
+def make_linear_step(layer: Any, prefix: str, count: int) -> FastStep:
     """The quick step of a Linear; none of one whose step is a call that does more."""
-    if not _steps_by_row(layer):
-        return nothing
+    if not _uses_default_step(layer):
+        return no_fast_path
     shapes = tuple((prefix + name, shape) for name, shape in layer.shapes().items())
     w, b = prefix + "weight", prefix + "bias" if layer.bias else None
 
     def step(params: Params, x: Array, state: Any) -> tuple[Array, None] | None:
         dtype = x.dtype
-        if dtype not in BITS or x.ndim != 2 or x.shape[1] != layer.in_features or not _all_plain(params, shapes, dtype):
+        if (
+            dtype not in DTYPE_BITS
+            or x.ndim != 2
+            or x.shape[1] != layer.in_features
+            or not _all_ndarrays(params, shapes, dtype)
+        ):
             return None
         y = np.dot(params[w], x[0]) if len(x) == 1 else np.dot(x, params[w].T)
         if b is not None:
             np.add(y, params[b], y)
         return y.reshape(len(x), -1), None
 
-    return guarded(count, step)
+    return with_fallback(count, step)
 
 
-def embedding_step(layer: Any, prefix: str, count: int) -> Quick:
+def make_embedding_step(layer: Any, prefix: str, count: int) -> FastStep:
     """The quick step of an Embedding; none of one whose step is a call that does more."""
-    if not _steps_by_row(layer):
-        return nothing
+    if not _uses_default_step(layer):
+        return no_fast_path
     w = prefix + "weight"
     shapes = ((w, layer.shapes()["weight"]),)
 
     def step(params: Params, x: Array, state: Any) -> tuple[Array, None] | None:
         dtype, n = params[w].dtype, len(x)
-        if dtype not in BITS or x.dtype.kind not in "iu" or x.ndim != 1 or not _all_plain(params, shapes, dtype):
+        if (
+            dtype not in DTYPE_BITS
+            or x.dtype.kind not in "iu"
+            or x.ndim != 1
+            or not _all_ndarrays(params, shapes, dtype)
+        ):
             return None
         if n == 1:
             k = x.item()
@@ -106,14 +116,14 @@ def embedding_step(layer: Any, prefix: str, count: int) -> Quick:
         fits = x.min(initial=0) >= 0 and x.max(initial=0) < layer.num_embeddings
         return (params[w].take(x, axis=0), None) if fits else None
 
-    return guarded(count, step)
+    return with_fallback(count, step)
 
 
-def quick_of(part: Any, prefix: str, count: int) -> Quick | None:
+def make_layer_step(part: Any, prefix: str, count: int) -> FastStep | None:
     """A part's quick step, or where it has none its own step."""
-    if isinstance(part, Streams) and _is_ours(type(part), "step"):
-        quick = part.quick(prefix, count)
-        if quick is not nothing:
+    if isinstance(part, Steppable) and is_library_method(type(part), "step"):
+        quick = part.make_fast_step(prefix, count)
+        if quick is not no_fast_path:
             return quick
     names = {name: prefix + name for name in part.shapes()}
 
@@ -121,10 +131,10 @@ def quick_of(part: Any, prefix: str, count: int) -> Quick | None:
         done: tuple[Array, Any] = part.step({short: params[name] for short, name in names.items()}, x, state)
         return done
 
-    return guarded(count, step)
+    return with_fallback(count, step)
 
 
-def chain_step(steps: dict[str, Any], recurrent: list[str]) -> Quick:
+def make_sequential_step(steps: dict[str, Any], recurrent: list[str]) -> FastStep:
     """The quick step of parts in a row, of which these have a state: one its own, several a dict of theirs."""
     only = recurrent[0] if len(recurrent) == 1 else None
     every = [(name, step, name in recurrent) for name, step in steps.items()]
@@ -148,23 +158,23 @@ def chain_step(steps: dict[str, Any], recurrent: list[str]) -> Quick:
     return step
 
 
-Pass = Callable[[Params, Array, Any], tuple[Array, Any, Any] | None]  # the third is a tape, or None
-Back = Callable[[Any, Any, Any, Any], Gradients | None]
-_KNOWN = 256  # shapes of x at a time
+ForwardFn = Callable[[Params, Array, Any], tuple[Array, Any, Any] | None]  # the third is a tape, or None
+BackwardFn = Callable[[Any, Any, Any, Any], Gradients | None]
+_MAX_CACHED_SHAPES = 256  # shapes of x at a time
 
 
-class QuickTape(StackTape):
+class LazyTape(StackTape):
     """A StackTape whose records are made when they are asked for."""
 
-    start: tuple[Array, ...]
-    passes: list[Any]  # plain.Done of each layer
+    initial_state: tuple[Array, ...]
+    layer_results: list[Any]  # plain.Done of each layer
 
     def __init__(
         self, layer: Any, params: Params, x: Array, y: Array, start: tuple[Array, ...] | None, passes: list[Any]
     ) -> None:
         # Its fields are set at once: a frozen dataclass takes a call for each.
-        its = {"layer": layer, "params": params, "x": x, "y": y, "masks": [], "default": start is None}
-        vars(self).update(its, start=start, passes=passes)
+        inherited = {"layer": layer, "params": params, "x": x, "y": y, "dropout_masks": []}
+        vars(self).update(inherited, uses_default_state=start is None, initial_state=start, layer_results=passes)
 
     @cached_property
     def xp(self) -> Any:
@@ -172,69 +182,83 @@ class QuickTape(StackTape):
         return namespace(self.x)
 
     @cached_property
-    def chains(self) -> list[tuple[Chain, ChainTape]]:
+    def direction_stacks(self) -> list[tuple[DirectionStack, DirectionStackTape]]:
         """The records."""
         from xprnn.kernels.jit import scan as jit_scan
 
-        layer, steps, params, states, tapes = self.layer, Steps(), list[Params](), list[State](), list[Tape]()
-        for k, done in enumerate(self.passes):
-            params.append(dict(zip(done.way.names, done.arrays, strict=True)))
-            states.append(_states(done.way, None if self.default else tuple(s[k] for s in self.start)))
-            passed = done.kept(), ()
-            _, _, tape = jit_scan.taped(passed, layer.core, params[k], done.x, states[k], steps, layer.reverse, True)
+        layer, steps, params, states, tapes = self.layer, StepMask(), list[Params](), list[State](), list[Tape]()
+        for k, done in enumerate(self.layer_results):
+            params.append(dict(zip(done.plan.param_names, done.param_arrays, strict=True)))
+            states.append(
+                _initial_states(done.plan, None if self.uses_default_state else tuple(s[k] for s in self.initial_state))
+            )
+            passed = done.saved_for_backward(), ()
+            _, _, tape = jit_scan.with_tape(
+                passed, layer.resolved_cell, params[k], done.x, states[k], steps, layer.reverse, True
+            )
             assert tape is not None
             tapes.append(tape)
-        chain, masks = Chain(self.xp, layer.core, params, layer.reverse, layer.dropout), [None] * len(tapes)
-        return [(chain, ChainTape(self.x, states, steps, [(0, len(self.x))], [states], [], tapes, masks))]
+        chain, masks = (
+            DirectionStack(self.xp, layer.resolved_cell, params, layer.reverse, layer.dropout),
+            [None] * len(tapes),
+        )
+        return [(chain, DirectionStackTape(self.x, states, steps, [(0, len(self.x))], [states], [], tapes, masks))]
 
 
-def _states(way: Any, given: State | None) -> State:
+def _initial_states(way: Any, given: State | None) -> State:
     """A layer's first states, (N, H) each."""
-    return given or (np.zeros((way.shape[1], way.shape[3]), way.dtype),) * way.count
+    return given or (np.zeros((way.shape[1], way.shape[3]), way.dtype),) * way.num_states
 
 
-def _short(layer: Any) -> tuple[str, ...]:
+def _parameter_order(layer: Any) -> tuple[str, ...]:
     """A layer's parameters in the order of a pass."""
-    return ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if layer.bias else ()), *layer.core.vectors)
+    return ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if layer.bias else ()), *layer.resolved_cell.vectors)
 
 
-def _names(layer: Any) -> list[tuple[str, ...]]:
+def _ordered_parameter_names(layer: Any) -> list[tuple[str, ...]]:
     """The same for all layers, by their names."""
-    return [tuple(names[short] for short in _short(layer)) for names in names_of(layer)[1]]
+    return [tuple(names[short] for short in _parameter_order(layer)) for names in parameter_names(layer)[1]]
 
 
-class _Ways(dict[Any, Any]):
+class _PlanCache(dict[Any, Any]):
     """(shape, dtype) of time-major x -> the pass of each layer for it; None where there is none."""
 
-    def __init__(self, layer: Any, *, keep: bool) -> None:
-        self.layer, self.keep = layer, keep
+    def __init__(self, layer: Any, *, record_tape: bool) -> None:
+        self.layer, self.record_tape = layer, record_tape
 
     def __missing__(self, key: Any) -> Any:
-        if len(self) >= _KNOWN:
+        if len(self) >= _MAX_CACHED_SHAPES:
             self.clear()
-        self[key] = ways = self._made(*key)
+        self[key] = ways = self._build_plans(*key)
         return ways
 
-    def _made(self, shape: tuple[int, ...], dtype: Any) -> Any:
+    def _build_plans(self, shape: tuple[int, ...], dtype: Any) -> Any:
         from xprnn.kernels.jit import scan as jit_scan
         from xprnn.kernels.jit import scan_plan
 
-        layer, cell = self.layer, self.layer.core
+        layer, cell = self.layer, self.layer.resolved_cell
         (count, n, d), hidden = shape, layer.hidden_size
-        none = jit_scan.why_not(cell, {"weight_hh": np.empty((0, 0), dtype)})
+        none = jit_scan.unsupported_reason(cell, {"weight_hh": np.empty((0, 0), dtype)})
         if none or d != layer.input_size or not count * n:
             return None
-        sources, short = jit_scan.sources_of(cell, BITS[dtype]), _short(layer)
+        sources, short = jit_scan.kernel_sources(cell, DTYPE_BITS[dtype]), _parameter_order(layer)
         full = [(count, n, width, hidden, cell.gates * hidden) for width in (d, *[hidden] * (layer.num_layers - 1))]
-        return [scan_plan.ahead(sources, cell, short, one, dtype, layer.reverse, self.keep) for one in full]
+        return [
+            scan_plan.forward_plan(sources, cell, short, one, dtype, layer.reverse, self.record_tape) for one in full
+        ]
 
 
-def recurrent_pass(layer: Any, *, keep: bool) -> Pass | None:
+def make_recurrent_forward(layer: Any, *, record_tape: bool) -> ForwardFn | None:
     """The quick pass of layers in one direction: y, state and tape, or None."""
-    if layer.bidirectional or layer.learned_state or layer.projection or not isinstance(layer.hidden_size, int):
+    if layer.bidirectional or layer.learned_state or layer.projection_size or not isinstance(layer.hidden_size, int):
         return None
-    fast, ndarray, batch_first, size = config.fast, np.ndarray, layer.batch_first, layer.hidden_size
-    own, total, count, ways = _names(layer), layer.num_layers, len(layer.core.states), _Ways(layer, keep=keep)
+    fast, ndarray, batch_first, size = config.jit_enabled, np.ndarray, layer.batch_first, layer.hidden_size
+    own, total, count, ways = (
+        _ordered_parameter_names(layer),
+        layer.num_layers,
+        len(layer.resolved_cell.states),
+        _PlanCache(layer, record_tape=record_tape),
+    )
 
     def run(params: Params, x: Array, state: Any) -> tuple[Array, Any, Any] | None:
         x = contiguous(x.swapaxes(0, 1)) if batch_first else x
@@ -250,21 +274,21 @@ def recurrent_pass(layer: Any, *, keep: bool) -> Pass | None:
         y, passes = x, list[Any]()
         for k in range(total):
             before, after = (begin, finals) if total == 1 else ([s[k : k + 1] for s in of] for of in (begin, finals))
-            if (done := _one(those[k], y, params, own[k], before, after)) is None:
+            if (done := _run_layer(those[k], y, params, own[k], before, after)) is None:
                 return None
-            passes += [done] * keep
+            passes += [done] * record_tape
             y = done.y
         y = y.swapaxes(0, 1) if batch_first else y
         packed = tuple(finals) if count > 1 else finals[0]
-        if not keep:
+        if not record_tape:
             return y, packed, None
         y.flags.writeable = False  # the tape lives in this memory
-        return y, packed, QuickTape(layer, params, x, y, start, passes)
+        return y, packed, LazyTape(layer, params, x, y, start, passes)
 
-    return guarded(len(layer.shapes()), run)
+    return with_fallback(len(layer.shapes()), run)
 
 
-def _one(way: Any, x: Array, params: Params, names: tuple[str, ...], before: Any, after: Any) -> Any:
+def _run_layer(way: Any, x: Array, params: Params, names: tuple[str, ...], before: Any, after: Any) -> Any:
     """The pass of one layer."""
     arrays = tuple([params[name] for name in names])
     for a in arrays:
@@ -273,28 +297,33 @@ def _one(way: Any, x: Array, params: Params, names: tuple[str, ...], before: Any
     return way(x, arrays, before, after)
 
 
-def recurrent_back(layer: Any) -> Back:
+def make_recurrent_backward(layer: Any) -> BackwardFn:
     """The adjoint of the quick pass."""
-    count, ndarray, batch_first, own = len(layer.core.states), np.ndarray, layer.batch_first, _names(layer)
+    count, ndarray, batch_first, own = (
+        len(layer.resolved_cell.states),
+        np.ndarray,
+        layer.batch_first,
+        _ordered_parameter_names(layer),
+    )
     nothing = (None,) * count
 
     def run(tape: Any, dy: Any, dstate: Any, dstates: Any) -> Gradients | None:
-        if tape.__class__ is not QuickTape or tape.layer is not layer or dstates is not None:
+        if tape.__class__ is not LazyTape or tape.layer is not layer or dstates is not None:
             return None
-        if dy.__class__ is not ndarray or any(done.way.large() for done in tape.passes):
+        if dy.__class__ is not ndarray or any(done.plan.is_threaded() for done in tape.layer_results):
             return None
         given: Any = nothing if dstate is None else (dstate,) if count == 1 else dstate
         if dstate is not None:
-            way = tape.passes[0].way
+            way = tape.layer_results[0].plan
             shape = len(own), way.shape[1], way.shape[3]
-            if given.__class__ is not tuple or not all(d is None or plain(d, shape, way.dtype) for d in given):
+            if given.__class__ is not tuple or not all(d is None or is_ndarray(d, shape, way.dtype) for d in given):
                 return None
         dx, named, ds = contiguous(dy.swapaxes(0, 1)) if batch_first else dy, Params(), []
         try:
             for k in range(len(own) - 1, -1, -1):
-                done = tape.passes[k]
+                done = tape.layer_results[k]
                 sent = given if len(own) == 1 else [None if d is None else d[k : k + 1] for d in given]
-                dx, first, grads = done.way.back(done, dx, sent)
+                dx, first, grads = done.plan.back(done, dx, sent)
                 ds.append(first)
                 named.update(zip(own[k], grads, strict=True))
         except Exception:  # of another shape, dtype or order; numba has exceptions of its own for what it doesn't know
@@ -306,50 +335,50 @@ def recurrent_back(layer: Any) -> Back:
     return run
 
 
-class QuickRecurrent(Streams):
+class FastPaths(Steppable):
     """A recurrent layer's quick ways, each made when it is first wanted."""
 
-    def quick(self, prefix: str, count: int) -> Quick | None:
+    def make_fast_step(self, prefix: str, count: int) -> FastStep | None:
         """The quick step."""
-        return recurrent_step(self, prefix, count)
+        return make_recurrent_step(self, prefix, count)
 
     @cached_property
-    def _walk(self) -> Quick:
-        return recurrent_walk(self) or nothing
+    def _fast_sequence(self) -> FastStep:
+        return make_recurrent_sequence(self) or no_fast_path
 
     @cached_property
-    def _pass(self) -> Pass:
-        return recurrent_pass(self, keep=True) or nothing
+    def _fast_forward(self) -> ForwardFn:
+        return make_recurrent_forward(self, record_tape=True) or no_fast_path
 
     @cached_property
-    def _tapeless(self) -> Pass:
-        return recurrent_pass(self, keep=False) or nothing
+    def _fast_inference(self) -> ForwardFn:
+        return make_recurrent_forward(self, record_tape=False) or no_fast_path
 
     @cached_property
-    def _back(self) -> Back:
-        return recurrent_back(self)
+    def _fast_backward(self) -> BackwardFn:
+        return make_recurrent_backward(self)
 
-    def _sequence(self, params: Params, x: Array, state: Any) -> tuple[Array, Any] | None:
+    def _infer(self, params: Params, x: Array, state: Any) -> tuple[Array, Any] | None:
         """A whole sequence of which no tape is kept."""
-        if (done := self._walk(params, x, state)) is not None:
+        if (done := self._fast_sequence(params, x, state)) is not None:
             return done
-        whole = self._tapeless(params, x, state)
+        whole = self._fast_inference(params, x, state)
         return None if whole is None else whole[:2]
 
 
-def recurrent_step(layer: Any, prefix: str, count: int) -> Quick | None:
+def make_recurrent_step(layer: Any, prefix: str, count: int) -> FastStep | None:
     """The quick step of a recurrent layer: compiled for a few rows, or else in NumPy."""
     if layer.bidirectional or layer.reverse or not isinstance(layer.hidden_size, int):
         return None
-    its, fast = _stepped(layer, prefix), config.fast
-    few, floats, ways = its.few, BITS, dict[tuple[bool, bool], Quick]()
-    fastest = list[Quick | None]([None, None])  # the compiled ones, by whether x is integer
+    its, fast = _layer_signature(layer, prefix), config.jit_enabled
+    few, floats, ways = its.max_compiled_rows, DTYPE_BITS, dict[tuple[bool, bool], FastStep]()
+    fastest = list[FastStep | None]([None, None])  # the compiled ones, by whether x is integer
 
-    def way(integer: bool, one: bool) -> Quick:
+    def way(integer: bool, one: bool) -> FastStep:
         """The step in NumPy, for one row or for many; made when it is first wanted."""
         found = ways.get((integer, one))
         if found is None:
-            found = ways[integer, one] = numpy_step(its, integer, one, partial(step_once, np, its.cell))
+            found = ways[integer, one] = numpy_step(its, integer, one, partial(single_step, np, its.cell))
         return found
 
     def step(params: Params, x: Array, state: Any) -> tuple[Array, Any] | None:
@@ -360,7 +389,7 @@ def recurrent_step(layer: Any, prefix: str, count: int) -> Quick | None:
             try:
                 run = fastest[integer]
                 if run is None:
-                    run = fastest[integer] = compiled_step(its, integer) or nothing
+                    run = fastest[integer] = compiled_step(its, integer) or no_fast_path
                 done = run(params, x, state)
             except (KeyError, TypeError):  # no kernel, or one that takes no such arrays
                 done = None
@@ -368,32 +397,34 @@ def recurrent_step(layer: Any, prefix: str, count: int) -> Quick | None:
                 return done
         return way(integer, n == 1)(params, x, state)
 
-    return guarded(count, step)
+    return with_fallback(count, step)
 
 
-def recurrent_walk(layer: Any) -> Quick | None:
+def make_recurrent_sequence(layer: Any) -> FastStep | None:
     """The quick walk of a recurrent layer, for few rows and small weights; compiled or not at all."""
     if layer.bidirectional or layer.reverse or not isinstance(layer.hidden_size, int):
         return None
-    its, fast, floats, batch_first = _stepped(layer, ""), config.fast, BITS, layer.batch_first
-    ways = dict[bool, Quick]()
+    its, fast, floats, batch_first = _layer_signature(layer, ""), config.jit_enabled, DTYPE_BITS, layer.batch_first
+    ways = dict[bool, FastStep]()
 
     def walk(params: Params, x: Array, state: Any) -> tuple[Array, Any] | None:
         integer, n = x.dtype not in floats, x.shape[0 if batch_first else 1]
-        if not fast() or not its.short(n, integer) or (integer and x.dtype.kind not in "iu"):
+        if not fast() or not its.use_sequence_kernel(n, integer) or (integer and x.dtype.kind not in "iu"):
             return None
         if integer not in ways:
-            ways[integer] = compiled_walk(its, integer, batch_first) or nothing
+            ways[integer] = compiled_sequence(its, integer, batch_first) or no_fast_path
         return ways[integer](params, x, state)
 
-    return guarded(len(its.shapes), walk)
+    return with_fallback(len(its.parameter_shapes), walk)
 
 
-def _stepped(layer: Any, prefix: str) -> Stepped:
-    core, (shapes, names) = layer.core, names_of(layer)
+def _layer_signature(layer: Any, prefix: str) -> LayerSignature:
+    core, (shapes, names) = layer.resolved_cell, parameter_names(layer)
     short = ["weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if layer.bias else ()), *core.vectors]
-    short += ["weight_hr"] if layer.projection else []
+    short += ["weight_hr"] if layer.projection_size else []
     found = tuple(tuple(prefix + own[name] for name in short) for own in names)
     learned = tuple(prefix + name for name in shapes if name.startswith("initial_"))
     shapes = {prefix + name: shape for name, shape in shapes.items()}
-    return Stepped(core, layer.bias, layer.input_size, layer.hidden_size, layer.projection, found, learned, shapes)
+    return LayerSignature(
+        core, layer.bias, layer.input_size, layer.hidden_size, layer.projection_size, found, learned, shapes
+    )

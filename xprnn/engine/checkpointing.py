@@ -18,29 +18,29 @@ from numpy.random import PCG64, Generator
 from xprnn.arrays.namespace import Array, InputError, Namespace, Params, device_of, from_numpy, is_writeable
 from xprnn.cells.cell import Cell
 from xprnn.kernels import dispatch
-from xprnn.kernels.tape import State, Steps, Tape
+from xprnn.kernels.tape import State, StepMask, Tape
 
-__all__ = ["Chain", "ChainTape", "segment_length"]
+__all__ = ["DirectionStack", "DirectionStackTape", "segment_length"]
 
-Grads = list[Params]
+LayerGradients = list[Params]
 
 
 @dataclass(frozen=True)
-class ChainTape:
+class DirectionStackTape:
     """The record of a chain's pass: where each segment started, and the scans of the last one."""
 
     x: Array
-    home: list[State]
-    steps: Steps
+    reset_states: list[State]
+    step_mask: StepMask
     segments: list[tuple[int, int]]  # in the order of the walk
-    starts: list[list[State]]
+    checkpoints: list[list[State]]
     rngs: list[list[Generator]]  # before each segment
-    scans: list[Tape] = field(default_factory=list)  # of the last segment
-    masks: list[Array | None] = field(default_factory=list)
+    scan_tapes: list[Tape] = field(default_factory=list)  # of the last segment
+    dropout_masks: list[Array | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Chain:
+class DirectionStack:
     """Layers of one cell in one direction, each with its parameters."""
 
     xp: Namespace
@@ -50,52 +50,69 @@ class Chain:
     dropout: float = 0.0
     sparse: bool = False
 
-    def generators(self, rng: Generator | None) -> list[Generator]:
+    def dropout_generators(self, rng: Generator | None) -> list[Generator]:
         """A generator for the mask after each layer but the last; none where nothing is dropped."""
         if rng is None or not self.dropout:
             return []
         return [Generator(PCG64(int(rng.integers(1 << 62)))) for _ in self.params[1:]]
 
     def forward(
-        self, x: Array, states: list[State], steps: Steps, *, keep: bool, rng: Generator | None, every: int | None
-    ) -> tuple[Array, list[State], ChainTape | None]:
+        self,
+        x: Array,
+        states: list[State],
+        step_mask: StepMask,
+        *,
+        record_tape: bool,
+        rng: Generator | None,
+        checkpoint_interval: int | None,
+    ) -> tuple[Array, list[State], DirectionStackTape | None]:
         """The output, the final states and the tape; `every` is the number of steps between checkpoints, or None."""
-        count, rngs = x.shape[0], self.generators(rng)
-        if not keep:
-            y, finals, _, _ = self._run(x, states, states, steps, rngs, False)
+        count, rngs = x.shape[0], self.dropout_generators(rng)
+        if not record_tape:
+            y, finals, _, _ = self._run_segment(x, states, states, step_mask, rngs, False)
             return y, finals, None
-        every = every or max(1, count)
-        segments = [(t, min(t + every, count)) for t in range(0, max(1, count), every)]
+        checkpoint_interval = checkpoint_interval or max(1, count)
+        segments = [(t, min(t + checkpoint_interval, count)) for t in range(0, max(1, count), checkpoint_interval)]
         if self.reverse:
             segments.reverse()
-        tape = ChainTape(x, states, steps, segments, [], [])
-        outputs, now = _Joined(self.xp, count), states
+        tape = DirectionStackTape(x, states, step_mask, segments, [], [])
+        outputs, now = _SegmentWriter(self.xp, count), states
         if len(segments) == 1:
-            y, now, scans, masks = self._run(x, states, states, steps, rngs, True)
-            tape.starts.append(states)
-            tape.scans.extend(scans)
-            tape.masks.extend(masks)
+            y, now, scans, masks = self._run_segment(x, states, states, step_mask, rngs, True)
+            tape.checkpoints.append(states)
+            tape.scan_tapes.extend(scans)
+            tape.dropout_masks.extend(masks)
             return y, now, tape
         for t0, t1 in segments:
-            tape.starts.append(now)
+            tape.checkpoints.append(now)
             tape.rngs.append(deepcopy(rngs))
             # The last segment is the first that backward needs: its tape may as well stay.
             last = (t0, t1) == segments[-1]
-            y, now, scans, masks = self._run(x[t0:t1, ...], now, states, steps.between(t0, t1), rngs, last)
-            outputs.put(t0, t1, y)
+            y, now, scans, masks = self._run_segment(
+                x[t0:t1, ...], now, states, step_mask.slice_steps(t0, t1), rngs, last
+            )
+            outputs.write(t0, t1, y)
             if last:
-                tape.scans.extend(scans)
-                tape.masks.extend(masks)
-        return outputs.whole(), now, tape
+                tape.scan_tapes.extend(scans)
+                tape.dropout_masks.extend(masks)
+        return outputs.concat(), now, tape
 
-    def _run(
-        self, x: Array, states: list[State], home: list[State], steps: Steps, rngs: list[Generator], keep: bool
+    def _run_segment(
+        self, x: Array, states: list[State], home: list[State], steps: StepMask, rngs: list[Generator], keep: bool
     ) -> tuple[Array, list[State], list[Any], list[Array | None]]:
         """All layers over one segment."""
         y, finals, scans, masks = x, [], [], []
         for k, (params, state) in enumerate(zip(self.params, states, strict=True)):
             y, final, tape = dispatch.forward(
-                self.cell, params, y, state, steps, home=home[k], xp=self.xp, reverse=self.reverse, keep=keep
+                self.cell,
+                params,
+                y,
+                state,
+                steps,
+                reset_state=home[k],
+                xp=self.xp,
+                reverse=self.reverse,
+                record_tape=keep,
             )
             if tape is not None and self.sparse:
                 tape = replace(tape, sparse=True)
@@ -106,21 +123,23 @@ class Chain:
             masks.append(mask)
         return y, finals, scans, masks
 
-    def _pieces(self, tape: ChainTape, backwards: bool) -> Any:
+    def _replay_segments(self, tape: DirectionStackTape, backwards: bool) -> Any:
         """(t0, t1, scans, masks) of each segment, run again where no tape was kept."""
         order = range(len(tape.segments))
         for s in reversed(order) if backwards else order:
             t0, t1 = tape.segments[s]
             if s == len(tape.segments) - 1:
-                yield t0, t1, tape.scans, tape.masks
+                yield t0, t1, tape.scan_tapes, tape.dropout_masks
                 continue
-            steps, rngs = tape.steps.between(t0, t1), deepcopy(tape.rngs[s])
-            _, _, scans, masks = self._run(tape.x[t0:t1, ...], tape.starts[s], tape.home, steps, rngs, True)
+            steps, rngs = tape.step_mask.slice_steps(t0, t1), deepcopy(tape.rngs[s])
+            _, _, scans, masks = self._run_segment(
+                tape.x[t0:t1, ...], tape.checkpoints[s], tape.reset_states, steps, rngs, True
+            )
             yield t0, t1, scans, masks
 
-    def states(self, tape: ChainTape) -> list[State]:
+    def states(self, tape: DirectionStackTape) -> list[State]:
         """For each layer its states after every step, (T, N, .) each."""
-        pieces = [[s.states() for s in scans] for _, _, scans, _ in self._pieces(tape, backwards=self.reverse)]
+        pieces = [[s.states() for s in scans] for _, _, scans, _ in self._replay_segments(tape, backwards=self.reverse)]
         if len(pieces) == 1:
             return pieces[0]
         layers = zip(*pieces, strict=True)
@@ -128,57 +147,59 @@ class Chain:
 
     def backward(
         self,
-        tape: ChainTape,
+        tape: DirectionStackTape,
         dy: Array | None,
-        dfinals: Sequence[Sequence[Array | None]],
-        inner: Sequence[Sequence[Array | None]],
-    ) -> tuple[Array | None, list[State], Grads]:
+        dfinal_states: Sequence[Sequence[Array | None]],
+        state_cotangents: Sequence[Sequence[Array | None]],
+    ) -> tuple[Array | None, list[State], LayerGradients]:
         """The adjoint of x, of the initial states and of each layer's parameters."""
         if len(tape.segments) == 1 == len(self.params):
-            dx, start, home, dp = dispatch.backward(tape.scans[0], dy, dfinals[0], inner[0])
+            dx, start, home, dp = dispatch.backward(tape.scan_tapes[0], dy, dfinal_states[0], state_cotangents[0])
             return dx, [tuple(map(_add, start, home))], [dp]
-        ds: list[Any] = [*dfinals]
+        ds: list[Any] = [*dfinal_states]
         dhome: list[Any] = [(None,) * len(d) for d in ds]
         grads: list[Any] = [None] * len(self.params)
-        dx = _Joined(self.xp, tape.x.shape[0])
-        for t0, t1, scans, masks in self._pieces(tape, backwards=True):
+        dx = _SegmentWriter(self.xp, tape.x.shape[0])
+        for t0, t1, scans, masks in self._replay_segments(tape, backwards=True):
             d = None if dy is None else dy[t0:t1, ...]
             for k in range(len(scans) - 1, -1, -1):
                 d = d if masks[k] is None or d is None else d * masks[k]
-                injected = [None if i is None else i[t0:t1, ...] for i in inner[k]]
+                injected = [None if i is None else i[t0:t1, ...] for i in state_cotangents[k]]
                 d, ds[k], home, dp = dispatch.backward(scans[k], d, ds[k], injected)
                 dhome[k] = tuple(_add(a, b) for a, b in zip(dhome[k], home, strict=True))
                 grads[k] = dp if grads[k] is None else {name: g + dp[name] for name, g in grads[k].items()}
-            dx.put(t0, t1, d)
+            dx.write(t0, t1, d)
         return (
-            dx.whole(),
+            dx.concat(),
             [tuple(_add(a, b) for a, b in zip(s, h, strict=True)) for s, h in zip(ds, dhome, strict=True)],
             grads,
         )
 
 
-class _Joined:
+class _SegmentWriter:
     """Segments put together: written into one array as they come, or joined at the end where that can't be."""
 
     def __init__(self, xp: Namespace, count: int) -> None:
         self.xp, self.count = xp, count
-        self.out: Array | None = None
-        self.parts: dict[int, Array | None] = {}
+        self.output: Array | None = None
+        self.segments: dict[int, Array | None] = {}
 
-    def put(self, t0: int, t1: int, part: Array | None) -> None:
+    def write(self, t0: int, t1: int, segment: Array | None) -> None:
         """The steps t0 to t1 - 1."""
-        if self.out is None and part is not None and t1 - t0 < self.count:
-            self.out = self.xp.empty((self.count, *part.shape[1:]), dtype=part.dtype, device=device_of(part))
-        if self.out is not None and is_writeable(self.out):
-            self.out[t0:t1, ...] = part
+        if self.output is None and segment is not None and t1 - t0 < self.count:
+            self.output = self.xp.empty(
+                (self.count, *segment.shape[1:]), dtype=segment.dtype, device=device_of(segment)
+            )
+        if self.output is not None and is_writeable(self.output):
+            self.output[t0:t1, ...] = segment
         else:
-            self.parts[t0] = part
+            self.segments[t0] = segment
 
-    def whole(self) -> Array | None:
+    def concat(self) -> Array | None:
         """All steps; None where the segments were None."""
-        if self.out is not None and not self.parts:
-            return self.out
-        parts = [self.parts[t] for t in sorted(self.parts)]
+        if self.output is not None and not self.segments:
+            return self.output
+        parts = [self.segments[t] for t in sorted(self.segments)]
         return parts[0] if len(parts) == 1 or parts[0] is None else self.xp.concat(parts, axis=0)
 
 
@@ -195,8 +216,8 @@ def dropout_mask(rng: Generator, p: float, y: Array, reverse: bool = False) -> A
     return from_numpy(((drawn[::-1] if reverse else drawn) >= p) / (1 - p), like=y)
 
 
-_SMALL = 1 << 22
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_MIN_SEGMENT_BYTES = 1 << 22
+_BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def segment_length(where: str, checkpoint: Any, count: int, step_bytes: int, state_bytes: int) -> int:
@@ -211,16 +232,16 @@ def segment_length(where: str, checkpoint: Any, count: int, step_bytes: int, sta
     """
     if checkpoint == "sqrt":
         # Twice the root costs little memory and halves what cutting costs in time; what takes 4 MiB is not cut at all.
-        return max(1, 2 * isqrt(count), _SMALL // max(1, step_bytes))
+        return max(1, 2 * isqrt(count), _MIN_SEGMENT_BYTES // max(1, step_bytes))
     if not isinstance(checkpoint, bool) and isinstance(checkpoint, (int, np.integer)) and checkpoint >= 1:
         return int(checkpoint)
     number = checkpoint.rstrip("BKMGibkmg ") if isinstance(checkpoint, str) else ""
     unit = checkpoint[len(number) :].strip().upper() if isinstance(checkpoint, str) else ""
-    if unit not in _UNITS or not number.replace(".", "", 1).isdigit():
+    if unit not in _BYTE_UNITS or not number.replace(".", "", 1).isdigit():
         raise InputError(
             f'{where}: checkpoint must be a number of steps >= 1, "sqrt", or bytes like "64MiB", found {checkpoint!r}'
         )
-    budget = float(number) * _UNITS[unit]
+    budget = float(number) * _BYTE_UNITS[unit]
     # k steps of tape and T/k states fit the budget: k step_bytes + (T/k) state_bytes <= budget, the largest such k.
     least = 2 * sqrt(step_bytes * state_bytes * count)
     if budget < (need := max(least, step_bytes)):

@@ -33,10 +33,10 @@ def explain(layer: Any, params: Params, x: Array, lengths: Any = None, mask: Any
     where = f"{type(layer).__name__}.explain"
     xp = arguments.check_call(where, layer, params, x, None, "NT" if layer.batch_first else "TN")
     x = state_layout.time_major(layer, xp, x)
-    steps = arguments.steps_of(where, layer, xp, x, lengths, mask, reset)
+    steps = arguments.make_step_mask(where, layer, xp, x, lengths, mask, reset)
     lines = []
-    for i, own in enumerate(state_layout.own_params(layer, params)):
-        k, second = divmod(i, layer.directions)
+    for i, own in enumerate(state_layout.params_by_layer(layer, params)):
+        k, second = divmod(i, layer.num_directions)
         way = "reverse" if second or layer.reverse else "forward"
-        lines.append(f"layer {k}, {way}: {dispatch.explain(xp, layer.core, own, tuple(x.shape[:2]), steps)}")
+        lines.append(f"layer {k}, {way}: {dispatch.explain(xp, layer.resolved_cell, own, tuple(x.shape[:2]), steps)}")
     return "\n".join(lines)

@@ -13,21 +13,23 @@ from typing import Any
 from xprnn.arrays.namespace import Array, Params
 
 __all__ = [
-    "Calls",
-    "Quick",
-    "Streams",
-    "nothing",
+    "CallsForward",
+    "FastStep",
+    "Steppable",
+    "no_fast_path",
 ]
 
-KEPT = frozenset({"_step", "_walk", "_pass", "_tapeless", "_back"})  # what a part has made for itself
+_CACHED_ATTRIBUTES = frozenset(
+    {"_fast_step", "_fast_sequence", "_fast_forward", "_fast_inference", "_fast_backward"}
+)  # what a part has made for itself
 
-Quick = Callable[[Params, Array, Any], tuple[Array, Any] | None]
+FastStep = Callable[[Params, Array, Any], tuple[Array, Any] | None]
 
 
-class Streams:
+class Steppable:
     """What has a step: keeps its own quick step, made at its first step, out of copies and pickles."""
 
-    def quick(self, prefix: str, count: int) -> Quick | None:
+    def make_fast_step(self, prefix: str, count: int) -> FastStep | None:
         """The quick step on parameters under `prefix` in a dict of `count` parameters; None if there is none."""
         raise NotImplementedError
 
@@ -40,14 +42,14 @@ class Streams:
         raise NotImplementedError
 
     @cached_property
-    def _step(self) -> Quick:
-        return self.quick("", len(self.shapes())) or nothing
+    def _fast_step(self) -> FastStep:
+        return self.make_fast_step("", len(self.shapes())) or no_fast_path
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in KEPT}
+        return {name: value for name, value in vars(self).items() if name not in _CACHED_ATTRIBUTES}
 
 
-class Calls:
+class CallsForward:
     """What is called without a tape by a way of its own: of a class of yours that overrides `forward`, by that.
 
     Which of the two is decided once, when the class is made, so that a call asks nothing.
@@ -55,16 +57,16 @@ class Calls:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if _is_ours(cls, "__call__") and not _is_ours(cls, "forward"):
-            cls.__call__ = _by_forward  # type: ignore[method-assign]
+        if is_library_method(cls, "__call__") and not is_library_method(cls, "forward"):
+            cls.__call__ = _call_forward  # type: ignore[method-assign]
 
 
-def _is_ours(cls: type, verb: str) -> bool:
+def is_library_method(cls: type, verb: str) -> bool:
     """Whether this verb of a part is xprnn's own; one of a class of yours may do more."""
     return str(getattr(getattr(cls, verb), "__module__", "")).startswith("xprnn.")
 
 
-def _by_forward(
+def _call_forward(
     self: Any, params: Params, x: Array, state: Any = None, lengths: Any = None, mask: Any = None, reset: Any = None
 ) -> tuple[Array, Any]:
     """y and the final state of `forward`, whose tape is dropped."""
@@ -73,5 +75,5 @@ def _by_forward(
     return y, final
 
 
-def nothing(params: Params, x: Array, state: Any) -> None:
+def no_fast_path(params: Params, x: Array, state: Any) -> None:
     """The quick step of what has none."""

@@ -16,6 +16,6 @@ function that needs them: importing this room imports none.
 
 from xprnn.interop.keras.api import from_keras
 from xprnn.interop.onnx.api import from_onnx, to_onnx
-from xprnn.interop.torch.api import ForTorch, from_torch, to_torch
+from xprnn.interop.torch.api import TorchExport, from_torch, to_torch
 
-__all__ = ["ForTorch", "from_keras", "from_onnx", "from_torch", "to_onnx", "to_torch"]
+__all__ = ["TorchExport", "from_keras", "from_onnx", "from_torch", "to_onnx", "to_torch"]

@@ -6,24 +6,24 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from xprnn.arrays.namespace import Array, InputError, Params
-from xprnn.io.archive import moved
-from xprnn.layers.elementwise import Apply, Softmax
+from xprnn.io.archive import to_like
+from xprnn.layers.elementwise import ActivationLayer, Softmax
 from xprnn.layers.embedding import Embedding
 from xprnn.layers.linear import Linear
 from xprnn.layers.sequential import Sequential
 
 __all__ = [
-    "Entry",
-    "Part",
-    "arrange",
+    "LazyArray",
+    "NamedLayer",
     "assemble",
-    "refuse",
+    "infer_order",
+    "raise_all",
 ]
 
-MOST = 7  # parts whose order is looked for; with more, there are too many orders to try
+MAX_ORDERED_LAYERS = 7  # parts whose order is looked for; with more, there are too many orders to try
 
 
-class Entry(NamedTuple):
+class LazyArray(NamedTuple):
     """One array of a source: its shape and dtype first, its numbers when they are asked for."""
 
     shape: tuple[int, ...]
@@ -31,18 +31,18 @@ class Entry(NamedTuple):
     read: Callable[[], Any]  # -> a NumPy array
 
 
-class Part(NamedTuple):
+class NamedLayer(NamedTuple):
     """A named part: the layers it may be (shapes alone cannot always tell) and its arrays, under the layers' names."""
 
     name: str  # "" for a source that is one part
-    layers: tuple[Any, ...]
-    entries: dict[str, Entry]
+    candidates: tuple[Any, ...]
+    arrays: dict[str, LazyArray]
 
 
-def refuse(where: str, problems: Sequence[str]) -> None:
+def raise_all(where: str, problems: Sequence[str]) -> None:
     """Raise InputError if there are problems, with all of them.
 
-    >>> refuse("from_torch", ["a", "b"])
+    >>> raise_all("from_torch", ["a", "b"])
     Traceback (most recent call last):
     xprnn.arrays.namespace.InputError: from_torch: a; b
     """
@@ -51,61 +51,63 @@ def refuse(where: str, problems: Sequence[str]) -> None:
         raise InputError(f"{where}: {'; '.join(problems[:20])}{more}")
 
 
-def _width_in(layer: Any, given: int | None) -> int | None:
+def _in_features(layer: Any, given: int | None) -> int | None:
     """Features that a layer takes; 0 for an Embedding, which takes integers and must stand first."""
     if isinstance(layer, Embedding):
         return 0
-    if isinstance(layer, (Apply, Softmax)):
+    if isinstance(layer, (ActivationLayer, Softmax)):
         return given
     return int(layer.in_features if isinstance(layer, Linear) else layer.input_size)
 
 
-def _width_out(layer: Any, given: int | None) -> int | None:
+def _out_features(layer: Any, given: int | None) -> int | None:
     if isinstance(layer, Embedding):
         return layer.embedding_dim
-    if isinstance(layer, (Apply, Softmax)):
+    if isinstance(layer, (ActivationLayer, Softmax)):
         return given
     return int(layer.out_features if isinstance(layer, Linear) else layer.output_size)
 
 
-def _fitting(part: Part, width: int | None) -> Iterator[tuple[Any, int | None]]:
+def _matching_candidates(part: NamedLayer, width: int | None) -> Iterator[tuple[Any, int | None]]:
     """What the part can be behind so many features, None for the beginning, and the features it gives out."""
-    for layer in part.layers:
-        if width is None or _width_in(layer, width) == width:
-            yield layer, _width_out(layer, width)
+    for layer in part.candidates:
+        if width is None or _in_features(layer, width) == width:
+            yield layer, _out_features(layer, width)
 
 
-def _chains(parts: Sequence[Part], width: int | None) -> Iterator[list[tuple[Part, Any]]]:
+def _chains_in_order(parts: Sequence[NamedLayer], width: int | None) -> Iterator[list[tuple[NamedLayer, Any]]]:
     """Every way to run the parts in the order given, each on what the one before gives out."""
     if not parts:
         yield []
         return
-    for layer, out in _fitting(parts[0], width):
-        for rest in _chains(parts[1:], out):
+    for layer, out in _matching_candidates(parts[0], width):
+        for rest in _chains_in_order(parts[1:], out):
             yield [(parts[0], layer), *rest]
 
 
-def _any_order(parts: Sequence[Part], width: int | None) -> Iterator[list[tuple[Part, Any]]]:
+def _chains_in_any_order(parts: Sequence[NamedLayer], width: int | None) -> Iterator[list[tuple[NamedLayer, Any]]]:
     """The same in every order."""
     if not parts:
         yield []
         return
     for k, part in enumerate(parts):
-        for layer, out in _fitting(part, width):
-            for rest in _any_order([*parts[:k], *parts[k + 1 :]], out):
+        for layer, out in _matching_candidates(part, width):
+            for rest in _chains_in_any_order([*parts[:k], *parts[k + 1 :]], out):
                 yield [(part, layer), *rest]
 
 
-def _said(parts: Sequence[Part]) -> str:
+def _format_layers(parts: Sequence[NamedLayer]) -> str:
     def one(layer: Any) -> str:
-        if isinstance(layer, (Apply, Softmax)):
+        if isinstance(layer, (ActivationLayer, Softmax)):
             return type(layer).__name__
-        return f"{type(layer).__name__} {_width_in(layer, None) or 'integers'} -> {_width_out(layer, None)}"
+        return f"{type(layer).__name__} {_in_features(layer, None) or 'integers'} -> {_out_features(layer, None)}"
 
-    return ", ".join(f"{part.name} ({' or '.join(one(layer) for layer in part.layers)})" for part in parts)
+    return ", ".join(f"{part.name} ({' or '.join(one(layer) for layer in part.candidates)})" for part in parts)
 
 
-def arrange(where: str, parts: Sequence[Part], order: Sequence[str] | None, sorted_: bool) -> list[tuple[Part, Any]]:
+def infer_order(
+    where: str, layers: Sequence[NamedLayer], order: Sequence[str] | None, ignore_source_order: bool
+) -> list[tuple[NamedLayer, Any]]:
     """The parts in the order in which they run, and the one layer that each is.
 
     The order of the source is taken if the widths agree with it; else, and where a file has sorted its names, the only
@@ -121,40 +123,40 @@ def arrange(where: str, parts: Sequence[Part], order: Sequence[str] | None, sort
         InputError: no order fits, or several do; says what each part takes and gives.
     """
     if order is not None:
-        named = {part.name: part for part in parts}
+        named = {part.name: part for part in layers}
         if list(named) == [""]:
             raise InputError(f"{where}: there is one layer, and so no order to give: leave order out")
         if sorted(order) != sorted(named):
             raise InputError(f"{where}: order must name {', '.join(named)}, found {', '.join(map(str, order))}")
-        parts, sorted_ = [named[name] for name in order], False
-    found = [] if sorted_ and len(parts) > 1 else _some(_chains(parts, None))
-    if not found and order is None and len(parts) <= MOST and all(part.entries for part in parts):
-        found = _some(_any_order(parts, None))
+        layers, ignore_source_order = [named[name] for name in order], False
+    found = [] if ignore_source_order and len(layers) > 1 else _first_two(_chains_in_order(layers, None))
+    if not found and order is None and len(layers) <= MAX_ORDERED_LAYERS and all(part.arrays for part in layers):
+        found = _first_two(_chains_in_any_order(layers, None))
     if len(found) == 1:
         return found[0]
     reason = "more than one order or reading of the parts fits" if found else "no order of the parts fits their widths"
     hint = "" if order else "; say order=[names as they run], or give the module"
-    raise InputError(f"{where}: {reason}: {_said(parts)}{hint}")
+    raise InputError(f"{where}: {reason}: {_format_layers(layers)}{hint}")
 
 
-def _some(chains: Iterator[list[tuple[Part, Any]]]) -> list[list[tuple[Part, Any]]]:
+def _first_two(chains: Iterator[list[tuple[NamedLayer, Any]]]) -> list[list[tuple[NamedLayer, Any]]]:
     """The first two."""
     return [chain for chain, _ in zip(chains, range(2), strict=False)]
 
 
-def assemble(where: str, parts: Sequence[tuple[Part, Any]], like: Array | None) -> tuple[Any, Params]:
+def assemble(where: str, layers: Sequence[tuple[NamedLayer, Any]], like: Array | None) -> tuple[Any, Params]:
     """The model and its parameters: the layer itself if it is alone and has no name, else a Sequential."""
-    dtypes = {entry.dtype for part, _ in parts for entry in part.entries.values()}
+    dtypes = {entry.dtype for part, _ in layers for entry in part.arrays.values()}
     if like is None and len(dtypes) > 1:
         raise InputError(
             f"{where}: its arrays are {' and '.join(sorted(dtypes))}: say like=array, whose dtype all take"
         )
 
-    def taken(entry: Entry) -> Array:
-        return entry.read() if like is None else moved(where, entry.read(), like)
+    def taken(entry: LazyArray) -> Array:
+        return entry.read() if like is None else to_like(where, entry.read(), like)
 
-    if len(parts) == 1 and not parts[0][0].name:
-        ((part, layer),) = parts
-        return layer, {name: taken(part.entries[name]) for name in layer.shapes()}
-    model = Sequential(**{part.name: layer for part, layer in parts})
-    return model, {f"{part.name}.{key}": taken(part.entries[key]) for part, layer in parts for key in layer.shapes()}
+    if len(layers) == 1 and not layers[0][0].name:
+        ((part, layer),) = layers
+        return layer, {name: taken(part.arrays[name]) for name in layer.shapes()}
+    model = Sequential(**{part.name: layer for part, layer in layers})
+    return model, {f"{part.name}.{key}": taken(part.arrays[key]) for part, layer in layers for key in layer.shapes()}

@@ -22,15 +22,15 @@ from xprnn.arrays.namespace import Array, InputError, Namespace, Params
 __all__ = [
     "CONVENTIONS",
     "Convention",
-    "from_directions",
-    "from_flat_states",
-    "from_system",
+    "flatten_states",
+    "from_framework",
     "gate_order",
+    "merge_directions",
     "reorder",
-    "swap_batch",
-    "to_directions",
-    "to_flat_states",
-    "to_system",
+    "split_directions",
+    "swap_leading_axes",
+    "to_framework",
+    "unflatten_states",
 ]
 
 
@@ -48,40 +48,40 @@ class Convention(NamedTuple):
     """
 
     names: tuple[str, str, str, str]
-    gates: Mapping[str, str]
-    biases: Mapping[str, str]
-    columns: bool
-    peepholes: str
+    gate_orders: Mapping[str, str]
+    bias_layouts: Mapping[str, str]
+    transposed_weights: bool
+    peephole_order: str
 
 
 _CELLS = ("elman", "lstm", "gru", "gru_reset_before")
 
 
-def _for_cells(*values: str) -> dict[str, str]:
+def _by_cell(*values: str) -> dict[str, str]:
     return dict(zip(_CELLS, values, strict=True))
 
 
 CONVENTIONS = {
     "torch": Convention(
         names=("weight_ih", "weight_hh", "bias", "weight_p"),
-        gates=_for_cells("h", "ifgo", "rzn", "rzn"),
-        biases=_for_cells("two", "two", "two", "two"),
-        columns=False,
-        peepholes="ifo",  # torch itself has none; this is xprnn's order
+        gate_orders=_by_cell("h", "ifgo", "rzn", "rzn"),
+        bias_layouts=_by_cell("two", "two", "two", "two"),
+        transposed_weights=False,
+        peephole_order="ifo",  # torch itself has none; this is xprnn's order
     ),
     "keras": Convention(
         names=("kernel", "recurrent_kernel", "bias", ""),
-        gates=_for_cells("h", "ifgo", "zrn", "zrn"),
-        biases=_for_cells("summed", "summed", "rows", "summed"),  # a GRU with reset_after has two rows
-        columns=True,
-        peepholes="",
+        gate_orders=_by_cell("h", "ifgo", "zrn", "zrn"),
+        bias_layouts=_by_cell("summed", "summed", "rows", "summed"),  # a GRU with reset_after has two rows
+        transposed_weights=True,
+        peephole_order="",
     ),
     "onnx": Convention(
         names=("W", "R", "B", "P"),
-        gates=_for_cells("h", "iofg", "zrn", "zrn"),
-        biases=_for_cells("joined", "joined", "joined", "joined"),
-        columns=False,
-        peepholes="iof",
+        gate_orders=_by_cell("h", "iofg", "zrn", "zrn"),
+        bias_layouts=_by_cell("joined", "joined", "joined", "joined"),
+        transposed_weights=False,
+        peephole_order="iof",
     ),
 }
 
@@ -92,8 +92,8 @@ def gate_order(cell: str, source: str, target: str) -> list[int]:
     >>> gate_order("lstm", "torch", "onnx"), gate_order("lstm", "onnx", "torch"), gate_order("gru", "keras", "torch")
     ([0, 3, 1, 2], [0, 2, 3, 1], [1, 0, 2])
     """
-    have = CONVENTIONS[source].gates[cell]
-    return [have.index(gate) for gate in CONVENTIONS[target].gates[cell]]
+    have = CONVENTIONS[source].gate_orders[cell]
+    return [have.index(gate) for gate in CONVENTIONS[target].gate_orders[cell]]
 
 
 def reorder(array: Any, order: Sequence[int], axis: int = 0) -> Any:
@@ -108,7 +108,7 @@ def reorder(array: Any, order: Sequence[int], axis: int = 0) -> Any:
     return np.concatenate([blocks[k] for k in order], axis)
 
 
-def to_system(system: str, cell: str, own: Params) -> dict[str, Any]:
+def to_framework(framework: str, cell: str, params: Params) -> dict[str, Any]:
     """The arrays of one layer in one direction as `system` has them.
 
     Args:
@@ -126,108 +126,108 @@ def to_system(system: str, cell: str, own: Params) -> dict[str, Any]:
 
     >>> own = {"weight_ih": np.ones((3, 2)), "weight_hh": np.ones((3, 1)), "bias_ih": np.arange(3.0),
     ...        "bias_hh": np.zeros(3)}
-    >>> to_system("keras", "gru", own)["bias"][0]
+    >>> to_framework("keras", "gru", own)["bias"][0]
     array([1., 0., 2.])
     """
-    if system == "torch":
-        return dict(own)
-    there, order = CONVENTIONS[system], gate_order(cell, "torch", system)
-    known = {"weight_ih", "weight_hh", "bias_ih", "bias_hh", *(f"weight_p{gate}" for gate in there.peepholes)}
-    if strangers := sorted(own.keys() - known):
-        raise InputError(f"{system}: its {cell} has no place for {', '.join(strangers)}")
+    if framework == "torch":
+        return dict(params)
+    there, order = CONVENTIONS[framework], gate_order(cell, "torch", framework)
+    known = {"weight_ih", "weight_hh", "bias_ih", "bias_hh", *(f"weight_p{gate}" for gate in there.peephole_order)}
+    if strangers := sorted(params.keys() - known):
+        raise InputError(f"{framework}: its {cell} has no place for {', '.join(strangers)}")
     out = {}
     for name, key in zip(there.names, ("weight_ih", "weight_hh"), strict=False):
-        weight = reorder(own[key], order)
-        out[name] = np.ascontiguousarray(weight.T) if there.columns else weight
-    if "bias_ih" in own:
-        pair = [reorder(own[key], order) for key in ("bias_ih", "bias_hh")]
-        out[there.names[2]] = _JOIN[there.biases[cell]](pair)
-    if any(key.startswith("weight_p") for key in own):
-        out[there.names[3]] = np.concatenate([own[f"weight_p{gate}"] for gate in there.peepholes])
+        weight = reorder(params[key], order)
+        out[name] = np.ascontiguousarray(weight.T) if there.transposed_weights else weight
+    if "bias_ih" in params:
+        pair = [reorder(params[key], order) for key in ("bias_ih", "bias_hh")]
+        out[there.names[2]] = _JOIN_BIASES[there.bias_layouts[cell]](pair)
+    if any(key.startswith("weight_p") for key in params):
+        out[there.names[3]] = np.concatenate([params[f"weight_p{gate}"] for gate in there.peephole_order])
     return out
 
 
-_JOIN: dict[str, Callable[[Any], Any]] = {
+_JOIN_BIASES: dict[str, Callable[[Any], Any]] = {
     "summed": lambda pair: pair[0] + pair[1],
     "rows": np.stack,
     "joined": np.concatenate,
 }
-_SPLIT: dict[str, Callable[[Any], Any]] = {
+_SPLIT_BIASES: dict[str, Callable[[Any], Any]] = {
     "summed": lambda bias: (bias, np.zeros_like(bias)),
     "rows": tuple,
     "joined": lambda bias: np.split(bias, 2),
 }
 
 
-def from_system(system: str, cell: str, arrays: Mapping[str, Any]) -> Params:
-    """The inverse of `to_system`; a summed bias becomes bias_ih, beside a bias_hh of zeros.
+def from_framework(framework: str, cell: str, arrays: Mapping[str, Any]) -> Params:
+    """The inverse of `to_framework`; a summed bias becomes bias_ih, beside a bias_hh of zeros.
 
-    >>> own = from_system("onnx", "lstm", {"W": np.asarray([[0.0], [1.0], [2.0], [3.0]]), "R": np.zeros((4, 1))})
+    >>> own = from_framework("onnx", "lstm", {"W": np.asarray([[0.0], [1.0], [2.0], [3.0]]), "R": np.zeros((4, 1))})
     >>> own["weight_ih"].ravel()
     array([0., 2., 3., 1.])
     """
-    if system == "torch":
+    if framework == "torch":
         return dict(arrays)
-    there, order = CONVENTIONS[system], gate_order(cell, system, "torch")
+    there, order = CONVENTIONS[framework], gate_order(cell, framework, "torch")
     if strangers := sorted(arrays.keys() - set(there.names)):
-        raise InputError(f"{system}: a {cell} has no {', '.join(strangers)}")
+        raise InputError(f"{framework}: a {cell} has no {', '.join(strangers)}")
     own = {}
     for name, key in zip(there.names, ("weight_ih", "weight_hh"), strict=False):
-        own[key] = reorder(arrays[name].T if there.columns else arrays[name], order)
+        own[key] = reorder(arrays[name].T if there.transposed_weights else arrays[name], order)
     if there.names[2] in arrays:
-        pair = _SPLIT[there.biases[cell]](arrays[there.names[2]])
+        pair = _SPLIT_BIASES[there.bias_layouts[cell]](arrays[there.names[2]])
         own |= {key: reorder(bias, order) for key, bias in zip(("bias_ih", "bias_hh"), pair, strict=True)}
-    if there.peepholes and there.names[3] in arrays:
-        parts = np.split(arrays[there.names[3]], len(there.peepholes))
-        found = dict(zip(there.peepholes, parts, strict=True))
-        own |= {f"weight_p{gate}": found[gate] for gate in CONVENTIONS["torch"].peepholes}
+    if there.peephole_order and there.names[3] in arrays:
+        parts = np.split(arrays[there.names[3]], len(there.peephole_order))
+        found = dict(zip(there.peephole_order, parts, strict=True))
+        own |= {f"weight_p{gate}": found[gate] for gate in CONVENTIONS["torch"].peephole_order}
     return own
 
 
-def to_directions(xp: Namespace, y: Array, directions: int) -> Array:
+def split_directions(xp: Namespace, y: Array, num_directions: int) -> Array:
     """ONNX's Y of layout 0, (T, directions, N, H), for our y (T, N, directions*H).
 
-    >>> to_directions(np, np.zeros((5, 2, 6)), 2).shape
+    >>> split_directions(np, np.zeros((5, 2, 6)), 2).shape
     (5, 2, 2, 3)
     """
     steps, n, width = y.shape
-    return xp.permute_dims(xp.reshape(y, (steps, n, directions, width // directions)), (0, 2, 1, 3))
+    return xp.permute_dims(xp.reshape(y, (steps, n, num_directions, width // num_directions)), (0, 2, 1, 3))
 
 
-def from_directions(xp: Namespace, y: Array) -> Array:
+def merge_directions(xp: Namespace, y: Array) -> Array:
     """Our y (T, N, directions*H) for ONNX's Y of layout 0.
 
-    >>> from_directions(np, np.zeros((5, 2, 7, 3))).shape
+    >>> merge_directions(np, np.zeros((5, 2, 7, 3))).shape
     (5, 7, 6)
     """
     steps, directions, n, width = y.shape
     return xp.reshape(xp.permute_dims(y, (0, 2, 1, 3)), (steps, n, directions * width))
 
 
-def swap_batch(xp: Namespace, a: Array) -> Array:
+def swap_leading_axes(xp: Namespace, a: Array) -> Array:
     """Swap the first two axes: time and batch of a sequence (Keras; ONNX's layout 1), directions and batch of a state.
 
-    >>> swap_batch(np, np.zeros((5, 2, 3))).shape
+    >>> swap_leading_axes(np, np.zeros((5, 2, 3))).shape
     (2, 5, 3)
     """
     return xp.permute_dims(a, (1, 0, *range(2, a.ndim)))
 
 
-def to_flat_states(state: Any) -> list[Array]:
+def flatten_states(state: Any) -> list[Array]:
     """Keras's states, h and then c of each layer and direction, each (N, H), for ours: (L*directions, N, H) or a pair.
 
-    >>> [a.shape for a in to_flat_states((np.zeros((2, 5, 3)), np.zeros((2, 5, 3))))]
+    >>> [a.shape for a in flatten_states((np.zeros((2, 5, 3)), np.zeros((2, 5, 3))))]
     [(5, 3), (5, 3), (5, 3), (5, 3)]
     """
     parts = state if isinstance(state, (tuple, list)) else (state,)
     return [part[k, ...] for k in range(parts[0].shape[0]) for part in parts]
 
 
-def from_flat_states(xp: Namespace, states: Sequence[Array], count: int) -> Any:
-    """The inverse of `to_flat_states`; `count` is the number of the cell's states: 2 for the LSTM, else 1.
+def unflatten_states(xp: Namespace, states: Sequence[Array], states_per_cell: int) -> Any:
+    """The inverse of `flatten_states`; `count` is the number of the cell's states: 2 for the LSTM, else 1.
 
-    >>> [a.shape for a in from_flat_states(np, [np.zeros((5, 3))] * 4, 2)]
+    >>> [a.shape for a in unflatten_states(np, [np.zeros((5, 3))] * 4, 2)]
     [(2, 5, 3), (2, 5, 3)]
     """
-    parts = tuple(xp.stack(states[i::count]) for i in range(count))
-    return parts[0] if count == 1 else parts
+    parts = tuple(xp.stack(states[i::states_per_cell]) for i in range(states_per_cell))
+    return parts[0] if states_per_cell == 1 else parts

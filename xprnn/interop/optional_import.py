@@ -8,11 +8,11 @@ from typing import Any
 from xprnn.arrays.namespace import InputError
 
 __all__ = [
-    "need",
+    "require_package",
 ]
 
 
-def need(where: str, package: str, extra: str, *modules: str) -> Any:
+def require_package(where: str, package: str, extra: str, *modules: str) -> Any:
     """An optional package, with these of its modules.
 
     Raises:

@@ -30,16 +30,16 @@ DTYPES = ("float16", "float32", "float64", "int32", "int64")
 _CHECKSUM = "xprnn.crc32"  # of the header's text; its entry "crc32" has those of the arrays
 _NPZ_HEADER = "__xprnn__"
 _Shapes = dict[str, tuple[int, ...]]
-_Read = Callable[[str], Any]
-_Opened = tuple[str | None, _Shapes, _Read]
+_ReadArray = Callable[[str], Any]
+_RawArchive = tuple[str | None, _Shapes, _ReadArray]
 
 
-class Contents(NamedTuple):
+class Archive(NamedTuple):
     """An open file: header and shapes first, an array only when it is asked for."""
 
     header: dict[str, Any]
     shapes: _Shapes
-    read: _Read
+    read: _ReadArray
 
 
 def as_path(where: str, path: Any) -> Path:
@@ -100,11 +100,11 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 
 def read_header(path: str | Path) -> dict[str, Any]:
     """Return the JSON header of a file of ours: "model" and "metadata" for what `save` wrote."""
-    with opened(path) as file:
+    with open_archive(path) as file:
         return file.header
 
 
-def is_ours(path: str | Path) -> bool:
+def is_xprnn_file(path: str | Path) -> bool:
     """Whether a `.safetensors` file says that xprnn wrote it; False for one that cannot be read."""
     try:
         check_file(str(path), Path(path))
@@ -116,7 +116,7 @@ def is_ours(path: str | Path) -> bool:
 
 def read_arrays(path: str | Path) -> tuple[Params, dict[str, Any]]:
     """Return all arrays of a file written by `write_arrays`, and its header."""
-    with opened(path) as file:
+    with open_archive(path) as file:
         return {name: file.read(name) for name in file.shapes}, file.header
 
 
@@ -128,9 +128,9 @@ def write_arrays(path: str | Path, arrays: Mapping[str, Any], header: Mapping[st
     """
     path = as_path("write_arrays", path)
     if path.suffix not in _OPENERS:
-        found = f"found {path.suffix or 'no ending'}{_elsewhere(path, 0)}"
+        found = f"found {path.suffix or 'no ending'}{_format_hint(path, 0)}"
         raise InputError(f"{path}: expected a name ending in .safetensors or .npz, {found}")
-    arrays = {name: _storable(f"{path}: {name}", array) for name, array in arrays.items()}
+    arrays = {name: _as_storable(f"{path}: {name}", array) for name, array in arrays.items()}
     try:
         text = json.dumps({**header, "crc32": {name: _crc32(array) for name, array in arrays.items()}})
     except (TypeError, ValueError, RecursionError) as error:
@@ -138,12 +138,12 @@ def write_arrays(path: str | Path, arrays: Mapping[str, Any], header: Mapping[st
     if path.suffix == ".safetensors":
         content = safetensors.numpy.save(arrays, {FORMAT: text, _CHECKSUM: str(zlib.crc32(text.encode()))})
     else:
-        content = _npz({**arrays, _NPZ_HEADER: np.frombuffer(text.encode(), np.uint8)})
+        content = _npz_bytes({**arrays, _NPZ_HEADER: np.frombuffer(text.encode(), np.uint8)})
     write_atomically(path, content)
 
 
 # What writes and what reads the endings that are not ours.
-_ELSEWHERE = {
+_FOREIGN_FORMATS = {
     ".onnx": ("to_onnx", "from_onnx"),
     ".pt": ("to_torch", "from_torch"),
     ".pth": ("to_torch", "from_torch"),
@@ -152,12 +152,12 @@ _ELSEWHERE = {
 }
 
 
-def _elsewhere(path: Path, reading: int) -> str:
-    name = _ELSEWHERE.get(path.suffix, ("", ""))[reading]
+def _format_hint(path: Path, reading: int) -> str:
+    name = _FOREIGN_FORMATS.get(path.suffix, ("", ""))[reading]
     return f" (xprnn.{name} is for {path.suffix})" if name else ""
 
 
-def _storable(where: str, array: Any) -> Any:
+def _as_storable(where: str, array: Any) -> Any:
     array = np.asarray(array)
     if array.dtype.name not in DTYPES:
         raise InputError(f"{where} has dtype {array.dtype.name}, a file holds {', '.join(DTYPES)}: convert it first")
@@ -171,7 +171,7 @@ def _crc32(array: Any) -> int:
     return zlib.crc32(content, start)
 
 
-def _npz(arrays: Mapping[str, Any]) -> bytes:
+def _npz_bytes(arrays: Mapping[str, Any]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
@@ -181,11 +181,11 @@ def _npz(arrays: Mapping[str, Any]) -> bytes:
 
 
 @contextmanager
-def opened(path: str | Path) -> Iterator[Contents]:
+def open_archive(path: str | Path) -> Iterator[Archive]:
     """Open a file of ours for reading; within the block, too, what shows damage becomes an InputError."""
     path = as_path("load", path)
     if path.suffix not in _OPENERS:
-        raise InputError(f"{path}: expected a .safetensors or .npz file{_elsewhere(path, 1)}")
+        raise InputError(f"{path}: expected a .safetensors or .npz file{_format_hint(path, 1)}")
     check_file(str(path), path)
     try:
         with path.open("rb"), _OPENERS[path.suffix](path) as (text, shapes, read):
@@ -194,17 +194,17 @@ def opened(path: str | Path) -> Iterator[Contents]:
             header = json.loads(text)
             if not isinstance(header, dict):
                 raise ValueError("its header is not a JSON object")
-            yield Contents(header, shapes, _checked(read, header.pop("crc32", None)))
+            yield Archive(header, shapes, _with_checksum_check(read, header.pop("crc32", None)))
     except InputError:
         raise
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except _DAMAGES as error:
+    except _CORRUPTION_ERRORS as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise InputError(f"{path}: damaged, or not a {path.suffix} file ({reason})") from None
 
 
-def _checked(read: _Read, checksums: Any) -> _Read:
+def _with_checksum_check(read: _ReadArray, checksums: Any) -> _ReadArray:
     def checked(name: str) -> Any:
         array = read(name)
         if not isinstance(checksums, dict) or checksums.get(name) != _crc32(array):
@@ -215,12 +215,12 @@ def _checked(read: _Read, checksums: Any) -> _Read:
 
 
 @contextmanager
-def _open_safetensors(path: Path) -> Iterator[_Opened]:
+def _open_safetensors(path: Path) -> Iterator[_RawArchive]:
     # The library has compared every tensor's extent with the file's length before it hands out a name.
     with safetensors.safe_open(path, framework="numpy") as file:
         slices = {name: file.get_slice(name) for name in sorted(file.keys())}
         for name, part in slices.items():
-            _check_kind(name, part.get_dtype(), ("F16", "F32", "F64", "I32", "I64"))
+            _check_dtype(name, part.get_dtype(), ("F16", "F32", "F64", "I32", "I64"))
         shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
         about = file.metadata() or {}
         text = about.get(FORMAT)
@@ -230,7 +230,7 @@ def _open_safetensors(path: Path) -> Iterator[_Opened]:
 
 
 @contextmanager
-def _open_npz(path: Path) -> Iterator[_Opened]:
+def _open_npz(path: Path) -> Iterator[_RawArchive]:
     with zipfile.ZipFile(path) as archive:
         shapes = {}
         for member in archive.infolist():
@@ -257,23 +257,23 @@ def _npy_shape(stream: Any, member: zipfile.ZipInfo) -> tuple[int, ...]:
         raise ValueError(f"{member.filename}: {error}") from None
     if not all(0 <= n < 2**62 for n in shape):
         raise ValueError(f"{member.filename} has shape {str(shape)[:100]}")
-    _check_kind(member.filename, dtype.str[1:], ("f2", "f4", "f8", "i4", "i8", "u1"))
+    _check_dtype(member.filename, dtype.str[1:], ("f2", "f4", "f8", "i4", "i8", "u1"))
     if math.prod(shape) * dtype.itemsize != member.file_size - stream.tell():
         raise ValueError(f"{member.filename} has another length than its shape {shape} needs")
     return shape
 
 
-def _check_kind(name: str, found: str, known: tuple[str, ...]) -> None:
+def _check_dtype(name: str, found: str, known: tuple[str, ...]) -> None:
     if found not in known:
         raise ValueError(f"{name} has dtype {found}, expected one of {', '.join(known)}")
 
 
 # A damaged zip directory makes zipfile raise RuntimeError (a member seems encrypted) and NotImplementedError as well.
-_DAMAGES = (safetensors.SafetensorError, zipfile.BadZipFile, ValueError, EOFError, RuntimeError)
+_CORRUPTION_ERRORS = (safetensors.SafetensorError, zipfile.BadZipFile, ValueError, EOFError, RuntimeError)
 _OPENERS = {".safetensors": _open_safetensors, ".npz": _open_npz}
 
 
-def moved(where: str, array: Any, like: Array) -> Array:
+def to_like(where: str, array: Any, like: Array) -> Array:
     """A host array, put where `like` lives, in its dtype.
 
     Raises:
@@ -285,11 +285,11 @@ def moved(where: str, array: Any, like: Array) -> Array:
         raise InputError(f"{where}: cannot be loaded as {like.dtype}; load as another dtype and convert") from None
 
 
-def check_depth(config: Any, arrays: int) -> None:
+def check_layer_count(config: Any, num_arrays: int) -> None:
     """Raise InputError for more layers than a file with so many arrays can have, before they take memory."""
     if isinstance(config, dict):
         count = config.get("num_layers", 1)
-        if isinstance(count, int) and count > max(1, arrays):
-            raise InputError(f"num_layers is {str(count)[:20]} but there are {arrays} arrays")
+        if isinstance(count, int) and count > max(1, num_arrays):
+            raise InputError(f"num_layers is {str(count)[:20]} but there are {num_arrays} arrays")
         for part in config.values():
-            check_depth(part, arrays)
+            check_layer_count(part, num_arrays)

@@ -8,73 +8,73 @@ from contextvars import ContextVar
 from xprnn.arrays.namespace import InputError
 
 __all__ = [
-    "GENERIC",
-    "compiling",
-    "fast",
-    "generic",
-    "generic_only",
+    "REFERENCE_NAME",
+    "allow_jit",
+    "is_reference_only",
+    "jit_enabled",
     "precision",
-    "tf32",
+    "reference_only",
+    "tf32_enabled",
 ]
 
 
-GENERIC = "generic scan"
+REFERENCE_NAME = "generic scan"
 
 
-_generic: ContextVar[bool] = ContextVar("generic", default=False)
+_reference_only: ContextVar[bool] = ContextVar("generic", default=False)
 
 
-_ALLOWED = os.environ.get("XPRNN_FAST", "1") != "0"
+_JIT_DEFAULT = os.environ.get("XPRNN_FAST", "1") != "0"
 
 
 _precision: ContextVar[str] = ContextVar("precision", default="float32")
 
 
-_fast: ContextVar[bool | None] = ContextVar("fast", default=None)
+_jit_override: ContextVar[bool | None] = ContextVar("fast", default=None)
 
 
-def fast() -> bool:
+def jit_enabled() -> bool:
     """Whether compiled kernels may run: unless switched off here or by XPRNN_FAST=0 in the environment at the start."""
-    chosen = _fast.get()
-    return _ALLOWED if chosen is None else chosen
+    chosen = _jit_override.get()
+    return _JIT_DEFAULT if chosen is None else chosen
 
 
 @contextmanager
-def compiling(allowed: bool) -> Iterator[None]:
+def allow_jit(enabled: bool) -> Iterator[None]:
     """Within this context compiled kernels run, or do not run, whatever XPRNN_FAST says.
 
-    >>> with compiling(False):
-    ...     fast()
+    >>> with allow_jit(False):
+    ...     jit_enabled()
     False
     """
-    token = _fast.set(allowed)
+    token = _jit_override.set(enabled)
     try:
         yield
     finally:
-        _fast.reset(token)
+        _jit_override.reset(token)
 
 
-def generic() -> bool:
+def is_reference_only() -> bool:
     """Whether every pass is to take the generic scan."""
-    return _generic.get()
+    return _reference_only.get()
 
 
 @contextmanager
-def generic_only() -> Iterator[None]:
+def reference_only() -> Iterator[None]:
     """Within this context every pass takes the generic scan: to compare, to teach, to rule a kernel out.
 
-    >>> with generic_only():
+    >>> with reference_only():
     ...     find(None, None, {}, (0, 0), None) is None
     True
     """
-    token = _generic.set(True)
+    token = _reference_only.set(True)
     try:
         yield
     finally:
-        _generic.reset(token)
+        _reference_only.reset(token)
 
 
-def tf32() -> bool:
+def tf32_enabled() -> bool:
     """Whether float32 matrix products on a CUDA device may round their factors to TF32."""
     return _precision.get() == "tf32"
 
@@ -95,9 +95,9 @@ def precision(name: str) -> Iterator[None]:
         InputError: another name.
 
     >>> with precision("tf32"):
-    ...     tf32()
+    ...     tf32_enabled()
     True
-    >>> tf32()
+    >>> tf32_enabled()
     False
     """
     if name not in ("float32", "tf32"):

@@ -7,11 +7,11 @@ from typing import Any
 
 from xprnn.arrays.namespace import Array, Namespace, Params, is_cupy, is_numpy
 from xprnn.cells.cell import Cell
-from xprnn.kernels.config import GENERIC, _generic, fast
-from xprnn.kernels.reference import Back, _forward
-from xprnn.kernels.tape import State, Steps, Tape
+from xprnn.kernels.config import REFERENCE_NAME, _reference_only, jit_enabled
+from xprnn.kernels.reference import ScanGradients, reference_forward
+from xprnn.kernels.tape import State, StepMask, Tape
 
-__all__ = ["backward", "explain", "find", "forward"]
+__all__ = ["backward", "explain", "find_kernel", "forward"]
 
 
 def forward(
@@ -19,12 +19,12 @@ def forward(
     params: Params,
     x: Array,
     state: State,
-    steps: Steps,
+    step_mask: StepMask,
     *,
-    home: State | None = None,
+    reset_state: State | None = None,
     xp: Namespace,
     reverse: bool,
-    keep: bool,
+    record_tape: bool,
 ) -> tuple[Array, State, Tape | None]:
     """Run the cell along x; the fastest implementation that knows the case does the work.
 
@@ -43,21 +43,21 @@ def forward(
     Returns:
         y (T, N, P), the final state, the tape or None.
     """
-    if steps.active is not None:
+    if step_mask.active is not None:
         # What stands in padding must not reach a product, where even 0 * nan is nan.
-        mask = steps.active[..., None] if x.ndim == 3 else steps.active
+        mask = step_mask.active[..., None] if x.ndim == 3 else step_mask.active
         x = xp.where(mask, x, xp.zeros_like(x))
-    run = find(xp, cell, params, x.shape[:2], steps) or _forward
-    home = state if home is None else home
+    run = find_kernel(xp, cell, params, x.shape[:2], step_mask) or reference_forward
+    reset_state = state if reset_state is None else reset_state
     result: tuple[Array, State, Tape | None] = run(
-        cell, params, x, state, steps, home=home, xp=xp, reverse=reverse, keep=keep
+        cell, params, x, state, step_mask, reset_state=reset_state, xp=xp, reverse=reverse, record_tape=record_tape
     )
     return result
 
 
 def backward(
     tape: Tape, dy: Array | None, dstate: Sequence[Array | None], dstates: Sequence[Array | None] = ()
-) -> Back:
+) -> ScanGradients:
     """The adjoint of `forward`.
 
     Args:
@@ -70,12 +70,12 @@ def backward(
         dx like x (None for integers), the adjoint of each initial state, that of each home state (None where nothing is
         reset), gradients keyed like params.
     """
-    result: Back = tape.back(tape, dy, dstate, dstates)
+    result: ScanGradients = tape.backward_fn(tape, dy, dstate, dstates)
     return result
 
 
 @cache
-def _on_numpy() -> tuple[ModuleType, ModuleType]:
+def _numpy_kernels() -> tuple[ModuleType, ModuleType]:
     """Its kernels, imported when they are first wanted; to ask for them again would take two microseconds."""
     from xprnn.kernels.jit import scan as jit_scan
     from xprnn.kernels.ufunc import scan as ufunc_scan
@@ -83,34 +83,40 @@ def _on_numpy() -> tuple[ModuleType, ModuleType]:
     return jit_scan, ufunc_scan
 
 
-def find(xp: Namespace, cell: Cell, params: Params, shape: Any, steps: Any) -> Callable[..., Any] | None:
+def find_kernel(xp: Namespace, cell: Cell, params: Params, shape: Any, step_mask: Any) -> Callable[..., Any] | None:
     """The forward function of the kernel for this case, `shape` = (T, N), or None for the generic scan."""
-    if _generic.get():
+    if _reference_only.get():
         return None
     if is_numpy(xp):
-        jit_scan, ufunc_scan = _on_numpy()
-        found: Callable[..., Any] | None = (jit_scan.find(cell, params) if fast() else None) or ufunc_scan.find(cell)
+        jit_scan, ufunc_scan = _numpy_kernels()
+        found: Callable[..., Any] | None = (
+            jit_scan.find_kernel(cell, params) if jit_enabled() else None
+        ) or ufunc_scan.find_kernel(cell)
         return found
     if is_cupy(xp):
         from xprnn.kernels import cuda
 
-        return cuda.find(cell, params, shape, steps)
+        return cuda.find_kernel(cell, params, shape, step_mask)
     return None
 
 
-def explain(xp: Namespace, cell: Cell, params: Params, shape: Any, steps: Any) -> str:
+def explain(xp: Namespace, cell: Cell, params: Params, shape: Any, step_mask: Any) -> str:
     """The kernel that `find` takes, as a tape names it, and for each that could be faster why it is not taken."""
-    if _generic.get():
-        return f"{GENERIC} (asked for by generic_only)"
+    if _reference_only.get():
+        return f"{REFERENCE_NAME} (asked for by reference_only)"
     if is_numpy(xp):
-        jit_scan, ufunc_scan = _on_numpy()
-        slow: str = jit_scan.why_not(cell, params) if fast() else "switched off (XPRNN_FAST=0 or compiling(False))"
+        jit_scan, ufunc_scan = _numpy_kernels()
+        slow: str = (
+            jit_scan.unsupported_reason(cell, params)
+            if jit_enabled()
+            else "switched off (XPRNN_FAST=0 or allow_jit(False))"
+        )
         if not slow:
             return str(jit_scan.NAME)
-        why = ufunc_scan.why_not(cell)
-        return f"{GENERIC} (not in place: {why})" if why else f"{ufunc_scan.NAME} (not compiled: {slow})"
+        why = ufunc_scan.unsupported_reason(cell)
+        return f"{REFERENCE_NAME} (not in place: {why})" if why else f"{ufunc_scan.NAME} (not compiled: {slow})"
     if is_cupy(xp):
         from xprnn.kernels import cuda
 
-        return cuda.explain(cell, params, shape, steps)
-    return f"{GENERIC} (no kernels for this array library)"
+        return cuda.explain(cell, params, shape, step_mask)
+    return f"{REFERENCE_NAME} (no kernels for this array library)"

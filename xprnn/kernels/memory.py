@@ -30,7 +30,7 @@ def contiguous(a: Array) -> Array:
     return out
 
 
-ALIGNED = 64  # bytes: a vector that lies across two lines of the cache is read twice
+ALIGNMENT = 64  # bytes: a vector that lies across two lines of the cache is read twice
 
 
 def address(a: Array) -> int:
@@ -38,21 +38,21 @@ def address(a: Array) -> int:
     return int(a.__array_interface__["data"][0])
 
 
-def aligned(shape: tuple[int, ...], dtype: Any) -> Array:
+def aligned_empty(shape: tuple[int, ...], dtype: Any) -> Array:
     """Fresh memory that begins on a line of the cache."""
-    size, line = math.prod(shape), ALIGNED // np.dtype(dtype).itemsize
+    size, line = math.prod(shape), ALIGNMENT // np.dtype(dtype).itemsize
     whole = np.empty(size + line, dtype)
-    skip = -address(whole) % ALIGNED // whole.itemsize
+    skip = -address(whole) % ALIGNMENT // whole.itemsize
     return whole[skip : skip + size].reshape(shape)
 
 
-def room_for(dtype: Any, sizes: Mapping[str, int]) -> tuple[dict[str, Array], dict[str, int]]:
+def allocate_workspace(dtype: Any, sizes: Mapping[str, int]) -> tuple[dict[str, Array], dict[str, int]]:
     """Flat arrays of these sizes in one piece of memory, and their addresses: asking for one takes a microsecond."""
     item = np.dtype(dtype).itemsize
-    line = ALIGNED // item
+    line = ALIGNMENT // item
     whole = np.empty(sum(sizes.values()) + (len(sizes) + 1) * line, dtype)
     arrays, table, at = {}, {}, address(whole)
-    start = -at % ALIGNED // item
+    start = -at % ALIGNMENT // item
     for name, size in sizes.items():
         arrays[name], table[name] = whole[start : start + size], at + start * item
         start += -(-size // line) * line

@@ -10,17 +10,17 @@ from xprnn.cells.cell import Cell
 __all__ = [
     "Gradients",
     "ModelTape",
-    "Record",
     "State",
-    "Steps",
+    "StepMask",
     "Tape",
+    "UnpicklableTape",
 ]
 
 
 State = tuple[Array, ...]
 
 
-class Steps(NamedTuple):
+class StepMask(NamedTuple):
     """Which rows take part in which step; None means all (active) or none (reset)."""
 
     active: Array | None = None  # (T, N) boolean
@@ -28,17 +28,17 @@ class Steps(NamedTuple):
     lengths: Array | None = None  # (N,) integers: where given, active is start + t < lengths and nothing else
     start: int = 0
 
-    def between(self, t0: int, t1: int) -> "Steps":
+    def slice_steps(self, t0: int, t1: int) -> "StepMask":
         """The steps t0 to t1 - 1."""
         active, reset = (None if a is None else a[t0:t1, ...] for a in (self.active, self.reset))
-        return Steps(active, reset, self.lengths, self.start + t0)
+        return StepMask(active, reset, self.lengths, self.start + t0)
 
 
-class Record:
+class UnpicklableTape:
     """What a forward pass leaves for its backward: it refers to arrays and to code, and stays in its process.
 
     >>> import pickle
-    >>> pickle.dumps(Record())
+    >>> pickle.dumps(UnpicklableTape())
     Traceback (most recent call last):
     TypeError: a tape can be neither pickled nor copied: keep params, x and the state, and run forward again
     """
@@ -50,7 +50,7 @@ class Record:
         return self  # frozen, and what it refers to would be shared anyway
 
 
-class ModelTape(Record, dict[str, Any]):
+class ModelTape(UnpicklableTape, dict[str, Any]):
     """The tapes of a model's parts, by their names."""
 
     def __copy__(self) -> "ModelTape":
@@ -58,21 +58,21 @@ class ModelTape(Record, dict[str, Any]):
 
 
 @dataclass(frozen=True)
-class Tape(Record):
+class Tape(UnpicklableTape):
     """What backward needs of a forward pass; replaying it any number of times gives the same gradients."""
 
-    back: Callable[..., Any]  # the backward of the implementation that wrote this tape
+    backward_fn: Callable[..., Any]  # the backward of the implementation that wrote this tape
     xp: Namespace
     cell: Cell
     params: Params
     x: Array
-    initial: State  # before the first step
-    home: State  # where a reset leads
-    steps: Steps
+    initial_state: State  # before the first step
+    reset_state: State  # where a reset leads
+    step_mask: StepMask
     reverse: bool
     states: Callable[[], State]  # one (T, N, .) for each of the cell's states: after each step
     saved: Any  # what the writer keeps for its backward
-    kernel: str
+    kernel_name: str
     sparse: bool = False  # whether, where x is integer, weight_ih's gradient is to be a SparseGradient
 
 

@@ -5,23 +5,23 @@ from typing import Any
 
 from numpy.random import Generator
 
-from xprnn.arrays.namespace import Array, InputError, Namespace, Params, check_shape, resolve
+from xprnn.arrays.namespace import Array, InputError, Namespace, Params, check_shape, resolve_namespace
 from xprnn.arrays.validation import check_init, check_params
 from xprnn.kernels.tape import Gradients
 
 __all__ = [
-    "Part",
+    "StatelessLayer",
     "check_dy",
-    "resolved",
+    "resolve_input",
 ]
 
 
-class Part:
+class StatelessLayer:
     """The verbs of a layer for a part that has neither parameters nor a state.
 
     A subclass is a frozen dataclass with `forward(params, x, state, **flags) -> y, None, tape` and
     `backward(tape, dy) -> Gradients`. Where the parts after it shall see other flags (lengths, mask, reset) than it
-    got itself, it has `following(x, flags) -> flags` too.
+    got itself, it has `transform_mask(x, flags) -> flags` too.
     """
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -57,15 +57,15 @@ class Part:
         return {"type": type(self).__name__} | {f.name: getattr(self, f.name) for f in fields(own)}
 
 
-def resolved(where: str, params: Params, x: Any) -> Namespace:
+def resolve_input(where: str, params: Params, x: Any) -> Namespace:
     """The namespace of a part's input of a real floating dtype; a part has no parameters."""
     check_params(where, params, {})
-    return resolve(where, {"x": x})
+    return resolve_namespace(where, {"x": x})
 
 
 def check_dy(where: str, xp: Namespace, dy: Any, like: Array, shape: tuple[int, ...]) -> None:
     """Raise InputError unless dy is an adjoint of an output of this shape, of the kind of `like`."""
     if dy is None:
         raise InputError(f"{where}: dy must be an array, found None")
-    resolve(where, {"x": like, "dy": dy})
+    resolve_namespace(where, {"x": like, "dy": dy})
     check_shape(where, "dy", "(the shape of y)", dy, shape)

@@ -3,27 +3,27 @@
 from dataclasses import dataclass
 from typing import Any
 
-from xprnn.arrays.namespace import Array, InputError, Params, resolve
+from xprnn.arrays.namespace import Array, InputError, Params, resolve_namespace
 from xprnn.cells.activations import Activation, activation
-from xprnn.cells.serialization import activation_form
+from xprnn.cells.serialization import activation_to_config
 from xprnn.kernels.tape import Gradients
-from xprnn.layers.base import Part, check_dy, resolved
+from xprnn.layers.base import StatelessLayer, check_dy, resolve_input
 
 __all__ = [
-    "Apply",
+    "ActivationLayer",
     "Softmax",
 ]
 
 
 @dataclass(frozen=True)
-class Apply(Part):
+class ActivationLayer(StatelessLayer):
     """An activation on every number: y = f(x).
 
     Args:
         f: any name of xprnn.activation, or an Activation.
 
     >>> import numpy as np
-    >>> Apply("relu")({}, np.asarray([-1.0, 2.0]))[0]
+    >>> ActivationLayer("relu")({}, np.asarray([-1.0, 2.0]))[0]
     array([0., 2.])
     """
 
@@ -31,21 +31,21 @@ class Apply(Part):
 
     def __post_init__(self) -> None:
         found = activation(self.f)
-        form = activation_form(found)
+        form = activation_to_config(found)
         object.__setattr__(self, "f", form if isinstance(form, str) else found)
 
     def forward(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Array, None, Any]:
         """y like x, None, and the tape."""
-        xp = resolved("Apply.forward", params, x)
+        xp = resolve_input("ActivationLayer.forward", params, x)
         found = activation(self.f)
         f, _ = found.build(xp)
         y = f(x)
-        return y, None, x if found.of_input else y
+        return y, None, x if found.from_input else y
 
     def backward(self, tape: Any, dy: Array, dstate: None = None) -> Gradients:
         """dx = dy * f'(x), in terms of y, or of x where y does not tell."""
-        xp = resolve("Apply.backward", {"x": tape})
-        check_dy("Apply.backward", xp, dy, tape, tuple(tape.shape))
+        xp = resolve_namespace("ActivationLayer.backward", {"x": tape})
+        check_dy("ActivationLayer.backward", xp, dy, tape, tuple(tape.shape))
         _, slope = activation(self.f).build(xp)
         return Gradients(dy * slope(tape), None, {})
 
@@ -55,14 +55,14 @@ class Apply(Part):
         Raises:
             InputError: an activation of your own: files hold no code.
         """
-        form = activation_form(activation(self.f)) if isinstance(self.f, (str, Activation)) else None
+        form = activation_to_config(activation(self.f)) if isinstance(self.f, (str, Activation)) else None
         if form is None:
-            raise InputError("Apply: an activation of your own has no file form: keep its code")
-        return {"type": "Apply", "f": form}
+            raise InputError("ActivationLayer: an activation of your own has no file form: keep its code")
+        return {"type": "ActivationLayer", "f": form}
 
 
 @dataclass(frozen=True)
-class Softmax(Part):
+class Softmax(StatelessLayer):
     """Softmax along the last axis: y = exp(x - max x) / sum of it, or its logarithm.
 
     Args:
@@ -77,7 +77,7 @@ class Softmax(Part):
 
     def forward(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Array, None, Any]:
         """y like x, None, and the tape."""
-        xp = resolved("Softmax.forward", params, x)
+        xp = resolve_input("Softmax.forward", params, x)
         if not x.ndim or not x.shape[-1]:
             raise InputError(f"Softmax.forward: x must end in at least one feature, found shape {tuple(x.shape)}")
         shifted = x - xp.max(x, axis=-1, keepdims=True)
@@ -89,7 +89,7 @@ class Softmax(Part):
 
     def backward(self, tape: Any, dy: Array, dstate: None = None) -> Gradients:
         """dx = p * (dy - sum dy*p) for y = p; dx = dy - p * sum dy for y = log p."""
-        p, xp = tape, resolve("Softmax.backward", {"x": tape})
+        p, xp = tape, resolve_namespace("Softmax.backward", {"x": tape})
         check_dy("Softmax.backward", xp, dy, p, tuple(p.shape))
         if self.log:
             return Gradients(dy - p * xp.sum(dy, axis=-1, keepdims=True, dtype=dy.dtype), None, {})

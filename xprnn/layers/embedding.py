@@ -5,23 +5,30 @@ from typing import Any
 
 from numpy.random import Generator
 
-from xprnn.arrays.linear import flat
+from xprnn.arrays.linear import flatten_leading
 from xprnn.arrays.namespace import (
     Array,
     InputError,
     Params,
     as_index,
-    check_integers,
+    check_index_bounds,
     check_shape,
     from_numpy,
     is_integer,
-    resolve,
+    resolve_namespace,
 )
-from xprnn.arrays.segment_sum import sum_rows_by_id
-from xprnn.arrays.sparse_gradient import occurring
-from xprnn.arrays.validation import check_init, check_param_shapes, check_params, flag, keep_positive, need
-from xprnn.engine.call_cache import embedding_step
-from xprnn.engine.layer import Quick, Streams
+from xprnn.arrays.segment_sum import segment_sum
+from xprnn.arrays.sparse_gradient import sparse_lookup_gradient
+from xprnn.arrays.validation import (
+    check_bool,
+    check_init,
+    check_param_shapes,
+    check_params,
+    require_array,
+    validate_positive,
+)
+from xprnn.engine.call_cache import make_embedding_step
+from xprnn.engine.layer import FastStep, Steppable
 from xprnn.kernels.tape import Gradients
 from xprnn.layers.linear import check_tape
 
@@ -31,7 +38,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Embedding(Streams):
+class Embedding(Steppable):
     """A look-up table: integers (...) -> rows (..., D) of a (V, D) weight.
 
     Args:
@@ -51,8 +58,8 @@ class Embedding(Streams):
     sparse: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        keep_positive(self, "num_embeddings", "embedding_dim")
-        flag("Embedding", "sparse", self.sparse)
+        validate_positive(self, "num_embeddings", "embedding_dim")
+        check_bool("Embedding", "sparse", self.sparse)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The name and shape of every parameter."""
@@ -72,12 +79,12 @@ class Embedding(Streams):
         """The rows, None, and the tape."""
         where = "Embedding.forward"
         check_params(where, params, self.shapes())
-        need(where, "x", x)
-        xp = resolve(where, dict(params), {"x": x})
+        require_array(where, "x", x)
+        xp = resolve_namespace(where, dict(params), {"x": x})
         check_param_shapes(where, params, self.shapes())
         if not is_integer(xp, x):
             raise InputError(f"{where}: x must be integers in 0..{self.num_embeddings - 1}, found {x.dtype}")
-        check_integers(where, "x", x, self.num_embeddings)
+        check_index_bounds(where, "x", x, self.num_embeddings)
         table = params["weight"]
         rows = xp.take(table, as_index(xp, xp.reshape(x, (-1,))), axis=0)
         return xp.reshape(rows, (*x.shape, self.embedding_dim)), None, (xp, table, x)
@@ -85,22 +92,24 @@ class Embedding(Streams):
     def backward(self, tape: Any, dy: Array, dstate: None = None) -> Gradients:
         """The adjoint of forward; dx is None."""
         xp, table, x = check_tape("Embedding.backward", tape)
-        need("Embedding.backward", "dy", dy)
-        resolve("Embedding.backward", {"params": table, "dy": dy})
+        require_array("Embedding.backward", "dy", dy)
+        resolve_namespace("Embedding.backward", {"params": table, "dy": dy})
         check_shape("Embedding.backward", "dy", "(the shape of y)", dy, (*x.shape, self.embedding_dim))
         ids = as_index(xp, xp.reshape(x, (-1,)))
         if self.sparse:
-            return Gradients(None, None, {"weight": occurring(xp, ids, flat(xp, dy), tuple(table.shape))})
-        return Gradients(None, None, {"weight": sum_rows_by_id(xp, ids, flat(xp, dy), self.num_embeddings)})
+            return Gradients(
+                None, None, {"weight": sparse_lookup_gradient(xp, ids, flatten_leading(xp, dy), tuple(table.shape))}
+            )
+        return Gradients(None, None, {"weight": segment_sum(xp, ids, flatten_leading(xp, dy), self.num_embeddings)})
 
     def step(self, params: Params, x: Array, state: None = None) -> tuple[Array, None]:
         """One time step: integers (N,) -> (N, D)."""
-        done = self._step(params, x, state)
+        done = self._fast_step(params, x, state)
         return self(params, x) if done is None else done
 
-    def quick(self, prefix: str, count: int) -> Quick:
+    def make_fast_step(self, prefix: str, count: int) -> FastStep:
         """The step for NumPy arrays that fit, of parameters under `prefix` in a dict of `count`."""
-        return embedding_step(self, prefix, count)
+        return make_embedding_step(self, prefix, count)
 
     def config(self) -> dict[str, Any]:
         """The configuration as JSON-able data."""

@@ -11,7 +11,7 @@ from numpy.random import Generator
 
 from xprnn.arrays.namespace import Array, InputError, is_numpy, namespace
 
-__all__ = ["RECIPES", "draw", "laid"]
+__all__ = ["SCHEMES", "initialize", "lookup_layout"]
 
 
 def _orthogonal(rng: Generator, shape: tuple[int, int]) -> Any:
@@ -26,7 +26,7 @@ def _glorot(rng: Generator, shape: tuple[int, int]) -> Any:
     return rng.uniform(-bound, bound, shape)
 
 
-def _radius(rng: Generator, shape: tuple[int, int], radius: float) -> Any:
+def _spectral_radius_scaled(rng: Generator, shape: tuple[int, int], radius: float) -> Any:
     w = rng.standard_normal(shape)
     if shape[0] != shape[1] or not shape[0]:
         raise InputError(f"init: a spectral radius needs a square weight_hh, found {shape} for each gate")
@@ -34,7 +34,7 @@ def _radius(rng: Generator, shape: tuple[int, int], radius: float) -> Any:
 
 
 # name -> what fills a block of (weight_ih, weight_hh); biases are 0.
-RECIPES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+SCHEMES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "glorot_orthogonal": (_glorot, _orthogonal),
     "glorot": (_glorot, _glorot),
     "orthogonal": (_orthogonal, _orthogonal),
@@ -43,13 +43,13 @@ RECIPES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 
-def draw(
+def initialize(
     rng: Generator,
     name: str,
     shape: tuple[int, ...],
     gates: int,
     hidden: int,
-    recipe: str,
+    scheme: str,
     spectral_radius: float | None,
 ) -> Any:
     """One parameter in float64.
@@ -70,29 +70,29 @@ def draw(
         number: Any = spectral_radius
         if not isinstance(number, (int, float)) or not 0 <= number < float("inf"):
             raise InputError(f"init: spectral_radius must be a number >= 0, found {spectral_radius!r}")
-        return _by_gate(lambda r, s: _radius(r, s, spectral_radius), rng, shape, gates)
-    if recipe == "uniform":
+        return _per_gate(lambda r, s: _spectral_radius_scaled(r, s, spectral_radius), rng, shape, gates)
+    if scheme == "uniform":
         bound = 1.0 / np.sqrt(max(1, hidden))
         return rng.uniform(-bound, bound, shape)
-    if recipe not in RECIPES:
-        raise InputError(f"init: scheme must be one of uniform, {', '.join(RECIPES)}, found {recipe!r}")
+    if scheme not in SCHEMES:
+        raise InputError(f"init: scheme must be one of uniform, {', '.join(SCHEMES)}, found {scheme!r}")
     if len(shape) == 1:
         return np.zeros(shape)
     if is_hh or "weight_ih" in name:
-        return _by_gate(RECIPES[recipe][is_hh], rng, shape, gates)
-    return RECIPES[recipe][0](rng, shape)
+        return _per_gate(SCHEMES[scheme][is_hh], rng, shape, gates)
+    return SCHEMES[scheme][0](rng, shape)
 
 
-def _by_gate(fill: Callable[..., Any], rng: Generator, shape: tuple[int, ...], gates: int) -> Any:
+def _per_gate(fill: Callable[..., Any], rng: Generator, shape: tuple[int, ...], gates: int) -> Any:
     """Each gate's block by itself: orthogonality of the stack of four is not that of any one."""
     block = (shape[0] // gates, shape[1])
     return np.concatenate([fill(rng, block) for _ in range(gates)])
 
 
-def laid(name: str, value: Any, like: Array) -> Any:
+def lookup_layout(name: str, value: Any, like: Array) -> Any:
     """NumPy's weight for many classes by class, one after the other: a look-up in torch's order would touch all of it.
 
-    >>> laid("weight_ih_l0", np.zeros((2, 9)), like=np.zeros(0)).strides
+    >>> lookup_layout("weight_ih_l0", np.zeros((2, 9)), like=np.zeros(0)).strides
     (8, 16)
     """
     wide = name == "weight_ih_l0" and value.shape[1] > value.shape[0]

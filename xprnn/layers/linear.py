@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.random import Generator
 
-from xprnn.arrays.linear import affine, affine_back
-from xprnn.arrays.namespace import Array, InputError, Params, check_shape, from_numpy, resolve
-from xprnn.arrays.validation import check_init, check_param_shapes, check_params, keep_positive, need
-from xprnn.engine.call_cache import linear_step
-from xprnn.engine.layer import Quick, Streams
+from xprnn.arrays.linear import linear, linear_backward
+from xprnn.arrays.namespace import Array, InputError, Params, check_shape, from_numpy, resolve_namespace
+from xprnn.arrays.validation import check_init, check_param_shapes, check_params, require_array, validate_positive
+from xprnn.engine.call_cache import make_linear_step
+from xprnn.engine.layer import FastStep, Steppable
 from xprnn.kernels.tape import Gradients
 
 __all__ = [
@@ -29,7 +29,7 @@ def check_tape(where: str, tape: Any) -> tuple[Any, Any, Any]:
 
 
 @dataclass(frozen=True)
-class Linear(Streams):
+class Linear(Steppable):
     """The output head: y = x W' + b on the last axis, for all steps at once.
 
     Args:
@@ -49,7 +49,7 @@ class Linear(Streams):
     bias: bool = True
 
     def __post_init__(self) -> None:
-        keep_positive(self, "in_features", "out_features")
+        validate_positive(self, "in_features", "out_features")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The name and shape of every parameter."""
@@ -70,32 +70,32 @@ class Linear(Streams):
         """y (..., V), None, and the tape."""
         where = "Linear.forward"
         check_params(where, params, self.shapes())
-        need(where, "x", x)
-        xp = resolve(where, {"x": x, **params})
+        require_array(where, "x", x)
+        xp = resolve_namespace(where, {"x": x, **params})
         check_param_shapes(where, params, self.shapes())
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise InputError(
                 f"{where}: x (...,H) must end in {self.in_features} features, found shape {tuple(x.shape)}"
             )
-        return affine(xp, x, params["weight"], params.get("bias")), None, (xp, params, x)
+        return linear(xp, x, params["weight"], params.get("bias")), None, (xp, params, x)
 
     def backward(self, tape: Any, dy: Array, dstate: None = None) -> Gradients:
         """The adjoint of forward."""
         xp, params, x = check_tape("Linear.backward", tape)
-        need("Linear.backward", "dy", dy)
-        resolve("Linear.backward", {"params": params["weight"], "dy": dy})
+        require_array("Linear.backward", "dy", dy)
+        resolve_namespace("Linear.backward", {"params": params["weight"], "dy": dy})
         check_shape("Linear.backward", "dy", "(the shape of y)", dy, (*x.shape[:-1], self.out_features))
-        dx, dw, db = affine_back(xp, dy, x, params["weight"])
+        dx, dw, db = linear_backward(xp, dy, x, params["weight"])
         return Gradients(dx, None, {"weight": dw, "bias": db} if self.bias else {"weight": dw})
 
     def step(self, params: Params, x: Array, state: None = None) -> tuple[Array, None]:
         """One time step: x (N, H) -> y (N, V)."""
-        done = self._step(params, x, state)
+        done = self._fast_step(params, x, state)
         return self(params, x) if done is None else done
 
-    def quick(self, prefix: str, count: int) -> Quick:
+    def make_fast_step(self, prefix: str, count: int) -> FastStep:
         """The step for NumPy arrays that fit, of parameters under `prefix` in a dict of `count`."""
-        return linear_step(self, prefix, count)
+        return make_linear_step(self, prefix, count)
 
     def config(self) -> dict[str, Any]:
         """The configuration as JSON-able data."""

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from xprnn.arrays.namespace import Array, InputError, Params, resolve, to_numpy
-from xprnn.io.archive import as_path, check_depth, moved, opened, read_arrays, read_header, write_arrays
+from xprnn.arrays.namespace import Array, InputError, Params, resolve_namespace, to_numpy
+from xprnn.io.archive import as_path, check_layer_count, open_archive, read_arrays, read_header, to_like, write_arrays
 from xprnn.layers.sequential import from_config
 
-MODEL_FILE = "model.safetensors"  # its name in the DIR of a run
+MODEL_FILENAME = "model.safetensors"  # its name in the DIR of a run
 
 
 def save(path: str | Path, model: Any, params: Params, metadata: Mapping[str, Any] | None = None) -> None:
@@ -41,8 +41,8 @@ def save(path: str | Path, model: Any, params: Params, metadata: Mapping[str, An
     for name, given in (("params", params), ("metadata", {} if metadata is None else metadata)):
         if not isinstance(given, Mapping):
             raise InputError(f"{where}: {name} must be a dict, found {type(given).__name__}")
-    arrays = {name: _host(where, str(name), array) for name, array in params.items()}
-    _compare(where, {name: a.shape for name, a in arrays.items()}, model.shapes())
+    arrays = {name: _to_host(where, str(name), array) for name, array in params.items()}
+    _check_shapes(where, {name: a.shape for name, a in arrays.items()}, model.shapes())
     write_arrays(path, arrays, {"model": model.config(), "metadata": dict(metadata or {})})
 
 
@@ -60,18 +60,18 @@ def load(path: str | Path, like: Array | None = None) -> tuple[Any, Params]:
         InputError: not a model file, a damaged one, or one whose parameters are missing, too many or of wrong shape.
     """
     _check_like("load", like)
-    with opened(path) as file:
+    with open_archive(path) as file:
         try:
-            check_depth(file.header["model"], len(file.shapes))
+            check_layer_count(file.header["model"], len(file.shapes))
             model = from_config(file.header["model"])
             shapes = model.shapes()
         except (KeyError, TypeError, AttributeError, InputError) as error:
             raise InputError(f"{path}: holds no model this xprnn knows ({str(error)[:300]})") from None
-        _compare(str(path), file.shapes, shapes)
+        _check_shapes(str(path), file.shapes, shapes)
         arrays = {name: file.read(name) for name in shapes}
     if like is None:
         return model, arrays
-    return model, {name: moved(str(path), array, like) for name, array in arrays.items()}
+    return model, {name: to_like(str(path), array, like) for name, array in arrays.items()}
 
 
 def save_state(path: str | Path, state: Any) -> None:
@@ -100,7 +100,7 @@ def save_state(path: str | Path, state: Any) -> None:
             raise InputError(f"{where}: expected arrays, tuples and dicts, found {type(value).__name__}")
         # A number names an array: the keys on the way to it, joined, could name another one as well.
         name = f"state.{len(arrays)}"
-        arrays[name] = _host(where, name, value)
+        arrays[name] = _to_host(where, name, value)
         return name
 
     write_arrays(path, arrays, {"state": written(state)})
@@ -127,7 +127,7 @@ def load_state(path: str | Path, like: Array | None = None) -> Any:
         if value is None:
             return None
         array = arrays[value]
-        return array if like is None else moved(str(path), array, like)
+        return array if like is None else to_like(str(path), array, like)
 
     try:
         return read(header["state"])
@@ -147,10 +147,10 @@ def load_metadata(path: str | Path) -> dict[str, Any]:
     return metadata
 
 
-def _host(where: str, name: str, array: Any) -> Any:
+def _to_host(where: str, name: str, array: Any) -> Any:
     if array is None:
         raise InputError(f"{where}: {name} must be an array, found None")
-    resolve(where, {}, {name: array})
+    resolve_namespace(where, {}, {name: array})
     try:
         return np.asarray(to_numpy(array), order="C")
     except (TypeError, ValueError, RuntimeError):  # torch's bfloat16 has no NumPy dtype
@@ -159,10 +159,10 @@ def _host(where: str, name: str, array: Any) -> Any:
 
 def _check_like(where: str, like: Any) -> None:
     if like is not None:
-        resolve(where, {}, {"like": like})
+        resolve_namespace(where, {}, {"like": like})
 
 
-def _compare(where: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shapes(where: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
     for what, names in (("missing", expected.keys() - found.keys()), ("extra", found.keys() - expected.keys())):
         if names:
             some = ", ".join(sorted(map(str, names))[:5])

@@ -12,25 +12,25 @@ import numpy as np
 from numpy.random import Generator
 
 from xprnn.arrays.namespace import Array, InputError, Params, from_numpy
-from xprnn.arrays.validation import check_init, flag, fraction, keep_positive, positive
+from xprnn.arrays.validation import check_bool, check_init, check_probability, positive_int, validate_positive
 from xprnn.cells.cell import Cell
-from xprnn.cells.serialization import cell_form
+from xprnn.cells.serialization import cell_to_config
 from xprnn.engine import explain as engine_explain
 from xprnn.engine import stack
-from xprnn.engine.call_cache import QuickRecurrent
-from xprnn.engine.layer import Calls
+from xprnn.engine.call_cache import FastPaths
+from xprnn.engine.layer import CallsForward
 from xprnn.engine.stack import StackTape
 from xprnn.engine.state_layout import parameter_shapes
 from xprnn.kernels.tape import Gradients
-from xprnn.layers.initializers import draw, laid
+from xprnn.layers.initializers import initialize, lookup_layout
 
-__all__ = ["Recurrent", "keep_positive"]
+__all__ = ["Recurrent", "validate_positive"]
 
-State = Any
+LayerState = Any
 
 
 @dataclass(frozen=True)
-class Recurrent(QuickRecurrent, Calls):
+class Recurrent(FastPaths, CallsForward):
     """A stack of one cell, in one or two directions. RNN, LSTM and GRU are this with their cells.
 
     Args:
@@ -72,49 +72,49 @@ class Recurrent(QuickRecurrent, Calls):
 
     def __post_init__(self) -> None:
         where = type(self).__name__
-        keep_positive(self, "input_size", "num_layers")
+        validate_positive(self, "input_size", "num_layers")
         if isinstance(self.hidden_size, (tuple, list)):
-            sizes = tuple(positive(where, "hidden_size", size) for size in self.hidden_size)
+            sizes = tuple(positive_int(where, "hidden_size", size) for size in self.hidden_size)
             object.__setattr__(self, "hidden_size", sizes)
             if len(sizes) != self.num_layers:
                 raise InputError(f"{where}: hidden_size has {len(sizes)} entries but num_layers is {self.num_layers}")
         else:
-            keep_positive(self, "hidden_size")
-        fraction(where, "dropout", self.dropout)
+            validate_positive(self, "hidden_size")
+        check_probability(where, "dropout", self.dropout)
         for name in ("bias", "batch_first", "bidirectional", "reverse", "learned_state", "sparse"):
-            flag(where, name, getattr(self, name))
+            check_bool(where, name, getattr(self, name))
         if self.reverse and self.bidirectional:
             raise InputError(f"{where}: reverse is one direction and bidirectional is both: choose one of them")
-        if not isinstance(self.core, Cell):
-            raise InputError(f"{where}: cell must be an xprnn.Cell, found {type(self.core).__name__}")
+        if not isinstance(self.resolved_cell, Cell):
+            raise InputError(f"{where}: cell must be an xprnn.Cell, found {type(self.resolved_cell).__name__}")
 
     @property
-    def core(self) -> Cell:
+    def resolved_cell(self) -> Cell:
         """The cell."""
         if self.cell is None:
             raise InputError(f"{type(self).__name__}: a cell is needed: cell=xprnn.cells.lstm(), or your own")
         return self.cell
 
     @property
-    def projection(self) -> int:
+    def projection_size(self) -> int:
         """P where h is projected to fewer features, else 0."""
         return 0
 
     @property
-    def sizes(self) -> tuple[int, ...]:
+    def hidden_sizes(self) -> tuple[int, ...]:
         """H of each layer."""
         h = self.hidden_size
         return (h,) * self.num_layers if isinstance(h, int) else tuple(h)
 
     @property
-    def directions(self) -> int:
+    def num_directions(self) -> int:
         """1 or 2."""
         return 2 if self.bidirectional else 1
 
     @property
     def output_size(self) -> int:
         """Features of y: directions * H of the last layer, or directions * proj_size."""
-        return self.directions * (self.projection or self.sizes[-1])
+        return self.num_directions * (self.projection_size or self.hidden_sizes[-1])
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The name and shape of every parameter, in torch's order."""
@@ -150,43 +150,54 @@ class Recurrent(QuickRecurrent, Calls):
         """
         where = f"{type(self).__name__}.init"
         check_init(where, rng, like)
-        if forget_bias is not None and (self.core.name != "lstm" or not self.bias):
+        if forget_bias is not None and (self.resolved_cell.name != "lstm" or not self.bias):
             raise InputError(f"{where}: forget_bias needs an LSTM with biases")
         every = (scheme, spectral_radius, forget_bias)
-        return {name: from_numpy(laid(name, self._draw(rng, name, *every), like), like) for name in self.shapes()}
+        return {
+            name: from_numpy(lookup_layout(name, self._init_parameter(rng, name, *every), like), like)
+            for name in self.shapes()
+        }
 
-    def _draw(self, rng: Generator, name: str, scheme: str, radius: float | None, forget_bias: float | None) -> Any:
+    def _init_parameter(
+        self, rng: Generator, name: str, scheme: str, radius: float | None, forget_bias: float | None
+    ) -> Any:
         shape = self.shapes()[name]
         if name.startswith("initial_"):
             return np.zeros(shape)
-        hidden = self.sizes[int(name.rpartition("_l")[2].partition("_")[0])]
-        value = draw(rng, name, shape, self.core.gates, hidden, scheme, radius)
+        hidden = self.hidden_sizes[int(name.rpartition("_l")[2].partition("_")[0])]
+        value = initialize(rng, name, shape, self.resolved_cell.gates, hidden, scheme, radius)
         if forget_bias is not None and name.startswith("bias_"):
             value[hidden : 2 * hidden] = forget_bias if name.startswith("bias_ih") else 0.0
         return value
 
     def __call__(
-        self, params: Params, x: Array, state: State = None, lengths: Any = None, mask: Any = None, reset: Any = None
-    ) -> tuple[Array, State]:
+        self,
+        params: Params,
+        x: Array,
+        state: LayerState = None,
+        lengths: Any = None,
+        mask: Any = None,
+        reset: Any = None,
+    ) -> tuple[Array, LayerState]:
         """Inference: as `forward`, but nothing is kept and nothing is dropped out. Returns y and the final state."""
         plain = lengths is None and mask is None and reset is None
-        if plain and (done := self._sequence(params, x, state)) is not None:
+        if plain and (done := self._infer(params, x, state)) is not None:
             return done
-        y, final, _ = stack.forward(self, params, x, state, lengths=lengths, mask=mask, reset=reset, keep=False)
+        y, final, _ = stack.forward(self, params, x, state, lengths=lengths, mask=mask, reset=reset, record_tape=False)
         return y, final
 
     def forward(
         self,
         params: Params,
         x: Array,
-        state: State = None,
+        state: LayerState = None,
         lengths: Any = None,
         mask: Any = None,
         reset: Any = None,
         *,
         rng: Generator | None = None,
         checkpoint: int | str | None = None,
-    ) -> tuple[Array, State, StackTape]:
+    ) -> tuple[Array, LayerState, StackTape]:
         """Run the layer and keep what `backward` needs.
 
         Args:
@@ -220,16 +231,25 @@ class Recurrent(QuickRecurrent, Calls):
         ((5, 2, 3), (1, 2, 4), (4, 4))
         """
         plain = lengths is None and mask is None and reset is None and rng is None and checkpoint is None
-        if plain and (done := self._pass(params, x, state)) is not None:
+        if plain and (done := self._fast_forward(params, x, state)) is not None:
             return done
         y, final, tape = stack.forward(
-            self, params, x, state, lengths=lengths, mask=mask, reset=reset, keep=True, rng=rng, checkpoint=checkpoint
+            self,
+            params,
+            x,
+            state,
+            lengths=lengths,
+            mask=mask,
+            reset=reset,
+            record_tape=True,
+            rng=rng,
+            checkpoint=checkpoint,
         )
         assert tape is not None
         return y, final, tape
 
     def backward(
-        self, tape: StackTape, dy: Array | None, dstate: State = None, *, dstates: Sequence[Any] | None = None
+        self, tape: StackTape, dy: Array | None, dstate: LayerState = None, *, dstates: Sequence[Any] | None = None
     ) -> Gradients:
         """The exact adjoint of `forward`: back-propagation through time over the whole sequence.
 
@@ -246,9 +266,9 @@ class Recurrent(QuickRecurrent, Calls):
         Raises:
             InputError: an adjoint whose shape, dtype, library or device is not that of what it belongs to.
         """
-        return self._back(tape, dy, dstate, dstates) or stack.backward(self, tape, dy, dstate, dstates)
+        return self._fast_backward(tape, dy, dstate, dstates) or stack.backward(self, tape, dy, dstate, dstates)
 
-    def step(self, params: Params, x: Array, state: State = None) -> tuple[Array, State]:
+    def step(self, params: Params, x: Array, state: LayerState = None) -> tuple[Array, LayerState]:
         """Streaming: one time step, the same numbers as the whole sequence.
 
         Args:
@@ -269,12 +289,12 @@ class Recurrent(QuickRecurrent, Calls):
         >>> y.shape
         (2, 4)
         """
-        done = self._step(params, x, state)
+        done = self._fast_step(params, x, state)
         return stack.step(self, params, x, state) if done is None else done
 
     def config(self) -> dict[str, Any]:
         """The configuration as JSON-able data; `from_config` reads it back."""
-        form = None if self.cell is None else cell_form(self.cell)
+        form = None if self.cell is None else cell_to_config(self.cell)
         if self.cell is not None and form is None:
             raise InputError(f"{type(self).__name__}: a layer with a cell of your own has no file form: keep its code")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "cell"}

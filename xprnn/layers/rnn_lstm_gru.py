@@ -7,9 +7,9 @@ from typing import Any
 from xprnn.arrays.namespace import InputError
 from xprnn.cells.activations import Activation
 from xprnn.cells.cell import Cell
-from xprnn.cells.serialization import activation_form
+from xprnn.cells.serialization import activation_to_config
 from xprnn.cells.standard import elman, gru, gru_reset_before, lstm
-from xprnn.layers.recurrent import Recurrent, keep_positive
+from xprnn.layers.recurrent import Recurrent, validate_positive
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
@@ -45,7 +45,7 @@ class RNN(Recurrent):
         cell: Cell | None = None,
     ) -> None:
         # Written out for torch's order, where the nonlinearity stands in the middle of what all layers share.
-        if isinstance(nonlinearity, Activation) and isinstance(name := activation_form(nonlinearity), str):
+        if isinstance(nonlinearity, Activation) and isinstance(name := activation_to_config(nonlinearity), str):
             nonlinearity = name  # one way to say it, so that layers compare equal
         object.__setattr__(self, "nonlinearity", nonlinearity)
         shared = (bias, batch_first, dropout, bidirectional)
@@ -53,13 +53,13 @@ class RNN(Recurrent):
         super().__init__(input_size, hidden_size, num_layers, *shared, **named)
 
     @property
-    def core(self) -> Cell:
+    def resolved_cell(self) -> Cell:
         """The cell."""
         return self.cell or elman(self.nonlinearity)
 
     def config(self) -> dict[str, Any]:
         """The configuration as JSON-able data; `from_config` reads it back."""
-        form = activation_form(self.nonlinearity)
+        form = activation_to_config(self.nonlinearity)
         if form is None:
             raise InputError("RNN: a nonlinearity of your own has no file form: keep its code")
         return super().config() | {"nonlinearity": form}
@@ -81,19 +81,19 @@ class LSTM(Recurrent):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        keep_positive(self, "proj_size", least=0)
-        if self.proj_size and self.proj_size >= min(self.sizes):
+        validate_positive(self, "proj_size", minimum=0)
+        if self.proj_size and self.proj_size >= min(self.hidden_sizes):
             raise InputError(
-                f"LSTM: proj_size must be smaller than hidden_size {min(self.sizes)}, found {self.proj_size}"
+                f"LSTM: proj_size must be smaller than hidden_size {min(self.hidden_sizes)}, found {self.proj_size}"
             )
 
     @property
-    def projection(self) -> int:
+    def projection_size(self) -> int:
         """P where h is projected to fewer features, else 0."""
         return self.proj_size
 
     @property
-    def core(self) -> Cell:
+    def resolved_cell(self) -> Cell:
         """The cell."""
         return self.cell or lstm()
 
@@ -114,6 +114,6 @@ class GRU(Recurrent):
     reset_after: bool = field(default=True, kw_only=True)
 
     @property
-    def core(self) -> Cell:
+    def resolved_cell(self) -> Cell:
         """The cell."""
         return self.cell or (gru() if self.reset_after else gru_reset_before())

@@ -8,27 +8,27 @@ from numpy.random import Generator
 
 from xprnn.arrays.namespace import Array, InputError, Params
 from xprnn.arrays.validation import check_init, check_params
-from xprnn.cells.serialization import activation_of, cell_of
-from xprnn.engine.call_cache import chain_step, quick_of
-from xprnn.engine.layer import Calls, Quick, Streams
+from xprnn.cells.serialization import activation_from_config, cell_from_config
+from xprnn.engine.call_cache import make_layer_step, make_sequential_step
+from xprnn.engine.layer import CallsForward, FastStep, Steppable
 from xprnn.kernels.tape import Gradients, ModelTape
-from xprnn.layers.base import Part
-from xprnn.layers.context_shift import Around
-from xprnn.layers.elementwise import Apply, Softmax
+from xprnn.layers.base import StatelessLayer
+from xprnn.layers.context_shift import ContextShift
+from xprnn.layers.elementwise import ActivationLayer, Softmax
 from xprnn.layers.embedding import Embedding
 from xprnn.layers.linear import Linear
-from xprnn.layers.masking import Hold, Last, Masking
+from xprnn.layers.masking import HoldLastOutput, LastStep, Masking
 from xprnn.layers.recurrent import Recurrent
 from xprnn.layers.rnn_lstm_gru import GRU, LSTM, RNN
-from xprnn.layers.sequence_ops import Flip, Merge
-from xprnn.layers.shape_inference import check_widths
+from xprnn.layers.sequence_ops import MergeDirections, ReverseTime
+from xprnn.layers.shape_inference import check_compatible
 
 __all__ = ["Sequential", "from_config"]
 
 _Flags = dict[str, Any]
 
 
-class Sequential(Streams, Calls):
+class Sequential(Steppable, CallsForward):
     """A chain of named parts that is itself a part: its parameters are "name.parameter".
 
     Its state is that of its recurrent part; with several, a dict from their names to theirs. A mask found by one part
@@ -50,7 +50,7 @@ class Sequential(Streams, Calls):
     ['head.bias', 'head.weight', 'rnn.bias_hh_l0']
     """
 
-    parts: MappingProxyType[str, Any]  # to read: a configuration is frozen
+    layers: MappingProxyType[str, Any]  # to read: a configuration is frozen
 
     def __init__(self, /, **parts: Any) -> None:
         if not parts:
@@ -61,59 +61,59 @@ class Sequential(Streams, Calls):
             if not all(hasattr(part, verb) for verb in ("init", "forward", "backward", "step", "shapes")):
                 raise InputError(f"Sequential: {name} must be a layer, found {type(part).__name__}")
         if type(self) is Sequential:  # a class of your own may do more between its parts
-            check_widths("Sequential", parts, Sequential)
-        object.__setattr__(self, "parts", MappingProxyType(dict(parts)))
+            check_compatible("Sequential", parts, Sequential)
+        object.__setattr__(self, "layers", MappingProxyType(dict(parts)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "parts": dict(self.parts)}  # a proxy can be neither copied nor pickled
+        return {**super().__getstate__(), "layers": dict(self.layers)}  # a proxy can be neither copied nor pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({**state, "parts": MappingProxyType(dict(state["parts"]))})
+        vars(self).update({**state, "layers": MappingProxyType(dict(state["layers"]))})
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"Sequential is a frozen configuration: make a new one instead of setting {name}")
 
     def __repr__(self) -> str:
-        return f"Sequential({', '.join(f'{n}={p!r}' for n, p in self.parts.items())})"
+        return f"Sequential({', '.join(f'{n}={p!r}' for n, p in self.layers.items())})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequential) and list(self.parts.items()) == list(other.parts.items())
+        return isinstance(other, Sequential) and list(self.layers.items()) == list(other.layers.items())
 
     def __hash__(self) -> int:
-        return hash(tuple(self.parts.items()))
+        return hash(tuple(self.layers.items()))
 
-    def _recurrent(self) -> list[str]:
-        return [n for n, p in self.parts.items() if not _stateless(p)]
+    def _stateful_names(self) -> list[str]:
+        return [n for n, p in self.layers.items() if not _is_stateless(p)]
 
-    def _states(self, where: str, state: Any) -> dict[str, Any]:
-        names = self._recurrent()
+    def _unpack_states(self, where: str, state: Any) -> dict[str, Any]:
+        names = self._stateful_names()
         if state is None:
-            return dict.fromkeys(self.parts)
+            return dict.fromkeys(self.layers)
         if len(names) == 1:
-            return dict.fromkeys(self.parts) | {names[0]: state}
+            return dict.fromkeys(self.layers) | {names[0]: state}
         if not isinstance(state, dict) or state.keys() != set(names):
             raise InputError(
                 f"{where}: state must be a dict with the keys {', '.join(names)}, found {type(state).__name__}"
             )
-        return dict.fromkeys(self.parts) | state
+        return dict.fromkeys(self.layers) | state
 
-    def _joined(self, states: dict[str, Any]) -> Any:
-        names = self._recurrent()
+    def _pack_states(self, states: dict[str, Any]) -> Any:
+        names = self._stateful_names()
         return states[names[0]] if len(names) == 1 else {n: states[n] for n in names} or None
 
-    def _own(self, where: str, params: Params) -> dict[str, Params]:
+    def _split_params(self, where: str, params: Params) -> dict[str, Params]:
         check_params(where, params, self.shapes())
-        return {n: {k[len(n) + 1 :]: a for k, a in params.items() if k.startswith(n + ".")} for n in self.parts}
+        return {n: {k[len(n) + 1 :]: a for k, a in params.items() if k.startswith(n + ".")} for n in self.layers}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The name and shape of every parameter."""
-        return {f"{n}.{k}": s for n, p in self.parts.items() for k, s in p.shapes().items()}
+        return {f"{n}.{k}": s for n, p in self.layers.items() for k, s in p.shapes().items()}
 
     def init(self, rng: Generator, like: Array, **options: Any) -> Params:
         """Each part's own init, in order; the options go to the recurrent parts."""
         check_init("Sequential.init", rng, like)
-        names = self._recurrent()
-        made = {n: p.init(rng, like, **(options if n in names else {})) for n, p in self.parts.items()}
+        names = self._stateful_names()
+        made = {n: p.init(rng, like, **(options if n in names else {})) for n, p in self.layers.items()}
         return {f"{n}.{k}": a for n, own in made.items() for k, a in own.items()}
 
     def __call__(
@@ -124,14 +124,14 @@ class Sequential(Streams, Calls):
         return x, final
 
     def _call(self, params: Params, x: Any, state: Any, flags: _Flags) -> tuple[Any, Any, _Flags]:
-        own, states = self._own("Sequential", params), self._states("Sequential", state)
-        for n, part in self.parts.items():
-            if _is_chain(part):
+        own, states = self._split_params("Sequential", params), self._unpack_states("Sequential", state)
+        for n, part in self.layers.items():
+            if _is_plain_sequential(part):
                 x, states[n], flags = part._call(own[n], x, states[n], flags)
                 continue
             y, states[n] = part(own[n], x, states[n], **flags)
-            x, flags = y, _following(part, x, flags)
-        return x, self._joined(states), flags
+            x, flags = y, _transform_mask(part, x, flags)
+        return x, self._pack_states(states), flags
 
     def forward(
         self,
@@ -150,15 +150,15 @@ class Sequential(Streams, Calls):
         return x, final, tape
 
     def _forward(self, params: Params, x: Any, state: Any, flags: _Flags) -> tuple[Any, Any, Any, _Flags]:
-        own, states = self._own("Sequential.forward", params), self._states("Sequential.forward", state)
+        own, states = self._split_params("Sequential.forward", params), self._unpack_states("Sequential.forward", state)
         tapes = ModelTape()
-        for n, part in self.parts.items():
-            if _is_chain(part):
+        for n, part in self.layers.items():
+            if _is_plain_sequential(part):
                 x, states[n], tapes[n], flags = part._forward(own[n], x, states[n], flags)
                 continue
             y, states[n], tapes[n] = part.forward(own[n], x, states[n], **flags)
-            x, flags = y, _following(part, x, flags)
-        return x, self._joined(states), tapes, flags
+            x, flags = y, _transform_mask(part, x, flags)
+        return x, self._pack_states(states), tapes, flags
 
     def explain(
         self, params: Params, x: Array, lengths: Any = None, mask: Any = None, reset: Any = None, state: Any = None
@@ -180,71 +180,88 @@ class Sequential(Streams, Calls):
         >>> print(model.explain(params, np.zeros((5, 2), dtype=int)))
         rnn, layer 0, forward: NumPy in place (not compiled: float16 is neither float32 nor float64)
         """
-        own, states = self._own("Sequential.explain", params), self._states("Sequential.explain", state)
+        own, states = self._split_params("Sequential.explain", params), self._unpack_states("Sequential.explain", state)
         flags, lines = {"lengths": lengths, "mask": mask, "reset": reset}, []
-        last = max((k for k, n in enumerate(self.parts) if n in self._recurrent()), default=-1)
-        for k, (n, part) in enumerate(self.parts.items()):
-            if hasattr(part, "explain") and n in self._recurrent():
+        last = max((k for k, n in enumerate(self.layers) if n in self._stateful_names()), default=-1)
+        for k, (n, part) in enumerate(self.layers.items()):
+            if hasattr(part, "explain") and n in self._stateful_names():
                 more = {"state": states[n]} if isinstance(part, Sequential) else {}
                 lines += [f"{n}, {line}" for line in part.explain(own[n], x, **flags, **more).splitlines()]
             if k >= last:
                 break
-            if _is_chain(part):
+            if _is_plain_sequential(part):
                 x, _, flags = part._call(own[n], x, states[n], flags)
             else:
                 y, _ = part(own[n], x, states[n], **flags)
-                x, flags = y, _following(part, x, flags)
+                x, flags = y, _transform_mask(part, x, flags)
         return "\n".join(lines)
 
     def backward(self, tape: Any, dy: Array | None, dstate: Any = None) -> Gradients:
         """The adjoint of forward, part by part in reverse order."""
-        if not isinstance(tape, dict) or tape.keys() != self.parts.keys():
+        if not isinstance(tape, dict) or tape.keys() != self.layers.keys():
             raise InputError("Sequential.backward: tape must be what this model's forward returned")
-        dstates = self._states("Sequential.backward", dstate)
+        dstates = self._unpack_states("Sequential.backward", dstate)
         dx, grads = dy, {}
-        for n, part in reversed([*self.parts.items()]):
+        for n, part in reversed([*self.layers.items()]):
             dx, dstates[n], grads[n] = part.backward(tape[n], dx, dstates[n])
-        return Gradients(dx, self._joined(dstates), {f"{n}.{k}": a for n in self.parts for k, a in grads[n].items()})
+        return Gradients(
+            dx, self._pack_states(dstates), {f"{n}.{k}": a for n in self.layers for k, a in grads[n].items()}
+        )
 
     def step(self, params: Params, x: Array, state: Any = None) -> tuple[Array, Any]:
         """Streaming: one time step through all parts."""
-        done = self._step(params, x, state)
+        done = self._fast_step(params, x, state)
         if done is not None:
             return done
-        own, states = self._own("Sequential.step", params), self._states("Sequential.step", state)
-        for n, part in self.parts.items():
+        own, states = self._split_params("Sequential.step", params), self._unpack_states("Sequential.step", state)
+        for n, part in self.layers.items():
             x, states[n] = part.step(own[n], x, states[n])
-        return x, self._joined(states)
+        return x, self._pack_states(states)
 
-    def quick(self, prefix: str, count: int) -> Quick | None:
+    def make_fast_step(self, prefix: str, count: int) -> FastStep | None:
         """The step for NumPy arrays that fit, of parameters under `prefix` in a dict of `count`, or None."""
-        steps = {n: quick_of(p, f"{prefix}{n}.", count) for n, p in self.parts.items()}
-        return None if None in steps.values() else chain_step(steps, self._recurrent())
+        steps = {n: make_layer_step(p, f"{prefix}{n}.", count) for n, p in self.layers.items()}
+        return None if None in steps.values() else make_sequential_step(steps, self._stateful_names())
 
     def config(self) -> dict[str, Any]:
         """The configuration as JSON-able data."""
-        return {"type": "Sequential", "parts": {n: p.config() for n, p in self.parts.items()}}
+        return {"type": "Sequential", "layers": {n: p.config() for n, p in self.layers.items()}}
 
 
-def _is_chain(part: Any) -> bool:
+def _is_plain_sequential(part: Any) -> bool:
     """Whether it is a Sequential whose verbs are Sequential's own: a class of your own may have others."""
     verbs = ("__call__", "forward")
     return isinstance(part, Sequential) and all(getattr(type(part), v) is getattr(Sequential, v) for v in verbs)
 
 
-def _stateless(part: Any) -> bool:
+def _is_stateless(part: Any) -> bool:
     if isinstance(part, Sequential):
-        return all(_stateless(p) for p in part.parts.values())
-    return isinstance(part, (Linear, Embedding, Around, Part))
+        return all(_is_stateless(p) for p in part.layers.values())
+    return isinstance(part, (Linear, Embedding, ContextShift, StatelessLayer))
 
 
-def _following(part: Any, x: Any, flags: _Flags) -> _Flags:
+def _transform_mask(part: Any, x: Any, flags: _Flags) -> _Flags:
     """The lengths, mask, reset and options for the parts after this one: its own unless it says otherwise."""
-    return part.following(x, flags) if hasattr(part, "following") else flags
+    return part.transform_mask(x, flags) if hasattr(part, "transform_mask") else flags
 
 
-_KINDS = (RNN, LSTM, GRU, Recurrent, Linear, Embedding, Around, Masking, Hold, Last, Flip, Merge, Apply, Softmax)
-_TYPES: dict[str, Callable[..., Any]] = {part.__name__: part for part in _KINDS}
+_LAYER_CLASSES = (
+    RNN,
+    LSTM,
+    GRU,
+    Recurrent,
+    Linear,
+    Embedding,
+    ContextShift,
+    Masking,
+    HoldLastOutput,
+    LastStep,
+    ReverseTime,
+    MergeDirections,
+    ActivationLayer,
+    Softmax,
+)
+_LAYER_TYPES: dict[str, Callable[..., Any]] = {part.__name__: part for part in _LAYER_CLASSES}
 
 
 def from_config(config: Any) -> Any:
@@ -260,18 +277,18 @@ def from_config(config: Any) -> Any:
         raise InputError(f"from_config: expected a dict with a type, found {str(config)[:60]}")
     kind, options = config["type"], {k: v for k, v in config.items() if k != "type"}
     if kind == "Sequential":
-        parts = options.get("parts")
+        parts = options.get("layers")
         if not isinstance(parts, dict):
-            raise InputError("from_config: a Sequential needs a dict of parts")
+            raise InputError("from_config: a Sequential needs a dict of layers")
         return Sequential(**{str(n): from_config(p) for n, p in parts.items()})
-    if kind not in _TYPES:
-        raise InputError(f"from_config: type must be one of Sequential, {', '.join(_TYPES)}, found {kind!r}")
+    if kind not in _LAYER_TYPES:
+        raise InputError(f"from_config: type must be one of Sequential, {', '.join(_LAYER_TYPES)}, found {kind!r}")
     if options.get("cell") is not None:
-        options["cell"] = cell_of(options["cell"])
+        options["cell"] = cell_from_config(options["cell"])
     for name in ("nonlinearity", "f"):
         if isinstance(options.get(name), dict):
-            options[name] = activation_of(options[name])
+            options[name] = activation_from_config(options[name])
     try:
-        return _TYPES[kind](**options)
+        return _LAYER_TYPES[kind](**options)
     except TypeError as error:
         raise InputError(f"from_config: {kind}: {error}") from None

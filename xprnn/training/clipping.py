@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from xprnn.arrays.namespace import Array, InputError, Params, check_dicts, resolve
-from xprnn.arrays.sparse_gradient import SparseGradient, entries
+from xprnn.arrays.namespace import Array, InputError, Params, check_dicts, resolve_namespace
+from xprnn.arrays.sparse_gradient import SparseGradient, stored_values
 
 __all__ = ["clip_by_global_norm", "clip_by_value"]
 
@@ -21,9 +21,9 @@ def clip_by_value(grads: Params, limit: float) -> Params:
     check_dicts("clip_by_value", grads=grads)
     out: Params = {}
     for k, g in grads.items():
-        a = entries(g)
-        xp = resolve("clip_by_value", {k: a})
-        out[k] = _with(g, xp.minimum(xp.maximum(a, -limit), limit))
+        a = stored_values(g)
+        xp = resolve_namespace("clip_by_value", {k: a})
+        out[k] = _with_values(g, xp.minimum(xp.maximum(a, -limit), limit))
     return out
 
 
@@ -49,8 +49,8 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Array]:
     check_dicts("clip_by_global_norm", grads=grads)
     if not grads:
         raise InputError("clip_by_global_norm: grads must hold at least one array, found none")
-    arrays = {k: entries(g) for k, g in grads.items()}
-    xp = resolve("clip_by_global_norm", arrays)
+    arrays = {k: stored_values(g) for k, g in grads.items()}
+    xp = resolve_namespace("clip_by_global_norm", arrays)
     # A row's own product with itself, then the sum: no array of squares is made.
     squares = [xp.sum(xp.vecdot(a, a) if a.ndim else a * a, dtype=a.dtype) for a in arrays.values()]
     norm = xp.sqrt(xp.sum(xp.stack(squares), dtype=squares[0].dtype))
@@ -58,5 +58,5 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Array]:
     return {k: g * scale for k, g in grads.items()}, norm
 
 
-def _with(g: Any, entries: Array) -> Any:
+def _with_values(g: Any, entries: Array) -> Any:
     return SparseGradient(g.indices, entries, g.shape, g.axis) if isinstance(g, SparseGradient) else entries

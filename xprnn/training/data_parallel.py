@@ -19,39 +19,42 @@ from typing import Any, Self
 from xprnn.arrays.namespace import Array, Params, is_numpy, namespace
 from xprnn.training.losses import cross_entropy
 
-__all__ = ["Crew", "keep_memory", "suggested"]
+__all__ = ["DataParallel", "default_num_threads", "keep_freed_memory"]
 
-_FEWEST = 8  # streams for a thread: a step with fewer reads the weights as often for less
-_KEPT = ((-1, 1 << 30), (-3, 1 << 25))  # M_TRIM_THRESHOLD and, at its highest, M_MMAP_THRESHOLD of <malloc.h>
+_MIN_STREAMS_PER_THREAD = 8  # streams for a thread: a step with fewer reads the weights as often for less
+_MALLOPT_SETTINGS = (
+    (-1, 1 << 30),
+    (-3, 1 << 25),
+)  # M_TRIM_THRESHOLD and, at its highest, M_MMAP_THRESHOLD of <malloc.h>
 
 
-def suggested(batch: int) -> int:
+def default_num_threads(batch: int) -> int:
     """How many threads are likely to pay for this number of streams: one for each core, and for 8 streams or more.
 
-    >>> suggested(1)
+    >>> default_num_threads(1)
     1
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, batch // _FEWEST))
+    return max(1, min(cores, batch // _MIN_STREAMS_PER_THREAD))
 
 
-def keep_memory() -> bool:
+def keep_freed_memory() -> bool:
     """Have this process keep the memory that it has freed, where the C library can be told to (glibc).
 
     A step takes and frees the same few megabytes again and again; the system would take them back and hand out zeroed
     pages the next time, which costs an LSTM's step about a tenth. Returns whether it was done.
 
-    >>> keep_memory() in (True, False)
+    >>> keep_freed_memory() in (True, False)
     True
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    return all(mallopt(which, size) == 1 for which, size in _KEPT)
+    return all(mallopt(which, size) == 1 for which, size in _MALLOPT_SETTINGS)
 
 
-class Crew:
+class DataParallel:
     """`threads` threads, this one among them.
 
     Args:
@@ -60,7 +63,7 @@ class Crew:
     >>> import numpy as np, xprnn
     >>> model, ids = xprnn.RNN(5, 5), np.arange(12).reshape(3, 4) % 5
     >>> params = model.init(np.random.default_rng(0), like=np.zeros(0))
-    >>> with Crew(2) as crew:
+    >>> with DataParallel(2) as crew:
     ...     loss, grads, state = crew.gradients(model, params, ids, ids, None)
     >>> logits, alone, _ = model.forward(params, ids)
     >>> bool(np.isclose(loss, xprnn.cross_entropy(logits, ids)[0])), bool(np.allclose(state, alone))
@@ -78,7 +81,7 @@ class Crew:
         if self._pool is not None:
             self._pool.shutdown()
 
-    def _each(self, call: Callable[..., Any], parts: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def _parallel_map(self, call: Callable[..., Any], parts: Sequence[tuple[Any, ...]]) -> list[Any]:
         """call(*part) of every part: the first here, the others in the pool, NumPy's error state with them."""
         waiting = [self._pool.submit(contextvars.copy_context().run, call, *p) for p in parts[1:] if self._pool]
         first = call(*parts[0])
@@ -101,7 +104,7 @@ class Crew:
         cuts = [n * k // count for k in range(count + 1)]
 
         def share(a: int, b: int) -> tuple[Array, Params, Any]:
-            before = _map(lambda s: s[:, a:b, ...], state)
+            before = _tree_map(lambda s: s[:, a:b, ...], state)
             logits, after, tape = model.forward(params, x[:, a:b], before)
             loss, dlogits = cross_entropy(logits, targets[:, a:b])
             if count == 1:
@@ -109,27 +112,27 @@ class Crew:
             part = (b - a) / n  # a mean of means, each by its rows
             return loss * part, model.backward(tape, dlogits * part).dparams, after
 
-        done = self._each(share, list(itertools.pairwise(cuts)))
+        done = self._parallel_map(share, list(itertools.pairwise(cuts)))
         (loss, grads, after), *others = done
         for one, more, _ in others:
             loss, grads = loss + one, {k: g + more[k] for k, g in grads.items()}
-        return loss, grads, _joined([d[2] for d in done]) if others else after
+        return loss, grads, _concat_states([d[2] for d in done]) if others else after
 
 
-def _map(change: Callable[[Array], Array], state: Any) -> Any:
+def _tree_map(change: Callable[[Array], Array], state: Any) -> Any:
     """`change` of every array of a state: None, an array, or tuples and dicts of them."""
     if isinstance(state, dict):
-        return {k: _map(change, s) for k, s in state.items()}
+        return {k: _tree_map(change, s) for k, s in state.items()}
     if isinstance(state, tuple):
-        return tuple(_map(change, s) for s in state)
+        return tuple(_tree_map(change, s) for s in state)
     return None if state is None else change(state)
 
 
-def _joined(states: list[Any]) -> Any:
+def _concat_states(states: list[Any]) -> Any:
     """The states of all shares, side by side along N."""
     first = states[0]
     if isinstance(first, dict):
-        return {k: _joined([s[k] for s in states]) for k in first}
+        return {k: _concat_states([s[k] for s in states]) for k in first}
     if isinstance(first, tuple):
-        return tuple(_joined([s[i] for s in states]) for i in range(len(first)))
+        return tuple(_concat_states([s[i] for s in states]) for i in range(len(first)))
     return None if first is None else namespace(first).concat(states, axis=1)

@@ -8,12 +8,12 @@ from xprnn.arrays.namespace import (
     InputError,
     Namespace,
     as_index,
-    check_integers,
+    check_index_bounds,
     check_shape,
     device_of,
     is_integer,
     is_numpy,
-    resolve,
+    resolve_namespace,
 )
 
 __all__ = ["cross_entropy", "mse", "softmax"]
@@ -40,45 +40,45 @@ def softmax(x: Array, axis: int = 0) -> Array:
     array([[0.5, 1. ],
            [0.5, 0. ]])
     """
-    xp = resolve("softmax", {"x": x})
+    xp = resolve_namespace("softmax", {"x": x})
     number: Any = axis
     if not isinstance(number, int) or not -x.ndim <= axis < x.ndim:
         raise InputError(
             f"softmax: axis must be in {-x.ndim}..{x.ndim - 1} for x of shape {tuple(x.shape)}, found {axis}"
         )
-    return softmax_over(xp, x, axis)
+    return softmax_unchecked(xp, x, axis)
 
 
-def softmax_over(xp: Namespace, x: Array, axis: int) -> Array:
+def softmax_unchecked(xp: Namespace, x: Array, axis: int) -> Array:
     """`softmax` without its checks."""
-    _, e, total = _exponentials(xp, x, axis)
+    _, e, total = _shifted_exp(xp, x, axis)
     return e / total
 
 
-def _exponentials(xp: Namespace, x: Array, axis: int) -> tuple[Array, Array, Array]:
+def _shifted_exp(xp: Namespace, x: Array, axis: int) -> tuple[Array, Array, Array]:
     """x shifted by its maximum along the axis, its exponential, and the sum of that."""
     shifted = x - xp.max(x, axis=axis, keepdims=True) if x.shape[axis] else x
     e = xp.exp(shifted)
     return shifted, e, xp.sum(e, axis=axis, keepdims=True, dtype=x.dtype)
 
 
-def _weights(where: str, xp: Namespace, like: Array, shape: tuple[int, ...], mask: Any, weights: Any) -> Array:
+def _combine_weights(where: str, xp: Namespace, like: Array, shape: tuple[int, ...], mask: Any, weights: Any) -> Array:
     """mask and weights as one array of `shape`, of like's dtype."""
     w = xp.ones(shape, dtype=like.dtype, device=device_of(like))
     if mask is not None:
-        resolve(where, {}, {"logits": like, "mask": mask})
+        resolve_namespace(where, {}, {"logits": like, "mask": mask})
         check_shape(where, "mask", "(the shape of the targets)", mask, shape)
         if not xp.isdtype(mask.dtype, "bool"):
             raise InputError(f"{where}: mask must be boolean, found {mask.dtype}: pass numbers as weights")
         w = xp.where(mask, w, xp.zeros_like(w))
     if weights is not None:
-        resolve(where, {"prediction": like, "weights": weights})
+        resolve_namespace(where, {"prediction": like, "weights": weights})
         check_shape(where, "weights", "(the shape of the targets)", weights, shape)
         w = xp.where(w > 0, weights, xp.zeros_like(w))
     return w
 
 
-def _scale(xp: Namespace, where: str, w: Array, reduction: str) -> Array:
+def _reduction_factor(xp: Namespace, where: str, w: Array, reduction: str) -> Array:
     """The factor of a weighted sum: 1, or 1 over the total weight (0 where there is none)."""
     if reduction not in ("mean", "sum"):
         raise InputError(f"{where}: reduction must be 'mean' or 'sum', found {reduction!r}")
@@ -89,20 +89,20 @@ def _scale(xp: Namespace, where: str, w: Array, reduction: str) -> Array:
     return xp.where(total != 0, one / xp.where(total != 0, total, one), xp.zeros_like(one))
 
 
-def _classes(where: str, xp: Namespace, logits: Array, targets: Array, w: Array | None, axis: int) -> Array:
+def _check_class_indices(where: str, xp: Namespace, logits: Array, targets: Array, w: Array | None, axis: int) -> Array:
     """Integer targets, checked, with an axis of length 1 for the classes; those of weight 0 may be anything."""
     shape = tuple(s for k, s in enumerate(logits.shape) if k != axis)
     hint = "(logits without the class axis" + (f" {axis}; the article's layout needs axis=0)" if axis else ")")
     check_shape(where, "targets", hint, targets, shape)
     if w is not None:
         targets = xp.where(w != 0, targets, xp.zeros_like(targets))
-    check_integers(where, "targets", targets, logits.shape[axis])
+    check_index_bounds(where, "targets", targets, logits.shape[axis])
     return xp.expand_dims(as_index(xp, targets), axis=axis)
 
 
-def _of_classes(xp: Namespace, logits: Array, targets: Array, w: Array, axis: int) -> tuple[Array, Array]:
+def _from_indices(xp: Namespace, logits: Array, targets: Array, w: Array, axis: int) -> tuple[Array, Array]:
     """The weighted sum of -log p[target], and its gradient w (p - onehot)."""
-    shifted, e, total = _exponentials(xp, logits, axis)
+    shifted, e, total = _shifted_exp(xp, logits, axis)
     picked = xp.take_along_axis(shifted, targets, axis=axis)
     value = xp.sum(w * (xp.log(total) - picked), dtype=logits.dtype)
     gradient = e * (w / total)
@@ -115,9 +115,9 @@ def _of_classes(xp: Namespace, logits: Array, targets: Array, w: Array, axis: in
     return value, xp.where(hit, gradient - w, gradient)
 
 
-def _of_probabilities(xp: Namespace, logits: Array, wanted: Array, w: Array, axis: int) -> tuple[Array, Array]:
+def _from_probabilities(xp: Namespace, logits: Array, wanted: Array, w: Array, axis: int) -> tuple[Array, Array]:
     """The weighted sum of -wanted log p, and its gradient w (p sum(wanted) - wanted)."""
-    shifted, e, total = _exponentials(xp, logits, axis)
+    shifted, e, total = _shifted_exp(xp, logits, axis)
     # A class that is not wanted has no share, however small its probability: 0 * -inf would be nan.
     parts = xp.where(wanted != 0, wanted * (shifted - xp.log(total)), xp.zeros_like(e))
     mass = xp.sum(wanted, axis=axis, keepdims=True, dtype=logits.dtype)
@@ -155,25 +155,25 @@ def cross_entropy(
     (1.386294, array([ 0.125, -0.375,  0.125,  0.125]))
     """
     where = "cross_entropy"
-    xp = resolve(where, {"logits": logits}, {"targets": targets})
+    xp = resolve_namespace(where, {"logits": logits}, {"targets": targets})
     if logits.ndim == 0 or not -logits.ndim <= axis < logits.ndim:
         raise InputError(f"{where}: logits has shape {tuple(logits.shape)}, which has no axis {axis}")
     axis = axis % logits.ndim
     shape = tuple(s for k, s in enumerate(logits.shape) if k != axis)
-    w = _weights(where, xp, logits, shape, mask, weights)
+    w = _combine_weights(where, xp, logits, shape, mask, weights)
     some = mask is not None or weights is not None
     if some:  # padding may hold anything, and 0 * nan is nan
         logits = xp.where(xp.expand_dims(w != 0, axis=axis), logits, zeros(xp, (), logits))
-    scaled = xp.expand_dims(w * _scale(xp, where, w, reduction), axis=axis)
+    scaled = xp.expand_dims(w * _reduction_factor(xp, where, w, reduction), axis=axis)
     if is_integer(xp, targets):
-        classes = _classes(where, xp, logits, targets, w if some else None, axis)
-        return _of_classes(xp, logits, classes, scaled, axis)
+        classes = _check_class_indices(where, xp, logits, targets, w if some else None, axis)
+        return _from_indices(xp, logits, classes, scaled, axis)
     if xp.isdtype(targets.dtype, "bool"):
         dtype = str(logits.dtype).rpartition(".")[2]
         raise InputError(f"{where}: targets must be integer classes or {dtype} probabilities, found bool: convert them")
-    resolve(where, {"logits": logits, "targets": targets})
+    resolve_namespace(where, {"logits": logits, "targets": targets})
     check_shape(where, "targets", "(one-hot: the shape of logits)", targets, tuple(logits.shape))
-    return _of_probabilities(xp, logits, targets, scaled, axis)
+    return _from_probabilities(xp, logits, targets, scaled, axis)
 
 
 def mse(
@@ -203,13 +203,13 @@ def mse(
     >>> mse(np.asarray([1.0, 3.0]), np.asarray([1.0, 1.0]))
     (np.float64(2.0), array([0., 2.]))
     """
-    xp = resolve("mse", {"prediction": prediction, "target": target})
+    xp = resolve_namespace("mse", {"prediction": prediction, "target": target})
     check_shape("mse", "target", "(the shape of the prediction)", target, tuple(prediction.shape))
     if mask is not None and hasattr(mask, "ndim") and mask.ndim == prediction.ndim - 1:
         mask = xp.broadcast_to(mask[..., None], prediction.shape)
     if weights is not None and hasattr(weights, "ndim") and weights.ndim == prediction.ndim - 1:
         weights = xp.broadcast_to(weights[..., None], prediction.shape)
-    w = _weights("mse", xp, prediction, tuple(prediction.shape), mask, weights)
+    w = _combine_weights("mse", xp, prediction, tuple(prediction.shape), mask, weights)
     error = xp.where(w != 0, prediction - target, zeros(xp, (), prediction))
-    scaled = w * _scale(xp, "mse", w, reduction)
+    scaled = w * _reduction_factor(xp, "mse", w, reduction)
     return xp.sum(scaled * error * error, dtype=prediction.dtype), 2 * scaled * error

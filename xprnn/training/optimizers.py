@@ -13,8 +13,8 @@ from math import cos, pi
 from numbers import Real
 from typing import Any
 
-from xprnn.arrays.namespace import Array, InputError, Params, check_dicts, is_numpy, namespace, resolve
-from xprnn.arrays.sparse_gradient import SparseGradient, entries
+from xprnn.arrays.namespace import Array, InputError, Params, check_dicts, is_numpy, namespace, resolve_namespace
+from xprnn.arrays.sparse_gradient import SparseGradient, stored_values
 from xprnn.training.clipping import clip_by_global_norm, clip_by_value
 
 __all__ = [
@@ -30,8 +30,8 @@ __all__ = [
     "warmup",
 ]
 
-Rate = float | Callable[[int], float]
-_BLOCK = 1 << 15  # entries of a parameter updated at a time
+LearningRate = float | Callable[[int], float]
+_BLOCK_SIZE = 1 << 15  # entries of a parameter updated at a time
 OptState = dict[str, Any]  # "step": int, and moment name -> dict keyed like params
 
 
@@ -58,12 +58,12 @@ class Optimizer:
     name: str
     moments: tuple[str, ...]
     rule: Callable[..., Any]
-    rate: Rate
+    learning_rate: LearningRate
     sparse_rule: Callable[..., Any] | None = None
 
     def init(self, params: Params) -> OptState:
         """The state before the first step: zeros like each parameter."""
-        spaces = {k: resolve(f"{self.name}.init", {k: p}) for k, p in params.items()}
+        spaces = {k: resolve_namespace(f"{self.name}.init", {k: p}) for k, p in params.items()}
         zeros = {m: {k: spaces[k].zeros_like(p) for k, p in params.items()} for m in self.moments}
         return {"step": 0, **zeros}
 
@@ -83,7 +83,7 @@ class Optimizer:
         _check_keys(f"{self.name}.update", params, grads)
         _check_state(f"{self.name}.update", self.moments, params, state)
         # A Python number: one of NumPy's would widen float32 parameters to its own dtype.
-        rate = float(self.rate(state["step"]) if callable(self.rate) else self.rate)
+        rate = float(self.learning_rate(state["step"]) if callable(self.learning_rate) else self.learning_rate)
         step = state["step"] + 1
         out: Params = {}
         moments: dict[str, Params] = {m: {} for m in self.moments}
@@ -92,29 +92,29 @@ class Optimizer:
             old = tuple(state[m][key] for m in self.moments)
             g = grads[key]
             if isinstance(g, SparseGradient) and self.sparse_rule is not None:
-                out[key], new = _in_rows(self.sparse_rule, xp, p, g, old, rate, step)
+                out[key], new = _update_rows(self.sparse_rule, xp, p, g, old, rate, step)
             else:
-                g = g.dense() if isinstance(g, SparseGradient) else g
-                out[key], new = _in_blocks(self.rule, xp, p, g, old, rate, step)
+                g = g.to_dense() if isinstance(g, SparseGradient) else g
+                out[key], new = _update_blocks(self.rule, xp, p, g, old, rate, step)
             for m, value in zip(self.moments, new, strict=True):
                 moments[m][key] = value
         return out, {"step": step, **moments}
 
 
-def _in_rows(
+def _update_rows(
     rule: Callable[..., Any], xp: Any, p: Array, g: SparseGradient, old: tuple[Array, ...], rate: float, step: int
 ) -> tuple[Array, tuple[Array, ...]]:
     """The rule on the rows of the classes that occur."""
-    some, *before = (g.rows_of(a) for a in (p, *old))
-    first, more = _in_blocks(rule, xp, some, g.values, tuple(before), rate, step)
-    return g.replaced(p, first), tuple(g.replaced(a, rows) for a, rows in zip(old, more, strict=True))
+    some, *before = (g.take_rows(a) for a in (p, *old))
+    first, more = _update_blocks(rule, xp, some, g.values, tuple(before), rate, step)
+    return g.with_rows(p, first), tuple(g.with_rows(a, rows) for a, rows in zip(old, more, strict=True))
 
 
-def _in_blocks(
+def _update_blocks(
     rule: Callable[..., Any], xp: Any, p: Array, g: Array, old: tuple[Array, ...], rate: float, step: int
 ) -> tuple[Array, tuple[Array, ...]]:
     """The rule, which is elementwise, block by block: what it keeps for a moment then stays in the cache."""
-    if not is_numpy(xp) or p.size <= _BLOCK:
+    if not is_numpy(xp) or p.size <= _BLOCK_SIZE:
         return rule(xp, p, g, old, rate, step)  # type: ignore[no-any-return]
 
     def turned(a: Any) -> Any:
@@ -123,8 +123,8 @@ def _in_blocks(
     flat = [xp.ascontiguousarray(turned(a)).reshape(-1) for a in (p, g, *old)]
     new = [xp.empty(turned(p).shape, dtype=p.dtype) for _ in range(1 + len(old))]
     rows = [a.reshape(-1) for a in new]
-    for start in range(0, p.size, _BLOCK):
-        cut = slice(start, start + _BLOCK)
+    for start in range(0, p.size, _BLOCK_SIZE):
+        cut = slice(start, start + _BLOCK_SIZE)
         some, grad, *before = (a[cut] for a in flat)
         first, more = rule(xp, some, grad, tuple(before), rate, step)
         for row, value in zip(rows, (first, *more), strict=True):
@@ -139,7 +139,7 @@ def _check_keys(where: str, params: Params, grads: Params) -> None:
         raise InputError(f"{where}: params and grads must have the same keys, found {', '.join(odd)} in only one")
     for key, p in params.items():
         g = grads[key]
-        resolve(where, {f"params[{key!r}]": p, f"grads[{key!r}]": entries(g)})
+        resolve_namespace(where, {f"params[{key!r}]": p, f"grads[{key!r}]": stored_values(g)})
         if tuple(p.shape) != tuple(g.shape):
             raise InputError(f"{where}: the gradient of {key} has shape {tuple(g.shape)}, expected {tuple(p.shape)}")
 
@@ -154,25 +154,25 @@ def _check_state(where: str, moments: tuple[str, ...], params: Params, state: An
             raise InputError(f"{where}: state[{m!r}] must have the keys of params, found {', '.join(odd)} in only one")
 
 
-def _check_rate(where: str, rate: Any) -> None:
+def _check_learning_rate(where: str, rate: Any) -> None:
     if not callable(rate) and not (isinstance(rate, Real) and 0 <= float(rate) < float("inf")):
         raise InputError(f"{where}: learning_rate must be a number >= 0 or a function of the step, found {rate!r}")
 
 
-def _within(where: str, **values: float) -> None:
+def _check_unit_interval(where: str, **values: float) -> None:
     for name, value in values.items():
         if not 0 <= value < 1:
             raise InputError(f"{where}: {name} must be in [0, 1), found {value!r}")
 
 
-def sgd(learning_rate: Rate, momentum: float = 0.0, *, nesterov: bool = False) -> Optimizer:
+def sgd(learning_rate: LearningRate, momentum: float = 0.0, *, nesterov: bool = False) -> Optimizer:
     """Gradient descent: v = mu v + g;  p -= lr v  (with nesterov: p -= lr (g + mu v)).
 
     >>> sgd(0.1, momentum=0.9).moments
     ('velocity',)
     """
-    _check_rate("sgd", learning_rate)
-    _within("sgd", momentum=momentum)
+    _check_learning_rate("sgd", learning_rate)
+    _check_unit_interval("sgd", momentum=momentum)
     if nesterov and not momentum:
         raise InputError("sgd: nesterov needs a momentum > 0, found 0")
 
@@ -185,13 +185,13 @@ def sgd(learning_rate: Rate, momentum: float = 0.0, *, nesterov: bool = False) -
     return Optimizer("sgd", ("velocity",) if momentum else (), rule, learning_rate, None if momentum else rule)
 
 
-def adagrad(learning_rate: Rate = 0.01, eps: float = 1e-10) -> Optimizer:
+def adagrad(learning_rate: LearningRate = 0.01, eps: float = 1e-10) -> Optimizer:
     """Adagrad (Duchi et al. 2011): s += g^2;  p -= lr g / (sqrt(s) + eps).
 
     >>> adagrad().name
     'adagrad'
     """
-    _check_rate("adagrad", learning_rate)
+    _check_learning_rate("adagrad", learning_rate)
 
     def rule(xp: Any, p: Array, g: Array, old: Any, rate: float, step: int) -> Any:
         s = old[0] + g * g
@@ -200,14 +200,14 @@ def adagrad(learning_rate: Rate = 0.01, eps: float = 1e-10) -> Optimizer:
     return Optimizer("adagrad", ("sum",), rule, learning_rate, rule)
 
 
-def rmsprop(learning_rate: Rate = 0.01, decay: float = 0.99, eps: float = 1e-8) -> Optimizer:
+def rmsprop(learning_rate: LearningRate = 0.01, decay: float = 0.99, eps: float = 1e-8) -> Optimizer:
     """RMSProp (Hinton 2012): s = a s + (1-a) g^2;  p -= lr g / (sqrt(s) + eps).
 
     >>> rmsprop().name
     'rmsprop'
     """
-    _check_rate("rmsprop", learning_rate)
-    _within("rmsprop", decay=decay)
+    _check_learning_rate("rmsprop", learning_rate)
+    _check_unit_interval("rmsprop", decay=decay)
 
     def rule(xp: Any, p: Array, g: Array, old: Any, rate: float, step: int) -> Any:
         s = decay * old[0] + (1 - decay) * (g * g)
@@ -217,10 +217,10 @@ def rmsprop(learning_rate: Rate = 0.01, decay: float = 0.99, eps: float = 1e-8) 
 
 
 def _adam(
-    name: str, learning_rate: Rate, b1: float, b2: float, eps: float, decay: float = 0.0, lazy: bool = False
+    name: str, learning_rate: LearningRate, b1: float, b2: float, eps: float, decay: float = 0.0, lazy: bool = False
 ) -> Optimizer:
-    _check_rate(name, learning_rate)
-    _within(name, b1=b1, b2=b2)
+    _check_learning_rate(name, learning_rate)
+    _check_unit_interval(name, b1=b1, b2=b2)
 
     def rule(xp: Any, p: Array, g: Array, old: Any, rate: float, step: int, *, late: bool = False) -> Any:
         m = b1 * old[0] + (1 - b1) * g
@@ -235,7 +235,7 @@ def _adam(
 
 
 def adam(
-    learning_rate: Rate = 1e-3, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, *, lazy: bool = False
+    learning_rate: LearningRate = 1e-3, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, *, lazy: bool = False
 ) -> Optimizer:
     """Adam (Kingma & Ba 2015): m, v running means of g, g^2;  p -= lr m^ / (sqrt(v^) + eps), m^ and v^ bias-corrected.
 
@@ -252,7 +252,11 @@ def adam(
 
 
 def adamw(
-    learning_rate: Rate = 1e-3, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.01
+    learning_rate: LearningRate = 1e-3,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
 ) -> Optimizer:
     """AdamW (Loshchilov & Hutter 2019): Adam, after p has shrunk by lr * weight_decay.
 
@@ -271,7 +275,7 @@ def cosine(peak: float, steps: int, *, final: float = 0.0) -> Callable[[int], fl
     return lambda step: final + (peak - final) * 0.5 * (1 + cos(pi * min(step, steps) / max(1, steps)))
 
 
-def warmup(schedule: Rate, steps: int) -> Callable[[int], float]:
+def warmup(schedule: LearningRate, steps: int) -> Callable[[int], float]:
     """A schedule that rises linearly to `schedule` over the first `steps` steps.
 
     >>> warmup(1.0, 4)(1)

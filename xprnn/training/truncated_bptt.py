@@ -19,7 +19,7 @@ import numpy as np
 from xprnn.arrays.linear import zeros
 from xprnn.arrays.namespace import Array, InputError, Params, namespace
 
-__all__ = ["Window", "WindowGradients", "gradients", "windows"]
+__all__ = ["Window", "WindowGradients", "window_gradients", "windows"]
 
 
 class Window(NamedTuple):
@@ -27,8 +27,8 @@ class Window(NamedTuple):
 
     x: Array  # (context + fresh, N, ...)
     target: Any  # (fresh, N, ...) of the fresh steps; None in burn-in
-    fresh: int
-    advance: int  # steps from this window's start to the next one's
+    new_steps: int
+    stride: int  # steps from this window's start to the next one's
 
 
 class WindowGradients(NamedTuple):
@@ -39,20 +39,20 @@ class WindowGradients(NamedTuple):
     state: Any
 
 
-def _check(k1: Any, k2: Any, burn_in: Any) -> None:
+def _check_sizes(k1: Any, k2: Any, burn_in: Any) -> None:
     for name, value, least in (("k1", k1, 1), ("k2", k2, k1), ("burn_in", burn_in, 0)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
             floor = "k1" if name == "k2" else least
             raise InputError(f"windows: {name} must be an integer >= {floor}, found {value!r}")
 
 
-def _check_like(name: str, before: Any, now: Any) -> None:
+def _check_same_shape(name: str, before: Any, now: Any) -> None:
     if before is not None and tuple(before.shape[1:]) != tuple(now.shape[1:]):
         want, found = ("(" + ", ".join(map(str, ("any", *a.shape[1:]))) + ")" for a in (before, now))
         raise InputError(f"windows: {name} of every chunk must have the shape of the first, {want}, found {found}")
 
 
-def _pieces(chunks: Iterable[Any], sizes: Iterator[int]) -> Iterator[tuple[Array, Any, int]]:
+def _rechunk(chunks: Iterable[Any], sizes: Iterator[int]) -> Iterator[tuple[Array, Any, int]]:
     """(x, target, size asked for) of as many steps as asked for, the last perhaps shorter."""
     x: Any = None
     target: Any = None
@@ -64,8 +64,8 @@ def _pieces(chunks: Iterable[Any], sizes: Iterator[int]) -> Iterator[tuple[Array
             raise InputError(f"windows: a chunk has {chunk[0].shape[0]} steps of x but {chunk[1].shape[0]} of target")
         if not chunk[0].shape[0]:
             continue
-        _check_like("x", x, chunk[0])
-        _check_like("target", target, chunk[1])
+        _check_same_shape("x", x, chunk[0])
+        _check_same_shape("target", target, chunk[1])
         xp = namespace(chunk[0])
         x = chunk[0] if x is None or not x.shape[0] else xp.concat((x, chunk[0]))
         target = chunk[1] if target is None or not target.shape[0] else xp.concat((target, chunk[1]))
@@ -76,7 +76,7 @@ def _pieces(chunks: Iterable[Any], sizes: Iterator[int]) -> Iterator[tuple[Array
         yield x, target, want
 
 
-def _sizes(k1: int, burn_in: int) -> Iterator[int]:
+def _chunk_sizes(k1: int, burn_in: int) -> Iterator[int]:
     while burn_in:  # in pieces too: settling the state must not take more memory than training
         yield min(k1, burn_in)
         burn_in -= min(k1, burn_in)
@@ -105,14 +105,14 @@ def windows(chunks: Iterable[Any], k1: int, k2: int | None = None, burn_in: int 
     [([0, 1, 2], 3, 2), ([2, 3, 4, 5], 3, 3), ([5, 6, 7], 2, 2)]
     """
     k2 = k1 if k2 is None else k2
-    _check(k1, k2, burn_in)
+    _check_sizes(k1, k2, burn_in)
     return _windows(chunks, k1, k2 - k1, burn_in)
 
 
 def _windows(chunks: Iterable[Any], k1: int, context: int, burn_in: int) -> Iterator[Window]:
     held: Any = None
     left = burn_in
-    for x, target, _ in _pieces(chunks, _sizes(k1, burn_in)):
+    for x, target, _ in _rechunk(chunks, _chunk_sizes(k1, burn_in)):
         fresh = x.shape[0]
         if left:
             left -= fresh
@@ -124,7 +124,7 @@ def _windows(chunks: Iterable[Any], k1: int, context: int, burn_in: int) -> Iter
         held = whole[advance:, ...]
 
 
-def gradients(
+def window_gradients(
     model: Any, params: Params, window: Window, state: Any, loss: Callable[[Array, Any], tuple[Array, Array]]
 ) -> WindowGradients:
     """The loss of a window's fresh steps, its gradients through the whole window, and the state for the next one.
@@ -148,24 +148,24 @@ def gradients(
     >>> stream = ((rng.standard_normal((10, 1, 2)), rng.standard_normal((10, 1, 3))) for _ in range(4))
     >>> state, seen = None, 0
     >>> for window in windows(stream, k1=8, k2=16, burn_in=5):
-    ...     value, dparams, state = gradients(model, params, window, state, xprnn.mse)
+    ...     value, dparams, state = window_gradients(model, params, window, state, xprnn.mse)
     ...     seen += 0 if value is None else window.fresh
     >>> seen
     35
     """
-    for part in getattr(model, "parts", {"": model}).values():
+    for part in getattr(model, "layers", {"": model}).values():
         for name in ("batch_first", "bidirectional", "reverse"):
             if getattr(part, name, False):
                 raise InputError(f"bptt.gradients: windows walk forward in time, time first: the model has {name}=True")
     if window.target is None:
         return WindowGradients(None, None, model(params, window.x, state)[1])
     y, final, tape = model.forward(params, window.x, state)
-    context = window.x.shape[0] - window.fresh
+    context = window.x.shape[0] - window.new_steps
     value, dy = loss(y[context:, ...], window.target)
     if context:
         xp = namespace(dy)
         dy = xp.concat((zeros(xp, (context, *dy.shape[1:]), dy), dy))
     dparams = model.backward(tape, dy).dparams
-    if window.advance < window.x.shape[0]:
-        final = model(params, window.x[: window.advance, ...], state)[1] if window.advance else state
+    if window.stride < window.x.shape[0]:
+        final = model(params, window.x[: window.stride, ...], state)[1] if window.stride else state
     return WindowGradients(value, dparams, final)

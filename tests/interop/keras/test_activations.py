@@ -27,14 +27,14 @@ OTHERS = {"glu", "softmax", "log_softmax", "sparsemax", "threshold"}  # along an
 @pytest.fixture(scope="module")
 def keras():
     """Keras on JAX, in float64."""
-    return keras_models.on_jax()
+    return keras_models.keras_on_jax()
 
 
 def compare(rng, keras, theirs, source=None):
     """Outputs and the gradient of the input are Keras's; the model and its parameters."""
     import jax
 
-    keras_models.draw(rng, theirs)
+    keras_models.randomize_weights(rng, theirs)
     model, params = xprnn.from_keras(theirs if source is None else source(theirs))
     x = rng.normal(size=(N, T, D))
     y, _, tape = model.forward(params, x)
@@ -91,14 +91,14 @@ def test_layers_of_activations(keras, rng):
     L = keras.layers
     theirs = keras.Sequential([L.Input((None, D)), L.SimpleRNN(3, return_sequences=True), L.ReLU(max_value=6.0)])
     model, *_ = compare(rng, keras, theirs)
-    assert list(model.parts.values())[-1] == xprnn.Apply("relu6")
+    assert list(model.layers.values())[-1] == xprnn.ActivationLayer("relu6")
 
 
 @pytest.mark.needs("onnx", "onnxruntime")
 @pytest.mark.parametrize("name", ["selu", "gelu"])  # all of them, without Keras: test_onnx_scan
 def test_goes_out_to_onnx(keras, rng, name):
     """Keras -> xprnn -> ONNX -> ONNX Runtime, and back."""
-    from support.onnx_cases import onnx_runtime
+    from support.onnx_cases import run_onnxruntime
 
     L = keras.layers
     inner = {"activation": name} if name in TELLING[:-1] else {}
@@ -109,7 +109,7 @@ def test_goes_out_to_onnx(keras, rng, name):
     single = {k: a.astype(np.float32) for k, a in params.items()}
     proto = xprnn.to_onnx(model, single)
     scale = max(1.0, float(np.abs(y).max()))
-    np.testing.assert_allclose(onnx_runtime(proto, {"x": x})["y"], y, atol=2e-5 * scale)
+    np.testing.assert_allclose(run_onnxruntime(proto, {"x": x})["y"], y, atol=2e-5 * scale)
     back, found = xprnn.from_onnx(proto)
     assert back == model
     assert all(np.array_equal(found[k], a) for k, a in single.items())

@@ -285,5 +285,5 @@ def test_use(tmp_path, monkeypatch):
 def test_a_mask_goes_on_behind_two_directions(tmp_path):
     """Not hostile: the last layer of the recorded model, told to hold outputs, does so only if the mask is there."""
     path = with_config(tmp_path / "m.keras", option("zero_output_for_mask", False), "masks_go_on")
-    kinds = [type(part).__name__ for part in xprnn.from_keras(path)[0].parts.values()]
-    assert kinds == ["Masking", "GRU", "Merge", "LSTM", "Hold", "Linear", "Softmax"]
+    kinds = [type(part).__name__ for part in xprnn.from_keras(path)[0].layers.values()]
+    assert kinds == ["Masking", "GRU", "MergeDirections", "LSTM", "HoldLastOutput", "Linear", "Softmax"]

@@ -22,13 +22,13 @@ def numbers(stem):
 
 
 def test_every_model_is_recorded():
-    assert sorted([*keras_models.NAMES, "lstm_stack_float32"]) == STEMS
+    assert sorted([*keras_models.MODEL_NAMES, "lstm_stack_float32"]) == STEMS
 
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_outputs_and_gradients_are_those_of_keras(stem):
     model, params = xprnn.from_keras(FILES / f"{stem}.keras")
-    keras_models.check(model, params, numbers(stem), 2e-6 if stem.endswith("float32") else 1e-10)
+    keras_models.assert_matches_keras(model, params, numbers(stem), 2e-6 if stem.endswith("float32") else 1e-10)
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -36,7 +36,7 @@ def test_on_every_array_library(xp, stem):
     dtype = "float32" if stem.endswith("float32") else xp.float_dtypes[0]
     found, like = numbers(stem), xp.asarray(np.zeros(1), dtype)
     model, params = xprnn.from_keras(str(FILES / f"{stem}.keras"), like=like)
-    xp.assert_home(params, like)
+    xp.assert_like(params, like)
     ids = found["x"].dtype.kind == "i"
     y, _ = model(params, xp.asarray(found["x"], None if ids else dtype))
     wanted = tuple(found[f"y{k}"] for k in range(2)) if isinstance(y, tuple) else found["y0"]
@@ -53,7 +53,7 @@ def test_weights_with_an_architecture_beside_them(config):
         "keras file": str(FILES / "lstm_stack.keras"),
     }[config]
     model, params = xprnn.from_keras(FILES / "lstm_stack.weights.h5", config=given)
-    keras_models.check(model, params, numbers("lstm_stack"), 1e-10)
+    keras_models.assert_matches_keras(model, params, numbers("lstm_stack"), 1e-10)
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -62,7 +62,7 @@ def test_files_of_our_own_and_fresh_weights(rng, tmp_path, stem):
     xprnn.save(tmp_path / "m.safetensors", model, params)
     again, read = xprnn.load(tmp_path / "m.safetensors")
     assert again == model
-    keras_models.check(again, read, numbers(stem), 2e-6 if stem.endswith("float32") else 1e-10)
+    keras_models.assert_matches_keras(again, read, numbers(stem), 2e-6 if stem.endswith("float32") else 1e-10)
     fresh = model.init(rng, like=np.zeros(0))
     assert {k: a.shape for k, a in fresh.items()} == {k: a.shape for k, a in params.items()}
 
@@ -80,11 +80,20 @@ def test_one_layer_alone_is_that_layer(rng):
 
 def test_parts_have_keras_own_names():
     model, _ = xprnn.from_keras(FILES / "gru_masked_backwards.keras")
-    kinds = [type(part).__name__ for part in model.parts.values()]
-    assert kinds == ["Masking", "GRU", "Hold", "Flip", "GRU", "Hold", "Linear", "Apply"]
-    first, second = (part for part in model.parts.values() if isinstance(part, xprnn.GRU))
+    kinds = [type(part).__name__ for part in model.layers.values()]
+    assert kinds == [
+        "Masking",
+        "GRU",
+        "HoldLastOutput",
+        "ReverseTime",
+        "GRU",
+        "HoldLastOutput",
+        "Linear",
+        "ActivationLayer",
+    ]
+    first, second = (part for part in model.layers.values() if isinstance(part, xprnn.GRU))
     assert (first.reverse, first.reset_after, second.reverse, second.reset_after) == (True, True, False, False)
-    names = list(model.parts)
+    names = list(model.layers)
     assert names[2] == f"{names[1]}_hold"
     assert names[3] == f"{names[1]}_order"
     assert names[-1] == f"{names[-2]}_activation"

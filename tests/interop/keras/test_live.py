@@ -24,7 +24,7 @@ ACTIVATIONS = ("tanh", "sigmoid", "linear", "softsign", "softplus", "hard_sigmoi
 @pytest.fixture(scope="module")
 def keras():
     """Keras on JAX, in float64."""
-    return keras_models.on_jax()
+    return keras_models.keras_on_jax()
 
 
 @st.composite
@@ -110,7 +110,7 @@ def test_random_architectures(keras, part):
         keras.backend.clear_session()
         rng = np.random.default_rng(drawn_seed)
         model = built(keras, source, layers, between, head)
-        keras_models.draw(rng, model)
+        keras_models.randomize_weights(rng, model)
         ours, params = xprnn.from_keras(model)
         x = data(rng, source)
         y, _ = ours(params, x)
@@ -123,10 +123,10 @@ def test_random_architectures(keras, part):
 
 @pytest.mark.parametrize("name", ["gru_masked_backwards", "pair_with_states"])
 def test_gradients(keras, rng, name):
-    model = keras_models.layers_of(keras, name)
-    keras_models.draw(rng, model)
-    found = keras_models.ask(keras, model, keras_models.inputs(rng, name, "float64"), rng)
-    keras_models.check(*xprnn.from_keras(model), found, 1e-10)
+    model = keras_models.build_model(keras, name)
+    keras_models.randomize_weights(rng, model)
+    found = keras_models.keras_results(keras, model, keras_models.random_inputs(rng, name, "float64"), rng)
+    keras_models.assert_matches_keras(*xprnn.from_keras(model), found, 1e-10)
 
 
 def test_a_stateful_layer_is_handed_its_state(keras, rng):
@@ -134,7 +134,7 @@ def test_a_stateful_layer_is_handed_its_state(keras, rng):
     L = keras.layers
     layers = [L.Input(batch_shape=(N, T, D)), L.LSTM(3, stateful=True, return_sequences=True), L.GRU(2, stateful=True)]
     theirs = keras.Sequential(layers)
-    keras_models.draw(rng, theirs)
+    keras_models.randomize_weights(rng, theirs)
     model, params = xprnn.from_keras(theirs)
     state = None
     for _ in range(3):
@@ -146,12 +146,12 @@ def test_a_stateful_layer_is_handed_its_state(keras, rng):
 def test_files_it_writes_now(keras, rng, tmp_path):
     """The recorded files may grow old: what the Keras of today writes is read too."""
     for name in ("bidirectional", "stacked_cells"):
-        model = keras_models.layers_of(keras, name)
-        keras_models.draw(rng, model)
+        model = keras_models.build_model(keras, name)
+        keras_models.randomize_weights(rng, model)
         model.compile("adam", "mse")
         model.save(tmp_path / "m.keras")
         model.save_weights(tmp_path / "m.weights.h5")
-        x = keras_models.inputs(rng, name, "float64")
+        x = keras_models.random_inputs(rng, name, "float64")
         want = np.asarray(model(x))
         for source, config in ((tmp_path / "m.keras", None), (tmp_path / "m.weights.h5", model.to_json())):
             ours, params = xprnn.from_keras(source, config=config)

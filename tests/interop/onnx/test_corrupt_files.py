@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from support.corrupt_files import NUMBERS, bent
+from support.corrupt_files import BOUNDARY_NUMBERS, corrupt_bytes
 
 import xprnn
 
@@ -154,7 +154,7 @@ def lying(proto, r):
     copy.CopyFrom(proto)
     node, weight = r.choice(copy.graph.node), r.choice(copy.graph.initializer)
     value = r.choice(list(copy.graph.input) + list(copy.graph.output))
-    whole = [n for n in NUMBERS if isinstance(n, int) and abs(n) < 2**63]
+    whole = [n for n in BOUNDARY_NUMBERS if isinstance(n, int) and abs(n) < 2**63]
     match r.randrange(8):
         case 0:
             weight.dims[:] = [r.choice(whole) for _ in range(r.randrange(4))]
@@ -173,7 +173,7 @@ def lying(proto, r):
         case 6 if value.type.tensor_type.shape.dim:
             r.choice(value.type.tensor_type.shape.dim).dim_value = r.choice(whole)
         case _:
-            weight.raw_data = bent(weight.raw_data, r)
+            weight.raw_data = corrupt_bytes(weight.raw_data, r)
     return copy
 
 
@@ -184,7 +184,7 @@ def test_fuzzed_files(good, tmp_path, kind):
     content = proto.SerializeToString()
     for seed in range(300):
         r = random.Random(seed)
-        bad = bent(content, r) if kind == "bytes" else lying(proto, r).SerializeToString()
+        bad = corrupt_bytes(content, r) if kind == "bytes" else lying(proto, r).SerializeToString()
         (tmp_path / "bad.onnx").write_bytes(bad)
         try:
             model, params = xprnn.from_onnx(tmp_path / "bad.onnx", like=np.zeros(1, np.float32))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.onnx_cases import onnx_runtime
-from support.onnx_models import MODELS
+from support.onnx_cases import run_onnxruntime
+from support.onnx_models import OPERATOR_MODELS
 
 import xprnn
 
@@ -23,7 +23,7 @@ STREAMS = [
     "of many parts",
     "bent",
 ]
-each_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+each_model = pytest.mark.parametrize("model", OPERATOR_MODELS.values(), ids=OPERATOR_MODELS)
 
 
 def trained(rng, model, like):
@@ -33,13 +33,13 @@ def trained(rng, model, like):
 
 
 def batch_first(model):
-    parts = getattr(model, "parts", {"": model}).values()
+    parts = getattr(model, "layers", {"": model}).values()
     return any(getattr(p, "batch_first", False) for p in parts)
 
 
 def sequence(rng, model, steps, rows):
     lead = (rows, steps) if batch_first(model) else (steps, rows)
-    if "words" in getattr(model, "parts", {}):
+    if "words" in getattr(model, "layers", {}):
         return rng.integers(0, 7, lead)
     return rng.standard_normal((*lead, 3)).astype(np.float32)
 
@@ -90,24 +90,24 @@ def test_onnx_runtime_gives_the_same_numbers(rng, model, tmp_path):
     for steps, rows in ((6, 3), (1, 1), (9, 2)):
         x = sequence(rng, model, steps, rows)
         y, state = model(params, x)
-        close(onnx_runtime(str(path), {"x": x}), y, state)
+        close(run_onnxruntime(str(path), {"x": x}), y, state)
         lengths = rng.integers(1, steps + 1, rows)
         y, state = model(params, x, state, lengths=lengths)
         given = {"x": x, "lengths": lengths.astype(np.int32), **renamed(model(params, x)[1], "initial")}
-        close(onnx_runtime(str(path), given), y, state)
+        close(run_onnxruntime(str(path), given), y, state)
 
 
 @pytest.mark.needs("onnxruntime")
 @pytest.mark.parametrize("name", STREAMS)
 def test_states_stream(rng, name):
     """Chunks, each from the final state before it, are the whole."""
-    model = MODELS[name]
+    model = OPERATOR_MODELS[name]
     params = trained(rng, model, np.zeros(1, np.float32))
     x = sequence(rng, model, 7, 2)
     want, _ = model(params, x)
     content, state, got = xprnn.to_onnx(model, params).SerializeToString(), {}, []
     for a, b in ((0, 3), (3, 4), (4, 7)):
-        out = onnx_runtime(content, {"x": x[a:b], **state})
+        out = run_onnxruntime(content, {"x": x[a:b], **state})
         got.append(out.pop("y"))
         state = {k.replace("final", "initial"): v for k, v in out.items()}
     near(np.concatenate(got), want)
@@ -161,7 +161,7 @@ def test_any_model_goes_around(seed):
     x, lengths = r.standard_normal((*lead, width)).astype(np.float32), r.integers(1, steps + 1, rows)
     y, _ = model(params, x, lengths=lengths)
     proto = xprnn.to_onnx(model, params)
-    near(onnx_runtime(proto, {"x": x, "lengths": lengths.astype(np.int32)})["y"], y)
+    near(run_onnxruntime(proto, {"x": x, "lengths": lengths.astype(np.int32)})["y"], y)
     assert xprnn.from_onnx(proto)[0] == model
     del proto.metadata_props[:]
     back, found = xprnn.from_onnx(proto)
@@ -187,7 +187,7 @@ def test_from_any_array_library(xp):
     model = xprnn.LSTM(3, 4)
     rng = np.random.default_rng(1)
     params = trained(rng, model, np.zeros(1, np.float32))
-    with xp.converting():
+    with xp.allow_host_conversion():
         proto = xprnn.to_onnx(model, xp.asarray(params))
     back, found = xprnn.from_onnx(proto, like=xp.asarray(np.zeros(1, np.float32)))
     assert back == model
@@ -212,11 +212,11 @@ def test_inputs_may_be_required(rng):
     x, state = sequence(rng, model, 4, 2), (np.ones((1, 2, 4), np.float32), np.zeros((1, 2, 4), np.float32))
     y, final = model(params, x, state, lengths=[4, 1])
     given = {"x": x, "lengths": np.asarray([4, 1], np.int32), **renamed(state, "initial")}
-    close(onnx_runtime(proto, given), y, final)
+    close(run_onnxruntime(proto, given), y, final)
     assert xprnn.from_onnx(proto)[0] == model
     without = xprnn.to_onnx(model, params, lengths=False)
     assert "lengths" not in {i.name for i in without.graph.input}
-    close(onnx_runtime(without, {"x": x}), *model(params, x))
+    close(run_onnxruntime(without, {"x": x}), *model(params, x))
 
 
 def test_bad_arguments(rng, tmp_path):

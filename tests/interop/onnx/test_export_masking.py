@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.onnx_cases import onnx_runtime
-from support.onnx_layer_models import MODELS
+from support.onnx_cases import run_onnxruntime
+from support.onnx_layer_models import COMPOSITE_MODELS
 
 import xprnn
-from xprnn import Apply, Flip, Hold, Last, Linear, Masking, Merge, Sequential
-from xprnn.interop.onnx.graph_model import Graph
+from xprnn import ActivationLayer, HoldLastOutput, LastStep, Linear, Masking, MergeDirections, ReverseTime, Sequential
+from xprnn.interop.onnx.graph_model import GraphModel
 
 pytestmark = pytest.mark.needs("onnx")
 FLOAT32 = np.zeros(0, np.float32)
 
 
-each_model = pytest.mark.parametrize("name", MODELS)
+each_model = pytest.mark.parametrize("name", COMPOSITE_MODELS)
 OF_ONES_OWN = {"own cell", "own activation", "own activation before the product", "last of both ways of anything"}
 
 
@@ -25,13 +25,13 @@ def trained(rng, model, dtype=np.float32):
 
 
 def batch_first(model):
-    parts = getattr(model, "parts", {"": model}).values()
+    parts = getattr(model, "layers", {"": model}).values()
     return any(getattr(p, "batch_first", False) for p in parts)
 
 
 def sequence(rng, name, steps, rows, dtype=np.float32):
     """With padding of the kind that the model looks for, one row of nothing else."""
-    lead = (rows, steps) if batch_first(MODELS[name]) else (steps, rows)
+    lead = (rows, steps) if batch_first(COMPOSITE_MODELS[name]) else (steps, rows)
     padding = rng.random(lead) < 0.35
     padding[(0, ...) if lead[0] == rows else (..., 0)] |= rows > 2
     if name == "masked words":
@@ -65,7 +65,7 @@ def check(proto, model, params, x, tolerance, **flags):
     if flags.get("state") is not None:
         names = [i.name for i in proto.graph.input if "initial" in i.name]
         given |= dict(zip(names, arrays(flags["state"]), strict=True))
-    found = onnx_runtime(proto, given)
+    found = run_onnxruntime(proto, given)
     for have, want in zip(found.values(), [y, *arrays(final)], strict=True):
         assert have.shape == want.shape
         np.testing.assert_allclose(have, want, rtol=0, atol=tolerance * max(1.0, float(np.abs(want).max(initial=0))))
@@ -75,7 +75,7 @@ def check(proto, model, params, x, tolerance, **flags):
 @each_model
 def test_onnx_runtime_gives_the_same_numbers(rng, name):
     """Alone, ragged, from a state, for sizes that the file was never told."""
-    model = MODELS[name]
+    model = COMPOSITE_MODELS[name]
     params = trained(rng, model)
     proto = xprnn.to_onnx(model, params)
     for steps, rows in ((6, 3), (1, 1), (9, 2)):
@@ -91,7 +91,7 @@ def test_onnx_runtime_gives_the_same_numbers(rng, name):
 )
 def test_scans_run_in_float64(rng, name):
     """ONNX Runtime's recurrent operators are float32 alone; a Scan is not, and shows each last place."""
-    model = MODELS[name]
+    model = COMPOSITE_MODELS[name]
     params = trained(rng, model, np.float64)
     proto = xprnn.to_onnx(model, params, dtype="float64")
     x = sequence(rng, name, 5, 4, np.float64)
@@ -101,7 +101,7 @@ def test_scans_run_in_float64(rng, name):
 
 @each_model
 def test_comes_back_bit_for_bit(rng, name):
-    model = MODELS[name]
+    model = COMPOSITE_MODELS[name]
     params = trained(rng, model)
     for options in ({}, {"lengths": False}, {"dtype": "float64"}, {"optional": False}):
         if "optional" in options and any(k.startswith(("initial", "b.initial")) for k in params):
@@ -109,7 +109,7 @@ def test_comes_back_bit_for_bit(rng, name):
         proto = xprnn.to_onnx(model, params, **options)
         back, found = xprnn.from_onnx(proto)
         if name in OF_ONES_OWN:
-            assert isinstance(back, Graph)
+            assert isinstance(back, GraphModel)
             continue
         assert back == model or repr(back) == repr(model)  # nan is not itself
         assert list(found) == list(params)
@@ -120,15 +120,15 @@ def test_comes_back_bit_for_bit(rng, name):
 @each_model
 def test_a_graph_without_our_word_runs_here(rng, name, xp):
     """The operators alone, on every array library: the same numbers."""
-    model = MODELS[name]
+    model = COMPOSITE_MODELS[name]
     host = trained(rng, model)
     proto = xprnn.to_onnx(model, host)
     del proto.metadata_props[:]
     back, found = xprnn.from_onnx(proto, like=xp.asarray(FLOAT32))
     x, lengths = sequence(rng, name, 5, 4), np.asarray([5, 1, 2, 4])
     want, _ = model(host, x, lengths=lengths)
-    with xp.converting():
-        if isinstance(back, Graph):
+    with xp.allow_host_conversion():
+        if isinstance(back, GraphModel):
             y = back(found, {"x": xp.asarray(x), "lengths": xp.asarray(lengths.astype(np.int32))})["y"]
         else:
             y, _ = back(found, xp.asarray(x), lengths=lengths)
@@ -157,17 +157,17 @@ def exclusive(proto):
 )
 def test_a_graph_that_was_changed_is_not_taken_for_the_model(rng, change):
     """Its metadata still says that it is."""
-    model = MODELS["masked"]
+    model = COMPOSITE_MODELS["masked"]
     params = trained(rng, model)
     proto = xprnn.to_onnx(model, params)
     assert xprnn.from_onnx(proto)[0] == model
     change(proto)
-    assert isinstance(xprnn.from_onnx(proto)[0], Graph)
+    assert isinstance(xprnn.from_onnx(proto)[0], GraphModel)
 
 
 def test_other_weights_are_the_models(rng):
     """A file whose weights were changed is still one of ours, with these weights."""
-    model = MODELS["projected"]
+    model = COMPOSITE_MODELS["projected"]
     params = trained(rng, model)
     proto = xprnn.to_onnx(model, params)
     tensor = next(t for t in proto.graph.initializer if t.name.endswith("weight_hr"))
@@ -184,16 +184,16 @@ def test_other_weights_are_the_models(rng):
         '{"type": "LSTM", "input_size": 3, "hidden_size": 4, "proj_size": 2}',
         '{"type": "RNN", "input_size": 3, "hidden_size": 4, "num_layers": 1000000000}',
         '{"type": "RNN", "input_size": 3, "hidden_size": 1000000000}',
-        '{"type": "Sequential", "parts": {"a": {"type": "Around", "hidden_size": 2}}}',
-        '{"type": "Sequential", "parts": {"a": {"type": "Merge", "hidden_size": 2, "mode": "pair"}}}',
+        '{"type": "Sequential", "layers": {"a": {"type": "ContextShift", "hidden_size": 2}}}',
+        '{"type": "Sequential", "layers": {"a": {"type": "MergeDirections", "hidden_size": 2, "mode": "pair"}}}',
     ],
 )
 def test_a_lie_beside_a_graph_costs_nothing(rng, lie):
-    for model in (xprnn.RNN(3, 4), MODELS["projected"]):
+    for model in (xprnn.RNN(3, 4), COMPOSITE_MODELS["projected"]):
         proto = xprnn.to_onnx(model, trained(rng, model))
         proto.metadata_props[0].value = lie
         back, _ = xprnn.from_onnx(proto)
-        assert back == model if model == xprnn.RNN(3, 4) else isinstance(back, Graph)
+        assert back == model if model == xprnn.RNN(3, 4) else isinstance(back, GraphModel)
 
 
 def test_names_of_nested_states():
@@ -217,9 +217,16 @@ def drawn(r):
             kinds += [xprnn.LSTM(width, h, proj_size=p, **way, **time) for p in (0, 1)]
         else:
             walk = ("forward", "reverse", "both")[int(r.integers(3 if width % 2 == 0 else 2))]
-            kinds = [Masking(), Hold(walk=walk, **time), Flip(flags=bool(r.integers(2)), **time), Apply("softsign")]
-            kinds += [Linear(width, h)] + ([Sequential(merge=Merge(width // 2, "ave"))] if width % 2 == 0 else [])
-            kinds += [Last(walk=walk, valid=bool(r.integers(2)), **time)] * 2 if k == 4 else []
+            kinds = [
+                Masking(),
+                HoldLastOutput(direction=walk, **time),
+                ReverseTime(reverse_mask=bool(r.integers(2)), **time),
+                ActivationLayer("softsign"),
+            ]
+            kinds += [Linear(width, h)] + (
+                [Sequential(merge=MergeDirections(width // 2, "ave"))] if width % 2 == 0 else []
+            )
+            kinds += [LastStep(direction=walk, valid_only=bool(r.integers(2)), **time)] * 2 if k == 4 else []
         part = kinds[r.integers(len(kinds))]
         width = width // 2 if isinstance(part, Sequential) else getattr(part, "output_size", width)
         width = getattr(part, "out_features", width)
@@ -244,7 +251,7 @@ def test_any_chain_goes_around(seed):
     assert all(np.array_equal(found[k], params[k]) for k in params)
 
 
-class Strange(xprnn.layers.base.Part):
+class Strange(xprnn.layers.base.StatelessLayer):
     """A part of one's own."""
 
 
@@ -259,9 +266,9 @@ def choosing(xp):
 def test_what_cannot_be_written_is_said_all_at_once(rng):
     model = Sequential(
         a=xprnn.RNN(3, 4, nonlinearity=xprnn.Activation("cumulated", cumulated)),
-        b=Apply(xprnn.Activation("choosing", choosing)),
+        b=ActivationLayer(xprnn.Activation("choosing", choosing)),
         c=Strange(),
-        d=Sequential(e=xprnn.GRU(4, 4, batch_first=True, bidirectional=True), f=Merge(4, "pair")),
+        d=Sequential(e=xprnn.GRU(4, 4, batch_first=True, bidirectional=True), f=MergeDirections(4, "pair")),
     )
     with pytest.raises(xprnn.InputError) as caught:
         xprnn.to_onnx(model, model.init(rng, like=FLOAT32))
@@ -275,7 +282,7 @@ def test_what_cannot_be_written_is_said_all_at_once(rng):
         assert reason in str(caught.value)
     for parts, reason in (
         (
-            {"a": xprnn.RNN(3, 4), "b": Last(), "s": Strange(), "c": Hold()},
+            {"a": xprnn.RNN(3, 4), "b": LastStep(), "s": Strange(), "c": HoldLastOutput()},
             "c: behind b, a Last, there is no time to walk in",
         ),
         ({"a": Linear(3, 4)}, "there is no recurrent layer"),

@@ -6,10 +6,10 @@ import itertools
 
 import numpy as np
 import pytest
-from support.onnx_cases import onnx_runtime
+from support.onnx_cases import run_onnxruntime
 
 import xprnn
-from xprnn.cells.activations import OF_INPUT, activation, names
+from xprnn.cells.activations import FROM_INPUT, activation, activation_names
 
 pytestmark = pytest.mark.needs("onnx", "onnxruntime")
 T, N, D = 4, 2, 3
@@ -56,9 +56,9 @@ def test_scan(rng, xp, axes):
         proto, shapes = built([a % 3 for a in axes], backs, out_axis % 3, out_back, outer)
         sizes = {"s0": (N, D), "p0": (N, D), **shapes}
         given = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in sizes.items()}
-        want = onnx_runtime(proto, given)
+        want = run_onnxruntime(proto, given)
         model, params = xprnn.from_onnx(proto, like=xp.asarray(np.zeros(0, np.float32)))
-        with xp.converting():
+        with xp.allow_host_conversion():
             found = model(params, {k: xp.asarray(a) for k, a in given.items()})
         xp.assert_close(found, want, condition=60)
 
@@ -86,36 +86,47 @@ def test_gather_elements(rng, xp, axis):
     ids = rng.integers(-x.shape[axis], x.shape[axis], (3, 2, 4))
     model, params = xprnn.from_onnx(proto, like=xp.asarray(np.zeros(0, np.float32)))
     y = model(params, {"x": xp.asarray(x), "ids": xp.asarray(ids)})
-    xp.assert_close(y, onnx_runtime(proto, {"x": x, "ids": ids})["y"], condition=0)
+    xp.assert_close(y, run_onnxruntime(proto, {"x": x, "ids": ids})["y"], condition=0)
 
 
 def test_the_last_step_of_a_graph_with_lengths_is_no_rows_own_last_step(rng):
     """y[-1] of a layer whose rows end early is 0 there: ONNX Runtime says so, and so does what is read."""
-    model = xprnn.Sequential(rnn=xprnn.GRU(3, 4), last=xprnn.Last(valid=False), head=xprnn.Linear(4, 2))
+    model = xprnn.Sequential(rnn=xprnn.GRU(3, 4), last=xprnn.LastStep(valid_only=False), head=xprnn.Linear(4, 2))
     params = model.init(rng, like=np.zeros(0, np.float32))
     proto = xprnn.to_onnx(model, params)
     x, lengths = rng.standard_normal((5, 3, 3)).astype(np.float32), [2, 5, 1]
-    want = onnx_runtime(proto, {"x": x, "lengths": np.asarray(lengths, np.int32)})["y"]
+    want = run_onnxruntime(proto, {"x": x, "lengths": np.asarray(lengths, np.int32)})["y"]
     for _ in range(2):
         back, found = xprnn.from_onnx(proto)
-        assert back.parts["last"] == xprnn.Last(valid=False)
+        assert next(p for p in back.layers.values() if isinstance(p, xprnn.LastStep)) == xprnn.LastStep(
+            valid_only=False
+        )
         np.testing.assert_allclose(back(found, x, lengths=lengths)[0], want, atol=1e-6)
         del proto.metadata_props[:]  # the graph alone says it too
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", activation_names())
 def test_every_activation_goes_out(rng, name):
     """In Apply, in a layer of its operator or of a Scan, and before a product."""
-    parts = {"rnn": xprnn.GRU(3, 4), "bend": xprnn.Apply(name), "head": xprnn.Linear(4, 2), "end": xprnn.Apply(name)}
-    if name not in OF_INPUT:
+    parts = {
+        "rnn": xprnn.GRU(3, 4),
+        "bend": xprnn.ActivationLayer(name),
+        "head": xprnn.Linear(4, 2),
+        "end": xprnn.ActivationLayer(name),
+    }
+    if name not in FROM_INPUT:
         low = xprnn.GRU(3, 4, cell=xprnn.cells.gru_reset_before(candidate=name), bidirectional=True)
-        parts |= {"rnn": low, "down": xprnn.Merge(4, "ave"), "bend": xprnn.RNN(4, 4, nonlinearity=activation(name))}
+        parts |= {
+            "rnn": low,
+            "down": xprnn.MergeDirections(4, "ave"),
+            "bend": xprnn.RNN(4, 4, nonlinearity=activation(name)),
+        }
         parts = {k: parts[k] for k in ("rnn", "down", "bend", "head", "end")}
     model = xprnn.Sequential(**parts)
     params = {k: 0.4 * a for k, a in model.init(rng, like=np.zeros(0, np.float32)).items()}  # exponentials explode
     proto = xprnn.to_onnx(model, params)
     x, lengths = rng.standard_normal((5, 3, 3)).astype(np.float32), [5, 1, 3]
     y, _ = model(params, x, lengths=lengths)
-    found = onnx_runtime(proto, {"x": x, "lengths": np.asarray(lengths, np.int32)})["y"]
+    found = run_onnxruntime(proto, {"x": x, "lengths": np.asarray(lengths, np.int32)})["y"]
     np.testing.assert_allclose(found, y, rtol=2e-5, atol=2e-6)
     assert xprnn.from_onnx(proto)[0] == model

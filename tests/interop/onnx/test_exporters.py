@@ -14,7 +14,7 @@ from support.paths import DATA
 
 import xprnn
 from xprnn.cli.main import main
-from xprnn.interop.onnx.graph_model import Graph
+from xprnn.interop.onnx.graph_model import GraphModel
 
 pytestmark = pytest.mark.needs("onnx")
 RECORDED = DATA
@@ -24,7 +24,7 @@ OWN = {
     "keras_lstm_dense": (xprnn.LSTM(3, 4, batch_first=True), xprnn.Linear(4, 2, bias=False)),
     "keras_lstm_last": (
         xprnn.LSTM(3, 4, batch_first=True),
-        xprnn.Last(batch_first=True),
+        xprnn.LastStep(batch_first=True),
         xprnn.Linear(4, 2, bias=False),
         xprnn.Softmax(),
     ),
@@ -36,7 +36,7 @@ OWN = {
     "torch_new_gru_embedding": (xprnn.Embedding(11, 3), xprnn.GRU(3, 4, bias=False), xprnn.Linear(4, 2)),
     "torch_new_gru_last_softmax": (
         xprnn.GRU(3, 4, batch_first=True),
-        xprnn.Last(batch_first=True),
+        xprnn.LastStep(batch_first=True),
         xprnn.Linear(4, 2),
         xprnn.Softmax(),
     ),
@@ -60,7 +60,7 @@ def recorded(path):
 
 def answers(model, params, inputs):
     """y and the final states, or the graph's outputs."""
-    if isinstance(model, Graph):
+    if isinstance(model, GraphModel):
         out = model(params, *inputs)
         return list(out.values()) if isinstance(out, dict) else [out]
     x, *state = inputs
@@ -82,11 +82,11 @@ def test_recorded_graphs_answer_as_their_framework_did(xp, path):
 def test_graphs_of_ours_become_models_of_ours(path):
     model, params = xprnn.from_onnx(path)
     if named(path) not in OWN:
-        assert isinstance(model, Graph)
+        assert isinstance(model, GraphModel)
         with pytest.raises(xprnn.InputError, match=r"Graph\.forward: this ONNX graph is only run, since "):
             model.forward(params, np.zeros((2, 2, 3), np.float32))
         return
-    assert tuple(model.parts.values()) == OWN[named(path)]
+    assert tuple(model.layers.values()) == OWN[named(path)]
     assert model.shapes() == {k: a.shape for k, a in params.items()}
     inputs, _ = recorded(path)
     y, state, tape = model.forward(params, inputs[0])
@@ -133,7 +133,7 @@ def test_the_command_line_knows_them(name, tmp_path, capsys):
 
 def test_names_follow_torchs_modules():
     model, _ = xprnn.from_onnx(RECORDED / "onnx_files" / "torch_old_gru_embedding.onnx")
-    assert list(model.parts) == ["embed", "rnn", "head"]
+    assert list(model.layers) == ["embed", "rnn", "head"]
 
 
 @pytest.mark.needs("torch")
@@ -160,7 +160,7 @@ def test_torch_exports_live(name, new, tmp_path):
         params = {k: torch.asarray(a) for k, a in params.items()}
     for have, expected in zip(answers(model, params, args), want if isinstance(want, tuple) else (want,), strict=False):
         torch.testing.assert_close(have, expected, rtol=0, atol=2e-6)
-    assert isinstance(model, Graph) == (new and name == "rnn")  # unrolled for one T
+    assert isinstance(model, GraphModel) == (new and name == "rnn")  # unrolled for one T
 
 
 @pytest.mark.needs("torch")

@@ -53,7 +53,7 @@ def endless(trip):
 def test_loops_end(monkeypatch):
     from xprnn.interop.onnx import graph_model
 
-    monkeypatch.setattr(graph_model, "_MOST_TURNS", 100)
+    monkeypatch.setattr(graph_model, "_MAX_ITERATIONS", 100)
     model, params = xprnn.from_onnx(endless(100))
     assert model(params, np.ones(1, np.float32)) == 3
     model, params = xprnn.from_onnx(endless(101))

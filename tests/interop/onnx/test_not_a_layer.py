@@ -6,10 +6,10 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from support.onnx_cases import onnx_runtime
+from support.onnx_cases import run_onnxruntime
 
 import xprnn
-from xprnn.interop.onnx.graph_model import Graph
+from xprnn.interop.onnx.graph_model import GraphModel
 
 pytestmark = pytest.mark.needs("onnx")
 T, N, D, H = 5, 4, 3, 3
@@ -158,7 +158,7 @@ def test_lookalikes_stay_graphs(rng, name):
     nodes, reason = (LOOKALIKES | STATES)[name]
     model = built(nodes, weights(rng), name in STATES)
     graph, params = xprnn.from_onnx(model)
-    assert isinstance(graph, Graph)
+    assert isinstance(graph, GraphModel)
     assert reason in graph.reason
     data = {"x": rng.standard_normal((T, N, D)).astype(np.float32)}
     data |= {"s": rng.standard_normal((2, N, H)).astype(np.float32)} if name in STATES else {}
@@ -173,7 +173,7 @@ def answer(model, data):
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     copy.graph.output[0].ClearField("type")
-    return onnx_runtime(onnx.shape_inference.infer_shapes(copy), data)["y"]
+    return run_onnxruntime(onnx.shape_inference.infer_shapes(copy), data)["y"]
 
 
 def test_what_is_done_with_is_let_go(rng):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from support.backends import Backend
-from support.layer_cases import own, problem, unpacked
+from support.layer_cases import random_inputs, recurrent_factory, split_state
 
 import xprnn
 from xprnn import cells
@@ -30,7 +30,7 @@ def by_gate(op, a):
 
 def weights(op, layer, params):
     """W, R, B and, with peepholes, P in the standard's shapes: directions first."""
-    ends = ["_l0", "_l0_reverse"][: layer.directions]
+    ends = ["_l0", "_l0_reverse"][: layer.num_directions]
     W, R = (np.stack([by_gate(op, params[f"{name}{e}"]) for e in ends]) for name in ("weight_ih", "weight_hh"))
     biases = [[by_gate(op, params[f"{name}{e}"]) for name in ("bias_ih", "bias_hh")] for e in ends]
     B = np.stack([np.concatenate(pair) for pair in biases])
@@ -68,7 +68,7 @@ def session(op, inputs, hidden, directions, attributes):
 def answer(op, layer, p, **attributes):
     """y and the final states as xprnn lays them out, from ONNX Runtime."""
     W, R, B, P = weights(op, layer, p.params)
-    states = [np.stack(column) for column in zip(*unpacked(layer, p.state), strict=True)]
+    states = [np.stack(column) for column in zip(*split_state(layer, p.state), strict=True)]
     inputs = {"X": p.x, "W": W, "R": R, "B": B, "h": states[0]}
     if op == "LSTM":
         inputs["c"] = states[1]
@@ -77,14 +77,14 @@ def answer(op, layer, p, **attributes):
     inputs = {k: np.ascontiguousarray(v, np.float32) for k, v in inputs.items()}
     if "lengths" in p.flags:
         inputs["lengths"] = p.flags["lengths"].astype(np.int32)
-    run = session(op, inputs, layer.hidden_size, layer.directions, attributes)
+    run = session(op, inputs, layer.hidden_size, layer.num_directions, attributes)
     Y, *final = run.run(None, inputs)
-    y = np.concatenate([Y[:, d] for d in range(layer.directions)], axis=-1)
+    y = np.concatenate([Y[:, d] for d in range(layer.num_directions)], axis=-1)
     return y, tuple(final) if op == "LSTM" else final[0]
 
 
 def compare(rng, op, layer, lengths=None, condition=64, scale=0.6, **attributes):
-    p = problem(rng, layer, T=6, N=4, scale=scale)
+    p = random_inputs(rng, layer, T=6, N=4, scale=scale)
     if lengths is not None:
         p.flags["lengths"] = np.array(lengths)
     small = {k: v.astype(np.float32) for k, v in p.params.items()}
@@ -128,7 +128,7 @@ def test_the_reverse_direction_alone_is_half_of_both(rng, name):
     """direction="reverse" is what our second direction computes."""
     op, make, attributes = PLAIN[name]
     both, one = make(3, 4, bidirectional=True), make(3, 4)
-    p = problem(rng, both, T=5, N=3)
+    p = random_inputs(rng, both, T=5, N=3)
     p.flags["lengths"] = np.array([5, 2, 3])
     y, _ = both(p.params, p.x, p.state, **p.flags)
     own_ = {k.removesuffix("_reverse"): v for k, v in p.params.items() if k.endswith("_reverse")}
@@ -163,8 +163,8 @@ def spelled(chosen, directions=1):
 @pytest.mark.parametrize("f", ACTIVATIONS, ids=lambda f: f[0])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_activations_of_the_rnn(rng, f, bidirectional):
-    layer = own(cells.elman(xprnn.activation(*f)))(3, 4, bidirectional=bidirectional)
-    compare(rng, "RNN", layer, [6, 2, 4, 1], condition=200, scale=0.4, **spelled([f], layer.directions))
+    layer = recurrent_factory(cells.elman(xprnn.activation(*f)))(3, 4, bidirectional=bidirectional)
+    compare(rng, "RNN", layer, [6, 2, 4, 1], condition=200, scale=0.4, **spelled([f], layer.num_directions))
 
 
 @pytest.mark.parametrize("f", ACTIVATIONS, ids=lambda f: f[0])
@@ -172,7 +172,7 @@ def test_activations_of_the_rnn(rng, f, bidirectional):
 def test_activations_of_the_lstm(rng, f, place):
     chosen = [("sigmoid", None, None), ("tanh", None, None), ("tanh", None, None)]
     chosen[place] = f
-    layer = own(cells.lstm(*(xprnn.activation(*a) for a in chosen)))(3, 4, bidirectional=True)
+    layer = recurrent_factory(cells.lstm(*(xprnn.activation(*a) for a in chosen)))(3, 4, bidirectional=True)
     compare(rng, "LSTM", layer, condition=200, scale=0.3, **spelled(chosen, 2))
 
 
@@ -183,7 +183,15 @@ def test_activations_of_the_gru(rng, f, place, after):
     chosen = [("sigmoid", None, None), ("tanh", None, None)]
     chosen[place] = f
     cell = (cells.gru if after else cells.gru_reset_before)(*(xprnn.activation(*a) for a in chosen))
-    compare(rng, "GRU", own(cell)(3, 4), condition=200, scale=0.3, linear_before_reset=after, **spelled(chosen))
+    compare(
+        rng,
+        "GRU",
+        recurrent_factory(cell)(3, 4),
+        condition=200,
+        scale=0.3,
+        linear_before_reset=after,
+        **spelled(chosen),
+    )
 
 
 CLIPPED = {
@@ -198,23 +206,23 @@ CLIPPED = {
 @pytest.mark.parametrize("clip", [0.2, 1.0])
 def test_clip(rng, name, clip):
     op, make, attributes = CLIPPED[name]
-    compare(rng, op, own(make(clip))(3, 4, bidirectional=True), [6, 3, 2, 6], clip=clip, **attributes)
+    compare(rng, op, recurrent_factory(make(clip))(3, 4, bidirectional=True), [6, 3, 2, 6], clip=clip, **attributes)
 
 
 @pytest.mark.parametrize("coupled", [False, True])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_peepholes_and_coupled_gates(rng, coupled, bidirectional):
-    layer = own(cells.lstm(peepholes=True, coupled=coupled))(3, 4, bidirectional=bidirectional)
+    layer = recurrent_factory(cells.lstm(peepholes=True, coupled=coupled))(3, 4, bidirectional=bidirectional)
     p = compare(rng, "LSTM", layer, [6, 3, 2, 6], input_forget=int(coupled))
     without = {k: v * 0 if "weight_p" in k else v for k, v in p.params.items()}
     assert not np.allclose(layer(p.params, p.x)[0], layer(without, p.x)[0], atol=1e-2)
 
 
 def test_coupled_gates_without_peepholes(rng):
-    compare(rng, "LSTM", own(cells.lstm(coupled=True))(3, 4), input_forget=1)
+    compare(rng, "LSTM", recurrent_factory(cells.lstm(coupled=True))(3, 4), input_forget=1)
 
 
 def test_clip_with_peepholes(rng):
     """The peephole's share is in what is clipped."""
-    layer = own(cells.lstm(peepholes=True, clip=0.4))(3, 4)
+    layer = recurrent_factory(cells.lstm(peepholes=True, clip=0.4))(3, 4)
     compare(rng, "LSTM", layer, clip=0.4)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.layer_cases import state_like
-from support.torch_networks import made, network, recurrents, several
+from support.layer_cases import random_state
+from support.torch_networks import build_layer, build_network, property_settings, recurrent_layers
 
 import xprnn
 
@@ -40,20 +40,20 @@ def run(session, x, state):
 
 @pytest.mark.needs("torch", "onnx", "onnxruntime")
 @pytest.mark.filterwarnings("ignore:LSTM with projections")  # which torch's oneDNN has not
-@several
-@given(recurrents(), st.sampled_from([0, 7]), st.sampled_from([0, 5]))
+@property_settings
+@given(recurrent_layers(), st.sampled_from([0, 7]), st.sampled_from([0, 5]))
 def test_torch_here_onnx_and_onnx_runtime(rng, case, embedding, outputs):
     """torch -> xprnn -> ONNX -> ONNX Runtime, and the ONNX file -> xprnn -> torch: always torch's numbers."""
     import torch
 
     name, arguments = case
-    module = network(made(name, arguments), embedding, outputs)
+    module = build_network(build_layer(name, arguments), embedding, outputs)
     module = module.float()
     model, params = xprnn.from_torch(module)
     lead = (3, 4) if arguments["batch_first"] else (4, 3)
     floats = rng.normal(size=(*lead, arguments["input_size"])).astype(np.float32)
     x = rng.integers(0, embedding, lead) if embedding else floats
-    state = state_like(rng, model.parts["rnn"], 3)
+    state = random_state(rng, model.layers["rnn"], 3)
     given_ = tuple(torch.tensor(s, dtype=torch.float32) for s in states(state))
     with torch.no_grad():
         want, final = module(torch.tensor(x), given_ if len(given_) > 1 else given_[0])
@@ -73,8 +73,8 @@ def test_torch_here_onnx_and_onnx_runtime(rng, case, embedding, outputs):
 
 @pytest.mark.needs("torch", "onnx", "onnxruntime")
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
-@several
-@given(recurrents(), st.sampled_from([0, 5]))
+@property_settings
+@given(recurrent_layers(), st.sampled_from([0, 5]))
 def test_files_in_between(tmp_path, rng, case, outputs):
     """torch's file -> ours -> ONNX -> torch's, by the command line, to the bit."""
     import torch
@@ -82,7 +82,7 @@ def test_files_in_between(tmp_path, rng, case, outputs):
     from xprnn.cli import main
 
     name, arguments = case
-    module = network(made(name, arguments), 0, outputs).float()
+    module = build_network(build_layer(name, arguments), 0, outputs).float()
     first = {key: value.numpy() for key, value in module.state_dict().items()}
     torch.save(module.state_dict(), tmp_path / "0.pt")
     hints = ["--batch-first"] * arguments["batch_first"]

@@ -59,7 +59,7 @@ def test_names_in_a_file_are_sorted_and_their_order_says_nothing(tmp_path, rng):
     safetensors.numpy.save_file(square, tmp_path / "s.safetensors")
     with pytest.raises(InputError, match=r"more than one order .* fits: a \(GRU 4 -> 4\), b .*say order="):
         xprnn.from_torch(tmp_path / "s.safetensors")
-    assert list(xprnn.from_torch(tmp_path / "s.safetensors", order="ba")[0].parts) == ["b", "a"]
+    assert list(xprnn.from_torch(tmp_path / "s.safetensors", order="ba")[0].layers) == ["b", "a"]
 
 
 def test_more_parts_than_orders_can_be_tried_for(tmp_path, rng):
@@ -245,7 +245,7 @@ def test_the_fuzzer_can_fail(tmp_path, monkeypatch):
     from support import corrupt_files
 
     path = tmp_path / "ours.npz"
-    content = corrupt_files.good_files(tmp_path)["ours.npz"]
+    content = corrupt_files.valid_files(tmp_path)["ours.npz"]
 
     def trusting(path):
         with zipfile.ZipFile(path) as file:
@@ -254,9 +254,9 @@ def test_the_fuzzer_can_fail(tmp_path, monkeypatch):
     monkeypatch.setattr(xprnn, "load", trusting)
     outcomes = set()
     for seed in range(100):
-        path.write_bytes(corrupt_files.hostile("ours.npz", content, random.Random(seed)))
+        path.write_bytes(corrupt_files.corrupt_file("ours.npz", content, random.Random(seed)))
         try:
-            outcomes.update(corrupt_files.attempt(path, "ours.npz"))
+            outcomes.update(corrupt_files.read_with_all(path, "ours.npz"))
         except Exception as error:
             outcomes.add(type(error))
     assert {zipfile.BadZipFile, ValueError} <= outcomes

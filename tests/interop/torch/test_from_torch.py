@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from layers.test_torch_parity import grads, leaf, pairing
-from support.layer_cases import cotangents, state_like
-from support.torch_networks import made, network, recurrents, several
+from support.layer_cases import random_cotangents, random_state
+from support.torch_networks import build_layer, build_network, property_settings, recurrent_layers
 
 import xprnn
 from xprnn.arrays.namespace import InputError
@@ -30,9 +30,9 @@ def compare(rng, module, model, params, layer, x):
     """Everything of xprnn's model and torch's module, random states and cotangents at both ends included."""
     import torch
 
-    state = state_like(rng, layer, x.shape[0 if layer.batch_first else 1])
+    state = random_state(rng, layer, x.shape[0 if layer.batch_first else 1])
     y, final, tape = model.forward(params, x, state)
-    dy, dfinal = cotangents(rng, y), cotangents(rng, final)
+    dy, dfinal = random_cotangents(rng, y), random_cotangents(rng, final)
     got = model.backward(tape, dy, dfinal)
     there, start = (torch.tensor(x) if x.dtype.kind == "i" else leaf(x)), leaf(state)
     want_y, want_final = module(there, start)
@@ -53,41 +53,41 @@ def inputs(rng, arguments, embedding=0, T=4, N=3):
     return rng.integers(0, embedding, lead) if embedding else rng.normal(size=(*lead, arguments["input_size"]))
 
 
-@several
-@given(recurrents())
+@property_settings
+@given(recurrent_layers())
 def test_a_layer_of_torch_is_the_layer_here(rng, case):
     name, arguments = case
-    module = made(name, arguments).train(False)
+    module = build_layer(name, arguments).train(False)
     layer, params = xprnn.from_torch(module)
     assert type(layer).__name__ == name
     assert layer.dropout == arguments["dropout"]
     compare(rng, module, layer, params, layer, inputs(rng, arguments))
 
 
-@several
-@given(recurrents(), st.sampled_from([0, 7]), st.sampled_from([0, 5]), st.booleans())
+@property_settings
+@given(recurrent_layers(), st.sampled_from([0, 7]), st.sampled_from([0, 5]), st.booleans())
 def test_a_network_its_state_dict_and_its_arrays_are_one_model(rng, case, embedding, outputs, bias):
     name, arguments = case
-    module = network(made(name, arguments), embedding, outputs, bias)
+    module = build_network(build_layer(name, arguments), embedding, outputs, bias)
     model, params = xprnn.from_torch(module, like=FLOAT64)
     assert list(params) == list(module.state_dict())
-    rnn = model.parts["rnn"]
+    rnn = model.layers["rnn"]
     compare(rng, module, model, params, rnn, inputs(rng, arguments, embedding))
     hints = {"batch_first": rnn.batch_first} | ({"nonlinearity": rnn.nonlinearity} if name == "RNN" else {})
     for source in (module.state_dict(), {k: v.numpy() for k, v in module.state_dict().items()}):
         again, read = xprnn.from_torch(source, like=FLOAT64, **hints)
         silent = {"rnn": xprnn.layers.sequential.from_config(rnn.config() | {"dropout": 0.0})}
-        assert again == xprnn.Sequential(**(model.parts | silent))
+        assert again == xprnn.Sequential(**(model.layers | silent))
         assert all(np.array_equal(read[k], params[k]) for k in params)
         assert read.keys() == params.keys()
 
 
 def test_arrays_of_every_library(xp, rng, dtype):
-    module = network(made("GRU", {"input_size": 3, "hidden_size": 2, "batch_first": False}), 5, 4)
+    module = build_network(build_layer("GRU", {"input_size": 3, "hidden_size": 2, "batch_first": False}), 5, 4)
     like = xp.asarray(np.zeros(1), dtype)
     model, params = xprnn.from_torch(module, like=like)
     for name, value in module.state_dict().items():
-        xp.assert_home(params[name], like)
+        xp.assert_like(params[name], like)
         np.testing.assert_array_equal(xp.to_numpy(params[name]), value.numpy().astype(dtype))
     state_dict, _ = xprnn.to_torch(model, params)
     for name, value in state_dict.items():
@@ -103,7 +103,7 @@ def test_cells_are_layers_of_one(rng, name, cell):
     for source in (module, module.state_dict()):
         layer, params = xprnn.from_torch(source)
         assert layer == getattr(xprnn, name)(3, 4)
-        x, state = rng.normal(size=(2, 3)), state_like(rng, layer, 2)
+        x, state = rng.normal(size=(2, 3)), random_state(rng, layer, 2)
         y, final = layer.step(params, x, state)
         pair = isinstance(state, tuple)
         want = module(torch.tensor(x), tuple(torch.tensor(s[0]) for s in state) if pair else torch.tensor(state[0]))
@@ -111,7 +111,7 @@ def test_cells_are_layers_of_one(rng, name, cell):
         close_states(tuple(f[0] for f in final) if pair else final[0], want)
     (model, params) = xprnn.from_torch(torch.nn.ModuleDict({"cell": module}))
     assert sorted(params)[-2:] == ["cell.weight_hh_l0", "cell.weight_ih_l0"]
-    assert model.parts["cell"] == layer
+    assert model.layers["cell"] == layer
 
 
 def test_activations_and_softmax_are_parts(rng):
@@ -131,7 +131,7 @@ def test_activations_and_softmax_are_parts(rng):
     rebuilt = nn.Sequential(*(getattr(nn, name)(**arguments) for name, arguments in constructor.values()))
     rebuilt.load_state_dict(dict(zip(rebuilt.state_dict(), state_dict.values(), strict=True)))
     close(rebuilt(x).detach().numpy(), module(x).detach().numpy())
-    assert model.parts[str(len(between) + 2)] == xprnn.Softmax(log=True)
+    assert model.layers[str(len(between) + 2)] == xprnn.Softmax(log=True)
     for odd, why in (
         (nn.Softmax(dim=1), "runs along axis 1"),
         (nn.Softplus(2.0), "has constants"),
@@ -156,7 +156,7 @@ def test_half_precision(rng):
 def test_the_parameters_are_copies():
     import torch
 
-    module = made("GRU", {"input_size": 3, "hidden_size": 2})
+    module = build_layer("GRU", {"input_size": 3, "hidden_size": 2})
     _, params = xprnn.from_torch(module)
     before = params["bias_ih_l0"].copy()
     module.bias_ih_l0.data.zero_()
@@ -177,11 +177,11 @@ def test_order_by_definition_by_widths_by_the_caller():
             super().__init__()
             self.out, self.rnn, self.emb = torch.nn.Linear(H, 9), torch.nn.GRU(3, H), torch.nn.Embedding(9, 3)
 
-    assert list(xprnn.from_torch(Backwards(4))[0].parts) == ["emb", "rnn", "out"]
-    assert list(xprnn.from_torch(Backwards(4).state_dict())[0].parts) == ["emb", "rnn", "out"]
+    assert list(xprnn.from_torch(Backwards(4))[0].layers) == ["emb", "rnn", "out"]
+    assert list(xprnn.from_torch(Backwards(4).state_dict())[0].layers) == ["emb", "rnn", "out"]
     square = {f"{name}.weight_{k}h_l0": np.zeros((12, 4)) for name in "ba" for k in "ih"}
-    assert list(xprnn.from_torch(square)[0].parts) == ["b", "a"]
-    assert list(xprnn.from_torch(square, order=["a", "b"])[0].parts) == ["a", "b"]
+    assert list(xprnn.from_torch(square)[0].layers) == ["b", "a"]
+    assert list(xprnn.from_torch(square, order=["a", "b"])[0].layers) == ["a", "b"]
     with pytest.raises(InputError, match="order must name b, a, found a"):
         xprnn.from_torch(square, order=["a"])
     with pytest.raises(
@@ -191,7 +191,7 @@ def test_order_by_definition_by_widths_by_the_caller():
     with pytest.raises(InputError, match=r"more than one .* fits: table \(Embedding integers -> 4 or Linear 4 -> 4\)"):
         xprnn.from_torch({"table.weight": np.zeros((4, 4)), **square})
     named, _ = xprnn.from_torch({"embedding.weight": np.zeros((4, 4)), **square})
-    assert named.parts["embedding"] == xprnn.Embedding(4, 4)
+    assert named.layers["embedding"] == xprnn.Embedding(4, 4)
 
 
 def test_all_that_has_no_place_is_named_at_once():
@@ -259,7 +259,7 @@ def test_dtypes_that_differ_need_like():
 
 
 def test_arguments_that_do_not_fit():
-    module = made("GRU", {"input_size": 3, "hidden_size": 2})
+    module = build_layer("GRU", {"input_size": 3, "hidden_size": 2})
     with pytest.raises(InputError, match="a module says its nonlinearity and batch_first itself"):
         xprnn.from_torch(module, batch_first=True)
     with pytest.raises(InputError, match=r"expected a path, a state_dict \(a dict\) or an nn.Module, found int"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.torch_networks import made, network, recurrents, several
+from support.torch_networks import build_layer, build_network, property_settings, recurrent_layers
 
 import xprnn
 from xprnn.arrays.namespace import InputError
@@ -28,11 +28,11 @@ def rebuilt(state_dict, constructor):
     return module
 
 
-@several
-@given(recurrents(), st.sampled_from([0, 7]), st.sampled_from([0, 5]))
+@property_settings
+@given(recurrent_layers(), st.sampled_from([0, 7]), st.sampled_from([0, 5]))
 def test_there_and_back_is_exact(case, embedding, outputs):
     name, arguments = case
-    for source in (made(name, arguments), network(made(name, arguments), embedding, outputs)):
+    for source in (build_layer(name, arguments), build_network(build_layer(name, arguments), embedding, outputs)):
         model, params = xprnn.from_torch(source)
         state_dict, constructor = xprnn.to_torch(model, params)
         module = rebuilt(state_dict, constructor)
@@ -50,11 +50,13 @@ REFUSED = {
     "reverse": (xprnn.LSTM(3, 4, reverse=True), "no reverse alone"),
     "nonlinearity": (xprnn.RNN(3, 4, nonlinearity="softsign"), "no cell elman f=softsign"),
     "both": (
-        xprnn.Sequential(a=xprnn.GRU(3, 4, reset_after=False), b=xprnn.Around(2), c=xprnn.RNN(4, 4, reverse=True)),
+        xprnn.Sequential(
+            a=xprnn.GRU(3, 4, reset_after=False), b=xprnn.ContextShift(2), c=xprnn.RNN(4, 4, reverse=True)
+        ),
         "a: torch has no cell gru_reset_before; b: torch.nn has nothing that Around .*; c: torch's layers have no rev",
     ),
-    "activation": (xprnn.Apply(xprnn.activation("hardsigmoid")), "torch.nn has no activation hardsigmoid"),
-    "two constants": (xprnn.Apply(xprnn.activation("leakyrelu", 0.1, 0.3)), "no activation leakyrelu"),
+    "activation": (xprnn.ActivationLayer(xprnn.activation("hardsigmoid")), "torch.nn has no activation hardsigmoid"),
+    "two constants": (xprnn.ActivationLayer(xprnn.activation("leakyrelu", 0.1, 0.3)), "no activation leakyrelu"),
     "no model": (3, "model must be a layer or Sequential, found int"),
 }
 

@@ -13,12 +13,12 @@ from support.layer_cases import CASES
 
 import xprnn
 from xprnn.kernels.cuda import segment_sum
-from xprnn.kernels.cuda.pointwise import printed
-from xprnn.kernels.tracing.scalar_code import FORMS
+from xprnn.kernels.cuda.pointwise import pointwise_kernels
+from xprnn.kernels.tracing.scalar_code import OP_TEMPLATES
 
 pytestmark = pytest.mark.needs("cupy")
-CELLS = {name: case.make(3, 4).core for name, case in CASES.items()}
-PRINTED = [name for name, cell in CELLS.items() if not cell.early]
+CELLS = {name: case.make(3, 4).resolved_cell for name, case in CASES.items()}
+PRINTED = [name for name, cell in CELLS.items() if not cell.pregates]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 MOST_REGISTERS = 64  # of 128 threads a block: sixteen blocks then share a multiprocessor, and latencies hide each other
 
@@ -26,20 +26,20 @@ MOST_REGISTERS = 64  # of 128 threads a block: sixteen blocks then share a multi
 @pytest.fixture(scope="module")
 def compiled():
     """nvrtc.compiled; where the session asks for NVRTC, its absence is an error and not a skip."""
-    if nvrtc.missing() and os.environ.get("XPRNN_NVRTC") != "required":
-        pytest.skip(nvrtc.missing())
-    return nvrtc.compiled
+    if nvrtc.missing_reason() and os.environ.get("XPRNN_NVRTC") != "required":
+        pytest.skip(nvrtc.missing_reason())
+    return nvrtc.compile_resources
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("name", [*PRINTED, "everything"])
 def test_every_kernel_compiles_and_spills_nothing(compiled, name, arch):
     for bits in (32, 64):
-        text = printed(everything_cell() if name == "everything" else CELLS[name], bits).text
+        text = pointwise_kernels(everything_cell() if name == "everything" else CELLS[name], bits).source
         report = compiled(text, arch)
         assert report.keys() == {"forward_step", "backward_step"}
         for kernel, found in report.items():
-            assert found.spilled == 0, (kernel, found)
+            assert found.spilled_bytes == 0, (kernel, found)
             # Payne and Hanek's reduction of large angles keeps its table on the stack: sin and cos, nothing else.
             assert found.stack == 0 or name == "everything", (kernel, found)
             assert found.registers <= (MOST_REGISTERS if name != "everything" else 128), (kernel, found)
@@ -58,7 +58,7 @@ def test_the_report_is_read(compiled):
       #pragma unroll
       for (int i = 0; i < 200; ++i) x[i * blockDim.x + threadIdx.x] = a[i];
     }"""
-    assert compiled(spills, "sm_90")["greedy"].spilled > 0
+    assert compiled(spills, "sm_90")["greedy"].spilled_bytes > 0
     with pytest.raises(AssertionError, match="undefined"):
         compiled('extern "C" __global__ void k() { nothing(); }', "sm_90")
     with pytest.raises(AssertionError, match="never referenced"):
@@ -68,24 +68,24 @@ def test_the_report_is_read(compiled):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("bits", [32, 64])
 def test_the_sum_by_class_compiles(compiled, bits, arch):
-    found = compiled(segment_sum.source(bits), arch)["sum_rows"]
-    assert (found.spilled, found.stack) == (0, 0)
+    found = compiled(segment_sum.kernel_source(bits), arch)["segment_sum_into"]
+    assert (found.spilled_bytes, found.stack) == (0, 0)
 
 
 def test_float32_stays_float32(compiled):
     """No double creeps in: a constant or a function of the wrong width would show as double-precision arithmetic."""
     for name in PRINTED:
-        text = printed(CELLS[name], 32).text
+        text = pointwise_kernels(CELLS[name], 32).source
         assert "double" not in text.replace("__longlong_as_double", ""), name
         for op in ("tanh", "exp", "fabs"):
             assert f" {op}(" not in text, name
 
 
 def test_all_forms_are_there():
-    text = printed(everything_cell(), 32).text
+    text = pointwise_kernels(everything_cell(), 32).source
     names = ["log", "log1p", "sqrt", "pow", "sin", "cos", "sinh", "cosh", "exp", "expm1", "fabs", "tanh"]
     assert [f for f in names if f"{f}f(" not in text] == []
-    assert set(FORMS) >= {"maximum", "sign", "where"}
+    assert set(OP_TEMPLATES) >= {"maximum", "sign", "where"}
 
 
 def constant_cell(value: float) -> xprnn.Cell:
@@ -99,9 +99,9 @@ def constant_cell(value: float) -> xprnn.Cell:
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 1e-30, 0.1])
 def test_constants_and_names_of_any_kind(compiled, value):
     for bits in (32, 64):
-        compiled(printed(constant_cell(value), bits).text, "sm_80")
+        compiled(pointwise_kernels(constant_cell(value), bits).source, "sm_80")
 
 
 def test_what_cannot_be_traced_is_not_printed():
     build = lambda xp: (lambda x, h, s, p: ((xp.atan(x[0]),), ()), partial(lambda *a: None))  # noqa: E731
-    assert printed(xprnn.Cell("atan", 1, build), 32) is None
+    assert pointwise_kernels(xprnn.Cell("atan", 1, build), 32) is None

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 from kernels.cuda.test_fused import drawn, results
 from kernels.test_equivalence import branching_cell, untraceable_cell
-from support.layer_cases import CASES, given, problem
+from support.layer_cases import CASES, inputs_on, random_inputs
 
 import xprnn
-from xprnn.kernels.config import compiling, generic_only
+from xprnn.kernels.config import allow_jit, reference_only
 
 pytestmark = pytest.mark.needs("cupy")
 
 
 def test_tf32_is_asked_for_and_put_back(xp, rng, dtype):
     layer = xprnn.LSTM(24, 16)
-    p = problem(rng, layer, T=8, N=4, scale=0.4)
+    p = random_inputs(rng, layer, T=8, N=4, scale=0.4)
     dy, dfinal = drawn(rng, layer, p)
     plain = results(xp, layer, p, dtype, dy, dfinal)[0]
     with xprnn.precision("tf32"):
@@ -37,12 +37,12 @@ def test_an_error_in_the_loop_puts_the_handle_back(xp, rng, monkeypatch):
     from support.cuda import fake_cupy_cuda as standin_cuda
 
     layer = xprnn.RNN(3, 4)
-    params, x, state, _ = given(xp, problem(rng, layer), "float32")
-    monkeypatch.setitem(standin_cuda.STATE, "math", 1)
+    params, x, state, _ = inputs_on(xp, random_inputs(rng, layer), "float32")
+    monkeypatch.setitem(standin_cuda.CUBLAS_STATE, "math", 1)
     monkeypatch.setattr(standin_cuda.RawKernel, "__call__", lambda *_: 1 / 0)
     with xprnn.precision("tf32"), pytest.raises(ZeroDivisionError):
         layer(params, x, state)
-    assert standin_cuda.STATE == {"math": 1, "pointers": 0}
+    assert standin_cuda.CUBLAS_STATE == {"math": 1, "pointers": 0}
 
 
 def test_precision_wants_a_known_name():
@@ -55,7 +55,7 @@ def test_arrays_of_another_device_than_the_current_one(xp, rng):
     import cupy
 
     layer = CASES["gru"].make(3, 4, bidirectional=True)
-    p = problem(rng, layer, flags="l")
+    p = random_inputs(rng, layer, flags="l")
     dy, _ = drawn(rng, layer, p)
     want = results(xp, layer, p, "float64", dy, p.state)[0]
     with cupy.cuda.Device(1):
@@ -85,7 +85,7 @@ EXPLAINED = {
 @pytest.mark.parametrize("name", EXPLAINED)
 def test_explain_says_what_the_tape_will_say(xp, rng, name):
     layer = CASES[name].make(3, 4, 2, bidirectional=True)
-    params, x, state, _ = given(xp, problem(rng, layer), "float32")
+    params, x, state, _ = inputs_on(xp, random_inputs(rng, layer), "float32")
     lines = layer.explain(params, x).splitlines()
     assert [line.partition(": ")[0] for line in lines] == [
         f"layer {k}, {w}" for k in (0, 1) for w in ("forward", "reverse")
@@ -122,9 +122,9 @@ def test_a_model_says_where_its_parts_run_and_trains_there(xp, rng):
         "low, layer 0, reverse",
         "high, layer 0, forward",
     ]
-    assert said.count("CUDA fused steps (not persistent: ruled out by fused_only)") == 3
+    assert said.count("CUDA fused steps (not persistent: ruled out by no_persistent)") == 3
     fused = trained()
-    with generic_only():
+    with reference_only():
         xp.assert_close(fused, trained(), condition=2000)  # Adam divides by small numbers
 
 
@@ -141,9 +141,9 @@ def test_a_model_says_where_its_parts_run_and_trains_there(xp, rng):
 )
 def test_what_no_kernel_knows_takes_the_generic_scan(xp, rng, change, why):
     layer = xprnn.Recurrent(3, 4, cell=change.get("cell", xprnn.cells.elman()))
-    p = problem(rng, layer, T=change.get("T", 5), N=change.get("N", 3))
-    params, x, state, _ = given(xp, p, change.get("dtype", "float64"))
-    with compiling(change.get("compiling", True)):
+    p = random_inputs(rng, layer, T=change.get("T", 5), N=change.get("N", 3))
+    params, x, state, _ = inputs_on(xp, p, change.get("dtype", "float64"))
+    with allow_jit(change.get("compiling", True)):
         assert why in layer.explain(params, x)
         if "dtype" not in change and "N" not in change and change.get("cell") is None:
             assert "generic scan" in layer.forward(params, x, state)[2].explain()

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from kernels.test_equivalence import PATTERNS, every_other
 from support.backends import Backend
-from support.layer_cases import CASES, MAIN, cotangents, given, problem
+from support.layer_cases import CASES, MAIN_CASES, inputs_on, random_cotangents, random_inputs
 
 import xprnn
-from xprnn.kernels.config import generic_only
+from xprnn.kernels.config import reference_only
 
 pytestmark = pytest.mark.needs("cupy")
 # A projected h and early gates have no printed kernel.
@@ -24,30 +24,30 @@ FUSED = [name for name in CASES if name != "lstm-proj" and not name.startswith("
 def on_cupy(xp):
     if xp.library != "cupy":
         pytest.skip("about CuPy's kernels")
-    from xprnn.kernels.cuda import fused_only
+    from xprnn.kernels.cuda import no_persistent
 
-    with fused_only():
+    with no_persistent():
         yield
-    if xp is Backend.CUPY_STANDIN:
+    if xp is Backend.CUPY_FAKE:
         from support.cuda import fake_cupy as standin
 
-        standin.MEMORY.check_fences()
+        standin.DEVICE_MEMORY.check_guards()
 
 
 @pytest.fixture
 def log(xp):
     """What the stand-in has seen since."""
-    if xp is not Backend.CUPY_STANDIN:
+    if xp is not Backend.CUPY_FAKE:
         pytest.skip("only the stand-in counts")
     from support.cuda import fake_cupy as standin
 
-    standin.LOG.clear()
-    return standin.LOG
+    standin.EVENT_LOG.clear()
+    return standin.EVENT_LOG
 
 
 def results(xp, layer, p, dtype, dy, dfinal):
     """Everything a pass gives, and its tape."""
-    params, x, state, flags = given(xp, p, dtype)
+    params, x, state, flags = inputs_on(xp, p, dtype)
     y, final, tape = layer.forward(params, x, state, **flags)
     put = lambda tree: tuple(map(put, tree)) if isinstance(tree, tuple) else xp.asarray(tree, dtype)  # noqa: E731
     return (y, final, tape.states(), *layer.backward(tape, put(dy), put(dfinal))), tape
@@ -56,31 +56,31 @@ def results(xp, layer, p, dtype, dy, dfinal):
 def drawn(rng, layer, p):
     """Cotangents of y and of the final state."""
     shape = (*p.x.shape[:2], layer.output_size)
-    return rng.normal(size=shape), cotangents(rng, p.state)
+    return rng.normal(size=shape), random_cotangents(rng, p.state)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("name", FUSED)
 def test_fused_steps_equal_generic(xp, rng, dtype, name, pattern):
     layer = CASES[name].make(3, 4, 2, bidirectional=True)
-    p = problem(rng, layer, T=6, N=4)._replace(flags={k: np.asarray(v) for k, v in PATTERNS[pattern].items()})
+    p = random_inputs(rng, layer, T=6, N=4)._replace(flags={k: np.asarray(v) for k, v in PATTERNS[pattern].items()})
     dy, dfinal = drawn(rng, layer, p)
     fast, tape = results(xp, layer, p, dtype, dy, dfinal)
-    with generic_only():
+    with reference_only():
         slow, generic = results(xp, layer, p, dtype, dy, dfinal)
     assert tape.explain().count("CUDA fused steps") == 2 * layer.num_layers
     assert generic.explain().count("generic scan") == 2 * layer.num_layers
     xp.assert_close(fast, slow, condition=200)
-    xp.assert_home(fast, xp.asarray(np.zeros(1), dtype))
-    params, x, state, flags = given(xp, p, dtype)
+    xp.assert_like(fast, xp.asarray(np.zeros(1), dtype))
+    params, x, state, flags = inputs_on(xp, p, dtype)
     xp.assert_close(layer(params, x, state, **flags), fast[:2], condition=0)  # no tape, the same bits
 
 
-@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("name", MAIN_CASES)
 def test_class_numbers_and_inner_cotangents(xp, rng, dtype, name):
     layer = CASES[name].make(5, 4, bidirectional=True)
-    p = problem(rng, layer, T=6, N=4, flags="lr")
-    params, _, state, flags = given(xp, p, dtype)
+    p = random_inputs(rng, layer, T=6, N=4, flags="lr")
+    params, _, state, flags = inputs_on(xp, p, dtype)
     x = xp.asarray(rng.integers(0, 5, size=(6, 4)))
 
     def run():
@@ -89,9 +89,9 @@ def test_class_numbers_and_inner_cotangents(xp, rng, dtype, name):
         return y, tape, layer.backward(tape, None, dstates=inner)
 
     injected = None
-    injected = [cotangents(rng, s) for s in run()[1].states()]
+    injected = [random_cotangents(rng, s) for s in run()[1].states()]
     y, _, got = run()
-    with generic_only():
+    with reference_only():
         want_y, _, want = run()
     assert got.dx is None
     xp.assert_close((y, got.dstate, got.dparams), (want_y, want.dstate, want.dparams), condition=200)
@@ -101,7 +101,7 @@ def test_class_numbers_and_inner_cotangents(xp, rng, dtype, name):
 def test_one_bias_as_the_article_has_it(xp, rng, dtype, persistent):
     from xprnn.kernels import cuda
 
-    cuda._fused.set(not persistent)
+    cuda._no_persistent.set(not persistent)
     x, a0 = xp.asarray(rng.normal(size=(3, 4, 5)), dtype), xp.asarray(rng.normal(size=(6, 4)), dtype)
     shapes = {"Wax": (6, 3), "Waa": (6, 6), "Wya": (2, 6), "ba": (6, 1), "by": (2, 1)}
     parameters = {k: xp.asarray(rng.normal(size=s), dtype) for k, s in shapes.items()}
@@ -112,7 +112,7 @@ def test_one_bias_as_the_article_has_it(xp, rng, dtype, persistent):
         return a, y, xprnn.rnn_backward(da, caches)
 
     fast = run()
-    with generic_only():
+    with reference_only():
         xp.assert_close(fast, run(), condition=200)
 
 
@@ -120,9 +120,9 @@ def test_one_bias_as_the_article_has_it(xp, rng, dtype, persistent):
 def test_segments_with_a_home_of_their_own(xp, rng, name):
     """With checkpoints a reset leads to another state than the segment's first: the two adjoints part."""
     layer = CASES[name].make(3, 4, 2, bidirectional=True)
-    p = problem(rng, layer, T=6, N=4, flags="r")
+    p = random_inputs(rng, layer, T=6, N=4, flags="r")
     p.flags["reset"][::2] |= np.asarray([True, False, True, False])
-    params, x, state, flags = given(xp, p, "float64")
+    params, x, state, flags = inputs_on(xp, p, "float64")
 
     def run():
         y, final, tape = layer.forward(params, x, state, **flags, checkpoint=2)
@@ -130,18 +130,18 @@ def test_segments_with_a_home_of_their_own(xp, rng, name):
 
     dy = xp.asarray(drawn(rng, layer, p)[0])
     fast = run()
-    with generic_only():
+    with reference_only():
         xp.assert_close(fast, run(), condition=200)
 
 
 @pytest.mark.parametrize(("m", "k", "v"), [(1, 1, 1), (7, 3, 5), (300, 5, 2), (40, 2, 90)])
 def test_rows_summed_by_class(xp, rng, dtype, m, k, v):
-    from xprnn.kernels.cuda.segment_sum import summed_by_class
+    from xprnn.kernels.cuda.segment_sum import segment_sum
 
     ids, rows = rng.integers(0, v, size=m).astype(np.uint8), rng.normal(size=(m, k)).astype(dtype)
     want = np.zeros((k, v))
     np.add.at(want.T, ids, rows.astype("float64"))
-    xp.assert_close(summed_by_class(xp.xp, xp.asarray(ids), xp.asarray(rows), v), want.astype(dtype), condition=2)
+    xp.assert_close(segment_sum(xp.xp, xp.asarray(ids), xp.asarray(rows), v), want.astype(dtype), condition=2)
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -150,9 +150,9 @@ def test_blocks_of_steps_and_of_rows_are_the_whole(xp, rng, monkeypatch, name, k
     from xprnn.kernels.cuda import device, fused
 
     layer = CASES[name].make(3, 4, 2, bidirectional=True)
-    p = problem(rng, layer, T=6, N=4, flags="lmr")
+    p = random_inputs(rng, layer, T=6, N=4, flags="lmr")
     dy, dfinal = drawn(rng, layer, p)
-    params, x, state, flags = given(xp, p, "float64")
+    params, x, state, flags = inputs_on(xp, p, "float64")
 
     def run():
         if keep:
@@ -161,7 +161,7 @@ def test_blocks_of_steps_and_of_rows_are_the_whole(xp, rng, monkeypatch, name, k
 
     want = run()
     monkeypatch.setattr(fused, "_BLOCK_BYTES", 4 * 16 * 8 * 2)
-    monkeypatch.setattr(device, "_ROWS", 5)
+    monkeypatch.setattr(device, "_MAX_GEMM_ROWS", 5)
     xp.assert_close(run(), want, condition=64)
 
 
@@ -169,7 +169,7 @@ def test_blocks_of_steps_and_of_rows_are_the_whole(xp, rng, monkeypatch, name, k
 def test_any_memory_layout(xp, rng, name):
     """Fortran-ordered and strided arguments: the same numbers, and none of them is written to."""
     layer = CASES[name].make(3, 4, 2, bidirectional=True)
-    p = problem(rng, layer, T=5, N=4, flags="lr")
+    p = random_inputs(rng, layer, T=5, N=4, flags="lr")
     dy, dfinal = drawn(rng, layer, p)
     want = results(xp, layer, p, "float64", dy, dfinal)[0]
 
@@ -197,11 +197,11 @@ def test_any_memory_layout(xp, rng, name):
         xp.assert_close((params, x, state), (p.params, p.x, p.state), condition=0)
 
 
-@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("name", MAIN_CASES)
 def test_what_comes_out_is_not_what_the_tape_holds(xp, rng, name):
     layer = CASES[name].make(3, 4)
-    p = problem(rng, layer)
-    params, x, state, _ = given(xp, p, "float64")
+    p = random_inputs(rng, layer)
+    params, x, state, _ = inputs_on(xp, p, "float64")
     y, final, tape = layer.forward(params, x, state)
     dy = xp.asarray(rng.normal(size=tuple(y.shape)))
     want = layer.backward(tape, dy)
@@ -216,8 +216,8 @@ def test_what_comes_out_is_not_what_the_tape_holds(xp, rng, name):
 @pytest.mark.parametrize("name", FUSED)
 def test_the_time_loops_hold_two_launches_a_step_and_nothing_else(xp, rng, log, name, flags):
     layer = CASES[name].make(3, 4)
-    p = problem(rng, layer, T=9, N=4, flags=flags)
-    params, x, state, given_flags = given(xp, p, "float32")
+    p = random_inputs(rng, layer, T=9, N=4, flags=flags)
+    params, x, state, given_flags = inputs_on(xp, p, "float32")
     log.clear()
     y, _, tape = layer.forward(params, x, state, **given_flags)
     check_loop(log, "forward_step", ["gemm", "launch"])
@@ -251,7 +251,9 @@ def test_memory_does_not_grow_beyond_what_is_kept(xp, rng, log, name):
         layer.forward(params, x)
         sizes.append((inference, sum(size for kind, size in log if kind == "alloc")))
     step = 20 * 8 * 16 * 8
-    gates = layer.core.gates if name != "rnn" else 0  # an Elman layer's projection lies where its states will be
+    gates = (
+        layer.resolved_cell.gates if name != "rnn" else 0
+    )  # an Elman layer's projection lies where its states will be
     assert sizes[1][0] - sizes[0][0] == step * (1 + gates)
     extra = {"rnn": 0, "lstm": 1, "gru": 1}[name]  # tanh(c') and c, with g in place of a gate; h_n of the GRU
     assert sizes[1][1] - sizes[0][1] == step * (2 + gates + extra + (name == "lstm"))
@@ -259,16 +261,16 @@ def test_memory_does_not_grow_beyond_what_is_kept(xp, rng, log, name):
 
 @pytest.mark.usefixtures("log")
 @pytest.mark.parametrize("kernel", ["forward_step", "backward_step"])
-@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("name", MAIN_CASES)
 def test_a_step_beyond_two_billion_numbers(rng, name, kernel):
     """Late in a sequence too long to be kept here: addresses of its step alone, which no 32-bit index would find."""
     from support.cuda import fake_cupy_cuda as standin_cuda
 
-    from xprnn.kernels.cuda.pointwise import printed
+    from xprnn.kernels.cuda.pointwise import pointwise_kernels
 
-    cell, n, hidden = CASES[name].make(3, 4).core, 3, 5
-    made, width, late = printed(cell, 32), cell.gates * hidden, (1 << 31) // (n * hidden) + 7
-    names = made.forward if kernel == "forward_step" else made.backward
+    cell, n, hidden = CASES[name].make(3, 4).resolved_cell, 3, 5
+    made, width, late = pointwise_kernels(cell, 32), cell.gates * hidden, (1 << 31) // (n * hidden) + 7
+    names = made.forward_fields if kernel == "forward_step" else made.backward_fields
     start = {field: rng.normal(size=(n, width)).astype(np.float32) for field in names}
     stepped = {field: n * hidden for field in names if field[0] in "YOISMV"}
     stepped |= {
@@ -281,7 +283,9 @@ def test_a_step_beyond_two_billion_numbers(rng, name, kernel):
         memory = {field: a.copy() for field, a in start.items()}
         values = sizes | {"t": t}
         numbers = [values.get(f, memory[f].ctypes.data - 4 * t * stepped.get(f, 0)) for f in names]
-        getattr(standin_cuda.built(made.text), f"run_{kernel}")(np.asarray(numbers, np.int64).tobytes(), 1, 128, 0)
+        getattr(standin_cuda.compile_for_host(made.source), f"run_{kernel}")(
+            np.asarray(numbers, np.int64).tobytes(), 1, 128, 0
+        )
         return memory
 
     first, last = after(0), after(late)

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from support.cuda import persistent_emulator as host
-from support.cuda.persistent_cases import CELLS, config_for, differences, outcome, problem
+from support.cuda.persistent_cases import CELLS, config_for, excessive_errors, kernel_results, random_inputs
 from support.paths import ROOT, TESTS
 
-from xprnn.kernels.cuda.cluster_config import configurations
+from xprnn.kernels.cuda.cluster_config import all_configs
 
 pytestmark = pytest.mark.needs("cupy")
 # A cluster of one block and of several, in every cell: where shapes and schedules are varied.
@@ -21,26 +21,26 @@ SMALL = [("tanh", 64, 2), ("tanh", 256, 2), ("relu", 256, 1), ("gru", 64, 1), ("
 
 
 def named(config):
-    return f"{config.cell}-{config.units}-{config.rows}"
+    return f"{config.cell_name}-{config.padded_hidden_size}-{config.rows_per_cluster}"
 
 
 def in_turn():
     """One configuration of each cell and size, their rows taken in turn; XPRNN_EVERY=1 in the environment: all."""
     kinds: dict[tuple[str, int], list[Any]] = {}
-    for config in configurations():
-        kinds.setdefault((config.cell, config.units), []).append(config)
+    for config in all_configs():
+        kinds.setdefault((config.cell_name, config.padded_hidden_size), []).append(config)
     chosen = [some[k % len(some)] for k, some in enumerate(kinds.values())]
-    return configurations() if os.environ.get("XPRNN_EVERY") == "1" else chosen
+    return all_configs() if os.environ.get("XPRNN_EVERY") == "1" else chosen
 
 
 @pytest.mark.parametrize("config", in_turn(), ids=named)
 def test_every_configuration(rng, config):
     """Idle units, a last cluster that is not full, ragged rows; forwards or in reverse."""
-    number = configurations().index(config)
-    large = config.blocks == 16
-    H, N = config.units - 3 - 8 * (number % 3), 1 + config.rows * (1 if large else 2)
-    p = problem(rng, config.cell, H, N, 3 if large else 5, ragged=True, reverse=bool(number % 2))
-    assert differences(outcome(p, config, seed=number), outcome(p)) == {}
+    number = all_configs().index(config)
+    large = config.cluster_size == 16
+    H, N = config.padded_hidden_size - 3 - 8 * (number % 3), 1 + config.rows_per_cluster * (1 if large else 2)
+    p = random_inputs(rng, config.cell_name, H, N, 3 if large else 5, ragged=True, reverse=bool(number % 2))
+    assert excessive_errors(kernel_results(p, config, seed=number), kernel_results(p)) == {}
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -50,18 +50,18 @@ def test_every_configuration(rng, config):
 def test_shapes(rng, cell, units, rows, T, ragged, reverse):
     config = config_for(cell, units, rows)
     for N, H in ((1, units), (rows, units - 1), (rows + 1, units // 2 + 3)):
-        p = problem(rng, cell, H, N, T, ragged=ragged, reverse=reverse)
-        assert differences(outcome(p, config, seed=N + T), outcome(p)) == {}, (N, H)
+        p = random_inputs(rng, cell, H, N, T, ragged=ragged, reverse=reverse)
+        assert excessive_errors(kernel_results(p, config, seed=N + T), kernel_results(p)) == {}, (N, H)
 
 
 @pytest.mark.parametrize(("cell", "units", "rows"), SMALL)
 def test_no_order_of_events_changes_a_bit(rng, cell, units, rows):
     config = config_for(cell, units, rows)
-    p = problem(rng, cell, units, 2 * rows, 6, ragged=True)
-    first = outcome(p, config, seed=0)
-    assert differences(first, outcome(p)) == {}
-    for seed in range(1, 3 * host.SCHEDULES):
-        again = outcome(p, config, seed=seed)
+    p = random_inputs(rng, cell, units, 2 * rows, 6, ragged=True)
+    first = kernel_results(p, config, seed=0)
+    assert excessive_errors(first, kernel_results(p)) == {}
+    for seed in range(1, 3 * host.SCHEDULE_COUNT):
+        again = kernel_results(p, config, seed=seed)
         assert all(np.array_equal(again[k], first[k]) for k in first), seed
 
 
@@ -69,17 +69,17 @@ def test_no_order_of_events_changes_a_bit(rng, cell, units, rows):
 def test_no_biases_and_adjoints_of_every_state(rng, cell):
     config = config_for(cell, 128, 2)
     for ragged in (False, True):
-        p = problem(rng, cell, 100, 3, 4, ragged=ragged, bias=False, injected=True)
-        assert differences(outcome(p, config, seed=2), outcome(p)) == {}
+        p = random_inputs(rng, cell, 100, 3, 4, ragged=ragged, bias=False, with_dstates=True)
+        assert excessive_errors(kernel_results(p, config, seed=2), kernel_results(p)) == {}
 
 
 def test_not_a_number_stays_one(rng):
     """A NaN in one row reaches that row's results and nobody else's."""
     for cell in CELLS:
-        config, p = config_for(cell, 128, 2), problem(rng, cell, 128, 2, 3)
+        config, p = config_for(cell, 128, 2), random_inputs(rng, cell, 128, 2, 3)
         x = p.x.copy()
         x[1, 0, 0] = np.nan
-        clean, got = (outcome(q, config, seed=1)["y"] for q in (p, p._replace(x=x)))
+        clean, got = (kernel_results(q, config, seed=1)["y"] for q in (p, p._replace(x=x)))
         assert np.isnan(got[1:, 0]).all(), cell
         assert np.array_equal(got[:, 1], clean[:, 1])
         assert np.array_equal(got[0], clean[0])

@@ -7,11 +7,11 @@ import pytest
 from kernels.cuda.test_fused import drawn, results
 from kernels.test_equivalence import PATTERNS
 from support.backends import Backend
-from support.layer_cases import CASES, given, problem
+from support.layer_cases import CASES, inputs_on, random_inputs
 
 import xprnn
-from xprnn.kernels.config import generic_only
-from xprnn.kernels.cuda import cluster_config, fused_only, persistent
+from xprnn.kernels.config import reference_only
+from xprnn.kernels.cuda import cluster_config, no_persistent, persistent
 
 pytestmark = pytest.mark.needs("cupy")
 TAKEN = ["rnn", "rnn-relu", "lstm", "gru"]
@@ -32,26 +32,26 @@ def on_cupy(xp):
 @pytest.mark.parametrize("name", TAKEN)
 def test_persistent_equals_generic(xp, rng, name, pattern):
     layer = CASES[name].make(3, 4, 2, bidirectional=True)
-    p = problem(rng, layer, T=6, N=4)._replace(flags={k: np.asarray(v) for k, v in PATTERNS[pattern].items()})
+    p = random_inputs(rng, layer, T=6, N=4)._replace(flags={k: np.asarray(v) for k, v in PATTERNS[pattern].items()})
     dy, dfinal = drawn(rng, layer, p)
     fast, tape = results(xp, layer, p, "float32", dy, dfinal)
-    with generic_only():
+    with reference_only():
         slow, _ = results(xp, layer, p, "float32", dy, dfinal)
     assert tape.explain().count(persistent.NAME) == 4
     xp.assert_close(fast, slow, condition=200)
-    xp.assert_home(fast, xp.asarray(np.zeros(1), "float32"))
-    params, x, state, flags = given(xp, p, "float32")
+    xp.assert_like(fast, xp.asarray(np.zeros(1), "float32"))
+    params, x, state, flags = inputs_on(xp, p, "float32")
     xp.assert_close(layer(params, x, state, **flags), fast[:2], condition=0)  # no tape, the same bits
 
 
 @pytest.mark.parametrize("name", TAKEN)
 def test_class_numbers(xp, rng, name):
     layer = CASES[name].make(5, 4, bidirectional=True)
-    p = problem(rng, layer, T=6, N=3)
+    p = random_inputs(rng, layer, T=6, N=3)
     p = p._replace(x=rng.integers(0, 5, size=(6, 3)))
     dy, dfinal = drawn(rng, layer, p)
     fast, tape = results(xp, layer, p, "float32", dy, dfinal)
-    with generic_only():
+    with reference_only():
         slow, _ = results(xp, layer, p, "float32", dy, dfinal)
     assert persistent.NAME in tape.explain()
     assert fast[3] is None
@@ -61,8 +61,8 @@ def test_class_numbers(xp, rng, name):
 @pytest.mark.parametrize("name", TAKEN)
 def test_a_tape_replays_whatever_becomes_of_what_came_out(xp, rng, name):
     layer = CASES[name].make(3, 4, bidirectional=True)
-    p = problem(rng, layer, T=5, N=3)
-    params, x, state, _ = given(xp, p, "float32")
+    p = random_inputs(rng, layer, T=5, N=3)
+    params, x, state, _ = inputs_on(xp, p, "float32")
     y, final, tape = layer.forward(params, x, state)
     dy = xp.asarray(drawn(rng, layer, p)[0], "float32")
     first = layer.backward(tape, dy)
@@ -83,7 +83,7 @@ def tf32(a):
 def test_tf32_is_for_the_products_around_the_kernel(xp, rng, name):
     """The projection and the weights' gradients; the recurrence itself stays in full float32."""
     layer = CASES[name].make(24, 16)
-    p = problem(rng, layer, T=6, N=4)
+    p = random_inputs(rng, layer, T=6, N=4)
     dy, dfinal = drawn(rng, layer, p)
     plain, tape = results(xp, layer, p, "float32", dy, dfinal)
     with xprnn.precision("tf32"):
@@ -95,7 +95,7 @@ def test_tf32_is_for_the_products_around_the_kernel(xp, rng, name):
     by_hand = p._replace(x=tf32(p.x.astype("float32")), params=p.params | factors)
     want, _ = results(xp, layer, by_hand, "float32", dy, dfinal)
     # A GPU may cut its factors where the stand-in rounds them.
-    xp.assert_close(got[:3], want[:3], condition=4 if xp is Backend.CUPY_STANDIN else 1e4)
+    xp.assert_close(got[:3], want[:3], condition=4 if xp is Backend.CUPY_FAKE else 1e4)
     assert float(np.abs(xp.to_numpy(got[0]) - xp.to_numpy(plain[0])).max()) > 1e-6
     for key, g in xp.to_numpy(got[-1]).items():
         far = np.abs(g - xp.to_numpy(plain[-1])[key]).max() / np.abs(xp.to_numpy(plain[-1])[key]).max()
@@ -118,19 +118,19 @@ def test_tf32_is_for_the_products_around_the_kernel(xp, rng, name):
 )
 def test_what_does_not_fit_goes_elsewhere_and_says_why(xp, rng, name, change, why):
     layer = CASES[name].make(3, change.get("hidden", 4))
-    p = problem(rng, layer, T=3, N=2, flags=change.get("flags", ""))
-    params, x, state, flags = given(xp, p, change.get("dtype", "float32"))
+    p = random_inputs(rng, layer, T=3, N=2, flags=change.get("flags", ""))
+    params, x, state, flags = inputs_on(xp, p, change.get("dtype", "float32"))
     y, _, tape = layer.forward(params, x, state, **flags)
     assert persistent.NAME not in tape.explain()
     assert f"not persistent: {why}" in layer.explain(params, x, **flags)
-    with generic_only():
+    with reference_only():
         xp.assert_close(y, layer(params, x, state, **flags)[0], condition=500)
 
 
 def test_an_older_device(rng):
     layer = xprnn.RNN(3, 4)
     params = {k.removesuffix("_l0"): np.zeros(s, np.float32) for k, s in layer.shapes().items()}
-    found = persistent.find(layer.core, params, (3, 2), None, (8, 6))
+    found = persistent.find_config(layer.resolved_cell, params, (3, 2), None, (8, 6))
     assert found == "needs compute capability 9.0, the device has 8.6"
 
 
@@ -144,37 +144,37 @@ def test_a_device_that_refuses_is_asked_once_and_the_next_kernel_runs(xp, rng, m
         raise cupy.cuda.driver.CUDADriverError("CUDA_ERROR_INVALID_CLUSTER_SIZE")
 
     monkeypatch.setattr(persistent, "launch", refuse)
-    persistent.refused.cache_clear()
+    persistent.launch_error.cache_clear()
     layer = xprnn.LSTM(3, 4)
-    params, x, state, _ = given(xp, problem(rng, layer), "float32")
+    params, x, state, _ = inputs_on(xp, random_inputs(rng, layer), "float32")
     for _ in range(2):
         said = layer.forward(params, x, state)[2].explain()
         assert "CUDA fused steps (not persistent: the device refuses clusters of 1 blocks: CUDA_ERROR_INVALID" in said
     assert len(asked) == 1
-    persistent.refused.cache_clear()
+    persistent.launch_error.cache_clear()
 
 
 @pytest.mark.usefixtures("xp")
 @pytest.mark.parametrize("units", [("tanh", 1024), ("gru", 512), ("lstm", 256)])
 def test_a_launch_with_nothing_to_do(units):
     """What `refused` asks of a device: no array is looked at."""
-    config = cluster_config.choose(*units, 1, (9, 0))
-    assert persistent.refused.__wrapped__(config, 0) == ""
+    config = cluster_config.choose_config(*units, 1, (9, 0))
+    assert persistent.launch_error.__wrapped__(config, 0) == ""
 
 
 def test_rows_of_a_cluster():
     """One row is not given a cluster for four; four waves of clusters are not run where one will do."""
-    assert cluster_config.choose("tanh", 256, 1, (9, 0)).rows == 1
-    assert cluster_config.choose("tanh", 256, 128, (9, 0)).rows == 4
-    assert cluster_config.choose("tanh", 200, 128, (9, 0)).units == 256
-    assert "more shared memory" in cluster_config.choose("lstm", 512, 8, (12, 0))
-    assert cluster_config.choose("tanh", 512, 8, (12, 0)).units == 512
+    assert cluster_config.choose_config("tanh", 256, 1, (9, 0)).rows_per_cluster == 1
+    assert cluster_config.choose_config("tanh", 256, 128, (9, 0)).rows_per_cluster == 4
+    assert cluster_config.choose_config("tanh", 200, 128, (9, 0)).padded_hidden_size == 256
+    assert "more shared memory" in cluster_config.choose_config("lstm", 512, 8, (12, 0))
+    assert cluster_config.choose_config("tanh", 512, 8, (12, 0)).padded_hidden_size == 512
 
 
 def test_fused_only_rules_it_out(xp, rng):
     layer = xprnn.GRU(3, 4)
-    params, x, state, _ = given(xp, problem(rng, layer), "float32")
-    with fused_only():
+    params, x, state, _ = inputs_on(xp, random_inputs(rng, layer), "float32")
+    with no_persistent():
         assert persistent.NAME not in layer.forward(params, x, state)[2].explain()
     assert layer.explain(params, x).endswith(persistent.NAME)
     assert persistent.NAME in layer.forward(params, x, state)[2].explain()

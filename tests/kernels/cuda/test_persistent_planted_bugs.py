@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from support.cuda import persistent_emulator as host
-from support.cuda.persistent_cases import config_for, differences, outcome, problem
+from support.cuda.persistent_cases import config_for, excessive_errors, kernel_results, random_inputs
 
 pytestmark = pytest.mark.needs("cupy")
 
@@ -71,12 +71,20 @@ ARITHMETIC = {
 
 def caught(rng, config, mutate):
     """How the first schedule that shows it does: a message, or the arrays that differ."""
-    p = problem(rng, config.cell, config.units * 5 // 8, 2 * config.rows + 1, 6, ragged=True, reverse=True)
-    want = outcome(p)
-    for seed in range(host.SCHEDULES):
+    p = random_inputs(
+        rng,
+        config.cell_name,
+        config.padded_hidden_size * 5 // 8,
+        2 * config.rows_per_cluster + 1,
+        6,
+        ragged=True,
+        reverse=True,
+    )
+    want = kernel_results(p)
+    for seed in range(host.SCHEDULE_COUNT):
         try:
-            far = differences(outcome(p, config, seed=seed, mutate=mutate, extra=("-w",)), want)
-        except host.HostError as error:
+            far = excessive_errors(kernel_results(p, config, seed=seed, mutate=mutate, extra=("-w",)), want)
+        except host.EmulatorError as error:
             return str(error)
         if far:
             return str(far)
@@ -86,7 +94,7 @@ def caught(rng, config, mutate):
 @pytest.mark.parametrize("bug", {**SYNCHRONISATION, **ARITHMETIC})
 def test_planted_bugs_are_caught(rng, bug):
     where, old, new = {**SYNCHRONISATION, **ARITHMETIC}[bug]
-    assert old in host.source(), "the line to spoil is gone from the source"
+    assert old in host.kernel_source(), "the line to spoil is gone from the source"
     assert caught(rng, config_for(*where), lambda text: text.replace(old, new)) is not None
 
 

@@ -64,15 +64,15 @@ def held(path):
 @pytest.mark.parametrize("dead", [True, False])
 def test_who_holds_a_lock_and_never_ends_is_not_waited_for(tmp_path, monkeypatch, dead):
     monkeypatch.setenv("XPRNN_CACHE", str(tmp_path))
-    monkeypatch.setattr(compile_cache, "_PATIENCE", 3600.0 if dead else 0.1)
+    monkeypatch.setattr(compile_cache, "_LOCK_TIMEOUT", 3600.0 if dead else 0.1)
     source = SOURCE.format(7 + dead)
-    holder = held(compile_cache._written(source))
+    holder = held(compile_cache._write_source(source))
     try:
         if dead:
             holder.kill()
             holder.wait()
         table = np.zeros(1, np.int64)
-        compile_cache.compiled(source)(table)
+        compile_cache.compile_kernel(source)(table)
         assert table[0] == 7 + dead
     finally:
         holder.kill()

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from support.backends import Backend
-from support.layer_cases import CASES, cotangents, given, problem
+from support.layer_cases import CASES, inputs_on, random_cotangents, random_inputs
 from threadpoolctl import threadpool_limits
 
 import xprnn
-from xprnn.kernels.config import compiling
+from xprnn.kernels.config import allow_jit
 from xprnn.kernels.jit import arguments, compile_cache, scan_plan, threads
-from xprnn.kernels.jit.arguments import padded
+from xprnn.kernels.jit.arguments import panel_width
 from xprnn.kernels.memory import address
-from xprnn.kernels.row_order import Rows
+from xprnn.kernels.row_order import RowOrder
 
 pytestmark = pytest.mark.needs("numba")
 XP = Backend.NUMPY
@@ -36,7 +36,7 @@ SIZES = [
 def do(number, dtype, *args):
     """One of gemm.py's functions."""
     numbers = [address(a) if isinstance(a, np.ndarray) else a for a in args]
-    compile_cache.gemm(np.dtype(dtype).itemsize).ctypes(number, *numbers, *[0] * (11 - len(args)))
+    compile_cache.gemm_kernel(np.dtype(dtype).itemsize).ctypes(number, *numbers, *[0] * (11 - len(args)))
 
 
 def edge(dtype):
@@ -51,7 +51,7 @@ def unset(size, dtype):
 
 def packed(b, dtype, turned):
     inner, columns = b.shape
-    out = unset(inner * padded(columns, b.itemsize), dtype)
+    out = unset(inner * panel_width(columns, b.itemsize), dtype)
     source, strides = (np.ascontiguousarray(b.T), (1, inner)) if turned else (b, (columns, 1))
     do(PACK_RIGHT, dtype, source, *strides, inner, columns, out, inner, 0)
     return out
@@ -76,7 +76,7 @@ def test_product(rng, dtype, n, inner, columns, turned):
     out = start.copy()
     do(PRODUCT, dtype, a, inner + 3, panels, out, columns, out, columns, n, inner, columns, edge(dtype))
     close(out, start + want, inner)
-    wide = padded(columns, out.itemsize)
+    wide = panel_width(columns, out.itemsize)
     out = np.zeros((n, wide), dtype)
     do(PRODUCT, dtype, a, inner + 3, panels, out, wide, np.zeros(wide, dtype), 0, n, inner, wide, edge(dtype))
     close(out[:, :columns], want, inner)
@@ -89,7 +89,7 @@ def test_gradient(rng, dtype, n, rows, columns):
     """The inner dimension comes in two pieces, as from two steps."""
     x, y = rng.uniform(-1, 1, (n, rows)).astype(dtype), rng.uniform(-1, 1, (n, columns)).astype(dtype)
     size, room, half = compile_cache.tile_rows(), n + 2, n // 2
-    left, right = unset(-(-rows // size) * size * room, dtype), unset(padded(columns, x.itemsize) * room, dtype)
+    left, right = unset(-(-rows // size) * size * room, dtype), unset(panel_width(columns, x.itemsize) * room, dtype)
     sums, start = np.zeros(rows, dtype), rng.uniform(-1, 1, (rows, columns)).astype(dtype)
     for first, last in ((0, half), (half, n)):
         do(PACK_LEFT, dtype, x[first:], rows, last - first, rows, left, room, first, sums)
@@ -121,13 +121,13 @@ def test_nan_goes_where_it_belongs(dtype):
 def test_rows_apart_change_nothing(rng, dtype, monkeypatch, name, flags):
     """A space behind the rows of the gates' adjoints, as large nets have it, is never read."""
     layer = CASES[name].make(5, 6)
-    p = problem(rng, layer, T=6, N=9, flags=flags)
-    dy = cotangents(rng, everything(layer, p, "float64")[0])
+    p = random_inputs(rng, layer, T=6, N=9, flags=flags)
+    dy = random_cotangents(rng, everything(layer, p, "float64")[0])
     want = everything(layer, p, dtype, dy)
-    monkeypatch.setattr(arguments, "_CLASH", 1)
-    scan_plan.ahead.cache_clear()
+    monkeypatch.setattr(arguments, "_CACHE_ALIAS_STRIDE", 1)
+    scan_plan.forward_plan.cache_clear()
     got = everything(CASES[name].make(5, 6), p, dtype, dy)  # a layer keeps what it has worked out
-    scan_plan.ahead.cache_clear()
+    scan_plan.forward_plan.cache_clear()
     XP.assert_close(got, want, condition=0)
 
 
@@ -135,7 +135,7 @@ def test_rows_apart_change_nothing(rng, dtype, monkeypatch, name, flags):
 
 
 def everything(layer, p, dtype, dy=None, dfinal=None):
-    params, x, state, flags = given(XP, p, dtype)
+    params, x, state, flags = inputs_on(XP, p, dtype)
     y, final, tape = layer.forward(params, x, state, **flags)
     assert "compiled" in tape.explain()
     if dy is None:
@@ -149,11 +149,13 @@ def split(monkeypatch):
 
     def run(count, call):
         seen = []
-        monkeypatch.setattr(threads, "_WORTH", 0)
-        monkeypatch.setattr(threads, "allowed", lambda: count)
+        monkeypatch.setattr(threads, "_MIN_WORK", 0)
+        monkeypatch.setattr(threads, "max_threads", lambda: count)
         monkeypatch.setattr(threads, "_pools", {})
-        true = threads.each
-        monkeypatch.setattr(xprnn.kernels.jit.scan, "each", lambda walk, those: seen.append(those) or true(walk, those))
+        true = threads.parallel_map
+        monkeypatch.setattr(
+            xprnn.kernels.jit.scan, "parallel_map", lambda walk, those: seen.append(those) or true(walk, those)
+        )
         result = call()
         monkeypatch.undo()
         assert all(len(those) == count for those in seen)
@@ -167,9 +169,9 @@ def split(monkeypatch):
 @pytest.mark.parametrize("name", ["rnn", "lstm", "lstm-proj", "gru", "gru-before", "leaky"])
 def test_threads_give_what_one_gives(rng, dtype, split, name, flags):
     layer = CASES[name].make(5, 6, 2, bidirectional=True)
-    p = problem(rng, layer, T=7, N=37, flags=flags)
+    p = random_inputs(rng, layer, T=7, N=37, flags=flags)
     y, final = everything(layer, p, "float64")
-    dy, dfinal = cotangents(rng, y), cotangents(rng, final)
+    dy, dfinal = random_cotangents(rng, y), random_cotangents(rng, final)
     dfinal = tuple(d.astype(dtype) for d in dfinal) if isinstance(dfinal, tuple) else dfinal.astype(dtype)
     one = split(1, lambda: everything(layer, p, dtype, dy, dfinal))
     two, three = (split(count, lambda: everything(layer, p, dtype, dy, dfinal)) for count in (2, 3))
@@ -193,24 +195,24 @@ def test_threads_with_classes_for_input(rng, split, name):
 
 
 def test_a_small_batch_is_never_split():
-    whole = Rows.of((1000, 15), xprnn.kernels.tape.Steps(None, None))
-    assert threads.parts(whole, 1000, 15, 1 << 20) == [(0, 15)]
-    small = Rows.of((10, 64), xprnn.kernels.tape.Steps(None, None))
-    assert threads.parts(small, 10, 64, 100) == [(0, 64)]
+    whole = RowOrder.from_step_mask((1000, 15), xprnn.kernels.tape.StepMask(None, None))
+    assert threads.split_rows(whole, 1000, 15, 1 << 20) == [(0, 15)]
+    small = RowOrder.from_step_mask((10, 64), xprnn.kernels.tape.StepMask(None, None))
+    assert threads.split_rows(small, 10, 64, 100) == [(0, 64)]
 
 
 def test_parts_have_about_the_same_number_of_steps(monkeypatch):
-    monkeypatch.setattr(threads, "allowed", lambda: 2)
+    monkeypatch.setattr(threads, "max_threads", lambda: 2)
     active = np.arange(100)[:, None] < np.array([100] * 8 + [10] * 56)[None, :]
-    rows = Rows.of((100, 64), xprnn.kernels.tape.Steps(active, None))
-    those = threads.parts(rows, 100, 64, 1 << 20)
-    assert [part.rows for part in those] == [8, 56]
-    assert [part.first for part in those] == [0, 8]
+    rows = RowOrder.from_step_mask((100, 64), xprnn.kernels.tape.StepMask(active, None))
+    those = threads.split_rows(rows, 100, 64, 1 << 20)
+    assert [part.size for part in those] == [8, 56]
+    assert [part.start for part in those] == [0, 8]
 
 
 def test_a_limit_of_the_blas_is_a_limit_here():
     with threadpool_limits(1):
-        assert threads.allowed() == 1
+        assert threads.max_threads() == 1
 
 
 def test_an_error_in_a_thread_is_raised():
@@ -219,11 +221,11 @@ def test_an_error_in_a_thread_is_raised():
             raise ValueError("in a thread")
 
     with pytest.raises(ValueError, match="in a thread"):
-        threads.each(walk, [threads.Part(0, 1), threads.Part(1, 1)])
+        threads.parallel_map(walk, [threads.RowRange(0, 1), threads.RowRange(1, 1)])
 
 
 def test_the_kernel_is_compiled_here():
-    with compiling(True):
+    with allow_jit(True):
         layer = xprnn.RNN(2, 3)
         params = layer.init(np.random.default_rng(0), like=np.zeros(0))
         assert "compiled" in layer.forward(params, np.zeros((2, 2, 2)))[2].explain()

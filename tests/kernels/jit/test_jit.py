@@ -9,14 +9,14 @@ import sys
 import numpy as np
 import pytest
 from support.backends import Backend
-from support.layer_cases import CASES, cotangents, problem
+from support.layer_cases import CASES, random_cotangents, random_inputs
 from support.paths import ROOT
 
 import xprnn
-from xprnn.kernels.config import compiling
+from xprnn.kernels.config import allow_jit
 from xprnn.kernels.jit import arguments, compile_cache
 from xprnn.kernels.tracing import scalar_code
-from xprnn.kernels.tracing.graph import FUNCTIONS
+from xprnn.kernels.tracing.graph import UFUNCS
 
 pytestmark = pytest.mark.needs("numba")
 XP = Backend.NUMPY
@@ -70,7 +70,7 @@ def test_without_a_folder_kernels_are_compiled_in_memory(tmp_path):
 @pytest.mark.parametrize("keep", [True, False])
 def test_blocks_of_steps_are_the_whole(rng, monkeypatch, name, keep):
     layer = CASES[name].make(3, 4, 2, bidirectional=True)
-    p = problem(rng, layer, T=6, N=4, flags="lmr")
+    p = random_inputs(rng, layer, T=6, N=4, flags="lmr")
 
     def run():
         if not keep:
@@ -78,7 +78,7 @@ def test_blocks_of_steps_are_the_whole(rng, monkeypatch, name, keep):
         y, final, tape = layer.forward(p.params, p.x, p.state, **p.flags)
         return y, final, *layer.backward(tape, dy)
 
-    dy = cotangents(rng, layer(p.params, p.x, p.state)[0])
+    dy = random_cotangents(rng, layer(p.params, p.x, p.state)[0])
     want = run()
     monkeypatch.setattr(arguments, "_BLOCK_BYTES", 1)
     monkeypatch.setattr(arguments, "_BLOCK_ROWS", 8)
@@ -113,13 +113,13 @@ def everything_cell():
 
 
 def test_every_function(rng, dtype):
-    assert FUNCTIONS.keys() | {"where"} == scalar_code.FORMS.keys()
+    assert UFUNCS.keys() | {"where"} == scalar_code.OP_TEMPLATES.keys()
     layer = xprnn.Recurrent(3, 5, cell=everything_cell())
-    p = problem(rng, layer, T=5, N=7)
+    p = random_inputs(rng, layer, T=5, N=7)
     params, x, state = ({k: v.astype(dtype) for k, v in p.params.items()}, p.x.astype(dtype), p.state.astype(dtype))
     y, final, tape = layer.forward(params, x, state)
     assert "compiled" in tape.explain()
-    with compiling(False):
+    with allow_jit(False):
         XP.assert_close((y, final), layer(params, x, state), condition=64)
 
 
@@ -149,17 +149,17 @@ def test_own_functions(function, dtype):
 
 def test_no_cell_takes_long_to_compile(tmp_path, monkeypatch):
     """Nothing depends on sizes: forward and backward for each cell and dtype, and what makes their tables."""
-    made, true = [], compile_cache.compiled
+    made, true = [], compile_cache.compile_kernel
 
     def seen(source, *signature):
         made.append(source)
         return true(source, *signature)
 
-    monkeypatch.setattr(compile_cache, "compiled", seen)
+    monkeypatch.setattr(compile_cache, "compile_kernel", seen)
     rng = np.random.default_rng(0)
     for D, H, N, T in ((1, 1, 1, 1), (3, 40, 5, 7), (2, 3, 0, 4)):
         layer = xprnn.LSTM(D, H)
-        p = problem(rng, layer, T=T, N=N)
+        p = random_inputs(rng, layer, T=T, N=N)
         y, _, tape = layer.forward(p.params, p.x, p.state)
         layer.backward(tape, np.ones_like(y))
     assert len(set(made)) == 4

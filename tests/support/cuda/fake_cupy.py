@@ -1,7 +1,7 @@
 """A stand-in for the CuPy module on a machine without a GPU: its arrays are NumPy's inside, its rules are CuPy's.
 
 `install()` puts it into `sys.modules` as `cupy`. What CuPy refuses, it refuses: NumPy arrays among the operands,
-implicit conversions. What costs a GPU program dearly is written into `LOG`: allocations, waits for the
+implicit conversions. What costs a GPU program dearly is written into `EVENT_LOG`: allocations, waits for the
 device, launches, products. Fresh memory is NaN, and is fenced with NaN on both sides; every address that reaches a
 kernel or a product must lie in memory that is alive and on the current device (standin_cuda.py).
 """
@@ -20,79 +20,84 @@ from typing import Any
 import numpy as np
 
 # What NumPy has and CuPy 14.2 has not: names of the module and of `linalg`, keywords; and what its flags are.
-ABSENT = "block bmat emath errstate frompyfunc geomspace insert matvec ndenumerate nditer spacing unstack vecdot vecmat"
-ABSENT_LINALG = "diagonal matrix_norm multi_dot outer svdvals tensordot trace vecdot vector_norm"
-UNKNOWN, FLAGS = {"device", "like", "initial"}, ("c_contiguous", "f_contiguous", "owndata", "fnc", "forc")
+MISSING_NAMES = (
+    "block bmat emath errstate frompyfunc geomspace insert matvec ndenumerate nditer spacing unstack vecdot vecmat"
+)
+MISSING_LINALG_NAMES = "diagonal matrix_norm multi_dot outer svdvals tensordot trace vecdot vector_norm"
+UNSUPPORTED_KEYWORDS, ARRAY_FLAGS = (
+    {"device", "like", "initial"},
+    ("c_contiguous", "f_contiguous", "owndata", "fnc", "forc"),
+)
 
-FENCE = 64  # elements on each side of an array
-LOG: list[tuple[str, Any]] = []  # ("alloc", bytes), ("sync", how), ("launch", kernel), ("gemm", (m, n, k)), ...
-REFUSE = [False]  # whether a wait for the device raises
-CURRENT = [0]  # the current device
+GUARD_ELEMENTS = 64  # elements on each side of an array
+EVENT_LOG: list[tuple[str, Any]] = []  # ("alloc", bytes), ("sync", how), ("launch", kernel), ("gemm", (m, n, k)), ...
+FORBID_SYNC = [False]  # whether a wait for the device raises
+CURRENT_DEVICE = [0]  # the current device
 
 
 class SyncError(AssertionError):
     """A pass waited for the device."""
 
 
-def sync(how: str) -> None:
-    LOG.append(("sync", how))
-    if REFUSE[0]:
+def record_sync(how: str) -> None:
+    EVENT_LOG.append(("sync", how))
+    if FORBID_SYNC[0]:
         raise SyncError(f"{how} of an array inside a pass: on a GPU, a wait for the device")
 
 
 @contextmanager
-def refusing(refuse: bool):
-    before, REFUSE[0] = REFUSE[0], refuse
+def sync_forbidden(refuse: bool):
+    before, FORBID_SYNC[0] = FORBID_SYNC[0], refuse
     try:
         yield
     finally:
-        REFUSE[0] = before
+        FORBID_SYNC[0] = before
 
 
-class Memory:
+class DeviceMemory:
     """Where live arrays lie, by address."""
 
     def __init__(self) -> None:
-        self.starts: list[int] = []
+        self.block_starts: list[int] = []
         self.blocks: dict[int, tuple[int, int]] = {}  # start -> (end, device)
-        self.wholes: Any = weakref.WeakValueDictionary()  # start -> the array with its fences
+        self.guarded_blocks: Any = weakref.WeakValueDictionary()  # start -> the array with its fences
 
-    def new(self, shape: Any, dtype: Any) -> np.ndarray:
+    def allocate(self, shape: Any, dtype: Any) -> np.ndarray:
         """Fresh memory on the current device."""
         dtype = np.dtype(dtype)
         count = int(np.prod(shape, dtype=np.int64))
-        whole = np.empty(count + 2 * FENCE, dtype)
+        whole = np.empty(count + 2 * GUARD_ELEMENTS, dtype)
         whole.view(np.uint8)[...] = 0xFF  # NaN for floats
-        inside = whole[FENCE : FENCE + count]
+        inside = whole[GUARD_ELEMENTS : GUARD_ELEMENTS + count]
         start, end = inside.ctypes.data, inside.ctypes.data + count * dtype.itemsize
-        bisect.insort(self.starts, start)
-        self.blocks[start] = (end, CURRENT[0])
-        self.wholes[start] = whole
-        weakref.finalize(whole, self._freed, start).atexit = False
-        LOG.append(("alloc", count * dtype.itemsize))
+        bisect.insort(self.block_starts, start)
+        self.blocks[start] = (end, CURRENT_DEVICE[0])
+        self.guarded_blocks[start] = whole
+        weakref.finalize(whole, self._release, start).atexit = False
+        EVENT_LOG.append(("alloc", count * dtype.itemsize))
         return inside.reshape(shape)
 
-    def _freed(self, start: int) -> None:
-        self.starts.remove(start)
+    def _release(self, start: int) -> None:
+        self.block_starts.remove(start)
         del self.blocks[start]
 
-    def check(self, what: str, start: int, size: int = 1) -> None:
+    def check_address(self, what: str, start: int, size: int = 1) -> None:
         """Raise unless all of [start, start + size) is alive, in one array, on the current device."""
-        place = bisect.bisect_right(self.starts, start) - 1
-        if place < 0 or start + size > self.blocks[self.starts[place]][0]:
+        place = bisect.bisect_right(self.block_starts, start) - 1
+        if place < 0 or start + size > self.blocks[self.block_starts[place]][0]:
             raise AssertionError(f"{what}: address outside all live arrays")
-        device = self.blocks[self.starts[place]][1]
-        if device != CURRENT[0]:
-            raise AssertionError(f"{what}: memory of device {device} while device {CURRENT[0]} is current")
+        device = self.blocks[self.block_starts[place]][1]
+        if device != CURRENT_DEVICE[0]:
+            raise AssertionError(f"{what}: memory of device {device} while device {CURRENT_DEVICE[0]} is current")
 
-    def check_fences(self) -> None:
+    def check_guards(self) -> None:
         """Raise if something wrote beyond the ends of a live array."""
-        for whole in list(self.wholes.values()):
-            for edge in (whole[:FENCE], whole[-FENCE:]):
+        for whole in list(self.guarded_blocks.values()):
+            for edge in (whole[:GUARD_ELEMENTS], whole[-GUARD_ELEMENTS:]):
                 assert (edge.view(np.uint8) == 0xFF).all(), "something wrote beyond the end of an array"
 
 
-MEMORY = Memory()
+DEVICE_MEMORY = DeviceMemory()
 
 
 class ndarray:  # noqa: N801 - CuPy's name
@@ -101,27 +106,27 @@ class ndarray:  # noqa: N801 - CuPy's name
     __array_priority__ = 100
 
     def __init__(self, inside: np.ndarray, device: int) -> None:
-        self._inside, self._device = inside, device
+        self._host, self._device = inside, device
 
-    shape = property(lambda s: s._inside.shape)
-    ndim = property(lambda s: s._inside.ndim)
-    dtype = property(lambda s: s._inside.dtype)
-    size = property(lambda s: s._inside.size)
-    nbytes = property(lambda s: s._inside.nbytes)
-    itemsize = property(lambda s: s._inside.itemsize)
-    strides = property(lambda s: s._inside.strides)
-    flags = property(lambda s: SimpleNamespace(**{k: getattr(s._inside.flags, k) for k in FLAGS}))
-    T = property(lambda s: wrap(s._inside.T))
-    mT = property(lambda s: wrap(s._inside.mT))  # noqa: N815
+    shape = property(lambda s: s._host.shape)
+    ndim = property(lambda s: s._host.ndim)
+    dtype = property(lambda s: s._host.dtype)
+    size = property(lambda s: s._host.size)
+    nbytes = property(lambda s: s._host.nbytes)
+    itemsize = property(lambda s: s._host.itemsize)
+    strides = property(lambda s: s._host.strides)
+    flags = property(lambda s: SimpleNamespace(**{k: getattr(s._host.flags, k) for k in ARRAY_FLAGS}))
+    T = property(lambda s: from_numpy(s._host.T))
+    mT = property(lambda s: from_numpy(s._host.mT))  # noqa: N815
 
     device = property(lambda s: sys.modules["cupy"].cuda.Device(s._device))
 
-    data = property(lambda s: _Pointer(s._inside.ctypes.data))
+    data = property(lambda s: _Pointer(s._host.ctypes.data))
 
     def get(self) -> np.ndarray:
         """A copy as NumPy's array."""
-        LOG.append(("sync", "get()"))  # asked for in so many words: never refused
-        return self._inside.copy()
+        EVENT_LOG.append(("sync", "get()"))  # asked for in so many words: never refused
+        return self._host.copy()
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()` to construct one.")
@@ -129,29 +134,29 @@ class ndarray:  # noqa: N801 - CuPy's name
     __array_ufunc__ = None
 
     def __len__(self) -> int:
-        return len(self._inside)
+        return len(self._host)
 
     def __getitem__(self, index: Any) -> ndarray:
-        return wrap(self._inside[bare(index)], self._device)
+        return from_numpy(self._host[numpy_operand(index)], self._device)
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        self._inside[bare(index)] = bare(value)
-        LOG.append(("launch", "setitem"))
+        self._host[numpy_operand(index)] = numpy_operand(value)
+        EVENT_LOG.append(("launch", "setitem"))
 
     def __bool__(self) -> bool:
-        sync("bool()")
-        return bool(self._inside)
+        record_sync("bool()")
+        return bool(self._host)
 
     def __int__(self) -> int:
-        sync("int()")
-        return int(self._inside)
+        record_sync("int()")
+        return int(self._host)
 
     def __float__(self) -> float:
-        sync("float()")
-        return float(self._inside)
+        record_sync("float()")
+        return float(self._host)
 
     def __repr__(self) -> str:
-        return f"standin{self._inside!r}"
+        return f"standin{self._host!r}"
 
 
 class _Pointer:
@@ -159,63 +164,67 @@ class _Pointer:
         self.ptr = ptr
 
 
-def wrap(value: Any, device: int | None = None) -> Any:
+def from_numpy(value: Any, device: int | None = None) -> Any:
     """What NumPy returned, as this module's; own memory becomes an allocation."""
     if isinstance(value, (tuple, list)):
-        return type(value)(*(wrap(v) for v in value)) if hasattr(value, "_fields") else type(value)(map(wrap, value))
+        return (
+            type(value)(*(from_numpy(v) for v in value))
+            if hasattr(value, "_fields")
+            else type(value)(map(from_numpy, value))
+        )
     if isinstance(value, np.generic):
         value = np.asarray(value)
     if not isinstance(value, np.ndarray):
         return value
     if value.base is None:
-        fresh = MEMORY.new(value.shape, value.dtype)
+        fresh = DEVICE_MEMORY.allocate(value.shape, value.dtype)
         fresh[...] = value
         value = fresh
-    return ndarray(value, CURRENT[0] if device is None else device)
+    return ndarray(value, CURRENT_DEVICE[0] if device is None else device)
 
 
-def bare(value: Any) -> Any:
+def numpy_operand(value: Any) -> Any:
     """What NumPy is to work on; NumPy's own arrays are no operands here."""
     if isinstance(value, ndarray):
-        if value._device != CURRENT[0]:
-            raise AssertionError(f"array of device {value._device} while device {CURRENT[0]} is current")
-        return value._inside
+        if value._device != CURRENT_DEVICE[0]:
+            raise AssertionError(f"array of device {value._device} while device {CURRENT_DEVICE[0]} is current")
+        return value._host
     if isinstance(value, (np.ndarray, np.generic)) and not isinstance(value, (np.bool_,)) and np.ndim(value):
         raise TypeError(f"Unsupported type {type(value)}")
     if isinstance(value, tuple):
-        return tuple(bare(v) for v in value)
+        return tuple(numpy_operand(v) for v in value)
     if isinstance(value, list):
-        return [bare(v) for v in value]
+        return [numpy_operand(v) for v in value]
     return value
 
 
-def lifted(function: Any) -> Any:
+def cupy_function(function: Any) -> Any:
     """A NumPy function as this module's."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if unknown := kwargs.keys() & UNKNOWN:
+        if unknown := kwargs.keys() & UNSUPPORTED_KEYWORDS:
             raise TypeError(f"cupy.{function.__name__}: unexpected keyword argument {unknown.pop()!r}")
-        LOG.append(("launch", function.__name__))
+        EVENT_LOG.append(("launch", function.__name__))
         out = kwargs.get("out")
-        result = function(*map(bare, args), **{k: bare(v) for k, v in kwargs.items()})
-        return out if isinstance(out, ndarray) else wrap(result)
+        result = function(*map(numpy_operand, args), **{k: numpy_operand(v) for k, v in kwargs.items()})
+        return out if isinstance(out, ndarray) else from_numpy(result)
 
     call.__name__ = function.__name__
     return call
 
 
-def _forward(f: Any) -> Any:
-    return lifted(f)
+def _direct(f: Any) -> Any:
+    return cupy_function(f)
 
 
-def _swapped(f: Any) -> Any:
-    return lambda a, b: lifted(f)(b, a)
+def _reflected(f: Any) -> Any:
+    return lambda a, b: cupy_function(f)(b, a)
 
 
 def _inplace(f: Any) -> Any:
     def method(a: ndarray, b: Any) -> ndarray:
-        a._inside[...] = f(a._inside, bare(b))
-        LOG.append(("launch", f.__name__))
+        a._host[...] = f(a._host, numpy_operand(b))
+        EVENT_LOG.append(("launch", f.__name__))
         return a
 
     return method
@@ -223,15 +232,15 @@ def _inplace(f: Any) -> Any:
 
 for _name in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"]:
     _f = getattr(operator, f"{_name}_" if _name in ("and", "or") else _name)
-    for _prefix, _way in (("", _forward), ("r", _swapped), ("i", _inplace)):
-        setattr(ndarray, f"__{_prefix}{_name}__", _way(_f))
+    for _prefix, _make_operator in (("", _direct), ("r", _reflected), ("i", _inplace)):
+        setattr(ndarray, f"__{_prefix}{_name}__", _make_operator(_f))
 for _name in ["lt", "le", "gt", "ge", "eq", "ne", "neg", "abs", "pos", "invert"]:
-    setattr(ndarray, f"__{_name}__", _forward(getattr(operator, _name)))
+    setattr(ndarray, f"__{_name}__", _direct(getattr(operator, _name)))
 _METHODS = "all any argsort astype copy cumsum max mean min prod ravel repeat reshape sum take transpose"
 for _name in _METHODS.split(" "):
-    setattr(ndarray, _name, _forward(getattr(np.ndarray, _name)))
+    setattr(ndarray, _name, _direct(getattr(np.ndarray, _name)))
 ndarray.tolist = lambda a: a.get().tolist()
-ndarray.item = lambda a: (sync("item()"), a._inside.item())[1]
+ndarray.item = lambda a: (record_sync("item()"), a._host.item())[1]
 ndarray.__hash__ = None
 
 
@@ -240,15 +249,19 @@ def array(obj: Any, dtype: Any = None, copy: bool = True, order: str = "K") -> n
     ours = isinstance(obj, ndarray)
     if ours and not copy and order == "K" and dtype in (None, obj.dtype):
         return obj
-    made = np.asarray(bare(obj) if ours or isinstance(obj, list) else obj, dtype)
+    made = np.asarray(numpy_operand(obj) if ours or isinstance(obj, list) else obj, dtype)
     turned = order == "K" and made.flags.f_contiguous and not made.flags.c_contiguous
-    fresh = MEMORY.new(made.shape[::-1], made.dtype).T if turned else MEMORY.new(made.shape, made.dtype)
+    fresh = (
+        DEVICE_MEMORY.allocate(made.shape[::-1], made.dtype).T
+        if turned
+        else DEVICE_MEMORY.allocate(made.shape, made.dtype)
+    )
     fresh[...] = made
-    return ndarray(fresh, CURRENT[0])
+    return ndarray(fresh, CURRENT_DEVICE[0])
 
 
 def empty(shape: Any, dtype: Any = float, order: str = "C") -> ndarray:
-    return ndarray(MEMORY.new(shape, dtype), CURRENT[0])
+    return ndarray(DEVICE_MEMORY.allocate(shape, dtype), CURRENT_DEVICE[0])
 
 
 def ascontiguousarray(a: ndarray, dtype: Any = None) -> ndarray:
@@ -268,30 +281,30 @@ def install() -> ModuleType:
     module.standin = True
     for name in dir(np):
         value = getattr(np, name)
-        if name.startswith("_") or isinstance(value, ModuleType) or name in ABSENT.split():
+        if name.startswith("_") or isinstance(value, ModuleType) or name in MISSING_NAMES.split():
             continue
         plain = (
             isinstance(value, (type, np.dtype))
             or not hasattr(value, "__name__")
             or name in ("finfo", "iinfo", "issubdtype", "result_type", "can_cast", "isscalar")
         )
-        setattr(module, name, value if plain else lifted(value))
+        setattr(module, name, value if plain else cupy_function(value))
     for f in (array, empty, ascontiguousarray):
         setattr(module, f.__name__, f)
     module.asarray = lambda a, dtype=None, order=None, *, copy=None, blocking=False: array(a, dtype, copy=bool(copy))
     module.result_type = lambda *args: np.result_type(*(a.dtype if isinstance(a, ndarray) else a for a in args))
     module.ndarray = ndarray
-    module.cuda = standin_cuda.module()
+    module.cuda = standin_cuda.make_module()
     module.get_default_memory_pool = lambda: SimpleNamespace(free_all_blocks=lambda: None)
     module.RawModule, module.RawKernel = standin_cuda.RawModule, standin_cuda.RawKernel
     for name in ("linalg", "fft"):
         part = ModuleType(f"cupy.{name}")
         for key in dir(getattr(np, name)):
             value = getattr(getattr(np, name), key)
-            absent = key.startswith("_") or (name == "linalg" and key in ABSENT_LINALG.split())
+            absent = key.startswith("_") or (name == "linalg" and key in MISSING_LINALG_NAMES.split())
             if not absent and not isinstance(value, ModuleType):
                 plain = isinstance(value, type) or not hasattr(value, "__name__")
-                setattr(part, key, value if plain else lifted(value))
+                setattr(part, key, value if plain else cupy_function(value))
         part.__all__ = [k for k in dir(part) if not k.startswith("_")]
         setattr(module, name, part)
         sys.modules[f"cupy.{name}"] = part

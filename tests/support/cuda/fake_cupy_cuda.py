@@ -20,27 +20,27 @@ from support.cuda import fake_cupy as standin
 from xprnn.kernels.cuda import persistent
 
 HEADER = Path(__file__).with_name("fake_cuda.h")
-KERNEL = re.compile(r'extern "C" __global__ void (\w+)\(const (\w+) a\)')
-STRUCT = re.compile(r"struct (\w+) \{(.*?)\};", re.DOTALL)
-CAPABILITY = {0: "90", 1: "80"}  # of the two devices
-STATE = {"math": 0, "pointers": 0}
-FOLDER = tempfile.TemporaryDirectory(prefix="xprnn-standin")
+KERNEL_PATTERN = re.compile(r'extern "C" __global__ void (\w+)\(const (\w+) a\)')
+STRUCT_PATTERN = re.compile(r"struct (\w+) \{(.*?)\};", re.DOTALL)
+CAPABILITIES = {0: "90", 1: "80"}  # of the two devices
+CUBLAS_STATE = {"math": 0, "pointers": 0}
+BUILD_FOLDER = tempfile.TemporaryDirectory(prefix="xprnn-standin")
 
 
 class Device:
     """`cupy.cuda.Device`: a number, and a context in which it is the current one."""
 
     def __init__(self, device: Any = None) -> None:
-        self.id = standin.CURRENT[0] if device is None else getattr(device, "id", device)
-        self._before: list[int] = []
+        self.id = standin.CURRENT_DEVICE[0] if device is None else getattr(device, "id", device)
+        self._previous: list[int] = []
 
     def __enter__(self) -> Self:
-        self._before.append(standin.CURRENT[0])
-        standin.CURRENT[0] = self.id
+        self._previous.append(standin.CURRENT_DEVICE[0])
+        standin.CURRENT_DEVICE[0] = self.id
         return self
 
     def __exit__(self, *_: object) -> None:
-        standin.CURRENT[0] = self._before.pop()
+        standin.CURRENT_DEVICE[0] = self._previous.pop()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Device) and other.id == self.id
@@ -51,7 +51,7 @@ class Device:
         return f"<CUDA Device {self.id}>"
 
     attributes = property(lambda self: {"ClockRate": 1_980_000, "MultiProcessorCount": 132})
-    compute_capability = property(lambda self: CAPABILITY[self.id])
+    compute_capability = property(lambda self: CAPABILITIES[self.id])
 
 
 class Event:
@@ -59,11 +59,11 @@ class Event:
 
     def record(self) -> None:
         """Now."""
-        self.at = time.perf_counter()
+        self.time = time.perf_counter()
 
     def synchronize(self) -> None:
         """Wait."""
-        standin.LOG.append(("sync", "event"))
+        standin.EVENT_LOG.append(("sync", "event"))
 
 
 # --- cuBLAS: column-major, by address, as in cublasSgemm's manual
@@ -76,7 +76,7 @@ def _matrix(at: int, rows: int, columns: int, ld: int, dtype: Any, what: str) ->
         raise RuntimeError(f"CUBLAS_STATUS_INVALID_VALUE: {what}: leading dimension {ld} of {rows} rows")
     item = np.dtype(dtype).itemsize
     count = ld * (columns - 1) + rows
-    standin.MEMORY.check(what, at, count * item)
+    standin.DEVICE_MEMORY.check_address(what, at, count * item)
     flat = np.frombuffer((ctypes.c_char * (count * item)).from_address(at), dtype)
     return as_strided(flat, (rows, columns), (item, ld * item))
 
@@ -89,9 +89,9 @@ def _tf32(a: np.ndarray) -> np.ndarray:
 
 def _gemm(dtype: Any) -> Any:
     def gemm(handle, ta, tb, m, n, k, alpha, a_at, lda, b_at, ldb, beta, c_at, ldc):
-        assert handle == HANDLE + standin.CURRENT[0], "a handle of another device"
-        assert STATE["pointers"] == 0, "scalars are read from the host"
-        standin.LOG.append(("gemm", (m, n, k)))
+        assert handle == CUBLAS_HANDLE + standin.CURRENT_DEVICE[0], "a handle of another device"
+        assert CUBLAS_STATE["pointers"] == 0, "scalars are read from the host"
+        standin.EVENT_LOG.append(("gemm", (m, n, k)))
         scale = [
             float(np.frombuffer((ctypes.c_char * np.dtype(dtype).itemsize).from_address(p), dtype)[0])
             for p in (alpha, beta)
@@ -100,7 +100,7 @@ def _gemm(dtype: Any) -> Any:
         b = _matrix(b_at, *((n, k) if tb else (k, n)), ldb, dtype, "gemm's B")
         c = _matrix(c_at, m, n, ldc, dtype, "gemm's C")
         a, b = (a.T if ta else a), (b.T if tb else b)
-        if STATE["math"] == 3 and dtype is np.float32:
+        if CUBLAS_STATE["math"] == 3 and dtype is np.float32:
             a, b = _tf32(np.ascontiguousarray(a)), _tf32(np.ascontiguousarray(b))
         product = scale[0] * np.matmul(a, b)
         c[...] = product + scale[1] * c if scale[1] else product  # where beta is 0, C is not read
@@ -108,12 +108,12 @@ def _gemm(dtype: Any) -> Any:
     return gemm
 
 
-HANDLE = 4242
+CUBLAS_HANDLE = 4242
 
 
-def _set(name: str) -> Any:
+def _state_setter(name: str) -> Any:
     def setter(handle: int, value: int) -> None:
-        STATE[name] = value
+        CUBLAS_STATE[name] = value
 
     return setter
 
@@ -122,14 +122,14 @@ def _set(name: str) -> Any:
 
 
 @cache
-def built(code: str) -> ctypes.CDLL:
+def compile_for_host(code: str) -> ctypes.CDLL:
     """The kernels of a source, compiled for the host."""
     calls = "".join(
         f'extern "C" void run_{name}(const void* a, unsigned g, unsigned b, int backwards)'
         f" {{ launch({name}, *(const {struct}*)a, g, b, backwards); }}\n"
-        for name, struct in KERNEL.findall(code)
+        for name, struct in KERNEL_PATTERN.findall(code)
     )
-    stem = Path(FOLDER.name) / hashlib.sha256(code.encode()).hexdigest()[:16]
+    stem = Path(BUILD_FOLDER.name) / hashlib.sha256(code.encode()).hexdigest()[:16]
     source, library = stem.with_suffix(".cpp"), stem.with_suffix(".so")
     source.write_text(f'#include "{HEADER}"\n{code}\n{calls}', encoding="utf-8")
     flags = [
@@ -149,9 +149,9 @@ def built(code: str) -> ctypes.CDLL:
 
 
 @cache
-def fields(code: str, struct: str) -> tuple[tuple[str, bool], ...]:
+def struct_fields(code: str, struct: str) -> tuple[tuple[str, bool], ...]:
     """(name, whether a pointer) of each field, in order; all have 8 bytes."""
-    body = dict(STRUCT.findall(code))[struct]
+    body = dict(STRUCT_PATTERN.findall(code))[struct]
     found = []
     for line in filter(None, map(str.strip, body.split(";"))):
         names = line.removeprefix("const ").partition(" ")[2]
@@ -168,10 +168,10 @@ class RawModule:
 
     def get_function(self, name: str) -> Any:
         """The kernel of this name."""
-        if name in persistent.KERNELS:
+        if name in persistent.KERNEL_NAMES:
             from support.cuda import persistent_emulator as persistent_host
 
-            return persistent_host.Kernel(name, self.options)
+            return persistent_host.EmulatedKernel(name, self.options)
         return RawKernel(self.code, name)
 
 
@@ -179,8 +179,8 @@ class RawKernel:
     """`cupy.RawKernel`; its one argument is a structure passed by value."""
 
     def __init__(self, code: str, name: str) -> None:
-        self.name, self.code, self.turn = name, code, 0
-        self.struct = dict(KERNEL.findall(code))[name]
+        self.name, self.code, self.launch_count = name, code, 0
+        self.struct = dict(KERNEL_PATTERN.findall(code))[name]
 
     def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...]) -> None:
         """Launch it."""
@@ -190,15 +190,15 @@ class RawKernel:
         assert whole.size == 1, "You are trying to pass a numpy.ndarray as a kernel parameter"
         assert 0 < grid[0] < 1 << 31 and 0 < block[0] <= 1024  # noqa: PT018
         values = np.frombuffer(whole.tobytes(), np.int64)
-        names = fields(self.code, self.struct)
+        names = struct_fields(self.code, self.struct)
         assert len(names) == len(values), f"{self.name}: {len(values)} numbers for {len(names)} fields"
         for (name, pointer), value in zip(names, values.tolist(), strict=True):
             if pointer and value:
-                standin.MEMORY.check(f"{self.name}: {name}", value)
-        standin.LOG.append(("launch", self.name))
-        self.turn += 1
+                standin.DEVICE_MEMORY.check_address(f"{self.name}: {name}", value)
+        standin.EVENT_LOG.append(("launch", self.name))
+        self.launch_count += 1
         copy = whole.tobytes()  # as a launch does
-        getattr(built(self.code), f"run_{self.name}")(copy, grid[0], block[0], self.turn % 2)
+        getattr(compile_for_host(self.code), f"run_{self.name}")(copy, grid[0], block[0], self.launch_count % 2)
 
 
 class CUDADriverError(RuntimeError):
@@ -209,7 +209,7 @@ class CompileException(Exception):  # noqa: N818 - CuPy's name
     """`cupy.cuda.compiler.CompileException`."""
 
 
-def module() -> ModuleType:
+def make_module() -> ModuleType:
     """`cupy.cuda`."""
     made: Any = ModuleType("cupy.cuda")
     made.Device = Device
@@ -220,7 +220,7 @@ def module() -> ModuleType:
     made.runtime = SimpleNamespace(
         getDeviceProperties=lambda device: {"name": b"stand-in"}, driverGetVersion=lambda: 13000
     )
-    made.get_cublas_handle = lambda: HANDLE + standin.CURRENT[0]
+    made.get_cublas_handle = lambda: CUBLAS_HANDLE + standin.CURRENT_DEVICE[0]
     made.driver = SimpleNamespace(
         CUDADriverError=CUDADriverError,
         funcSetAttribute=lambda function, name, value: function.attributes.__setitem__(name, value),
@@ -229,9 +229,9 @@ def module() -> ModuleType:
     made.cublas = SimpleNamespace(
         sgemm=_gemm(np.float32),
         dgemm=_gemm(np.float64),
-        getMathMode=lambda handle: STATE["math"],
-        setMathMode=_set("math"),
-        getPointerMode=lambda handle: STATE["pointers"],
-        setPointerMode=_set("pointers"),
+        getMathMode=lambda handle: CUBLAS_STATE["math"],
+        setMathMode=_state_setter("math"),
+        getPointerMode=lambda handle: CUBLAS_STATE["pointers"],
+        setPointerMode=_state_setter("pointers"),
     )
     return made

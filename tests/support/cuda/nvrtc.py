@@ -16,31 +16,31 @@ from typing import Any, NamedTuple
 
 # What CuPy adds to every compilation (cupy/cuda/compiler.py, 14.2).
 CUPY_OPTIONS = ("-ftz=true", "--std=c++17")
-_ENTRY = re.compile(
+_PTXAS_ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'.*?(?P<stack>\d+) bytes stack frame, "
     r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
     re.DOTALL,
 )
 
 
-class Report(NamedTuple):
+class KernelResources(NamedTuple):
     """What ptxas says of one kernel."""
 
     registers: int
-    stack: int
-    spilled: int  # bytes
+    stack_bytes: int
+    spilled_bytes: int  # bytes
 
 
-def missing() -> str:
+def missing_reason() -> str:
     """Why NVRTC can't be used here, or ""."""
-    return "" if _path() else "the wheel nvidia-cuda-nvrtc is not installed"
+    return "" if _library_path() else "the wheel nvidia-cuda-nvrtc is not installed"
 
 
-def _path() -> Path | None:
-    return next((p for p in _wheels("c*/lib/libnvrtc.so.*") if "alt" not in p.name), None)
+def _library_path() -> Path | None:
+    return next((p for p in _wheel_files("c*/lib/libnvrtc.so.*") if "alt" not in p.name), None)
 
 
-def _wheels(pattern: str) -> list[Path]:
+def _wheel_files(pattern: str) -> list[Path]:
     """Files in NVIDIA's wheels, those of the newest release first."""
     try:
         spec = importlib.util.find_spec("nvidia")
@@ -53,23 +53,23 @@ def _wheels(pattern: str) -> list[Path]:
 
 @cache
 def _library() -> Any:
-    path = _path()
-    assert path is not None, missing()
+    path = _library_path()
+    assert path is not None, missing_reason()
     for builtins in path.parent.glob("libnvrtc-builtins.so.*"):
         ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
     return ctypes.CDLL(str(path))
 
 
-def compiled(code: str, arch: str, options: tuple[str, ...] = ()) -> dict[str, Report]:
+def compile_resources(code: str, arch: str, options: tuple[str, ...] = ()) -> dict[str, KernelResources]:
     """The report on each kernel of a source, compiled to machine code for `arch`, "sm_90" or another.
 
     Raises:
         AssertionError: it does not compile, or not without a warning; the compiler's words are in the message.
     """
-    return machine_code(code, arch, options)[0]
+    return compile_cubin(code, arch, options)[0]
 
 
-def machine_code(code: str, arch: str, options: tuple[str, ...] = ()) -> tuple[dict[str, Report], bytes]:
+def compile_cubin(code: str, arch: str, options: tuple[str, ...] = ()) -> tuple[dict[str, KernelResources], bytes]:
     """As `compiled`, and the machine code."""
     lib, program = _library(), ctypes.c_void_p()
     made = lib.nvrtcCreateProgram(ctypes.byref(program), code.encode(), b"kernel.cu", 0, None, None)
@@ -91,21 +91,21 @@ def machine_code(code: str, arch: str, options: tuple[str, ...] = ()) -> tuple[d
     finally:
         lib.nvrtcDestroyProgram(ctypes.byref(program))
     return {
-        m["name"]: Report(int(m["registers"]), int(m["stack"]), int(m["stores"]) + int(m["loads"]))
-        for m in _ENTRY.finditer(text)
+        m["name"]: KernelResources(int(m["registers"]), int(m["stack"]), int(m["stores"]) + int(m["loads"]))
+        for m in _PTXAS_ENTRY.finditer(text)
     }, binary.raw
 
 
-def disassembler() -> Path | None:
+def disassembler_path() -> Path | None:
     """Of the wheel nvidia-cuda-nvdisasm."""
-    return next(iter(_wheels("c*/bin/nvdisasm")), None)
+    return next(iter(_wheel_files("c*/bin/nvdisasm")), None)
 
 
 def instructions(binary: bytes, folder: Path) -> dict[str, list[str]]:
     """The machine instructions of each kernel, in order, without their predicates."""
     path = folder / "kernel.cubin"
     path.write_bytes(binary)
-    run = subprocess.run([disassembler(), "-c", path], capture_output=True, text=True, check=True)
+    run = subprocess.run([disassembler_path(), "-c", path], capture_output=True, text=True, check=True)
     kernels = {}
     for part in re.split(r"^\.text\.", run.stdout, flags=re.MULTILINE)[1:]:
         lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", part)

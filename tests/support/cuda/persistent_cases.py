@@ -10,36 +10,38 @@ from support.cuda import persistent_emulator as host
 
 from xprnn import cells
 from xprnn.kernels import dispatch
-from xprnn.kernels.config import generic_only
+from xprnn.kernels.config import reference_only
 from xprnn.kernels.cuda import cluster_config, persistent
-from xprnn.kernels.cuda.cluster_config import Config, configurations
-from xprnn.kernels.tape import Steps
+from xprnn.kernels.cuda.cluster_config import ClusterConfig, all_configs
+from xprnn.kernels.tape import StepMask
 
 CELLS = {"tanh": cells.elman("tanh"), "relu": cells.elman("relu"), "gru": cells.gru(), "lstm": cells.lstm()}
-RELATIVE = 1e-6  # of each array's norm: float32 sums of up to 1024 products, over up to 7 steps
-DX = 3e-6  # NumPy's float32 product that gives dx sums up to 4 * 512 terms that mostly cancel
+MAX_RELATIVE_ERROR = 1e-6  # of each array's norm: float32 sums of up to 1024 products, over up to 7 steps
+MAX_RELATIVE_ERROR_DX = 3e-6  # NumPy's float32 product that gives dx sums up to 4 * 512 terms that mostly cancel
 
 
-class Problem(NamedTuple):
+class KernelInputs(NamedTuple):
     """Everything in float32."""
 
     cell: Any
     params: dict[str, Any]
     x: Any
     state: tuple[Any, ...]
-    steps: Steps
+    steps: StepMask
     reverse: bool
     dy: Any
     dstate: tuple[Any, ...]
     dstates: tuple[Any, ...] = ()
 
 
-def config_for(cell: str, units: int, rows: int) -> Config:
-    (found,) = [c for c in configurations() if (c.cell, c.units, c.rows) == (cell, units, rows)]
+def config_for(cell: str, units: int, rows: int) -> ClusterConfig:
+    (found,) = [
+        c for c in all_configs() if (c.cell_name, c.padded_hidden_size, c.rows_per_cluster) == (cell, units, rows)
+    ]
     return found
 
 
-def problem(
+def random_inputs(
     rng: np.random.Generator,
     cell: str,
     H: int,
@@ -49,9 +51,9 @@ def problem(
     ragged: bool = False,
     reverse: bool = False,
     bias: bool = True,
-    injected: bool = False,
-) -> Problem:
-    D, gates, states = 5, cluster_config.CELLS[cell], len(CELLS[cell].states)
+    with_dstates: bool = False,
+) -> KernelInputs:
+    D, gates, states = 5, cluster_config.GATE_COUNTS[cell], len(CELLS[cell].states)
 
     def draw(*shape: int, scale: float = 1.0) -> Any:
         return (scale * rng.normal(size=shape)).astype(np.float32)
@@ -63,54 +65,65 @@ def problem(
     if ragged:  # any order, zero among them
         lengths = rng.permutation(np.r_[0, T, rng.integers(0, T + 1, size=N)][-N:] if N > 1 else [max(T - 1, 0)])
         active = np.arange(T)[:, None] < lengths
-    several = tuple(draw(T, N, H) for _ in range(states)) if injected else ()
+    several = tuple(draw(T, N, H) for _ in range(states)) if with_dstates else ()
     initial, last = (tuple(draw(N, H) for _ in range(states)) for _ in range(2))
-    return Problem(CELLS[cell], params, draw(T, N, D), initial, Steps(active), reverse, draw(T, N, H), last, several)
+    return KernelInputs(
+        CELLS[cell], params, draw(T, N, D), initial, StepMask(active), reverse, draw(T, N, H), last, several
+    )
 
 
-def outcome(p: Problem, config: Config | None = None, **settings: Any) -> dict[str, Any]:
+def kernel_results(p: KernelInputs, config: ClusterConfig | None = None, **settings: Any) -> dict[str, Any]:
     """Every result and gradient; by the generic scan in float64 where there is no configuration."""
     if config is None:
-        return _by_generic(p)
+        return _reference_results(p)
     import cupy
 
     params = {k: cupy.asarray(v) for k, v in p.params.items()}
     x, dy, *rest = (cupy.asarray(a) for a in (p.x, p.dy, *p.state, *p.dstate, *p.dstates))
     k = len(p.state)
     state, dstate, dstates = tuple(rest[:k]), tuple(rest[k : 2 * k]), tuple(rest[2 * k :])
-    steps = p.steps if p.steps.active is None else Steps(cupy.asarray(p.steps.active))
+    steps = p.steps if p.steps.active is None else StepMask(cupy.asarray(p.steps.active))
     namespace = array_namespace(x)
-    with host.settings(**settings):
+    with host.launch_settings(**settings):
         y, final, tape = persistent.forward(
-            config, p.cell, params, x, state, steps, home=state, xp=namespace, reverse=p.reverse, keep=True
+            config,
+            p.cell,
+            params,
+            x,
+            state,
+            steps,
+            reset_state=state,
+            xp=namespace,
+            reverse=p.reverse,
+            record_tape=True,
         )
         dx, dinitial, _, dparams = dispatch.backward(tape, dy, dstate, dstates)
-    found = _named(y, final, tape.states(), dx, dinitial, dparams)
+    found = _named_results(y, final, tape.states(), dx, dinitial, dparams)
     return {name: a.get() for name, a in found.items()}
 
 
-def _by_generic(p: Problem) -> dict[str, Any]:
+def _reference_results(p: KernelInputs) -> dict[str, Any]:
     params = {k: v.astype(np.float64) for k, v in p.params.items()}
     x, dy, *rest = (a.astype(np.float64) for a in (p.x, p.dy, *p.state, *p.dstate, *p.dstates))
     k = len(p.state)
-    with generic_only():
+    with reference_only():
         y, final, tape = dispatch.forward(
-            p.cell, params, x, tuple(rest[:k]), p.steps, xp=np, reverse=p.reverse, keep=True
+            p.cell, params, x, tuple(rest[:k]), p.steps, xp=np, reverse=p.reverse, record_tape=True
         )
         dx, dinitial, _, dparams = dispatch.backward(tape, dy, tuple(rest[k : 2 * k]), tuple(rest[2 * k :]))
-    return _named(y, final, tape.states(), dx, dinitial, dparams)
+    return _named_results(y, final, tape.states(), dx, dinitial, dparams)
 
 
-def _named(y: Any, final: Any, states: Any, dx: Any, dinitial: Any, dparams: Any) -> dict[str, Any]:
+def _named_results(y: Any, final: Any, states: Any, dx: Any, dinitial: Any, dparams: Any) -> dict[str, Any]:
     named = {"y": y, "dx": dx, **dparams}
     for name, values in {"final": final, "dinitial": dinitial, "states": states}.items():
         named |= {f"{name} {i}": v for i, v in enumerate(values)}
     return named
 
 
-def differences(got: dict[str, Any], want: dict[str, Any]) -> dict[str, float]:
+def excessive_errors(got: dict[str, Any], want: dict[str, Any]) -> dict[str, float]:
     """What is further away than float32 sums explain, with its relative distance."""
     assert got.keys() == want.keys()
     assert all(got[k].shape == want[k].shape and got[k].dtype == np.float32 for k in want)
     far = {k: float(np.linalg.norm(got[k] - want[k]) / (np.linalg.norm(want[k]) or 1.0)) for k in want}
-    return {k: d for k, d in far.items() if not d <= (DX if k == "dx" else RELATIVE)}
+    return {k: d for k, d in far.items() if not d <= (MAX_RELATIVE_ERROR_DX if k == "dx" else MAX_RELATIVE_ERROR)}

@@ -19,108 +19,113 @@ from support.cuda import fake_cupy as standin
 from xprnn.kernels.cuda import persistent
 
 HERE = Path(__file__).parent
-KERNELS = Path(persistent.__file__).parent
-FLAGS = ("-std=c++17", "-O1", "-march=native", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-Wall", "-Werror")
-QUIET = ("-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-misleading-indentation")
-SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-fno-omit-frame-pointer")
-SCHEDULES = 5  # of persistent_emulator.h; seed % SCHEDULES chooses
+KERNEL_FOLDER = Path(persistent.__file__).parent
+COMPILE_FLAGS = ("-std=c++17", "-O1", "-march=native", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-Wall", "-Werror")
+WARNING_FLAGS = ("-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-misleading-indentation")
+SANITIZER_FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-fno-omit-frame-pointer")
+SCHEDULE_COUNT = 5  # of persistent_emulator.h; seed % SCHEDULES chooses
 
 
-FENCE = 1 << 16  # bytes on each side of an array
-MOST_SHARED, NON_PORTABLE = 227 << 10, 14  # of a block; CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+GUARD_BYTES = 1 << 16  # bytes on each side of an array
+MAX_SHARED_BYTES, NON_PORTABLE_CLUSTER_ATTRIBUTE = (
+    227 << 10,
+    14,
+)  # of a block; CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
 
 
-class HostError(Exception):
+class EmulatorError(Exception):
     """What the machine found wrong with a kernel's run."""
 
 
-FOLDER = tempfile.TemporaryDirectory(prefix="xprnn-persistent")
+BUILD_FOLDER = tempfile.TemporaryDirectory(prefix="xprnn-persistent")
 
 
-def source(mutate: Callable[[str], str] = lambda text: text) -> str:
+def kernel_source(mutate: Callable[[str], str] = lambda text: text) -> str:
     names = ("persistent_cells", "persistent")
-    text = "".join((KERNELS / f"{name}.cu").read_text(encoding="utf-8") for name in names)
+    text = "".join((KERNEL_FOLDER / f"{name}.cu").read_text(encoding="utf-8") for name in names)
     return f'#include "{HERE / "persistent_emulator.h"}"\n{mutate(text)}\nXP_HOST_ENTRY\n'
 
 
 @cache
-def library(options: tuple[str, ...], text: str, extra: tuple[str, ...]) -> Any:
-    command = ("g++", *FLAGS, *QUIET, *extra, *options)
+def compile_library(options: tuple[str, ...], text: str, extra: tuple[str, ...]) -> Any:
+    command = ("g++", *COMPILE_FLAGS, *WARNING_FLAGS, *extra, *options)
     name = hashlib.sha256(" ".join((*command, text)).encode()).hexdigest()[:16]
-    path, out = (Path(FOLDER.name) / f"{name}.{end}" for end in ("cpp", "so"))
+    path, out = (Path(BUILD_FOLDER.name) / f"{name}.{end}" for end in ("cpp", "so"))
     path.write_text(text, encoding="utf-8")
     run = subprocess.run([*command, str(path), "-o", str(out)], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[:4000]
     return ctypes.CDLL(str(out))
 
 
-class Fenced:
+class GuardedBuffer:
     """An argument's numbers in memory with NaN around them, where a stray read shows and a stray write is seen."""
 
     def __init__(self, a: Any) -> None:
         assert a.flags.c_contiguous, "a raw kernel sees no strides"
         assert a.dtype in (np.float32, np.bool_)
-        assert a.device.id == standin.CURRENT[0]
-        self.given, self.whole = a, np.full(FENCE * 2 + a.nbytes, 0xFF, np.uint8)
-        self.inside = self.whole[FENCE : FENCE + a.nbytes]
-        self.inside[...] = np.frombuffer(a._inside.tobytes(), np.uint8)
-        self.address = self.inside.ctypes.data
+        assert a.device.id == standin.CURRENT_DEVICE[0]
+        self.array, self.memory = a, np.full(GUARD_BYTES * 2 + a.nbytes, 0xFF, np.uint8)
+        self.data = self.memory[GUARD_BYTES : GUARD_BYTES + a.nbytes]
+        self.data[...] = np.frombuffer(a._host.tobytes(), np.uint8)
+        self.address = self.data.ctypes.data
 
-    def back(self) -> None:
+    def copy_back(self) -> None:
         """Hand over what a kernel wrote."""
-        if (self.whole[:FENCE] != 0xFF).any() or (self.whole[-FENCE:] != 0xFF).any():
-            raise HostError("a write outside of an array")
-        self.given._inside[...] = self.inside.view(self.given.dtype).reshape(self.given.shape)
+        if (self.memory[:GUARD_BYTES] != 0xFF).any() or (self.memory[-GUARD_BYTES:] != 0xFF).any():
+            raise EmulatorError("a write outside of an array")
+        self.array._host[...] = self.data.view(self.array.dtype).reshape(self.array.shape)
 
 
-class Settings(NamedTuple):
+class LaunchSettings(NamedTuple):
     """How the next launches run."""
 
     seed: int = 0
     mutate: Callable[[str], str] = lambda text: text
-    extra: tuple[str, ...] = ()  # the compiler's options
+    compile_options: tuple[str, ...] = ()  # the compiler's options
 
 
-SETTINGS = [Settings()]
+SETTINGS_STACK = [LaunchSettings()]
 
 
-class Kernel:
+class EmulatedKernel:
     """`cupy.RawKernel` of a persistent kernel, of what persistent.launch asks of it."""
 
     def __init__(self, name: str, options: tuple[str, ...]) -> None:
         self.name, self.options = name, tuple(o for o in options if o.startswith("-D"))
-        self.defined = {k: int(v) for k, v in (o[2:].split("=") for o in self.options)}
+        self.defines = {k: int(v) for k, v in (o[2:].split("=") for o in self.options)}
         self.max_dynamic_shared_size_bytes = 48 << 10
         self.attributes: dict[int, int] = {}
         self.kernel = SimpleNamespace(ptr=self)
 
     def __call__(self, grid: Any, block: Any, args: tuple[Any, ...], *, shared_mem: int) -> None:
         """Launch it."""
-        blocks, threads = self.defined["CL"], self.defined["NT"]
+        blocks, threads = self.defines["CL"], self.defines["NT"]
         assert type(grid) is type(block) is tuple
         assert block == (threads,)
         assert grid[0] % blocks == 0
-        assert shared_mem <= self.max_dynamic_shared_size_bytes <= MOST_SHARED
-        assert blocks <= 8 or self.attributes.get(NON_PORTABLE), "a cluster that is not portable must be asked for"
-        standin.LOG.append(("launch", self.name))
+        assert shared_mem <= self.max_dynamic_shared_size_bytes <= MAX_SHARED_BYTES
+        assert blocks <= 8 or self.attributes.get(NON_PORTABLE_CLUSTER_ATTRIBUTE), (
+            "a cluster that is not portable must be asked for"
+        )
+        standin.EVENT_LOG.append(("launch", self.name))
         assert all(isinstance(a, (standin.ndarray, np.int32)) or (type(a) is np.uintp and a == 0) for a in args)
-        fenced = [Fenced(a) if isinstance(a, standin.ndarray) else None for a in args]
+        fenced = [GuardedBuffer(a) if isinstance(a, standin.ndarray) else None for a in args]
         values = [f.address if f else int(a) for f, a in zip(fenced, args, strict=True)]
         table, error = (ctypes.c_uint64 * len(values))(*values), ctypes.create_string_buffer(256)
-        now, which = SETTINGS[-1], persistent.KERNELS.index(self.name)
-        run = library(self.options, source(now.mutate), now.extra).xp_host_run
+        now, which = SETTINGS_STACK[-1], persistent.KERNEL_NAMES.index(self.name)
+        run = compile_library(self.options, kernel_source(now.mutate), now.compile_options).xp_host_run
         run(which, table, grid[0] // blocks, ctypes.c_long(shared_mem), ctypes.c_uint(now.seed), error)
         if error.value:
-            raise HostError(f"{self.name}, seed {now.seed}: {error.value.decode()}")
+            raise EmulatorError(f"{self.name}, seed {now.seed}: {error.value.decode()}")
         for f in fenced:
             if f:
-                f.back()
+                f.copy_back()
 
 
 @contextmanager
-def settings(**changed: Any) -> Iterator[None]:
-    SETTINGS.append(Settings(**changed))
+def launch_settings(**changed: Any) -> Iterator[None]:
+    SETTINGS_STACK.append(LaunchSettings(**changed))
     try:
         yield
     finally:
-        SETTINGS.pop()
+        SETTINGS_STACK.pop()

@@ -9,11 +9,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from xprnn.arrays.namespace import Array, InputError, Params, resolve
-from xprnn.interop.assemble import Part, assemble, refuse
-from xprnn.interop.keras.files import Arrays, damaged, opened, read_config
-from xprnn.interop.keras.layers import Flow, parts_of_layer
-from xprnn.interop.keras.topology import Spec, chain_of
+from xprnn.arrays.namespace import Array, InputError, Params, resolve_namespace
+from xprnn.interop.assemble import NamedLayer, assemble, raise_all
+from xprnn.interop.keras.files import WeightsFile, open_model_file, read_config, wrap_read_errors
+from xprnn.interop.keras.layers import ChainPosition, convert_layer
+from xprnn.interop.keras.topology import KerasLayerSpec, linear_topology
 from xprnn.io.archive import as_path
 from xprnn.layers.recurrent import Recurrent
 
@@ -56,17 +56,17 @@ def from_keras(source: Any, like: Array | None = None, *, config: Any = None) ->
     """
     where = "from_keras"
     if like is not None:
-        resolve(where, {}, {"like": like})
+        resolve_namespace(where, {}, {"like": like})
     if hasattr(source, "to_json") and hasattr(source, "save_weights"):
         if config is not None:
             raise InputError(f"{where}: a model has an architecture of its own: leave config out")
-        return _from_live(where, source, like)
+        return _from_live_model(where, source, like)
     path = as_path(where, source)
     given = None if config is None else read_config(where, config)
-    return _read(f"{where} {path}", path, given, like)
+    return _from_file(f"{where} {path}", path, given, like)
 
 
-def _from_live(where: str, source: Any, like: Array | None) -> tuple[Any, Params]:
+def _from_live_model(where: str, source: Any, like: Array | None) -> tuple[Any, Params]:
     """Through the model's own writing of its architecture and weights: one way for files and for models."""
     if not getattr(source, "built", False):
         raise InputError(f"{where}: the model has no weights yet: call it on an input first, or give it an Input")
@@ -78,21 +78,21 @@ def _from_live(where: str, source: Any, like: Array | None) -> tuple[Any, Params
         except (TypeError, ValueError, NotImplementedError) as error:
             said = " ".join(str(error).split())[:200]
             raise InputError(f"{where}: Keras cannot say how this model is built ({said})") from None
-        return _read(where, path, read_config(where, config), like)
+        return _from_file(where, path, read_config(where, config), like)
 
 
-def _read(where: str, path: Path, config: dict[str, Any] | None, like: Array | None) -> tuple[Any, Params]:
-    with opened(where, path, config) as (found, arrays):
+def _from_file(where: str, path: Path, config: dict[str, Any] | None, like: Array | None) -> tuple[Any, Params]:
+    with open_model_file(where, path, config) as (found, arrays):
         if found is None:
-            held = ", ".join(arrays.layers()) or "no layers"
+            held = ", ".join(arrays.layer_names()) or "no layers"
             raise InputError(
                 f"{where}: holds the weights of {held} and not how they are built: give config=model.to_json(), "
                 "or save the model as .keras"
             )
         problems: list[str] = []
-        with damaged(where):
-            parts = _parts(chain_of(found, problems), arrays, problems)
-        refuse(where, problems)
+        with wrap_read_errors(where):
+            parts = _convert_layers(linear_topology(found, problems), arrays, problems)
+        raise_all(where, problems)
         if not parts:
             raise InputError(f"{where}: nothing in it computes anything")
         if len(parts) == 1 and isinstance(parts[0][1], Recurrent):
@@ -100,17 +100,19 @@ def _read(where: str, path: Path, config: dict[str, Any] | None, like: Array | N
         return assemble(where, parts, like)
 
 
-def _parts(specs: list[Spec], arrays: Arrays, problems: list[str]) -> list[tuple[Part, Any]]:
+def _convert_layers(
+    specs: list[KerasLayerSpec], arrays: WeightsFile, problems: list[str]
+) -> list[tuple[NamedLayer, Any]]:
     """The parts of all layers; what cannot be said here is added to `problems`."""
-    made: list[tuple[Part, Any]] = []
+    made: list[tuple[NamedLayer, Any]] = []
     masked, used = False, set[str]()
     for k, spec in enumerate(specs):
-        if not spec.kind:
+        if not spec.class_name:
             continue
         try:
-            own, masked = parts_of_layer(spec, arrays, Flow(masked, k == len(specs) - 1))
+            own, masked = convert_layer(spec, arrays, ChainPosition(masked, k == len(specs) - 1))
         except InputError as error:
-            problems.append(f"{spec.name} ({spec.kind}): {error}")
+            problems.append(f"{spec.name} ({spec.class_name}): {error}")
             continue
         for part, layer in own:
             # Parameters are "part.parameter": a name must neither hold a dot nor be there twice.

@@ -6,12 +6,19 @@ from typing import Any
 
 from xprnn.arrays.namespace import InputError
 from xprnn.cells.activations import Activation, activation
-from xprnn.interop.keras.topology import Spec, inner_spec
+from xprnn.interop.keras.topology import KerasLayerSpec, parse_layer_spec
 
-__all__ = ["activation_layer", "activation_named", "cell_activation", "flag", "number", "units"]
+__all__ = [
+    "parse_activation",
+    "parse_activation_layer",
+    "parse_bool",
+    "parse_cell_activation",
+    "parse_float",
+    "parse_positive_int",
+]
 
 # Keras's name -> ours, with the constants that Keras means.
-_KNOWN: dict[str, tuple[Any, ...]] = {
+_ACTIVATIONS: dict[str, tuple[Any, ...]] = {
     "linear": ("identity",),
     "tanh": ("tanh",),
     "sigmoid": ("sigmoid",),
@@ -42,47 +49,47 @@ _KNOWN: dict[str, tuple[Any, ...]] = {
 }
 
 
-def activation_named(value: Any) -> Activation:
+def parse_activation(value: Any) -> Activation:
     """An activation that a configuration names."""
     if isinstance(value, dict):
-        inner = inner_spec(value, "")
-        if inner.kind in ("ReLU", "LeakyReLU", "ELU"):
-            return activation_layer(inner)
-        value = inner.kind
+        inner = parse_layer_spec(value, "")
+        if inner.class_name in ("ReLU", "LeakyReLU", "ELU"):
+            return parse_activation_layer(inner)
+        value = inner.class_name
     if value is None:
         value = "linear"
-    if not isinstance(value, str) or value not in _KNOWN:
-        raise InputError(f"activation {str(value)[:40]!r} has no counterpart here, only {', '.join(_KNOWN)} have")
-    return activation(*_KNOWN[value])
+    if not isinstance(value, str) or value not in _ACTIVATIONS:
+        raise InputError(f"activation {str(value)[:40]!r} has no counterpart here, only {', '.join(_ACTIVATIONS)} have")
+    return activation(*_ACTIVATIONS[value])
 
 
-def cell_activation(options: dict[str, Any], name: str, default: str) -> Activation:
+def parse_cell_activation(config: dict[str, Any], name: str, default: str) -> Activation:
     """The activation of a recurrent layer, which must be told from its output."""
-    value = options.get(name, default)
-    found = activation_named(value)
-    if found.of_input:
+    value = config.get(name, default)
+    found = parse_activation(value)
+    if found.from_input:
         raise InputError(
             f"{name} {value!r} has no counterpart in a cell, which keeps outputs: one does not tell its slope"
         )
     return found
 
 
-def number(options: dict[str, Any], *names: str, default: float) -> float:
+def parse_float(config: dict[str, Any], *names: str, default: float) -> float:
     """The first of these options that is there; older files have older names."""
-    found: Any = next((options[n] for n in names if n in options), default)
+    found: Any = next((config[n] for n in names if n in config), default)
     if isinstance(found, bool) or not isinstance(found, (int, float)):
         raise InputError(f"{names[0]} must be a number, found {found!r}")
     return float(found)
 
 
-def activation_layer(spec: Spec) -> Activation:
+def parse_activation_layer(spec: KerasLayerSpec) -> Activation:
     """ReLU, LeakyReLU and ELU, the layers."""
-    o = spec.options
-    if spec.kind == "ELU":
-        return activation("elu", number(o, "alpha", default=1.0))
-    if spec.kind == "LeakyReLU":
-        return activation("leakyrelu", number(o, "negative_slope", "alpha", default=0.3))
-    slope = number(o, "negative_slope", default=0.0)
+    o = spec.config
+    if spec.class_name == "ELU":
+        return activation("elu", parse_float(o, "alpha", default=1.0))
+    if spec.class_name == "LeakyReLU":
+        return activation("leakyrelu", parse_float(o, "negative_slope", "alpha", default=0.3))
+    slope = parse_float(o, "negative_slope", default=0.0)
     if o.get("max_value") == 6 and not o.get("threshold", 0) and not slope:
         return activation("relu6")
     if o.get("max_value") is not None or o.get("threshold", 0):
@@ -90,17 +97,17 @@ def activation_layer(spec: Spec) -> Activation:
     return activation("leakyrelu", slope) if slope else activation("relu")
 
 
-def units(options: dict[str, Any], name: str = "units") -> int:
+def parse_positive_int(config: dict[str, Any], name: str = "units") -> int:
     """An integer >= 1."""
-    found = options.get(name)
+    found = config.get(name)
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
         raise InputError(f"{name} must be an integer >= 1, found {found!r}")
     return found
 
 
-def flag(options: dict[str, Any], name: str, default: bool = False) -> bool:
+def parse_bool(config: dict[str, Any], name: str, default: bool = False) -> bool:
     """True or False."""
-    found = options.get(name, default)
+    found = config.get(name, default)
     if not isinstance(found, bool):
         raise InputError(f"{name} must be true or false, found {found!r}")
     return found

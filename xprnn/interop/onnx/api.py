@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from xprnn.arrays.namespace import Array, InputError, Params, from_numpy, resolve
+from xprnn.arrays.namespace import Array, InputError, Params, from_numpy, resolve_namespace
 from xprnn.io.archive import as_path, write_atomically
 
 __all__ = ["from_onnx", "to_onnx"]
@@ -41,25 +41,25 @@ def from_onnx(source: Any, like: Array | None = None) -> tuple[Any, Params]:
 
     Source: the ONNX operators, opsets 7 to 28 (onnx.ai/onnx/operators).
     """
-    from xprnn.interop.onnx.graph_model import Graph
+    from xprnn.interop.onnx.graph_model import GraphModel
     from xprnn.interop.onnx.model_file import read_model
-    from xprnn.interop.onnx.program import compiled
-    from xprnn.interop.onnx.reader.pattern import recognised, told_in
-    from xprnn.interop.onnx.reader.symbolic_axes import OtherGraphError
-    from xprnn.interop.onnx.writer.round_trip import reread
+    from xprnn.interop.onnx.program import compile_graph
+    from xprnn.interop.onnx.reader.pattern import declared_model_from_metadata, match_layers
+    from xprnn.interop.onnx.reader.symbolic_axes import NotALayerGraphError
+    from xprnn.interop.onnx.writer.round_trip import verify_round_trip
 
     if like is not None:
-        resolve("from_onnx", {"like": like})
+        resolve_namespace("from_onnx", {"like": like})
     proto = read_model(source)
-    block = compiled("from_onnx", proto)
-    told = told_in({p.key: p.value for p in proto.metadata_props}, len(proto.graph.initializer))
+    block = compile_graph("from_onnx", proto)
+    told = declared_model_from_metadata({p.key: p.value for p in proto.metadata_props}, len(proto.graph.initializer))
     try:
-        model, params = recognised(block, told)
-    except OtherGraphError as reason:
+        model, params = match_layers(block, told)
+    except NotALayerGraphError as reason:
         params = block.params
         shapes = {name: np.broadcast_to(np.float32(0), a.shape) for name, a in params.items()}
-        model = Graph(replace(block, params=shapes), str(reason))
-    if told is not None and model != told and (found := reread(proto, told)) is not None:
+        model = GraphModel(replace(block, params=shapes), str(reason))
+    if told is not None and model != told and (found := verify_round_trip(proto, told)) is not None:
         model, params = found
     if like is None:
         return model, params
@@ -114,12 +114,12 @@ def to_onnx(
 
     Source: the ONNX operators RNN, LSTM, GRU and Scan, opset 17 (onnx.ai/onnx/operators).
     """
-    from xprnn.interop.onnx.writer.export import exported
+    from xprnn.interop.onnx.writer.export import build_model_proto
 
     place = None if path is None else as_path("to_onnx", path)
     if place is not None and place.name and place.suffix != ".onnx":
         raise InputError(f"to_onnx {place}: expected a name ending in .onnx, found {place.suffix or 'no ending'}")
-    proto = exported(model, params, lengths=lengths, optional=optional, dtype=dtype)
+    proto = build_model_proto(model, params, lengths=lengths, optional=optional, dtype=dtype)
     if place is not None:
         write_atomically(place, proto.SerializeToString())
     return proto

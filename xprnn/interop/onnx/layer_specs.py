@@ -11,20 +11,20 @@ import numpy as np
 from xprnn.arrays.namespace import Params
 from xprnn.cells.activations import activation
 from xprnn.cells.standard import elman, gru, gru_reset_before, lstm
-from xprnn.layers.base import Part
-from xprnn.layers.context_shift import Around
+from xprnn.layers.base import StatelessLayer
+from xprnn.layers.context_shift import ContextShift
 from xprnn.layers.embedding import Embedding
 from xprnn.layers.linear import Linear
 from xprnn.layers.recurrent import Recurrent
 from xprnn.layers.rnn_lstm_gru import GRU, LSTM, RNN
-from xprnn.layers.sequence_ops import Merge
+from xprnn.layers.sequence_ops import MergeDirections
 from xprnn.layers.sequential import Sequential
 
-__all__ = ["Piece", "flat_parts", "from_pieces", "pieces_of", "same", "with_structure"]
+__all__ = ["LayerSpec", "from_specs", "named_layers", "params_for", "specs_equal", "to_specs"]
 
 
 @dataclass(frozen=True)
-class Piece:
+class LayerSpec:
     """One layer of a network.
 
     Args:
@@ -45,110 +45,114 @@ class Piece:
 
     name: str
     kind: str
-    inputs: int
-    outputs: int
+    input_size: int
+    output_size: int
     bias: bool
-    own: Params
+    params: Params
     cell: Any = None
-    ways: tuple[bool, ...] = ()
-    learned: bool = False
+    reverse: tuple[bool, ...] = ()
+    learned_state: bool = False
     batch_first: bool = False
     projected: bool = False
-    part: Any = None
+    layer: Any = None
 
-    def width(self, before: int) -> int:
+    def output_width(self, input_width: int) -> int:
         """How many features it puts out, given that many."""
         if self.kind == "part":
-            return before // 2 if isinstance(self.part, Merge) else before
-        return self.outputs * max(1, len(self.ways))
+            return input_width // 2 if isinstance(self.layer, MergeDirections) else input_width
+        return self.output_size * max(1, len(self.reverse))
 
     def state_width(self, state: str) -> int:
         """Features of a recurrent layer's state; h alone may be projected."""
         if state == self.cell.states[0]:
-            return self.outputs
-        return int(self.own["weight_hh_l0"].shape[0]) // int(self.cell.gates)
+            return self.output_size
+        return int(self.params["weight_hh_l0"].shape[0]) // int(self.cell.gates)
 
 
-def same(a: Sequence[Piece], b: Sequence[Piece]) -> bool:
+def specs_equal(a: Sequence[LayerSpec], b: Sequence[LayerSpec]) -> bool:
     """Whether two rows compute the same, whatever their parts are called and whatever their arrays hold."""
-    return [_sense(p) for p in a] == [_sense(p) for p in b]
+    return [_semantics(p) for p in a] == [_semantics(p) for p in b]
 
 
-def _sense(piece: Piece) -> tuple[Any, ...]:
+def _semantics(piece: LayerSpec) -> tuple[Any, ...]:
     """What a piece computes; the constants of its cell as a file holds them, in float32."""
     cell: Any = piece.cell
     if cell is not None and cell.options is not None:
-        cell = (cell.name, _rounded(dict(cell.options)))
-    part = None if piece.part is None else _rounded(piece.part.config())
-    return (replace(piece, name="", own={}, cell=None, part=None), cell, part)
+        cell = (cell.name, _round_to_float32(dict(cell.options)))
+    part = None if piece.layer is None else _round_to_float32(piece.layer.config())
+    return (replace(piece, name="", params={}, cell=None, layer=None), cell, part)
 
 
-def _rounded(value: Any) -> Any:
+def _round_to_float32(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
+        return {k: _round_to_float32(v) for k, v in value.items()}
     return float(np.float32(value)) if isinstance(value, float) else value
 
 
-def flat_parts(model: Any, name: str = "") -> dict[str, Any]:
+def named_layers(model: Any, name: str = "") -> dict[str, Any]:
     """Name -> part; those of chains inside are "outer.inner", as their parameters' names have it.
 
-    >>> list(flat_parts(Sequential(low=Sequential(rnn=RNN(2, 3)), head=Linear(3, 1))))
+    >>> list(named_layers(Sequential(low=Sequential(rnn=RNN(2, 3)), head=Linear(3, 1))))
     ['low.rnn', 'head']
     """
     if not isinstance(model, Sequential):
         return {name: model}
     prefix = f"{name}." if name else ""
-    return {k: p for n, part in model.parts.items() for k, p in flat_parts(part, prefix + n).items()}
+    return {k: p for n, part in model.layers.items() for k, p in named_layers(part, prefix + n).items()}
 
 
-def pieces_of(model: Any, params: Params) -> list[Piece]:
+def to_specs(model: Any, params: Params) -> list[LayerSpec]:
     """The pieces of a layer or Sequential."""
     out = []
-    for name, part in flat_parts(model).items():
+    for name, part in named_layers(model).items():
         prefix = f"{name}." if name else ""
         own = {k: params[prefix + k] for k in part.shapes()}
         if isinstance(part, Embedding):
-            out.append(Piece(name, "embedding", part.num_embeddings, part.embedding_dim, False, own))
+            out.append(LayerSpec(name, "embedding", part.num_embeddings, part.embedding_dim, False, own))
         elif isinstance(part, Linear):
-            out.append(Piece(name, "linear", part.in_features, part.out_features, part.bias, own))
-        elif isinstance(part, (Part, Around)):
-            out.append(Piece(name, "part", 0, 0, False, {}, part=part))
+            out.append(LayerSpec(name, "linear", part.in_features, part.out_features, part.bias, own))
+        elif isinstance(part, (StatelessLayer, ContextShift)):
+            out.append(LayerSpec(name, "part", 0, 0, False, {}, layer=part))
         else:
-            out += _layers(name, part, own)
+            out += _recurrent_specs(name, part, own)
     return out
 
 
-def _layers(name: str, part: Recurrent, own: Params) -> list[Piece]:
+def _recurrent_specs(name: str, part: Recurrent, own: Params) -> list[LayerSpec]:
     """A stack, layer by layer."""
     ways = (False, True) if part.bidirectional else (part.reverse,)
-    out, width, d = [], part.input_size, part.directions
-    for k, h in enumerate(part.sizes):
-        mine = {_renamed(n, k, 0): a for n, a in own.items() if _of_layer(n, k)}
-        for state in part.core.states if part.learned_state else ():
+    out, width, d = [], part.input_size, part.num_directions
+    for k, h in enumerate(part.hidden_sizes):
+        mine = {_with_layer_index(n, k, 0): a for n, a in own.items() if _is_layer_param(n, k)}
+        for state in part.resolved_cell.states if part.learned_state else ():
             whole = own[f"initial_{state}"] if isinstance(part.hidden_size, int) else own[f"initial_{state}_l{k}"]
             at = k * d if isinstance(part.hidden_size, int) else 0
             mine[f"initial_{state}"] = whole[at : at + d, ...]
         learned, first = part.learned_state, part.batch_first
-        wide, projected = part.projection or h, part.projection > 0
-        out.append(Piece(name, "rnn", width, wide, part.bias, mine, part.core, ways, learned, first, projected))
+        wide, projected = part.projection_size or h, part.projection_size > 0
+        out.append(
+            LayerSpec(name, "rnn", width, wide, part.bias, mine, part.resolved_cell, ways, learned, first, projected)
+        )
         width = d * wide
     return out
 
 
-def _of_layer(name: str, k: int) -> bool:
+def _is_layer_param(name: str, k: int) -> bool:
     return not name.startswith("initial_") and name.removesuffix("_reverse").endswith(f"_l{k}")
 
 
-def _renamed(name: str, k: int, to: int) -> str:
+def _with_layer_index(name: str, k: int, to: int) -> str:
     end = "_reverse" if name.endswith("_reverse") else ""
     return f"{name.removesuffix('_reverse').removesuffix(f'_l{k}')}_l{to}{end}"
 
 
-def from_pieces(pieces: Sequence[Piece]) -> tuple[Any, Params]:
+def from_specs(specs: Sequence[LayerSpec]) -> tuple[Any, Params]:
     """The model that these pieces are, like ones in a row as one stack; one part alone is itself."""
-    groups: list[list[Piece]] = []
-    for piece in pieces:
-        alike = groups and same([replace(groups[-1][-1], inputs=0, outputs=0)], [replace(piece, inputs=0, outputs=0)])
+    groups: list[list[LayerSpec]] = []
+    for piece in specs:
+        alike = groups and specs_equal(
+            [replace(groups[-1][-1], input_size=0, output_size=0)], [replace(piece, input_size=0, output_size=0)]
+        )
         if alike and piece.kind == "rnn":
             groups[-1].append(piece)
         else:
@@ -156,43 +160,45 @@ def from_pieces(pieces: Sequence[Piece]) -> tuple[Any, Params]:
     parts: dict[str, Any] = {}
     params: Params = {}
     for group in groups:
-        name = _free(group[0].name or _NAMES.get(group[0].kind) or type(group[0].part).__name__.lower(), parts)
-        parts[name] = _part(group)
-        params |= {f"{name}.{k}": a for k, a in _own(parts[name], group).items()}
+        name = _unique_name(
+            group[0].name or _DEFAULT_NAMES.get(group[0].kind) or type(group[0].layer).__name__.lower(), parts
+        )
+        parts[name] = _build_layer(group)
+        params |= {f"{name}.{k}": a for k, a in _group_params(parts[name], group).items()}
     if len(parts) == 1 and groups[0][0].kind == "rnn":
         (name,) = parts
         return parts[name], {k.removeprefix(f"{name}."): a for k, a in params.items()}
     return Sequential(**parts), params
 
 
-_NAMES = {"embedding": "embed", "rnn": "rnn", "linear": "head"}
+_DEFAULT_NAMES = {"embedding": "embed", "rnn": "rnn", "linear": "head"}
 
 
-def _free(name: str, taken: dict[str, Any]) -> str:
+def _unique_name(name: str, taken: dict[str, Any]) -> str:
     return name if name not in taken else next(n for k in range(2, 1000) if (n := f"{name}{k}") not in taken)
 
 
-def with_structure(model: Any, pieces: Sequence[Piece]) -> Params:
+def params_for(model: Any, specs: Sequence[LayerSpec]) -> Params:
     """The parameters of `model`, which has these pieces, from their arrays."""
     if not isinstance(model, Sequential):
-        return _own(model, pieces)
+        return _group_params(model, specs)
     params: Params = {}
     at = 0
-    for name, part in flat_parts(model).items():
+    for name, part in named_layers(model).items():
         count = getattr(part, "num_layers", 1)
-        params |= {f"{name}.{k}": a for k, a in _own(part, pieces[at : at + count]).items()}
+        params |= {f"{name}.{k}": a for k, a in _group_params(part, specs[at : at + count]).items()}
         at += count
     return {name: params[name] for name in model.shapes()}
 
 
-def _own(part: Any, group: Sequence[Piece]) -> Params:
+def _group_params(part: Any, group: Sequence[LayerSpec]) -> Params:
     if group[0].kind != "rnn":
-        return dict(group[0].own)
+        return dict(group[0].params)
     out: Params = {}
     for k, piece in enumerate(group):
-        out |= {_renamed(n, 0, k): a for n, a in piece.own.items() if not n.startswith("initial_")}
-    for state in part.core.states if part.learned_state else ():
-        rows = [piece.own[f"initial_{state}"] for piece in group]
+        out |= {_with_layer_index(n, 0, k): a for n, a in piece.params.items() if not n.startswith("initial_")}
+    for state in part.resolved_cell.states if part.learned_state else ():
+        rows = [piece.params[f"initial_{state}"] for piece in group]
         if isinstance(part.hidden_size, int):
             out[f"initial_{state}"] = np.concatenate(rows, axis=0)
         else:
@@ -200,28 +206,28 @@ def _own(part: Any, group: Sequence[Piece]) -> Params:
     return {name: out[name] for name in part.shapes()}
 
 
-def _part(group: Sequence[Piece]) -> Any:
+def _build_layer(group: Sequence[LayerSpec]) -> Any:
     first = group[0]
     if first.kind == "part":
-        return first.part
+        return first.layer
     if first.kind == "embedding":
-        return Embedding(first.inputs, first.outputs)
+        return Embedding(first.input_size, first.output_size)
     if first.kind == "linear":
-        return Linear(first.inputs, first.outputs, first.bias)
-    sizes = tuple(p.outputs for p in group)
+        return Linear(first.input_size, first.output_size, first.bias)
+    sizes = tuple(p.output_size for p in group)
     options: dict[str, Any] = {
         "num_layers": len(group),
         "bias": first.bias,
         "batch_first": first.batch_first,
-        "bidirectional": len(first.ways) == 2,
-        "reverse": first.ways == (True,),
-        "learned_state": first.learned,
+        "bidirectional": len(first.reverse) == 2,
+        "reverse": first.reverse == (True,),
+        "learned_state": first.learned_state,
     }
-    make, special = _kind(first.cell)
-    return make(first.inputs, sizes[0] if len(set(sizes)) == 1 else sizes, **options, **special)
+    make, special = _layer_class_and_options(first.cell)
+    return make(first.input_size, sizes[0] if len(set(sizes)) == 1 else sizes, **options, **special)
 
 
-def _kind(cell: Any) -> tuple[Any, dict[str, Any]]:
+def _layer_class_and_options(cell: Any) -> tuple[Any, dict[str, Any]]:
     """The class whose cell this is, and how to ask it for it."""
     if cell.name == "elman":
         chosen = dict(cell.options or ())

@@ -14,22 +14,22 @@ from typing import Any
 import numpy as np
 
 from xprnn.arrays.namespace import InputError
-from xprnn.interop.optional_import import need
+from xprnn.interop.optional_import import require_package
 from xprnn.io.archive import as_path, check_file
 
-__all__ = ["OPSETS", "need_onnx", "opset_of", "read_model", "subgraphs", "tensor"]
+__all__ = ["SUPPORTED_OPSETS", "opset_version", "read_model", "require_onnx", "subgraphs", "tensor_to_numpy"]
 
-OPSETS = (7, 28)
-_MOST = 1 << 31  # bytes: protobuf's own limit for one message
+SUPPORTED_OPSETS = (7, 28)
+_MAX_BYTES = 1 << 31  # bytes: protobuf's own limit for one message
 
 
-def need_onnx(where: str) -> Any:
+def require_onnx(where: str) -> Any:
     """The onnx package.
 
     Raises:
         InputError: it is not installed; says what to install.
     """
-    return need(where, "onnx", "onnx", "checker", "inliner", "numpy_helper")
+    return require_package(where, "onnx", "onnx", "checker", "inliner", "numpy_helper")
 
 
 def read_model(source: Any) -> Any:
@@ -42,16 +42,16 @@ def read_model(source: Any) -> Any:
         InputError: not an ONNX model, a damaged or lying one, or one whose data lies outside its folder; no
             onnx package.
     """
-    onnx = need_onnx("from_onnx")
+    onnx = require_onnx("from_onnx")
     if isinstance(source, onnx.ModelProto):
         where, folder, model = "from_onnx", None, onnx.ModelProto()
         model.CopyFrom(source)
     else:
         path = as_path("from_onnx", source)
-        where, folder, model = str(path), path.parent, _parsed(onnx, path)
-    if any(not isinstance(name, str) for name in _names_in(onnx, model.graph)):
+        where, folder, model = str(path), path.parent, _parse_model(onnx, path)
+    if any(not isinstance(name, str) for name in _iter_names(onnx, model.graph)):
         raise InputError(f"{where}: damaged: names that are no text")
-    for holder in _tensors(onnx, model.graph):
+    for holder in _iter_tensors(onnx, model.graph):
         _check_tensor(onnx, where, holder, folder)
     try:
         onnx.checker.check_model(model)
@@ -62,7 +62,7 @@ def read_model(source: Any) -> Any:
     return model
 
 
-def opset_of(where: str, model: Any) -> int:
+def opset_version(where: str, model: Any) -> int:
     """The version of the standard's operators that the model uses.
 
     Raises:
@@ -70,15 +70,17 @@ def opset_of(where: str, model: Any) -> int:
     """
     versions = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
     found = versions[0] if versions else 0
-    if not OPSETS[0] <= found <= OPSETS[1]:
-        raise InputError(f"{where}: opset {found}: expected {OPSETS[0]} to {OPSETS[1]}; convert it with onnx")
+    if not SUPPORTED_OPSETS[0] <= found <= SUPPORTED_OPSETS[1]:
+        raise InputError(
+            f"{where}: opset {found}: expected {SUPPORTED_OPSETS[0]} to {SUPPORTED_OPSETS[1]}; convert it with onnx"
+        )
     return int(found)
 
 
-def _parsed(onnx: Any, path: Path) -> Any:
+def _parse_model(onnx: Any, path: Path) -> Any:
     check_file(str(path), path)
     try:
-        if path.stat().st_size >= _MOST:
+        if path.stat().st_size >= _MAX_BYTES:
             raise InputError(f"{path}: {path.stat().st_size} bytes: a model file holds less than 2 GiB")
         content = path.read_bytes()
     except OSError as error:
@@ -102,7 +104,7 @@ def subgraphs(onnx: Any, node: Any) -> Iterator[Any]:
             yield from attribute.graphs
 
 
-def _tensors(onnx: Any, graph: Any) -> Iterator[Any]:
+def _iter_tensors(onnx: Any, graph: Any) -> Iterator[Any]:
     yield from graph.initializer
     for node in graph.node:
         for attribute in node.attribute:
@@ -110,10 +112,10 @@ def _tensors(onnx: Any, graph: Any) -> Iterator[Any]:
                 yield attribute.t
             yield from attribute.tensors
         for inner in subgraphs(onnx, node):
-            yield from _tensors(onnx, inner)
+            yield from _iter_tensors(onnx, inner)
 
 
-def _names_in(onnx: Any, graph: Any) -> Iterator[Any]:
+def _iter_names(onnx: Any, graph: Any) -> Iterator[Any]:
     """Every name; protobuf hands out bytes for what is no UTF-8."""
     for thing in (*graph.initializer, *graph.input, *graph.output):
         yield thing.name
@@ -121,7 +123,7 @@ def _names_in(onnx: Any, graph: Any) -> Iterator[Any]:
         yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
         yield from (attribute.name for attribute in node.attribute)
         for inner in subgraphs(onnx, node):
-            yield from _names_in(onnx, inner)
+            yield from _iter_names(onnx, inner)
 
 
 def _check_tensor(onnx: Any, where: str, t: Any, folder: Path | None) -> None:
@@ -129,11 +131,11 @@ def _check_tensor(onnx: Any, where: str, t: Any, folder: Path | None) -> None:
     name = f"{where}: tensor {t.name or '(without a name)'}"
     if any(d < 0 for d in t.dims):
         raise InputError(f"{name} has shape {tuple(t.dims)}")
-    if t.data_type not in _FIELDS:
-        known = onnx.TensorProto.DataType.Name(t.data_type) if t.data_type in _names(onnx) else t.data_type
+    if t.data_type not in _STORAGE_FIELDS:
+        known = onnx.TensorProto.DataType.Name(t.data_type) if t.data_type in _known_data_types(onnx) else t.data_type
         raise InputError(f"{name} is of type {known}: expected floats, integers or booleans")
     count = math.prod(t.dims)
-    field, size = _FIELDS[t.data_type]
+    field, size = _STORAGE_FIELDS[t.data_type]
     if t.data_location == onnx.TensorProto.EXTERNAL:
         _load_external(onnx, name, t, folder, count * size)
     found, wanted = (len(t.raw_data), count * size) if t.HasField("raw_data") else (len(getattr(t, field)), count)
@@ -141,12 +143,12 @@ def _check_tensor(onnx: Any, where: str, t: Any, folder: Path | None) -> None:
         raise InputError(f"{name} of shape {tuple(t.dims)} needs {wanted} values or bytes, found {found}")
 
 
-def _names(onnx: Any) -> list[int]:
+def _known_data_types(onnx: Any) -> list[int]:
     return list(onnx.TensorProto.DataType.values())
 
 
 # data type -> where its values stand when not in raw_data, and the bytes of one value there
-_FIELDS = {
+_STORAGE_FIELDS = {
     1: ("float_data", 4),  # FLOAT
     2: ("int32_data", 1),  # UINT8
     3: ("int32_data", 1),  # INT8
@@ -190,9 +192,9 @@ def _load_external(onnx: Any, name: str, t: Any, folder: Path | None, size: int)
     t.raw_data = content
 
 
-def tensor(t: Any) -> Any:
+def tensor_to_numpy(t: Any) -> Any:
     """A TensorProto's values as NumPy, a copy: what the package gives may lie in the message and be read-only."""
-    return np.array(need_onnx("from_onnx").numpy_helper.to_array(t))
+    return np.array(require_onnx("from_onnx").numpy_helper.to_array(t))
 
 
 def _first_line(error: BaseException) -> str:

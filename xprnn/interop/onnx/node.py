@@ -1,6 +1,6 @@
 """What the operators of a graph are given: a node, and the values that flow between nodes.
 
-A value is an array of the caller's library, a list of them, or `Host`: a NumPy array of a shape, an axis, an index or
+A value is an array of the caller's library, a list of them, or `HostValue`: a NumPy array of a shape, an axis, an index or
 a constant.
 An operator whose inputs are all on the host stays there, so that shapes never wait for a device.
 """
@@ -16,13 +16,13 @@ import numpy as np
 
 from xprnn.arrays.namespace import Array, InputError, Namespace, from_numpy, namespace, to_numpy
 
-__all__ = ["FLOATS", "Context", "Host", "Node", "Op", "affordable", "host_context"]
+__all__ = ["FLOAT_TYPES", "Context", "HostValue", "Node", "Op", "check_size_limit", "host_context"]
 
-FLOATS = (1, 10, 11)  # the standard's numbers for float32, float16 and float64
+FLOAT_TYPES = (1, 10, 11)  # the standard's numbers for float32, float16 and float64
 
 
 @dataclass(frozen=True)
-class Host:
+class HostValue:
     """A NumPy array that is not data: it never leaves the host unless data meets it."""
 
     array: Any
@@ -52,9 +52,9 @@ class Context:
     like: Array
     on_host: bool = False
 
-    def put(self, value: Any) -> Array:
+    def as_array(self, value: Any) -> Array:
         """A value among the data: floats in the dtype of `like`, as all floats of a graph are."""
-        if not isinstance(value, Host):
+        if not isinstance(value, HostValue):
             return value
         a = value.array
         # Widened here: torch refuses to do it for an array of no axes.
@@ -76,34 +76,34 @@ class Op(NamedTuple):
 
     run: Callable[..., Any]
     attrs: tuple[str, ...] = ()
-    host: tuple[int, ...] = ()
-    raw: tuple[int, ...] = ()
-    check: Callable[[Node], str] = lambda node: ""
-    from_host: bool = True  # stays on the host when all its inputs are there
+    host_inputs: tuple[int, ...] = ()
+    raw_inputs: tuple[int, ...] = ()
+    unsupported_reason: Callable[[Node], str] = lambda node: ""
+    runs_on_host: bool = True  # stays on the host when all its inputs are there
 
-    def __call__(self, home: Context, node: Node, inputs: list[Any]) -> tuple[Any, ...]:
+    def __call__(self, context: Context, node: Node, inputs: list[Any]) -> tuple[Any, ...]:
         """The outputs, each a Host or an array."""
-        stays = self.from_host and all(v is None or isinstance(v, Host) for v in inputs)
-        at = host_context(_float_of(inputs)) if stays else home
+        stays = self.runs_on_host and all(v is None or isinstance(v, HostValue) for v in inputs)
+        at = host_context(_float_dtype(inputs)) if stays else context
         args = [self._argument(at, k, v, stays) for k, v in enumerate(inputs)]
         result = self.run(at, node, *args)
         outputs = result if isinstance(result, tuple) else (result,)
-        return tuple(Host(np.asarray(o)) if stays and not isinstance(o, Host) else o for o in outputs)
+        return tuple(HostValue(np.asarray(o)) if stays and not isinstance(o, HostValue) else o for o in outputs)
 
     def _argument(self, at: Context, k: int, value: Any, stays: bool) -> Any:
-        if value is None or k in self.raw:
+        if value is None or k in self.raw_inputs:
             return value
-        if k in self.host or (stays and isinstance(value, Host)):
-            return value.array if isinstance(value, Host) else to_numpy(value)
-        return at.put(value)
+        if k in self.host_inputs or (stays and isinstance(value, HostValue)):
+            return value.array if isinstance(value, HostValue) else to_numpy(value)
+        return at.as_array(value)
 
 
-def _float_of(inputs: list[Any]) -> Any:
+def _float_dtype(inputs: list[Any]) -> Any:
     kinds = [v.array.dtype for v in inputs if v is not None and v.array.dtype.kind == "f"]
     return kinds[0] if kinds else np.float32
 
 
-def affordable(node: Node, shape: Any) -> tuple[int, ...]:
+def check_size_limit(node: Node, shape: Any) -> tuple[int, ...]:
     """`shape` as a tuple; InputError if an array of it cannot be wanted."""
     out = tuple(int(d) for d in shape)
     if any(d < 0 for d in out) or math.prod(out) > 1 << 28:

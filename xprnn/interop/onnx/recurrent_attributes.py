@@ -12,31 +12,31 @@ from typing import Any
 from xprnn.arrays.namespace import InputError
 from xprnn.cells.activations import Activation, activation
 from xprnn.cells.cell import Cell
-from xprnn.cells.serialization import activation_of
+from xprnn.cells.serialization import activation_from_config
 from xprnn.cells.standard import elman, gru, gru_reset_before, lstm
 
 __all__ = [
-    "FUNCTIONS",
-    "MERGES",
-    "RECURRENT",
-    "attributes_of",
-    "cells_of",
-    "function_of",
-    "in_operators",
-    "operator_of",
+    "ACTIVATION_OPERATORS",
+    "GATE_COUNTS",
+    "MERGE_MODES",
+    "activation_from_operator",
+    "attributes_from_cell",
+    "cells_from_attributes",
+    "is_supported_activation",
+    "operator_from_activation",
 ]
 
 
-RECURRENT = {"RNN": 1, "LSTM": 4, "GRU": 3}  # and their numbers of gates
-_DEFAULTS = {"RNN": ("Tanh",), "LSTM": ("Sigmoid", "Tanh", "Tanh"), "GRU": ("Sigmoid", "Tanh")}
-_PLACES = {"elman": ("f",), "lstm": ("gate", "candidate", "output")}
-_SPELLED = {
+GATE_COUNTS = {"RNN": 1, "LSTM": 4, "GRU": 3}  # and their numbers of gates
+_DEFAULT_ACTIVATIONS = {"RNN": ("Tanh",), "LSTM": ("Sigmoid", "Tanh", "Tanh"), "GRU": ("Sigmoid", "Tanh")}
+_ACTIVATION_OPTIONS = {"elman": ("f",), "lstm": ("gate", "candidate", "output")}
+_ONNX_NAMES = {
     "hardsigmoid": "HardSigmoid",
     "scaledtanh": "ScaledTanh",
     "leakyrelu": "LeakyRelu",
     "thresholdedrelu": "ThresholdedRelu",
 }
-_CONSTANTS = {
+_ACTIVATION_CONSTANTS = {
     "affine": ("alpha", "beta"),
     "scaledtanh": ("alpha", "beta"),
     "hardsigmoid": ("alpha", "beta"),
@@ -46,13 +46,13 @@ _CONSTANTS = {
 }
 
 
-def cells_of(op: str, attrs: dict[str, Any], peepholes: bool, directions: int) -> tuple[Cell, ...]:
+def cells_from_attributes(op: str, attrs: dict[str, Any], peepholes: bool, directions: int) -> tuple[Cell, ...]:
     """The cell of each direction.
 
     Raises:
         InputError: an attribute that no cell has; says which.
 
-    >>> cells_of("GRU", {"linear_before_reset": 1}, False, 1) == (gru(),)
+    >>> cells_from_attributes("GRU", {"linear_before_reset": 1}, False, 1) == (gru(),)
     True
     """
     clip = attrs.get("clip")
@@ -68,30 +68,30 @@ def cells_of(op: str, attrs: dict[str, Any], peepholes: bool, directions: int) -
 
 
 def _activations(op: str, attrs: dict[str, Any], directions: int) -> list[Sequence[Activation]]:
-    default = _DEFAULTS[op]
+    default = _DEFAULT_ACTIVATIONS[op]
     names = list(attrs.get("activations") or default * directions)
     if len(names) != len(default) * directions:
         raise InputError(f"activations={names}: expected {len(default) * directions}")
     lists = {key: list(attrs.get(f"activation_{key}") or ()) for key in ("alpha", "beta")}
     made = []
     for name in names:
-        has = _CONSTANTS.get(name.lower(), ())
+        has = _ACTIVATION_CONSTANTS.get(name.lower(), ())
         f = activation(name, **{key: lists[key].pop(0) for key in has if lists[key]})
         made.append(activation("identity") if f == activation("affine", 1.0, 0.0) else f)  # it has no name there
     return [made[k * len(default) : (k + 1) * len(default)] for k in range(directions)]
 
 
-def attributes_of(cell: Cell, hidden: int, ways: Sequence[bool]) -> dict[str, Any]:
+def attributes_from_cell(cell: Cell, hidden: int, reverse: Sequence[bool]) -> dict[str, Any]:
     """The attributes of the operator that does what `cell` does, in these directions (True: from the end).
 
-    >>> attributes_of(elman("relu", clip=3.0), 5, (False,))
+    >>> attributes_from_cell(elman("relu", clip=3.0), 5, (False,))
     {'hidden_size': 5, 'direction': 'forward', 'activations': ['Relu'], 'clip': 3.0}
     """
     options = dict(cell.options or ())
-    way = "bidirectional" if len(ways) == 2 else "reverse" if ways[0] else "forward"
+    way = "bidirectional" if len(reverse) == 2 else "reverse" if reverse[0] else "forward"
     out: dict[str, Any] = {"hidden_size": hidden, "direction": way}
-    places = _PLACES.get(cell.name, ("gate", "candidate"))
-    out |= _functions([activation_of(options[p]) for p in places] * len(ways))
+    places = _ACTIVATION_OPTIONS.get(cell.name, ("gate", "candidate"))
+    out |= _activation_attributes([activation_from_config(options[p]) for p in places] * len(reverse))
     if options.get("clip") is not None:
         out["clip"] = options["clip"]
     if options.get("coupled"):
@@ -101,32 +101,32 @@ def attributes_of(cell: Cell, hidden: int, ways: Sequence[bool]) -> dict[str, An
     return out
 
 
-def in_operators(f: Activation) -> bool:
+def is_supported_activation(f: Activation) -> bool:
     """Whether RNN, LSTM and GRU have this activation.
 
-    >>> in_operators(activation("elu", 0.5))
+    >>> is_supported_activation(activation("elu", 0.5))
     True
     """
-    names = {*_CONSTANTS, "tanh", "sigmoid", "relu", "softsign", "softplus", "identity"}
+    names = {*_ACTIVATION_CONSTANTS, "tanh", "sigmoid", "relu", "softsign", "softplus", "identity"}
     return f.name in names and activation(f.name, f.alpha, f.beta) == f
 
 
-def _functions(chosen: list[Activation]) -> dict[str, Any]:
+def _activation_attributes(chosen: list[Activation]) -> dict[str, Any]:
     """Names, and the constants of those functions that have them, in order."""
     names, constants = [], {"alpha": list[float](), "beta": list[float]()}
     for f in chosen:
         key, values = f.name, {"alpha": f.alpha, "beta": f.beta}
         if key == "identity":  # which the standard does not name
             key, values = "affine", {"alpha": 1.0, "beta": 0.0}
-        names.append(_SPELLED.get(key, key.capitalize()))
-        for constant in _CONSTANTS.get(key, ()):
+        names.append(_ONNX_NAMES.get(key, key.capitalize()))
+        for constant in _ACTIVATION_CONSTANTS.get(key, ()):
             constants[constant].append(float(values[constant] or 0.0))
     out: dict[str, Any] = {"activations": names}
     return out | {f"activation_{k}": v for k, v in constants.items() if v}
 
 
 # Activations that are operators of their own, with the constants that they have there.
-FUNCTIONS = {
+ACTIVATION_OPERATORS = {
     "Tanh": (),
     "Sigmoid": (),
     "Relu": (),
@@ -141,25 +141,25 @@ FUNCTIONS = {
 }
 
 
-def function_of(op: str, attrs: dict[str, Any]) -> Activation:
+def activation_from_operator(op: str, attrs: dict[str, Any]) -> Activation:
     """The activation that an operator of its own computes: their defaults are the same.
 
-    >>> function_of("HardSigmoid", {"beta": 0.25}).alpha
+    >>> activation_from_operator("HardSigmoid", {"beta": 0.25}).alpha
     0.2
     """
-    return activation(op, **{key: attrs[key] for key in FUNCTIONS[op] if key in attrs})
+    return activation(op, **{key: attrs[key] for key in ACTIVATION_OPERATORS[op] if key in attrs})
 
 
-def operator_of(f: Activation) -> tuple[str, dict[str, Any]] | None:
+def operator_from_activation(f: Activation) -> tuple[str, dict[str, Any]] | None:
     """The operator that computes an activation, and its attributes; None where there is none.
 
-    >>> operator_of(activation("elu", 0.5)), operator_of(activation("affine"))
+    >>> operator_from_activation(activation("elu", 0.5)), operator_from_activation(activation("affine"))
     (('Elu', {'alpha': 0.5}), None)
     """
-    found = {op.lower(): op for op in FUNCTIONS}.get(f.name)
+    found = {op.lower(): op for op in ACTIVATION_OPERATORS}.get(f.name)
     if found is None or activation(f.name, f.alpha, f.beta) != f:
         return None
-    return found, {key: float(getattr(f, key)) for key in FUNCTIONS[found]}
+    return found, {key: float(getattr(f, key)) for key in ACTIVATION_OPERATORS[found]}
 
 
-MERGES = {"Sum": "sum", "Mul": "mul", "Mean": "ave"}
+MERGE_MODES = {"Sum": "sum", "Mul": "mul", "Mean": "ave"}

@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from xprnn.arrays.namespace import Array, InputError, Params, resolve, to_numpy
+from xprnn.arrays.namespace import Array, InputError, Params, resolve_namespace, to_numpy
 from xprnn.arrays.validation import check_param_shapes, check_params
-from xprnn.interop.assemble import Entry, Part, arrange, assemble, refuse
-from xprnn.interop.torch.files import entries_of, need_torch, of_file
-from xprnn.interop.torch.modules import constructor, layer_of, reasons
-from xprnn.interop.torch.state_dict import compare, parts_of
+from xprnn.interop.assemble import LazyArray, NamedLayer, assemble, infer_order, raise_all
+from xprnn.interop.torch.files import lazy_arrays, read_weight_file, require_torch
+from xprnn.interop.torch.modules import constructor, layer_from_module, unsupported_reasons
+from xprnn.interop.torch.state_dict import check_shapes, layers_from_state_dict
 from xprnn.interop.torch.verify import check_forward
 from xprnn.io.archive import as_path
 from xprnn.layers.rnn_lstm_gru import RNN
 from xprnn.layers.sequential import Sequential
 
-__all__ = ["ForTorch", "from_torch", "to_torch"]
+__all__ = ["TorchExport", "from_torch", "to_torch"]
 
 
 def from_torch(
@@ -63,21 +63,21 @@ def from_torch(
     >>> import numpy as np
     >>> trained = {"rnn.weight_ih_l0": np.ones((8, 3)), "rnn.weight_hh_l0": np.ones((8, 2))}
     >>> model, params = from_torch(trained | {"out.weight": np.ones((5, 2))})
-    >>> model.parts["rnn"].hidden_size, model.parts["out"].out_features, sorted(params)
+    >>> model.layers["rnn"].hidden_size, model.layers["out"].out_features, sorted(params)
     (2, 5, ['out.weight', 'rnn.weight_hh_l0', 'rnn.weight_ih_l0'])
     """
     where = "from_torch"
     if like is not None:
-        resolve(where, {}, {"like": like})
+        resolve_namespace(where, {}, {"like": like})
     if _is_module(source):
         if nonlinearity is not None or batch_first is not None:
             raise InputError(f"{where}: a module says its nonlinearity and batch_first itself: leave them out")
-        parts = _parts_of_module(where, source)
-        arranged = arrange(where, parts, order, False)
+        parts = _layers_from_module(where, source)
+        arranged = infer_order(where, parts, order, False)
         check_forward(where, source, *assemble(where, arranged, np.zeros(0)), arranged[0][1])
         return assemble(where, arranged, like)
     if isinstance(source, Mapping):
-        entries, sorted_ = entries_of(where, source), False
+        entries, sorted_ = lazy_arrays(where, source), False
     else:
         if not isinstance(source, (str, os.PathLike)):
             raise InputError(
@@ -85,11 +85,11 @@ def from_torch(
             )
         path = as_path(where, source)
         where = f"{where} {path}"
-        entries, sorted_ = of_file("from_torch", path)
+        entries, sorted_ = read_weight_file("from_torch", path)
     if nonlinearity not in (None, "tanh", "relu"):
         raise InputError(f"{where}: nonlinearity must be 'tanh' or 'relu', found {nonlinearity!r}")
     hints: dict[str, Any] = {"nonlinearity": nonlinearity or "tanh", "batch_first": batch_first or False}
-    arranged = arrange(where, parts_of(where, entries, **hints), order, sorted_)
+    arranged = infer_order(where, layers_from_state_dict(where, entries, **hints), order, sorted_)
     if nonlinearity is not None and not any(isinstance(layer, RNN) for _, layer in arranged):
         raise InputError(f"{where}: nonlinearity is that of an nn.RNN, and there is none: leave it out")
     return assemble(where, arranged, like)
@@ -100,45 +100,45 @@ def _is_module(source: Any) -> bool:
     return torch is not None and isinstance(source, torch.nn.Module)
 
 
-def _parts_of_module(where: str, module: Any) -> list[Part]:
+def _layers_from_module(where: str, module: Any) -> list[NamedLayer]:
     """The parts in the order of their definition; each array of the state_dict belongs to one of them."""
-    entries = entries_of(where, module.state_dict())
+    entries = lazy_arrays(where, module.state_dict())
     problems: list[str] = []
     parts, seen = [], set()
-    for path, leaf in _leaves(module, ""):
+    for path, leaf in _leaf_modules(module, ""):
         lead = f"{path}." if path else ""
         own = {key: entries[lead + key] for key in leaf.state_dict()}
         seen |= {lead + key for key in own}
         try:
-            parts.append(_part(path, leaf, own))
+            parts.append(_named_layer(path, leaf, own))
         except InputError as error:
             problems.append(f"{path or 'it'} ({type(leaf).__name__}): {error}")
     problems += [f"{key} belongs to no part" for key in entries if key not in seen]
-    refuse(where, problems)
+    raise_all(where, problems)
     if not parts:
         raise InputError(f"{where}: expected a module with recurrent layers, found {type(module).__name__} without any")
     return parts
 
 
-def _part(path: str, leaf: Any, own: dict[str, Entry]) -> Part:
-    layer = layer_of(leaf)
+def _named_layer(path: str, leaf: Any, own: dict[str, LazyArray]) -> NamedLayer:
+    layer = layer_from_module(leaf)
     end = "_l0" if isinstance(leaf, sys.modules["torch"].nn.RNNCellBase) else ""
     own = {f"{key}{end}": entry for key, entry in own.items()}
-    compare(own, layer)
-    return Part(path, (layer,), own)
+    check_shapes(own, layer)
+    return NamedLayer(path, (layer,), own)
 
 
-def _leaves(module: Any, path: str) -> Iterator[tuple[str, Any]]:
+def _leaf_modules(module: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Each module that has no modules inside, or is a layer; a shared one once."""
-    children = [(name, child) for name, child in module.named_children() if not _is_nothing(child)]
+    children = [(name, child) for name, child in module.named_children() if not _is_ignored(child)]
     if not children or _is_recurrent(module):
         yield path, module
         return
     for name, child in children:
-        yield from _leaves(child, f"{path}.{name}" if path else name)
+        yield from _leaf_modules(child, f"{path}.{name}" if path else name)
 
 
-def _is_nothing(module: Any) -> bool:
+def _is_ignored(module: Any) -> bool:
     return type(module).__name__ in ("Dropout", "Identity") and type(module).__module__.startswith("torch.nn.modules.")
 
 
@@ -147,14 +147,14 @@ def _is_recurrent(module: Any) -> bool:
     return isinstance(module, (nn.RNNBase, nn.RNNCellBase))
 
 
-class ForTorch(NamedTuple):
+class TorchExport(NamedTuple):
     """What torch needs to go on: parameters, and how to make the modules that take them."""
 
     state_dict: dict[str, Any]
     constructor: Any
 
 
-def to_torch(model: Any, params: Params) -> ForTorch:
+def to_torch(model: Any, params: Params) -> TorchExport:
     """A model and its parameters for torch.
 
     Args:
@@ -163,7 +163,7 @@ def to_torch(model: Any, params: Params) -> ForTorch:
         params: its parameters, of any array library.
 
     Returns:
-        ForTorch(state_dict, constructor). state_dict: name -> torch tensor, copies in params' dtype. constructor: for a
+        TorchExport(state_dict, constructor). state_dict: name -> torch tensor, copies in params' dtype. constructor: for a
         layer the name of its class in torch.nn and its arguments, dtype included; for a Sequential a dict from
         the names of its parts to such pairs, to be run one behind the other.
 
@@ -181,17 +181,19 @@ def to_torch(model: Any, params: Params) -> ForTorch:
     where = "to_torch"
     if isinstance(model, type) or not hasattr(model, "shapes"):
         raise InputError(f"{where}: model must be a layer or Sequential, found {type(model).__name__}")
-    parts = model.parts if isinstance(model, Sequential) else {"": model}
-    refuse(where, [f"{name}: {why}" if name else why for name, part in parts.items() for why in reasons(part)])
+    parts = model.layers if isinstance(model, Sequential) else {"": model}
+    raise_all(
+        where, [f"{name}: {why}" if name else why for name, part in parts.items() for why in unsupported_reasons(part)]
+    )
     check_params(where, params, model.shapes())
-    resolve(where, dict(params))
+    resolve_namespace(where, dict(params))
     check_param_shapes(where, params, model.shapes())
-    torch = need_torch(where)
-    tensors = {name: _tensor(torch, array) for name, array in params.items()}
+    torch = require_torch(where)
+    tensors = {name: _to_tensor(torch, array) for name, array in params.items()}
     dtype = next(iter(tensors.values())).dtype
     made = {name: constructor(part, dtype) for name, part in parts.items()}
-    return ForTorch(tensors, made if isinstance(model, Sequential) else made[""])
+    return TorchExport(tensors, made if isinstance(model, Sequential) else made[""])
 
 
-def _tensor(torch: Any, array: Array) -> Any:
+def _to_tensor(torch: Any, array: Array) -> Any:
     return array.detach().clone() if isinstance(array, torch.Tensor) else torch.tensor(to_numpy(array))

@@ -20,45 +20,45 @@ import numpy as np
 import safetensors
 
 from xprnn.arrays.namespace import InputError, to_numpy
-from xprnn.interop.assemble import Entry
-from xprnn.interop.optional_import import need
+from xprnn.interop.assemble import LazyArray
+from xprnn.interop.optional_import import require_package
 from xprnn.io.archive import FORMAT, check_file
 
-__all__ = ["entries_of", "need_torch", "of_file"]
+__all__ = ["lazy_arrays", "read_weight_file", "require_torch"]
 
-_SAFETENSORS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+_SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
-def need_torch(where: str) -> Any:
+def require_torch(where: str) -> Any:
     """The module torch.
 
     Raises:
         InputError: it is not installed; says what to install.
     """
-    return need(where, "torch", "torch")
+    return require_package(where, "torch", "torch")
 
 
-def entries_of(where: str, source: Mapping[Any, Any]) -> dict[str, Entry]:
+def lazy_arrays(where: str, source: Mapping[Any, Any]) -> dict[str, LazyArray]:
     """Name -> array of a state_dict.
 
     Raises:
         InputError: something in it that is not an array under a name, all of it named.
 
-    >>> entries_of("from_torch", {"weight": np.zeros((2, 3))})["weight"].shape
+    >>> lazy_arrays("from_torch", {"weight": np.zeros((2, 3))})["weight"].shape
     (2, 3)
     """
     strangers = [f"{k!r} ({type(a).__name__})" for k, a in source.items() if not isinstance(k, str) or not _is_array(a)]
     if strangers:
         some = ", ".join(strangers[:10])
         raise InputError(f"{where}: expected a state_dict, names and arrays, found {some[:300]}")
-    return {name: _entry(where, name, array) for name, array in source.items()}
+    return {name: _lazy_array(where, name, array) for name, array in source.items()}
 
 
 def _is_array(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
-def _entry(where: str, name: str, array: Any) -> Entry:
+def _lazy_array(where: str, name: str, array: Any) -> LazyArray:
     def read() -> Any:
         with suppress(TypeError, ValueError, RuntimeError, NotImplementedError):
             # NumPy has no bfloat16; float32 holds its numbers exactly.
@@ -67,10 +67,10 @@ def _entry(where: str, name: str, array: Any) -> Entry:
         raise InputError(f"{where}: {name} {dtype} cannot be read as a NumPy array")
 
     dtype = str(array.dtype).rpartition(".")[2]
-    return Entry(tuple(int(n) for n in array.shape), dtype, read)
+    return LazyArray(tuple(int(n) for n in array.shape), dtype, read)
 
 
-def of_file(where: str, path: Path) -> tuple[dict[str, Entry], bool]:
+def read_weight_file(where: str, path: Path) -> tuple[dict[str, LazyArray], bool]:
     """The arrays of a `.safetensors`, `.pt` or `.pth` file, and whether their order says nothing.
 
     Raises:
@@ -83,13 +83,13 @@ def of_file(where: str, path: Path) -> tuple[dict[str, Entry], bool]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     if path.suffix == ".safetensors":
-        return _of_safetensors(path), True
+        return _read_safetensors(path), True
     if path.suffix in (".pt", ".pth"):
-        return _of_torch_file(where, path), False
+        return _read_torch_file(where, path), False
     raise InputError(f"{path}: expected a .safetensors, .pt or .pth file")
 
 
-def _of_safetensors(path: Path) -> dict[str, Entry]:
+def _read_safetensors(path: Path) -> dict[str, LazyArray]:
     try:
         # The library compares every tensor's extent with the file's length before it hands out a name.
         with safetensors.safe_open(path, framework="numpy") as file:
@@ -102,13 +102,15 @@ def _of_safetensors(path: Path) -> dict[str, Entry]:
     except (safetensors.SafetensorError, ValueError, OSError) as error:
         raise InputError(f"{path}: damaged, or not a .safetensors file ({str(error)[:300]})") from None
 
-    def entry(name: str, kind: str, shape: tuple[int, ...]) -> Entry:
-        return Entry(shape, _SAFETENSORS.get(kind, kind.lower()), lambda: _tensor(path, name, kind, shape))
+    def entry(name: str, kind: str, shape: tuple[int, ...]) -> LazyArray:
+        return LazyArray(
+            shape, _SAFETENSORS_DTYPES.get(kind, kind.lower()), lambda: _read_tensor(path, name, kind, shape)
+        )
 
     return {name: entry(name, kind, shape) for name, (kind, shape) in about.items()}
 
 
-def _tensor(path: Path, name: str, kind: str, shape: tuple[int, ...]) -> Any:
+def _read_tensor(path: Path, name: str, kind: str, shape: tuple[int, ...]) -> Any:
     if kind != "BF16":
         with safetensors.safe_open(path, framework="numpy") as file:
             return file.get_tensor(name)
@@ -121,25 +123,27 @@ def _tensor(path: Path, name: str, kind: str, shape: tuple[int, ...]) -> Any:
     return (halves.astype("<u4") << 16).view("<f4").reshape(shape)
 
 
-def _of_torch_file(where: str, path: Path) -> dict[str, Entry]:
-    torch = need_torch(f"{where} {path}")
+def _read_torch_file(where: str, path: Path) -> dict[str, LazyArray]:
+    torch = require_torch(f"{where} {path}")
     _check_zip(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # on damaged files the loader raises whatever its parts do
-        raise InputError(f"{path}: holds no state_dict that torch's weights-only loader reads {_why(error)}") from None
-    if isinstance(found, Mapping) and not _are_arrays(found):
-        inner = [value for value in found.values() if _are_arrays(value)]
+        raise InputError(
+            f"{path}: holds no state_dict that torch's weights-only loader reads {_error_detail(error)}"
+        ) from None
+    if isinstance(found, Mapping) and not _is_array_dict(found):
+        inner = [value for value in found.values() if _is_array_dict(value)]
         found = inner[0] if len(inner) == 1 else found
     if not isinstance(found, Mapping):
         raise InputError(f"{path}: expected a state_dict, found {type(found).__name__}")
     _check_tensors(path, found, torch)
-    return entries_of(str(path), found)
+    return lazy_arrays(str(path), found)
 
 
-def _why(error: Exception) -> str:
+def _error_detail(error: Exception) -> str:
     """What torch's loader has found, without its colours, and without its advice to read the file all the same."""
     if "Weights only" in str(error):
         return "(but pickled objects, a whole module perhaps); torch.save(model.state_dict(), path) writes one"
@@ -147,7 +151,7 @@ def _why(error: Exception) -> str:
     return f"({said[:160] or type(error).__name__})"
 
 
-def _are_arrays(value: Any) -> bool:
+def _is_array_dict(value: Any) -> bool:
     return isinstance(value, Mapping) and bool(value) and all(_is_array(a) for a in value.values())
 
 

@@ -7,18 +7,18 @@ from typing import Any
 
 from xprnn.arrays.namespace import InputError
 from xprnn.cells.activations import Activation, activation
-from xprnn.cells.serialization import cell_form
+from xprnn.cells.serialization import cell_to_config
 from xprnn.cells.standard import elman, gru, lstm
-from xprnn.layers.elementwise import Apply, Softmax
+from xprnn.layers.elementwise import ActivationLayer, Softmax
 from xprnn.layers.embedding import Embedding
 from xprnn.layers.linear import Linear
 from xprnn.layers.recurrent import Recurrent
 from xprnn.layers.rnn_lstm_gru import GRU, LSTM, RNN
 
-__all__ = ["constructor", "layer_of", "reasons"]
+__all__ = ["constructor", "layer_from_module", "unsupported_reasons"]
 
 # The classes of torch.nn without constants, and with one: (theirs, ours).
-_PLAIN = {
+_ACTIVATIONS = {
     "Tanh": "tanh",
     "Sigmoid": "sigmoid",
     "ReLU": "relu",
@@ -35,7 +35,7 @@ _PLAIN = {
     "Hardswish": "hardswish",
     "Tanhshrink": "tanhshrink",
 }
-_WITH_ALPHA = {
+_PARAMETRIC_ACTIVATIONS = {
     "LeakyReLU": ("leakyrelu", "negative_slope"),
     "ELU": ("elu", "alpha"),
     "CELU": ("celu", "alpha"),
@@ -44,7 +44,7 @@ _WITH_ALPHA = {
 }
 
 
-def layer_of(module: Any) -> Any:
+def layer_from_module(module: Any) -> Any:
     """The layer for one module.
 
     Raises:
@@ -60,7 +60,7 @@ def layer_of(module: Any) -> Any:
     names = {nn.RNN: RNN, nn.LSTM: LSTM, nn.GRU: GRU, nn.RNNCell: RNN, nn.LSTMCell: LSTM, nn.GRUCell: GRU}
     kind = next((ours for theirs, ours in names.items() if isinstance(module, theirs)), None)
     if kind is None:
-        return _apply(module)
+        return _activation_layer(module)
     shared = ("num_layers", "bias", "batch_first", "dropout", "bidirectional", "nonlinearity")
     options = {name: getattr(module, name) for name in shared if hasattr(module, name)}
     if getattr(module, "proj_size", 0):
@@ -70,7 +70,7 @@ def layer_of(module: Any) -> Any:
     return kind(module.input_size, module.hidden_size, **options)
 
 
-def _apply(module: Any) -> Any:
+def _activation_layer(module: Any) -> Any:
     name = type(module).__name__
     if not type(module).__module__.startswith("torch.nn.modules.activation"):
         raise InputError("has no counterpart here")
@@ -83,68 +83,70 @@ def _apply(module: Any) -> Any:
     if name == "Hardtanh" and (module.min_val, module.max_val) != (-1, 1):
         raise InputError("has constants that the one here has not")
     if name == "GELU" and module.approximate == "tanh":
-        return Apply("gelutanh")
-    if name in _WITH_ALPHA:
-        ours, constant = _WITH_ALPHA[name]
-        return Apply(activation(ours, getattr(module, constant)))
-    if name not in _PLAIN:
+        return ActivationLayer("gelutanh")
+    if name in _PARAMETRIC_ACTIVATIONS:
+        ours, constant = _PARAMETRIC_ACTIVATIONS[name]
+        return ActivationLayer(activation(ours, getattr(module, constant)))
+    if name not in _ACTIVATIONS:
         raise InputError("has no counterpart here")
-    return Apply(_PLAIN[name])
+    return ActivationLayer(_ACTIVATIONS[name])
 
 
-_CLASSES = {"elman": "RNN", "lstm": "LSTM", "gru": "GRU"}
+_TORCH_CLASSES = {"elman": "RNN", "lstm": "LSTM", "gru": "GRU"}
 
 
-def reasons(part: Any) -> list[str]:
+def unsupported_reasons(layer: Any) -> list[str]:
     """Why torch cannot have this part."""
-    if isinstance(part, (Linear, Embedding, Softmax)):
+    if isinstance(layer, (Linear, Embedding, Softmax)):
         return []
-    if isinstance(part, Apply):
-        f = activation(part.f)
-        return [] if _activation(f) else [f"torch.nn has no activation {f.name}"]
-    if not isinstance(part, Recurrent):
-        return [f"torch.nn has nothing that {type(part).__name__} could become"]
+    if isinstance(layer, ActivationLayer):
+        f = activation(layer.f)
+        return [] if _torch_activation(f) else [f"torch.nn has no activation {f.name}"]
+    if not isinstance(layer, Recurrent):
+        return [f"torch.nn has nothing that {type(layer).__name__} could become"]
     found: list[str] = []
-    if part.core not in (elman("tanh"), elman("relu"), lstm(), gru()):
-        options = cell_form(part.core) or {}
+    if layer.resolved_cell not in (elman("tanh"), elman("relu"), lstm(), gru()):
+        options = cell_to_config(layer.resolved_cell) or {}
         detail = " ".join(
-            f"{k}={v}" for k, v in options.items() if k != "type" and part.core.name != "gru_reset_before"
+            f"{k}={v}" for k, v in options.items() if k != "type" and layer.resolved_cell.name != "gru_reset_before"
         )
-        found.append(f"torch has no cell {part.core.name} {detail}".rstrip())
-    if len(set(part.sizes)) > 1:
-        found.append(f"torch has one hidden_size for all layers, found {list(part.sizes)}")
-    if part.learned_state:
+        found.append(f"torch has no cell {layer.resolved_cell.name} {detail}".rstrip())
+    if len(set(layer.hidden_sizes)) > 1:
+        found.append(f"torch has one hidden_size for all layers, found {list(layer.hidden_sizes)}")
+    if layer.learned_state:
         found.append("torch's layers have no learned_state")
-    if part.reverse:
+    if layer.reverse:
         found.append("torch's layers have no reverse alone")
     return found
 
 
-def _activation(f: Activation) -> tuple[str, dict[str, Any]] | None:
+def _torch_activation(f: Activation) -> tuple[str, dict[str, Any]] | None:
     """The class of torch.nn for an activation, and its arguments."""
-    for theirs, ours in _PLAIN.items():
+    for theirs, ours in _ACTIVATIONS.items():
         if f == activation(ours):
             return theirs, {}
     if f == activation("gelutanh"):
         return "GELU", {"approximate": "tanh"}
-    for theirs, (ours, constant) in _WITH_ALPHA.items():
+    for theirs, (ours, constant) in _PARAMETRIC_ACTIVATIONS.items():
         if f.name == ours and f.alpha is not None and f == activation(ours, f.alpha):
             return theirs, {constant: f.alpha}
     return None
 
 
-def constructor(part: Any, dtype: Any) -> tuple[str, dict[str, Any]]:
+def constructor(layer: Any, dtype: Any) -> tuple[str, dict[str, Any]]:
     """The name of the class in torch.nn that a part becomes, and its arguments."""
-    if isinstance(part, Softmax):
-        return "LogSoftmax" if part.log else "Softmax", {"dim": -1}
-    if isinstance(part, Apply) and (found := _activation(activation(part.f))):
+    if isinstance(layer, Softmax):
+        return "LogSoftmax" if layer.log else "Softmax", {"dim": -1}
+    if isinstance(layer, ActivationLayer) and (found := _torch_activation(activation(layer.f))):
         return found
-    if not isinstance(part, Recurrent):
-        return type(part).__name__, {k: v for k, v in part.config().items() if k != "type"} | {"dtype": dtype}
+    if not isinstance(layer, Recurrent):
+        return type(layer).__name__, {k: v for k, v in layer.config().items() if k != "type"} | {"dtype": dtype}
     shared = ("num_layers", "bias", "batch_first", "dropout", "bidirectional")
-    arguments = {"input_size": part.input_size, "hidden_size": part.sizes[0]} | {k: getattr(part, k) for k in shared}
-    if part.core.name == "elman":
-        arguments["nonlinearity"] = "tanh" if part.core is elman("tanh") else "relu"
-    if part.projection:
-        arguments["proj_size"] = part.projection
-    return _CLASSES[part.core.name], arguments | {"dtype": dtype}
+    arguments = {"input_size": layer.input_size, "hidden_size": layer.hidden_sizes[0]} | {
+        k: getattr(layer, k) for k in shared
+    }
+    if layer.resolved_cell.name == "elman":
+        arguments["nonlinearity"] = "tanh" if layer.resolved_cell is elman("tanh") else "relu"
+    if layer.projection_size:
+        arguments["proj_size"] = layer.projection_size
+    return _TORCH_CLASSES[layer.resolved_cell.name], arguments | {"dtype": dtype}

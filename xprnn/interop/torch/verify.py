@@ -14,7 +14,7 @@ from xprnn.layers.embedding import Embedding
 __all__ = ["check_forward"]
 
 
-def check_forward(where: str, module: Any, model: Any, params: Params, first: Any) -> None:
+def check_forward(where: str, module: Any, model: Any, params: Params, first_layer: Any) -> None:
     """Compare the outputs, if the module or one inside has a forward of its own.
 
     Args:
@@ -31,11 +31,11 @@ def check_forward(where: str, module: Any, model: Any, params: Params, first: An
     own = [m for m in module.modules() if next(m.children(), None) is not None and type(m).forward not in plain]
     if not own or type(module).forward is nn.Module.forward:
         return
-    rng, width = np.random.default_rng(0), getattr(first, "input_size", getattr(first, "in_features", 4))
-    rows = isinstance(first, Embedding)
-    x = rng.integers(0, first.num_embeddings, (3, 2)) if rows else rng.standard_normal((3, 2, width))
+    rng, width = np.random.default_rng(0), getattr(first_layer, "input_size", getattr(first_layer, "in_features", 4))
+    rows = isinstance(first_layer, Embedding)
+    x = rng.integers(0, first_layer.num_embeddings, (3, 2)) if rows else rng.standard_normal((3, 2, width))
     try:
-        found, exact = _run(module, x)
+        found, exact = _run_module(module, x)
     except Exception as error:  # whatever a forward of other arguments does
         warnings.warn(
             f"{where}: the module could not be run on an array of shape {x.shape} ({type(error).__name__}), so its"
@@ -54,7 +54,7 @@ def check_forward(where: str, module: Any, model: Any, params: Params, first: An
         )
 
 
-def _run(module: Any, x: Any) -> tuple[Any, bool]:
+def _run_module(module: Any, x: Any) -> tuple[Any, bool]:
     """The output of a module in eval mode, and whether it is in float32 or finer."""
     torch = sys.modules["torch"]
     weight = next(module.parameters())

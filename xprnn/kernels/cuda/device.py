@@ -12,13 +12,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from xprnn.arrays.namespace import Array
-from xprnn.kernels.config import tf32
+from xprnn.kernels.config import tf32_enabled
 
-__all__ = ["Products", "address", "contiguous", "copy", "empty", "kernel", "launches", "look_up", "products", "zeros"]
+__all__ = [
+    "CublasGemm",
+    "address",
+    "contiguous",
+    "copy",
+    "cublas_gemm",
+    "empty",
+    "make_launcher",
+    "raw_kernel",
+    "take_rows",
+    "zeros",
+]
 
 _HOST_POINTERS, _DEFAULT_MATH, _TF32_MATH = 0, 0, 3  # of cublas_api.h; CuPy does not name the last
-_THREADS = 128
-_ROWS = 1 << 30  # of one product: cuBLAS counts them in 32 bits
+_THREADS_PER_BLOCK = 128
+_MAX_GEMM_ROWS = 1 << 30  # of one product: cuBLAS counts them in 32 bits
 
 
 def empty(shape: Sequence[int], dtype: Any) -> Array:
@@ -49,7 +60,7 @@ def copy(a: Array) -> Array:
     return cupy.array(a, order="C")
 
 
-def look_up(out: Array, table: Array, ids: Array) -> None:
+def take_rows(out: Array, table: Array, ids: Array) -> None:
     """out (M, K) = the rows of table that ids (M,) name."""
     import cupy
 
@@ -61,7 +72,7 @@ def address(a: Array | None) -> int:
     return 0 if a is None else int(a.data.ptr)
 
 
-class Products(NamedTuple):
+class CublasGemm(NamedTuple):
     """cuBLAS, set up for the products of one pass."""
 
     handle: int
@@ -69,8 +80,8 @@ class Products(NamedTuple):
     one: Any  # 1 and 0 in host memory, in the arrays' dtype
     zero: Any
 
-    def prepared(
-        self, sizes: tuple[int, int, int], turned: tuple[bool, bool], add: bool
+    def make_gemm(
+        self, sizes: tuple[int, int, int], transposed: tuple[bool, bool], accumulate: bool
     ) -> Callable[[int, int, int], None]:
         """out (M, N) = a (M, K) b (K, N), or += with `add`, as a function of the three addresses; C order, no gaps.
 
@@ -80,32 +91,32 @@ class Products(NamedTuple):
             add: whether to add to what out holds.
         """
         m, n, k = sizes
-        lda, ldb = m if turned[0] else k, k if turned[1] else n
+        lda, ldb = m if transposed[0] else k, k if transposed[1] else n
         # cuBLAS counts along columns: it sees each matrix turned, so it is asked for out' = b' a'.
-        ta, tb, handle, gemm = int(turned[0]), int(turned[1]), self.handle, self.gemm
+        ta, tb, handle, gemm = int(transposed[0]), int(transposed[1]), self.handle, self.gemm
         alpha = int(self.one.ctypes.data)
-        beta = alpha if add else int(self.zero.ctypes.data)
+        beta = alpha if accumulate else int(self.zero.ctypes.data)
         return lambda out, a, b: gemm(handle, tb, ta, n, m, k, alpha, b, ldb, a, lda, beta, out, n)
 
-    def rows(self, out: Array, a: Array, b: Array, *, turned: bool = False) -> None:
+    def matmul(self, out: Array, a: Array, b: Array, *, rhs_transposed: bool = False) -> None:
         """out (M, N) = a (M, K) b (K, N), b given as (N, K) if `turned`; any number of rows."""
         (m, k), n, item = a.shape, out.shape[1], a.dtype.itemsize
-        for start in range(0, m, _ROWS):
-            some = min(_ROWS, m - start)
+        for start in range(0, m, _MAX_GEMM_ROWS):
+            some = min(_MAX_GEMM_ROWS, m - start)
             to, of = address(out) + start * n * item, address(a) + start * k * item
-            self.prepared((some, n, k), (False, turned), False)(to, of, address(b))
+            self.make_gemm((some, n, k), (False, rhs_transposed), False)(to, of, address(b))
 
-    def summed(self, out: Array, a: Array, b: Array) -> None:
+    def matmul_lhs_transposed(self, out: Array, a: Array, b: Array) -> None:
         """out (K, N) = a' b for a (M, K) and b (M, N); any number of rows."""
         (m, k), n, item = a.shape, b.shape[1], a.dtype.itemsize
-        for start in range(0, m, _ROWS):
+        for start in range(0, m, _MAX_GEMM_ROWS):
             of, by = address(a) + start * k * item, address(b) + start * n * item
-            some = min(_ROWS, m - start)
-            self.prepared((k, n, some), (True, False), start > 0)(address(out), of, by)
+            some = min(_MAX_GEMM_ROWS, m - start)
+            self.make_gemm((k, n, some), (True, False), start > 0)(address(out), of, by)
 
 
 @contextmanager
-def products(dtype: Any) -> Iterator[Products]:
+def cublas_gemm(dtype: Any) -> Iterator[CublasGemm]:
     """cuBLAS on the current device and stream, in the arithmetic that `precision` asks for; put back at the end."""
     from cupy.cuda import cublas, get_cublas_handle
 
@@ -113,24 +124,26 @@ def products(dtype: Any) -> Iterator[Products]:
     handle = get_cublas_handle()
     math, pointers = cublas.getMathMode(handle), cublas.getPointerMode(handle)
     try:
-        cublas.setMathMode(handle, _TF32_MATH if single and tf32() else _DEFAULT_MATH)
+        cublas.setMathMode(handle, _TF32_MATH if single and tf32_enabled() else _DEFAULT_MATH)
         cublas.setPointerMode(handle, _HOST_POINTERS)
-        yield Products(handle, cublas.sgemm if single else cublas.dgemm, np.ones(1, dtype), np.zeros(1, dtype))
+        yield CublasGemm(handle, cublas.sgemm if single else cublas.dgemm, np.ones(1, dtype), np.zeros(1, dtype))
     finally:
         cublas.setMathMode(handle, math)
         cublas.setPointerMode(handle, pointers)
 
 
 @lru_cache(maxsize=1024)
-def kernel(text: str, name: str) -> Any:
+def raw_kernel(source: str, name: str) -> Any:
     """A function of a printed source; CuPy compiles it at its first launch on a device, and keeps it on disk."""
     import cupy
 
     # Without it CuPy 13 asks for C++11, CuPy 14 for C++17.
-    return cupy.RawModule(code=text, options=("--std=c++17",)).get_function(name)
+    return cupy.RawModule(code=source, options=("--std=c++17",)).get_function(name)
 
 
-def launches(run: Any, fields: Sequence[str], values: Mapping[str, Any], threads: int) -> Callable[[int], None]:
+def make_launcher(
+    kernel: Any, fields: Sequence[str], values: Mapping[str, Any], min_threads: int
+) -> Callable[[int], None]:
     """step -> launch the kernel `run` for it. Its one argument, 8 bytes a field, is passed by value.
 
     The launch copies the argument, so the next step's number may be written while a kernel still waits for its turn.
@@ -144,10 +157,10 @@ def launches(run: Any, fields: Sequence[str], values: Mapping[str, Any], threads
     given = (values.get(name, 0) for name in fields)
     numbers = np.asarray([v if isinstance(v, int) else address(v) for v in given], np.int64)
     whole = (numbers.view(f"V{numbers.nbytes}"),)  # CuPy passes a NumPy array of one element by value
-    grid, block = (-(-threads // _THREADS),), (_THREADS,)
+    grid, block = (-(-min_threads // _THREADS_PER_BLOCK),), (_THREADS_PER_BLOCK,)
 
     def launch(t: int) -> None:
         numbers[0] = t
-        run(grid, block, whole)
+        kernel(grid, block, whole)
 
     return launch

@@ -13,154 +13,173 @@ from typing import Any
 
 from xprnn.cells.cell import Cell
 from xprnn.kernels.jit import hidden_projection, pregates
-from xprnn.kernels.jit.kernel_writer import NUMBERS, Text, gradient, pack_left, pack_right, product
-from xprnn.kernels.tracing.cell_trace import trace_back, trace_early_back
+from xprnn.kernels.jit.kernel_writer import (
+    SCALARS,
+    KernelWriter,
+    matmul_call,
+    matmul_lhs_transposed_call,
+    pack_lhs_call,
+    pack_rhs_call,
+)
+from xprnn.kernels.tracing.cell_trace import trace_backward, trace_pregates_backward
 from xprnn.kernels.tracing.graph import UntraceableError
-from xprnn.kernels.tracing.scalar_code import Body, literal
+from xprnn.kernels.tracing.scalar_code import ScalarCode, literal
 
-__all__ = ["backward_text"]
+__all__ = ["write_backward"]
 
-INDICES = "q, h, x, g, v = r * H, r * Hz, (z + r) * Xw, (t * N + r) * W, (t * N + r) * H"
+ROW_INDICES = "q, h, x, g, v = r * H, r * Hz, (z + r) * Xw, (t * N + r) * W, (t * N + r) * H"
 
 
-def backward_text(cell: Cell, slots: tuple[str, ...], values: int, projected: bool) -> tuple[Text, bool]:
+def write_backward(
+    cell: Cell, saved_buffers: tuple[str, ...], num_pregate_values: int, projected: bool
+) -> tuple[KernelWriter, bool]:
     """The kernel, and whether dh is dx. The early gates saved the first `values` of what lies in these places."""
-    own = len(slots) - values - bool(cell.early or projected)
-    outputs, same, through = trace_back(cell, own, values)
+    own = len(saved_buffers) - num_pregate_values - bool(cell.pregates or projected)
+    outputs, same, through = trace_backward(cell, own, num_pregate_values)
     if projected and through:
         raise UntraceableError("a unit of an h that is projected")
-    out, dh = _begin(cell, slots, projected), "X" if same else "Y"
-    read = _read(out, slots)
-    _units(out, cell, outputs, same, through, read)
+    out, dh = _prologue(cell, saved_buffers, projected), "X" if same else "Y"
+    read = _input_loader(out, saved_buffers)
+    _pointwise_loop(out, cell, outputs, same, through, read)
     whole = "W"
-    if cell.early:
-        added = trace_early_back(cell, values, {name for name, _ in outputs})
-        pregates.back(out, INDICES, dh, added, read, same)
+    if cell.pregates:
+        added = trace_pregates_backward(cell, num_pregate_values, {name for name, _ in outputs})
+        pregates.emit_pregates_backward(out, ROW_INDICES, dh, added, read, same)
         whole = "cut"
-    out.add(3, product(f"{dh}, z * Xw", "Xw", "U, 0", "B, 0", "Hz", "O, zeros", "0", "n", whole, "Hz"))
-    _resets(out, range(len(cell.states)))
-    _gradients(out, dh, cell.early > 0)
+    out.add(3, matmul_call(f"{dh}, z * Xw", "Xw", "U, 0", "B, 0", "Hz", "O, zeros", "0", "n", whole, "Hz"))
+    _route_reset(out, range(len(cell.states)))
+    _weight_gradients(out, dh, cell.pregates > 0)
     if projected:
-        hidden_projection.gradients(out)
-    first = f"{out.load('R0', out.unit(0))} + {out.load('B', 'r * Hz + j')}"
-    out.add(1, "for r in range(R):", f"    for j in range({out.wide}):")
-    out.add(3, out.store("R0", out.unit(0), first))
+        hidden_projection.emit_projection_gradients(out)
+    first = f"{out.load('R0', out.unit_index(0))} + {out.load('B', 'r * Hz + j')}"
+    out.add(1, "for r in range(R):", f"    for j in range({out.h_width}):")
+    out.add(3, out.store("R0", out.unit_index(0), first))
     return out, same
 
 
-def _begin(cell: Cell, slots: tuple[str, ...], projected: bool) -> Text:
+def _prologue(cell: Cell, slots: tuple[str, ...], projected: bool) -> KernelWriter:
     """The kernel up to a step's loop."""
     states, vectors = range(len(cell.states)), range(len(cell.vectors))
     spare = dict.fromkeys(s for s in slots if s[0] == "V")
     pointers = ["A", "WI", "WH", "Q", "U", "LA", "LB", "GI", "GU", "SI", "SH", "DX", "O", "X", "Y", "B", "R0", "G"]
     pointers += [*(f"{c}{k}" for c in "DEIMS" for k in states), *spare, *(f"{c}{k}" for c in "pP" for k in vectors)]
-    numbers = [*NUMBERS, "Hz", "Xw", "room", "zeros", *(f"{c}{k}" for c in "ab" for k in states)]
-    if cell.early:
+    numbers = [*SCALARS, "Hz", "Xw", "room", "zeros", *(f"{c}{k}" for c in "ab" for k in states)]
+    if cell.pregates:
         numbers, pointers = [*numbers, "cut", "half"], [*pointers, "DQ"]
     if projected:
-        numbers, pointers = [*numbers, "HP", "Hw"], [*pointers, *hidden_projection.POINTERS]
-    out = Text(numbers, pointers, projected)
-    out.add(1, "if D > 0:", "    " + pack_right("WI, 0", "D", "1", "W", "D", "Q, 0"))
-    h = out.wide
-    for start, span, to in _pieces(cell.early > 0, "U, 0", "U, cut * Hz"):
-        out.add(1, pack_right(f"WH, {start} * {h}" if start != "0" else "WH, 0", h, "1", span, h, to))
+        numbers, pointers = [*numbers, "HP", "Hw"], [*pointers, *hidden_projection.PROJECTION_POINTERS]
+    out = KernelWriter(numbers, pointers, projected)
+    out.add(1, "if D > 0:", "    " + pack_rhs_call("WI, 0", "D", "1", "W", "D", "Q, 0"))
+    h = out.h_width
+    for start, span, to in _gate_groups(cell.pregates > 0, "U, 0", "U, cut * Hz"):
+        out.add(1, pack_rhs_call(f"WH, {start} * {h}" if start != "0" else "WH, 0", h, "1", span, h, to))
     if projected:
-        hidden_projection.back_weights(out)
-    out.blocks(turned=False)
-    out.steps("(i if turned else m - 1 - i)")
+        hidden_projection.emit_pack_projection_backward(out)
+    out.emit_block_loop(forward=False)
+    out.emit_step_loop("(i if turned else m - 1 - i)")
     out.add(3, "z = (t - t0) * R if D > 0 else t * N")
     return out
 
 
-def _pieces(early: bool, one: str, two: str) -> list[tuple[str, str, str]]:
+def _gate_groups(early: bool, one: str, two: str) -> list[tuple[str, str, str]]:
     """(first column, how many, place) of the gates that belong together."""
     return [("0", "cut", one), ("cut", "W - cut", two)] if early else [("0", "W", one)]
 
 
-def _sent(out: Text, k: int) -> str:
+def _injected_cotangent(out: KernelWriter, k: int) -> str:
     """What the caller sends into state k."""
     return out.load(f"I{k}", f"t * a{k} + r * b{k} + j")
 
 
-def _units(
-    out: Text, cell: Cell, outputs: list[tuple[str, Any]], same: bool, through: bool, read: Callable[[str], str]
+def _pointwise_loop(
+    out: KernelWriter, cell: Cell, outputs: list[tuple[str, Any]], same: bool, through: bool, read: Callable[[str], str]
 ) -> None:
     """The step's loop over rows and units, and what happens to rows that sit it out."""
-    projected, states = out.wide != "H", range(len(cell.states))
-    sent = [_sent(out, k) for k in states]
+    projected, states = out.h_width != "H", range(len(cell.states))
+    sent = [_injected_cotangent(out, k) for k in states]
     passed = [
-        (k, out.store(f"D{k}", out.unit(k), f"{out.load(f'D{k}', out.unit(k))} + {sent[k]}")) for k in states if k
+        (k, out.store(f"D{k}", out.unit_index(k), f"{out.load(f'D{k}', out.unit_index(k))} + {sent[k]}"))
+        for k in states
+        if k
     ]
     idle = [
         (1, out.store(c, f"(z + r) * Xw + {k} * H + j", literal(0.0)))
         for c in "XY"[: 2 - same]
         for k in range(cell.gates)
     ]
-    after = (0, out.store("R0", out.unit(0), f"{out.load('R0', out.unit(0))} + {sent[0]}"))
-    incoming = f"{out.load('B', 'r * Hz + j')} + {out.load('R0', out.unit(0))} + {sent[0]}"
+    after = (0, out.store("R0", out.unit_index(0), f"{out.load('R0', out.unit_index(0))} + {sent[0]}"))
+    incoming = f"{out.load('B', 'r * Hz + j')} + {out.load('R0', out.unit_index(0))} + {sent[0]}"
     if projected:
-        out.others([after, (0, hidden_projection.idle(out)), *passed, *idle])
-        hidden_projection.back(out, incoming)
-        out.rows(INDICES, [*passed, *idle])
+        out.emit_inactive_rows([after, (0, hidden_projection.zero_masked(out)), *passed, *idle])
+        hidden_projection.emit_projection_backward(out, incoming)
+        out.emit_row_loop(ROW_INDICES, [*passed, *idle])
     else:
-        out.others([after, *passed, *idle])
-        out.rows(INDICES, [(0, out.store("R0", out.unit(0), incoming)), *passed, *idle])
-    body = Body(read)
-    named = [(name, body.name(value)) for name, value in outputs]
+        out.emit_inactive_rows([after, *passed, *idle])
+        out.emit_row_loop(ROW_INDICES, [(0, out.store("R0", out.unit_index(0), incoming)), *passed, *idle])
+    body = ScalarCode(read)
+    named = [(name, body.emit(value)) for name, value in outputs]
     out.add(5, *body.lines)
-    out.add(5, *(_write(out, name, value) for name, value in named))
+    out.add(5, *(_store_output(out, name, value) for name, value in named))
     if not through and not projected:
         out.add(5, out.store("R0", "q + j", literal(0.0)))
 
 
-def _resets(out: Text, states: range) -> None:
+def _route_reset(out: KernelWriter, states: range) -> None:
     """The adjoints of rows that were reset before this step go home."""
     out.add(3, "if resets:", "    for r in range(R):", "        if load(reset, t * N + r, ANY) != 0:")
     lines = []
     for k in states:
-        at = out.unit(k)
+        at = out.unit_index(k)
         value = out.load(f"D{k}", at) if k else f"{out.load('B', 'r * Hz + j')} + {out.load('R0', at)}"
         lines.append((k, out.store(f"E{k}", at, f"{out.load(f'E{k}', at)} + {value}")))
     lines.append((0, out.store("B", "r * Hz + j", literal(0.0))))
-    out.units(6, [*lines, *((k, out.store(f"D{k}" if k else "R0", out.unit(k), literal(0.0))) for k in states)])
+    out.emit_unit_loop(
+        6, [*lines, *((k, out.store(f"D{k}" if k else "R0", out.unit_index(k), literal(0.0))) for k in states)]
+    )
 
 
-def _gradients(out: Text, dh: str, early: bool) -> None:
+def _weight_gradients(out: KernelWriter, dh: str, early: bool) -> None:
     """Of a block: dx, and the parts of all parameters' gradients."""
-    h, halves = out.wide, _pieces(early, "LA, 0", "LA, half * room")
+    h, halves = out.h_width, _gate_groups(early, "LA, 0", "LA, half * room")
     out.add(2, "if D > 0:", "    for s in range(groups):")
-    out.add(4, product("X, s * R * Xw", "Xw", "Q, 0", "DX, (t0 + s) * N * D", "D", "O, zeros", "0", "many", "W", "D"))
-    out.add(4, pack_right("A, (t0 + s) * N * D", "D", "1", "many", "D", "LB, 0", "room", "s * R"))
-    _pack(out, "X", "SI", halves)
+    out.add(
+        4, matmul_call("X, s * R * Xw", "Xw", "Q, 0", "DX, (t0 + s) * N * D", "D", "O, zeros", "0", "many", "W", "D")
+    )
+    out.add(4, pack_rhs_call("A, (t0 + s) * N * D", "D", "1", "many", "D", "LB, 0", "room", "s * R"))
+    _pack_cotangents(out, "X", "SI", halves)
     out.add(2, "if D > 0:")
     for start, span, left in halves:
-        out.add(3, gradient(span, "D", f"GI, {start} * D" if start != "0" else "GI, 0", left))
+        out.add(3, matmul_lhs_transposed_call(span, "D", f"GI, {start} * D" if start != "0" else "GI, 0", left))
     if dh != "X":
-        _pack(out, dh, "SH", halves)
-    for (start, span, left), factor, width in zip(halves, ("S0", pregates.Q), (h, "H"), strict=False):
+        _pack_cotangents(out, dh, "SH", halves)
+    for (start, span, left), factor, width in zip(halves, ("S0", pregates.GATED_STATE), (h, "H"), strict=False):
         out.add(2, "for s in range(groups):")
         at = f"{factor}, (t0 + s) * N * {width}"
-        out.add(3, pack_right(at, width, "1", "many", width, "LB, 0", "room", "s * R"))
-        out.add(2, gradient(span, width, f"GU, {start} * {h}" if start != "0" else "GU, 0", left))
+        out.add(3, pack_rhs_call(at, width, "1", "many", width, "LB, 0", "room", "s * R"))
+        out.add(2, matmul_lhs_transposed_call(span, width, f"GU, {start} * {h}" if start != "0" else "GU, 0", left))
 
 
-def _pack(out: Text, name: str, sums: str, halves: list[tuple[str, str, str]]) -> None:
+def _pack_cotangents(out: KernelWriter, name: str, sums: str, halves: list[tuple[str, str, str]]) -> None:
     """A block's dx or dh, and their sums: the rows are side by side, or, with D = 0, N apart."""
     out.add(2, "for s in range(1 if D > 0 else groups):")
     for start, span, left in halves:
         at = f"{name}, (t0 + s) * N * Xw * (D == 0)" + (f" + {start}" if start != "0" else "")
         rows = "m * R if D > 0 else many"
-        out.add(3, pack_left(at, rows, "Xw", span, left, "s * R", f"{sums}, {start}"))
+        out.add(3, pack_lhs_call(at, rows, "Xw", span, left, "s * R", f"{sums}, {start}"))
 
 
-def _read(out: Text, slots: tuple[str, ...]) -> Callable[[str], str]:
+def _input_loader(out: KernelWriter, slots: tuple[str, ...]) -> Callable[[str], str]:
     """How the kernel reads an input of the traced adjoints."""
 
     def read(name: str) -> str:
         letter, k = name[0], int(name[1:])
         if letter == "d":
             own = out.load(f"D{k}", "q + j") if k else f"{out.load('B', 'h + j')} + {out.load('R0', 'q + j')}"
-            return hidden_projection.read_back(out) if out.wide != "H" and not k else f"{own} + {_sent(out, k)}"
+            return (
+                hidden_projection.load_unprojected_cotangent(out)
+                if out.h_width != "H" and not k
+                else f"{own} + {_injected_cotangent(out, k)}"
+            )
         if letter == "p":
             return out.load(f"p{k}", "j")
         if letter == "q":
@@ -173,7 +192,7 @@ def _read(out: Text, slots: tuple[str, ...]) -> Callable[[str], str]:
     return read
 
 
-def _write(out: Text, name: str, value: str) -> str:
+def _store_output(out: KernelWriter, name: str, value: str) -> str:
     letter, k = name[0], name[1:]
     if letter == "P":
         return out.store(name, "q + j", f"{out.load(name, 'q + j')} + {value}")

@@ -16,17 +16,32 @@ from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-__all__ = ["available", "compiled", "gemm", "lanes", "tile_rows", "tile_size", "works", "works_gemm"]
+__all__ = [
+    "can_compile",
+    "can_compile_gemm",
+    "compile_kernel",
+    "gemm_kernel",
+    "numba_available",
+    "tile_rows",
+    "tile_size",
+    "vector_lanes",
+]
 
-_PARTS = ("simd", "matvec", "gemm_tile", "gemm", "segment_sum")  # the modules whose functions kernels are built from
-_TYPE = "void(int64[::1])"
-_GEMM = f"int64({', '.join(['int64'] * 12)})"
-_PATIENCE = 30.0  # seconds for another process to compile a kernel; after that it is compiled here, too
-_OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+_PRIMITIVE_MODULES = (
+    "simd",
+    "matvec",
+    "gemm_tile",
+    "gemm",
+    "segment_sum",
+)  # the modules whose functions kernels are built from
+_KERNEL_SIGNATURE = "void(int64[::1])"
+_GEMM_SIGNATURE = f"int64({', '.join(['int64'] * 12)})"
+_LOCK_TIMEOUT = 30.0  # seconds for another process to compile a kernel; after that it is compiled here, too
+_COMPILE_OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 
 
 @cache
-def available() -> bool:
+def numba_available() -> bool:
     """Whether numba is installed and works; asked only when a kernel could run, because it imports numba."""
     if importlib.util.find_spec("numba") is None:
         return False
@@ -39,26 +54,26 @@ def available() -> bool:
 
 
 @lru_cache(maxsize=1024)
-def works(source: str, signature: str = _TYPE) -> bool:
+def can_compile(source: str, signature: str = _KERNEL_SIGNATURE) -> bool:
     """Whether a kernel can be compiled; it is, and kept."""
     try:
-        compiled(source, signature)
+        compile_kernel(source, signature)
     except Exception:  # whatever LLVM or numba stumble over, there is a kernel that needs neither
         return False
     return True
 
 
 @cache
-def works_gemm(item: int) -> bool:
+def can_compile_gemm(itemsize: int) -> bool:
     """Whether the products for numbers of so many bytes can be compiled; they are, and kept."""
     try:
-        gemm(item)
+        gemm_kernel(itemsize)
     except Exception:
         return False
     return True
 
 
-def folder() -> Path | None:
+def cache_dir() -> Path | None:
     """Where kernels are kept; None if it can't be made."""
     chosen, home = os.environ.get("XPRNN_CACHE"), os.environ.get("XDG_CACHE_HOME")
     try:
@@ -70,29 +85,29 @@ def folder() -> Path | None:
 
 
 @cache
-def _mark() -> bytes:
+def _cache_salt() -> bytes:
     """What a kernel depends on beside its own text."""
     import importlib.metadata  # here, as below, because it takes every process's time that has no numba too
 
-    parts = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in _PARTS]
+    parts = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in _PRIMITIVE_MODULES]
     return b"".join(parts) + importlib.metadata.version("numba").encode()
 
 
 @lru_cache(maxsize=1024)
-def compiled(source: str, signature: str = _TYPE) -> Callable[..., Any]:
+def compile_kernel(source: str, signature: str = _KERNEL_SIGNATURE) -> Callable[..., Any]:
     """The machine code of a printed kernel: call it with a table of int64, or what one of its signatures says."""
     from numba import njit
 
-    kernel: Callable[..., Any] = _made(source, partial(njit, signature.split(";"), **_OPTIONS))
+    kernel: Callable[..., Any] = _compile_cached(source, partial(njit, signature.split(";"), **_COMPILE_OPTIONS))
     return kernel
 
 
-def _made(source: str, compiler: Callable[..., Any]) -> Any:
-    path = _written(source)
+def _compile_cached(source: str, compiler: Callable[..., Any]) -> Any:
+    path = _write_source(source)
     if path is not None:
         try:
-            with _alone(path):
-                return compiler(cache=True)(_imported(path).kernel)
+            with _file_lock(path):
+                return compiler(cache=True)(_import_file(path).kernel)
         except Exception:  # a damaged cache may fail in any way, and is only a cache
             pass
     scope: dict[str, Any] = {}
@@ -101,7 +116,7 @@ def _made(source: str, compiler: Callable[..., Any]) -> Any:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def _file_lock(path: Path) -> Iterator[None]:
     """While no other process makes this kernel; the system lets go of a lock whose holder ends, however it ends.
 
     Without such locks (Windows, some network file systems) nobody waits, and a kernel may be compiled twice.
@@ -114,15 +129,15 @@ def _alone(path: Path) -> Iterator[None]:
         yield
         return
     try:
-        end = time.monotonic() + _PATIENCE
-        while not _taken(fcntl, lock) and time.monotonic() < end:
+        end = time.monotonic() + _LOCK_TIMEOUT
+        while not _try_lock(fcntl, lock) and time.monotonic() < end:
             time.sleep(0.02)
         yield
     finally:
         os.close(lock)
 
 
-def _taken(fcntl: Any, lock: int) -> bool:
+def _try_lock(fcntl: Any, lock: int) -> bool:
     """Whether the lock is ours now, or there are none here."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -133,7 +148,7 @@ def _taken(fcntl: Any, lock: int) -> bool:
     return True
 
 
-def _imported(path: Path) -> Any:
+def _import_file(path: Path) -> Any:
     """The module, under a name by which numba finds it again."""
     name = f"xprnn_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -144,15 +159,15 @@ def _imported(path: Path) -> Any:
     return module
 
 
-def _written(source: str) -> Path | None:
+def _write_source(source: str) -> Path | None:
     """The file that holds exactly this text, or None."""
     import hashlib
     import tempfile
 
-    where = folder()
+    where = cache_dir()
     if where is None:
         return None
-    path = where / f"k{hashlib.sha256(source.encode() + _mark()).hexdigest()[:24]}.py"
+    path = where / f"k{hashlib.sha256(source.encode() + _cache_salt()).hexdigest()[:24]}.py"
     try:
         if path.exists() and path.read_text(encoding="utf-8") == source:
             return path
@@ -165,32 +180,32 @@ def _written(source: str) -> Path | None:
 
 
 @cache
-def gemm(item: int) -> Any:
+def gemm_kernel(itemsize: int) -> Any:
     """gemm.py's products for numbers of so many bytes; kernels call them by `address`."""
     from numba import cfunc
 
     from xprnn.kernels.jit import gemm
 
-    options = {name: value for name, value in _OPTIONS.items() if name != "nogil"}
-    return _made(gemm.source(8 * item), partial(cfunc, _GEMM, **options))
+    options = {name: value for name, value in _COMPILE_OPTIONS.items() if name != "nogil"}
+    return _compile_cached(gemm.gemm_source(8 * itemsize), partial(cfunc, _GEMM_SIGNATURE, **options))
 
 
-def lanes(item: int) -> int:
+def vector_lanes(itemsize: int) -> int:
     """How many numbers of so many bytes a vector holds."""
     from xprnn.kernels.jit import simd
 
-    return int(simd.LANES32 if item == 4 else simd.LANES64)
+    return int(simd.LANES32 if itemsize == 4 else simd.LANES64)
 
 
 def tile_rows() -> int:
     """How many rows a product takes at once."""
     from xprnn.kernels.jit import gemm
 
-    return int(gemm.ROWS)
+    return int(gemm.TILE_ROWS)
 
 
-def tile_size(item: int) -> int:
+def tile_size(itemsize: int) -> int:
     """How many numbers a product works out at once."""
     from xprnn.kernels.jit import gemm
 
-    return tile_rows() * gemm.WIDE * lanes(item)
+    return tile_rows() * gemm.TILE_VECTORS * vector_lanes(itemsize)

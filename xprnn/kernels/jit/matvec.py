@@ -15,10 +15,10 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from xprnn.kernels.jit.simd import ANY, LANES32, LANES64, shift, store
+from xprnn.kernels.jit.simd import ANY_SCOPE, LANES32, LANES64, offset, store
 
 
-def _sums(typing: Any, w: Any, stride: Any, x: Any, inner: Any, out: Any, rows: Any, lanes: Any) -> Any:
+def _row_dots(typing: Any, w: Any, stride: Any, x: Any, inner: Any, out: Any, rows: Any, lanes: Any) -> Any:
     """out[r] = sum of w[r * stride + k] x[k] over k < inner, for r < rows, a power of two up to `lanes`."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -51,7 +51,7 @@ def _sums(typing: Any, w: Any, stride: Any, x: Any, inner: Any, out: Any, rows: 
             align = ir.Constant(ir.IntType(32), item)
             first = builder.mul(whole, ir.Constant(long, v))
             add(first, lambda p: builder.call(masked, [p, align, mask, zero]))
-        total = _crosswise(builder, [builder.load(place) for place in sums], v)
+        total = _horizontal_sums(builder, [builder.load(place) for place in sums], v)
         for r in range(count):
             one = builder.extract_element(total, ir.Constant(ir.IntType(32), r))
             builder.store(one, builder.gep(to, [ir.Constant(long, r)]))
@@ -68,7 +68,7 @@ def _masked_load(module: Any, vector: Any, real: Any, v: int) -> Any:
     return cgutils.get_or_insert_function(module, kind, name)
 
 
-def _crosswise(builder: Any, sums: list[Any], v: int) -> Any:
+def _horizontal_sums(builder: Any, sums: list[Any], v: int) -> Any:
     """A vector whose first lanes are the sums of these vectors' lanes."""
     even, odd = (ir.Constant(ir.VectorType(ir.IntType(32), v), list(range(k, 2 * v, 2))) for k in (0, 1))
 
@@ -85,7 +85,7 @@ def _crosswise(builder: Any, sums: list[Any], v: int) -> Any:
     return sums[0]
 
 
-def _spread(typing: Any, u: Any, width: Any, x: Any, inner: Any, out: Any, count: Any, lanes: Any) -> Any:
+def _axpy_rows(typing: Any, u: Any, width: Any, x: Any, inner: Any, out: Any, count: Any, lanes: Any) -> Any:
     """`count` vectors of out = the sum of x[k] u[k * width + .] over k < inner."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -115,68 +115,68 @@ def _spread(typing: Any, u: Any, width: Any, x: Any, inner: Any, out: Any, count
     return types.void(u, long_, x, long_, out, count, lanes), generate
 
 
-sums, spread = intrinsic(prefer_literal=True)(_sums), intrinsic(prefer_literal=True)(_spread)
+row_dots, axpy_rows = intrinsic(prefer_literal=True)(_row_dots), intrinsic(prefer_literal=True)(_axpy_rows)
 _compile = njit(fastmath={"contract"}, error_model="numpy")
 
 
-def _product(lanes: int) -> Any:
+def _make_matvec(lanes: int) -> Any:
     @_compile
     def product(w, stride, x, inner, out, rows):  # type: ignore[no-untyped-def]
         """out (rows,) = W x for W (rows, inner) whose rows lie `stride` apart."""
         r = 0
         while r + lanes <= rows:
-            sums(shift(w, r * stride), stride, x, inner, shift(out, r), lanes, lanes)
+            row_dots(offset(w, r * stride), stride, x, inner, offset(out, r), lanes, lanes)
             r += lanes
         if r < rows and r > 0:  # once more some rows that are done, rather than one by one
             r = rows - lanes
-            sums(shift(w, r * stride), stride, x, inner, shift(out, r), lanes, lanes)
+            row_dots(offset(w, r * stride), stride, x, inner, offset(out, r), lanes, lanes)
             r = rows
         while r < rows:
-            sums(shift(w, r * stride), stride, x, inner, shift(out, r), 1, lanes)
+            row_dots(offset(w, r * stride), stride, x, inner, offset(out, r), 1, lanes)
             r += 1
 
     return product
 
 
-product32, product64 = _product(LANES32), _product(LANES64)
+matvec32, matvec64 = _make_matvec(LANES32), _make_matvec(LANES64)
 
 
-def _turned(lanes: int) -> Any:
+def _make_vecmat(lanes: int) -> Any:
     @_compile
     def turned(u, stride, x, inner, out, width):  # type: ignore[no-untyped-def]
         """out (width,) = x U for U (inner, width) whose rows lie `stride` apart, width a multiple of the lanes."""
         c = 0
         while c + 8 * lanes <= width:
-            spread(shift(u, c), stride, x, inner, shift(out, c), 8, lanes)
+            axpy_rows(offset(u, c), stride, x, inner, offset(out, c), 8, lanes)
             c += 8 * lanes
         while c + 4 * lanes <= width:
-            spread(shift(u, c), stride, x, inner, shift(out, c), 4, lanes)
+            axpy_rows(offset(u, c), stride, x, inner, offset(out, c), 4, lanes)
             c += 4 * lanes
         while c < width:
-            spread(shift(u, c), stride, x, inner, shift(out, c), 1, lanes)
+            axpy_rows(offset(u, c), stride, x, inner, offset(out, c), 1, lanes)
             c += lanes
 
     return turned
 
 
-turned32, turned64 = _turned(LANES32), _turned(LANES64)
+vecmat32, vecmat64 = _make_vecmat(LANES32), _make_vecmat(LANES64)
 
 
 @_compile
-def turn(w, out, stride):  # type: ignore[no-untyped-def]
+def transpose(w, out, stride):  # type: ignore[no-untyped-def]
     """w (G*H, K) -> out (K, G*H), its rows `stride` apart."""
     for j in range(w.shape[0]):
         for k in range(w.shape[1]):
-            store(out, k * stride + j, ANY, w[j, k])
+            store(out, k * stride + j, ANY_SCOPE, w[j, k])
 
 
 @_compile
-def in_line(a, count):  # type: ignore[no-untyped-def]
+def is_unit_stride(a, count):  # type: ignore[no-untyped-def]
     """Whether a is (count,) and its entries lie side by side."""
     return a.shape[0] == count and (count < 2 or a.strides[0] == a.itemsize)
 
 
 @_compile
-def in_rows(a, rows, count):  # type: ignore[no-untyped-def]
+def has_unit_stride_rows(a, rows, count):  # type: ignore[no-untyped-def]
     """Whether a is (rows, count) and a row's entries lie side by side."""
     return a.shape[0] == rows and a.shape[1] == count and (count < 2 or a.strides[1] == a.itemsize)

@@ -12,63 +12,68 @@ Vq (T,N,H) is q.
 from typing import Any, NamedTuple
 
 from xprnn.cells.cell import Cell
-from xprnn.kernels.jit.gate_groups import Halves
-from xprnn.kernels.jit.kernel_writer import Text, product
-from xprnn.kernels.tracing.cell_trace import slots_of, trace_early
-from xprnn.kernels.tracing.graph import Graph
-from xprnn.kernels.tracing.scalar_code import Body, literal
+from xprnn.kernels.jit.gate_groups import GateGroups
+from xprnn.kernels.jit.kernel_writer import KernelWriter, matmul_call
+from xprnn.kernels.tracing.cell_trace import assign_buffers, trace_pregates
+from xprnn.kernels.tracing.graph import TraceGraph
+from xprnn.kernels.tracing.scalar_code import ScalarCode, literal
 
-__all__ = ["Early", "Q", "back", "forward", "traced"]
+__all__ = ["GATED_STATE", "PregateTrace", "emit_pregates", "emit_pregates_backward", "pregate_trace"]
 
-Q = "Vq"
+GATED_STATE = "Vq"
 
 
-class Early(NamedTuple):
+class PregateTrace(NamedTuple):
     """The traced early gates."""
 
     values: tuple[Any, ...]
-    q: Any
-    together: bool  # whether they are used only as the sum x + h
-    slots: tuple[str, ...]  # where each value lies
-    own: dict[str, Any]  # those that need a place
+    gated_state: Any
+    is_summed: bool  # whether they are used only as the sum x + h
+    saved_buffers: tuple[str, ...]  # where each value lies
+    new_buffers: dict[str, Any]  # those that need a place
 
 
-def traced(cell: Cell) -> Early:
+def pregate_trace(cell: Cell) -> PregateTrace:
     """Those of this cell."""
-    graph = Graph()
-    values, q, together = trace_early(cell, graph)
-    slots, own = slots_of(cell, graph, (), values)
-    return Early(values, q, together, slots, own)
+    graph = TraceGraph()
+    values, q, together = trace_pregates(cell, graph)
+    slots, own = assign_buffers(cell, graph, (), values)
+    return PregateTrace(values, q, together, slots, own)
 
 
-def forward(out: Text, halves: Halves, early: Early, used: set[str]) -> None:
+def emit_pregates(out: KernelWriter, gate_groups: GateGroups, pregates: PregateTrace, used: set[str]) -> None:
     """The loop over rows and units before the second product; the step reads those of its inputs that are `used`."""
-    out.rows(halves.indices, [(1, out.store(Q, "t * v0 + r * H + j", literal(0.0)))])
-    body = Body(lambda name: halves.read(out, name))
-    passed = [(k, body.name(early.values[k])) for k in range(halves.first) if f"x{k}" in used]
-    q, named = body.name(early.q), [(slot, body.name(value)) for slot, value in early.own.items()]
+    out.emit_row_loop(gate_groups.row_indices, [(1, out.store(GATED_STATE, "t * v0 + r * H + j", literal(0.0)))])
+    body = ScalarCode(lambda name: gate_groups.load_input(out, name))
+    passed = [(k, body.emit(pregates.values[k])) for k in range(gate_groups.first_gates) if f"x{k}" in used]
+    q, named = (
+        body.emit(pregates.gated_state),
+        [(slot, body.emit(value)) for slot, value in pregates.new_buffers.items()],
+    )
     out.add(5, *body.lines)
     for slot, value in named:
-        out.save(slot, value)
-    out.save(Q, q)
+        out.emit_save(slot, value)
+    out.emit_save(GATED_STATE, q)
     out.add(5, *(out.store("P", f"x + {k} * H + j", value, f"P{k}") for k, value in passed))
 
 
-def back(out: Text, indices: str, dh: str, outputs: list[tuple[str, Any]], read: Any, same: bool) -> None:
+def emit_pregates_backward(
+    out: KernelWriter, indices: str, dh: str, outputs: list[tuple[str, Any]], read: Any, dx_is_dh: bool
+) -> None:
     """The adjoint: the second product's, then the loop over rows and units."""
     out.add(
-        3, product(f"{dh}, z * Xw + cut", "Xw", "U, cut * Hz", "DQ, 0", "Hz", "O, zeros", "0", "n", "W - cut", "Hz")
+        3, matmul_call(f"{dh}, z * Xw + cut", "Xw", "U, cut * Hz", "DQ, 0", "Hz", "O, zeros", "0", "n", "W - cut", "Hz")
     )
-    out.rows(indices, [])
-    body = Body(read)
-    named = [(name, body.name(value)) for name, value in outputs]
+    out.emit_row_loop(indices, [])
+    body = ScalarCode(read)
+    named = [(name, body.emit(value)) for name, value in outputs]
     out.add(5, *body.lines)
     for name, value in named:
         letter, k = name[0], name[1:]
         if letter == "X":
             place = f"x + {k} * H + j"
             out.add(5, out.store("X", place, value, name))
-            if not same:
+            if not dx_is_dh:
                 out.add(5, out.store("Y", place, value, f"U{k}"))
         else:
             to = {"P": f"P{k}", "r": "R0", "e": f"D{k}"}[letter]

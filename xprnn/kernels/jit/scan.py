@@ -10,28 +10,37 @@ from typing import Any
 
 import numpy as np
 
-from xprnn.arrays.linear import flat, table_back
+from xprnn.arrays.linear import flatten_leading, lookup_backward
 from xprnn.arrays.namespace import Array, Params
 from xprnn.cells.cell import Cell
 from xprnn.kernels.jit import compile_cache, scan_plan
-from xprnn.kernels.jit.arguments import Kept, Table, back_room, call, forward_room, inputs, inputs_back, projection
-from xprnn.kernels.jit.forward_driver import Sources, sources_of
-from xprnn.kernels.jit.threads import Part, each, parts
-from xprnn.kernels.memory import address, aligned, room_for
-from xprnn.kernels.row_order import Rows
-from xprnn.kernels.tape import State, Steps, Tape
+from xprnn.kernels.jit.arguments import (
+    KernelArguments,
+    SavedForBackward,
+    backward_workspace,
+    bind_backward_inputs,
+    bind_inputs,
+    forward_workspace,
+    launch,
+    projection_size,
+)
+from xprnn.kernels.jit.forward_driver import KernelSources, kernel_sources
+from xprnn.kernels.jit.threads import RowRange, parallel_map, split_rows
+from xprnn.kernels.memory import address, aligned_empty, allocate_workspace
+from xprnn.kernels.row_order import RowOrder
+from xprnn.kernels.tape import State, StepMask, Tape
 
-__all__ = ["NAME", "find", "sources_of", "taped", "why_not"]
+__all__ = ["NAME", "find_kernel", "kernel_sources", "unsupported_reason", "with_tape"]
 
 NAME = "compiled by numba"
 _DTYPES = frozenset((np.dtype(np.float32), np.dtype(np.float64)))
 
 
-def find(cell: Cell, params: Params) -> Callable[..., Any] | None:
+def find_kernel(cell: Cell, params: Params) -> Callable[..., Any] | None:
     """`forward` where the cell can be compiled and numba is there, else None."""
-    if why_not(cell, params):
+    if unsupported_reason(cell, params):
         return None
-    sources = sources_of(cell, _bits(params), "weight_hr" in params)
+    sources = kernel_sources(cell, _bits(params), "weight_hr" in params)
     assert sources is not None
     return partial(_forward, sources)
 
@@ -40,16 +49,16 @@ def _bits(params: Params) -> int:
     return 8 * int(params["weight_hh"].dtype.itemsize)
 
 
-def why_not(cell: Cell, params: Params) -> str:
+def unsupported_reason(cell: Cell, params: Params) -> str:
     """Why `find` has nothing, or ""."""
     if (dtype := params["weight_hh"].dtype) not in _DTYPES:
         return f"{dtype} is neither float32 nor float64"
-    if not compile_cache.available():
+    if not compile_cache.numba_available():
         return 'numba is not installed: pip install "xprnn[fast]"'
-    sources = sources_of(cell, _bits(params), "weight_hr" in params)
+    sources = kernel_sources(cell, _bits(params), "weight_hr" in params)
     if sources is None:
         return "its cell can't be printed as scalar code"
-    works = compile_cache.works(sources.forward) and compile_cache.works_gemm(_bits(params) // 8)
+    works = compile_cache.can_compile(sources.forward) and compile_cache.can_compile_gemm(_bits(params) // 8)
     return "" if works else "numba can't compile its cell"
 
 
@@ -57,121 +66,129 @@ def why_not(cell: Cell, params: Params) -> str:
 
 
 def _forward(
-    sources: Sources,
+    sources: KernelSources,
     cell: Cell,
     params: Params,
     x: Array,
     state: State,
-    steps: Steps,
+    step_mask: StepMask,
     *,
-    home: State,
+    reset_state: State,
     xp: Any,
     reverse: bool,
-    keep: bool,
+    record_tape: bool,
 ) -> tuple[Array, State, Tape | None]:
     """See xprnn.kernels.dispatch.forward, which is the specification."""
-    done = scan_plan.forward(sources, cell, params, x, state, steps, reverse, keep)
+    done = scan_plan.planned_forward(sources, cell, params, x, state, step_mask, reverse, record_tape)
     if done is not None:
-        return taped(done, cell, params, x, state, steps, reverse, keep)
-    rows = Rows.of(x.shape[:2], steps)
-    kept, table = _prepare(sources, cell, params, rows.sort(x, 1), rows, reverse, keep)
-    ends = tuple(rows.sort(s, 0) for s in state), tuple(rows.sort(s, 0) for s in home)
-    final = tuple(rows.unsort(s, 0) for s in _run(kept, table, cell, params, ends, reverse, keep))
-    y = rows.unsort(kept.after[0].view(), 1)
-    if not keep:
+        return with_tape(done, cell, params, x, state, step_mask, reverse, record_tape)
+    rows = RowOrder.from_step_mask(x.shape[:2], step_mask)
+    kept, table = _allocate(sources, cell, params, rows.sort(x, 1), rows, reverse, record_tape)
+    ends = tuple(rows.sort(s, 0) for s in state), tuple(rows.sort(s, 0) for s in reset_state)
+    final = tuple(rows.unsort(s, 0) for s in _launch_forward(kept, table, cell, params, ends, reverse, record_tape))
+    y = rows.unsort(kept.states_after[0].view(), 1)
+    if not record_tape:
         return y, final, None
     if rows.active is not None:
-        y = np.where(np.asarray(steps.active)[..., None], y, 0)
+        y = np.where(np.asarray(step_mask.active)[..., None], y, 0)
     else:
         y.flags.writeable = False  # the tape lives in this memory
-    shown = partial(rows.shown, kept.after)
-    return y, final, Tape(backward, np, cell, params, x, state, home, steps, reverse, shown, kept, NAME)
+    shown = partial(rows.original_order, kept.states_after)
+    return y, final, Tape(backward, np, cell, params, x, state, reset_state, step_mask, reverse, shown, kept, NAME)
 
 
-def taped(
-    done: tuple[Kept, State],
+def with_tape(
+    result: tuple[SavedForBackward, State],
     cell: Cell,
     params: Params,
     x: Array,
     state: State,
-    steps: Steps,
+    steps: StepMask,
     reverse: bool,
     keep: bool,
 ) -> tuple[Array, State, Tape | None]:
     """What plain.forward has done, as a scan returns it."""
-    kept, final = done
+    kept, final = result
     if not keep:
-        return kept.after[0], final, None
-    y = kept.after[0].view()
+        return kept.states_after[0], final, None
+    y = kept.states_after[0].view()
     y.flags.writeable = False  # the tape lives in this memory
-    shown = partial(kept.rows.shown, kept.after)
+    shown = partial(kept.row_order.original_order, kept.states_after)
     return y, final, Tape(backward, np, cell, params, x, state, state, steps, reverse, shown, kept, NAME)
 
 
-def _prepare(
-    sources: Sources, cell: Cell, params: Params, x: Array, rows: Rows, reverse: bool, keep: bool
-) -> tuple[Kept, Table]:
+def _allocate(
+    sources: KernelSources, cell: Cell, params: Params, x: Array, rows: RowOrder, reverse: bool, keep: bool
+) -> tuple[SavedForBackward, KernelArguments]:
     """All arrays with a step axis, of one step where no tape is kept."""
     u = params["weight_hh"]
     (count, n), hidden, item = x.shape[:2], u.shape[0] // cell.gates, u.itemsize
     length, widths = count if keep else 1, [u.shape[1], *[hidden] * (len(cell.states) - 1)]
-    table = Table({"keep": int(keep), "v0": n * hidden if keep else 0})
+    table = KernelArguments({"keep": int(keep), "v0": n * hidden if keep else 0})
     before, after = [], []
     for k, wide in enumerate(widths):
         # The state before the first step in line: those before all steps are a view.
-        memory, row = aligned(((count if k == 0 else length) + 1, n, wide), u.dtype), wide * item
+        memory, row = aligned_empty(((count if k == 0 else length) + 1, n, wide), u.dtype), wide * item
         before.append(memory[1:] if reverse else memory[:-1])
         after.append(memory[:-1] if reverse else memory[1:])
         at = address(memory)
-        table.point(f"M{k}", at + (0 if reverse else n * row), row)
-        table.point(f"S{k}", at + (n * row if reverse else 0), row)
+        table.set_pointer(f"M{k}", at + (0 if reverse else n * row), row)
+        table.set_pointer(f"S{k}", at + (n * row if reverse else 0), row)
         table.entries[f"m{k}"] = n * wide if keep or k == 0 else 0
     if rows.reset is not None:
-        before = [aligned((length, n, wide), u.dtype) for wide in widths]
+        before = [aligned_empty((length, n, wide), u.dtype) for wide in widths]
         for k, a in enumerate(before):
-            table.point(f"S{k}", address(a), widths[k] * item)
-    spare = {slot: aligned((length, n, hidden), u.dtype) for slot in sources.slots if slot[0] == "V"}
+            table.set_pointer(f"S{k}", address(a), widths[k] * item)
+    spare = {slot: aligned_empty((length, n, hidden), u.dtype) for slot in sources.saved_buffers if slot[0] == "V"}
     for slot, a in spare.items():
-        table.point(slot, address(a), hidden * item)
+        table.set_pointer(slot, address(a), hidden * item)
     gates = None
-    if keep and any(slot[0] == "X" for slot in sources.slots):
-        gates = aligned((count, n, u.shape[0]), u.dtype)
-        table.point("G", address(gates), u.shape[0] * item)
-    return Kept(sources, rows, inputs(table, params, x), gates, spare, tuple(before), tuple(after)), table
+    if keep and any(slot[0] == "X" for slot in sources.saved_buffers):
+        gates = aligned_empty((count, n, u.shape[0]), u.dtype)
+        table.set_pointer("G", address(gates), u.shape[0] * item)
+    return SavedForBackward(
+        sources, rows, bind_inputs(table, params, x), gates, spare, tuple(before), tuple(after)
+    ), table
 
 
-def _run(
-    kept: Kept, table: Table, cell: Cell, params: Params, ends: tuple[State, State], reverse: bool, keep: bool
+def _launch_forward(
+    kept: SavedForBackward,
+    table: KernelArguments,
+    cell: Cell,
+    params: Params,
+    ends: tuple[State, State],
+    reverse: bool,
+    keep: bool,
 ) -> tuple[Array, ...]:
     """The time loop: fills what is kept and returns the states after the last step."""
-    u, rows, (initial, home) = params["weight_hh"], kept.rows, ends
+    u, rows, (initial, home) = params["weight_hh"], kept.row_order, ends
     (count, n), (width, inner), item = kept.x.shape[:2], u.shape, u.itemsize
-    hidden, projected = width // cell.gates, projection(params)
-    table.given(rows, (count, n, hidden, width))
+    hidden, projected = width // cell.gates, projection_size(params)
+    table.set_sizes(rows, (count, n, hidden, width))
     running = tuple(np.array(s, u.dtype, order="C") for s in initial)
     if keep and rows.reset is None and count:
         for k, s in enumerate(running):
-            kept.before[k][-1 if reverse else 0] = s
-    table.entries |= {"turned": int(reverse), "go": compile_cache.gemm(item).address}
-    table.read("WH", u)
+            kept.states_before[k][-1 if reverse else 0] = s
+    table.entries |= {"turned": int(reverse), "go": compile_cache.gemm_kernel(item).address}
+    table.set_input("WH", u)
     if projected:
-        table.read("WR", params["weight_hr"])
+        table.set_input("WR", params["weight_hr"])
     for name, key in (("BI", "bias_ih"), ("BH", "bias_hh")):
-        table.read(name, params[key] if key in params else np.zeros(width, u.dtype))
+        table.set_input(name, params[key] if key in params else np.zeros(width, u.dtype))
     for k, name in enumerate(cell.vectors):
-        table.read(f"p{k}", params[name])
+        table.set_input(f"p{k}", params[name])
     for k, (s, e) in enumerate(zip(running, home, strict=True)):
-        table.point(f"C{k}", address(s), s.shape[1] * item)
+        table.set_pointer(f"C{k}", address(s), s.shape[1] * item)
         if rows.reset is not None:
-            table.read(f"E{k}", e, s.shape[1] * item)
+            table.set_input(f"E{k}", e, s.shape[1] * item)
     d = table.entries["D"]
 
-    def walk(part: Part) -> None:
-        numbers, sizes = forward_room(kept.sources, (count, part.rows, d, hidden, width), item, projected)
-        _room, here = room_for(u.dtype, sizes | ({} if kept.gates is not None else {"G": width}))
-        call(kept.sources.forward, kept.sources.forward_table, table.of(part) | here | numbers)
+    def walk(part: RowRange) -> None:
+        numbers, sizes = forward_workspace(kept.sources, (count, part.size, d, hidden, width), item, projected)
+        _room, here = allocate_workspace(u.dtype, sizes | ({} if kept.gates is not None else {"G": width}))
+        launch(kept.sources.forward, kept.sources.forward_arguments, table.for_rows(part) | here | numbers)
 
-    each(walk, parts(rows, count, n, (inner + d) * width))
+    parallel_map(walk, split_rows(rows, count, n, (inner + d) * width))
     return running
 
 
@@ -182,96 +199,100 @@ def backward(
     tape: Tape, dy: Array | None, dstate: Sequence[Array | None], dstates: Sequence[Array | None]
 ) -> tuple[Array | None, State, Sequence[Array | None], Params]:
     """See xprnn.kernels.dispatch.backward."""
-    if all(d is None for d in dstates) and (done := scan_plan.backward(tape, dy, dstate)) is not None:
+    if all(d is None for d in dstates) and (done := scan_plan.planned_backward(tape, dy, dstate)) is not None:
         return *done[:2], [None] * len(dstate), done[2]
-    kept: Kept = tape.saved
-    params, rows = tape.params, kept.rows
+    kept: SavedForBackward = tape.saved
+    params, rows = tape.params, kept.row_order
     injected = [None if d is None else rows.sort(d, 1) for d in dstates] or [None] * len(dstate)
     if dy is not None:
         dy = rows.sort(dy, 1)
         dy = dy if rows.active is None else np.where(rows.active[..., None], dy, 0)
         injected[0] = dy if injected[0] is None else injected[0] + dy
-    dx, ds, dhome, grads = _run_back(tape, [None if d is None else rows.sort(d, 0) for d in dstate], injected)
+    dx, ds, dhome, grads = _launch_backward(tape, [None if d is None else rows.sort(d, 0) for d in dstate], injected)
     dx = None if dx is None else rows.unsort(dx, 1)
     home = [None if d is None else rows.unsort(d, 0) for d in dhome]
     return dx, tuple(rows.unsort(d, 0) for d in ds), home, {name: grads[name] for name in params}
 
 
-def _run_back(
+def _launch_backward(
     tape: Tape, dstate: Sequence[Array | None], injected: Sequence[Array | None]
 ) -> tuple[Array | None, list[Array], list[Array | None], Params]:
     """The time loop, in reverse order: the adjoints of x, first states, home states, parameters."""
-    from xprnn.kernels.jit.segment_sum import by_class
+    from xprnn.kernels.jit.segment_sum import segment_sum
 
     kept, params, u = tape.saved, tape.params, tape.params["weight_hh"]
     (count, n), (width, inner), item = kept.x.shape[:2], u.shape, u.itemsize
-    hidden, projected = width // tape.cell.gates, projection(params)
-    table = Table({"turned": int(tape.reverse), "go": compile_cache.gemm(item).address})
-    table.given(kept.rows, (count, n, hidden, width))
-    room = _adjoints(table, tape, dstate, injected)
-    dx, dgates = inputs_back(table, tape)
+    hidden, projected = width // tape.cell.gates, projection_size(params)
+    table = KernelArguments({"turned": int(tape.reverse), "go": compile_cache.gemm_kernel(item).address})
+    table.set_sizes(kept.row_order, (count, n, hidden, width))
+    room = _allocate_cotangents(table, tape, dstate, injected)
+    dx, dgates = bind_backward_inputs(table, tape)
     d = table.entries["D"]
     # The rows of the gradients are summed over all steps and rows, or, where there are none, are zero.
-    make = aligned if count else np.zeros
+    make = aligned_empty if count else np.zeros
 
-    def walk(part: Part) -> tuple[Array, ...]:
-        numbers, sizes = back_room(kept.sources, (count, part.rows, d, hidden, width), item, projected)
+    def walk(part: RowRange) -> tuple[Array, ...]:
+        numbers, sizes = backward_workspace(kept.sources, (count, part.size, d, hidden, width), item, projected)
         sums = [make((width, d), u.dtype), make(u.shape, u.dtype), np.zeros((2, width), u.dtype)]
         sums += [make((projected, hidden), u.dtype)] * (projected > 0)
-        own, here = room_for(u.dtype, sizes)
+        own, here = allocate_workspace(u.dtype, sizes)
         own["B"].fill(0)
         own["O"].fill(0)
         here |= dict(zip(("GI", "GU", "SI", "GR"), map(address, sums), strict=False)) | numbers
         here |= {"SH": here["SI"] + width * item}
-        call(kept.sources.backward, kept.sources.backward_table, table.of(part) | here)
+        launch(kept.sources.backward, kept.sources.backward_arguments, table.for_rows(part) | here)
         return tuple(sums)
 
-    dw, du, (db_ih, db_hh), *dhr = _total(each(walk, parts(kept.rows, count, n, (inner + d) * width)))
+    dw, du, (db_ih, db_hh), *dhr = _reduce_threads(
+        parallel_map(walk, split_rows(kept.row_order, count, n, (inner + d) * width))
+    )
     if dgates is not None:
-        wanted = {"sparse": tape.sparse, "active": kept.rows.active, "total": by_class}
-        dw = table_back(np, kept.x.reshape(-1), flat(np, dgates), params["weight_ih"].shape[1], **wanted)
+        wanted = {"sparse": tape.sparse, "active": kept.row_order.active, "segment_sum_fn": segment_sum}
+        dw = lookup_backward(
+            np, kept.x.reshape(-1), flatten_leading(np, dgates), params["weight_ih"].shape[1], **wanted
+        )
     grads = {"weight_ih": dw, "weight_hh": du, "bias_ih": db_ih} | dict(zip(["weight_hr"], dhr, strict=False))
-    grads["bias_hh"] = db_ih.copy() if kept.sources.same else db_hh
+    grads["bias_hh"] = db_ih.copy() if kept.sources.dx_is_dh else db_hh
     grads |= {name: np.add.reduce(room[f"P{k}"], axis=0) for k, name in enumerate(tape.cell.vectors)}
     states = range(len(dstate))
-    home: list[Array | None] = [None if kept.rows.reset is None else room[f"E{k}"] for k in states]
+    home: list[Array | None] = [None if kept.row_order.reset is None else room[f"E{k}"] for k in states]
     return dx, [room[f"D{k}"] for k in states], home, grads
 
 
-def _adjoints(
-    table: Table, tape: Tape, dstate: Sequence[Array | None], injected: Sequence[Array | None]
+def _allocate_cotangents(
+    table: KernelArguments, tape: Tape, dstate: Sequence[Array | None], injected: Sequence[Array | None]
 ) -> dict[str, Array]:
     """Into the table, the adjoints of the states, given and running; returns the running ones, (N, H) each."""
-    kept: Kept = tape.saved
+    kept: SavedForBackward = tape.saved
     n, hidden, dtype = table.entries["N"], table.entries["H"], tape.params["weight_hh"].dtype
     row, states, vectors = hidden * dtype.itemsize, range(len(dstate)), range(len(tape.cell.vectors))
     names = [*(f"D{k}" for k in states), *(f"E{k}" for k in states), *(f"P{k}" for k in vectors)]
-    widths = dict.fromkeys(names, hidden) | dict.fromkeys(("D0", "E0"), tape.initial[0].shape[1])
-    room, here = room_for(dtype, {"nothing": hidden} | {name: n * wide for name, wide in widths.items()})
+    widths = dict.fromkeys(names, hidden) | dict.fromkeys(("D0", "E0"), tape.initial_state[0].shape[1])
+    room, here = allocate_workspace(dtype, {"nothing": hidden} | {name: n * wide for name, wide in widths.items()})
     for name, a in room.items():
         if name[0] != "D":
             a.fill(0)
     for name, wide in widths.items():
         room[name] = room[name].reshape(n, wide)
-        table.point("R0" if name == "D0" else name, here[name], wide * dtype.itemsize)
+        table.set_pointer("R0" if name == "D0" else name, here[name], wide * dtype.itemsize)
     for k, (d, sent) in enumerate(zip(dstate, injected, strict=True)):
         room[f"D{k}"][...] = 0 if d is None else d
-        table.point(f"M{k}", address(kept.after[k]), widths[f"D{k}"] * dtype.itemsize)
-        table.point(f"S{k}", address(kept.before[k]), widths[f"D{k}"] * dtype.itemsize)
+        table.set_pointer(f"M{k}", address(kept.states_after[k]), widths[f"D{k}"] * dtype.itemsize)
+        table.set_pointer(f"S{k}", address(kept.states_before[k]), widths[f"D{k}"] * dtype.itemsize)
         if sent is None:
-            table.read(f"I{k}", room["nothing"])
+            table.set_input(f"I{k}", room["nothing"])
         else:
-            table.sent(k, sent, dtype)
-    for slot, a in kept.spare.items():
-        table.point(slot, address(a), row)
+            table.set_cotangent(k, sent, dtype)
+    for slot, a in kept.extra_values.items():
+        table.set_pointer(slot, address(a), row)
     if kept.gates is not None:
-        table.point("G", address(kept.gates), tape.cell.gates * row)
+        table.set_pointer("G", address(kept.gates), tape.cell.gates * row)
     for k, name in enumerate(tape.cell.vectors):
-        table.read(f"p{k}", tape.params[name])
+        table.set_input(f"p{k}", tape.params[name])
     return room
 
 
-def _total(sums: list[tuple[Array, ...]]) -> tuple[Array, ...]:
+def _reduce_threads(sums: list[tuple[Array, ...]]) -> tuple[Array, ...]:
     """The parts' sums, added up in their order."""
     for one in sums[1:]:
         for total, more in zip(sums[0], one, strict=True):

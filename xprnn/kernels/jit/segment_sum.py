@@ -12,11 +12,11 @@ from numba import njit
 from xprnn.arrays.namespace import Array
 from xprnn.kernels.jit import compile_cache
 
-__all__ = ["by_class"]
+__all__ = ["segment_sum"]
 
 
 @njit(error_model="numpy", inline="always")
-def sum_rows(ids, rows, out):  # type: ignore[no-untyped-def]
+def segment_sum_into(ids, rows, out):  # type: ignore[no-untyped-def]
     """out[v] = sum of rows[m] over the m with ids[m] = v, in the order of the rows; zero where there is none.
 
     A class after the other: each row of the table is written once, those of absent classes in one go up to the next
@@ -50,25 +50,25 @@ def sum_rows(ids, rows, out):  # type: ignore[no-untyped-def]
 
 
 _SOURCE = '''"""Written by xprnn: sums of rows by class; it may be deleted at any time."""
-from xprnn.kernels.jit.segment_sum import sum_rows
+from xprnn.kernels.jit.segment_sum import segment_sum_into
 
 
 def kernel(ids, rows, out):
-    sum_rows(ids, rows, out)
+    segment_sum_into(ids, rows, out)
 '''
-_ARRAYS = ";".join(
+_SIGNATURES = ";".join(
     f"void(Array(int64, 1, 'C', True), Array(float{bits}, 2, 'C', True), Array(float{bits}, 2, 'C'))"
     for bits in (32, 64)
 )
 
 
-def by_class(ids: Array, rows: Array, count: int) -> Array:
-    """What scatter.sum_rows_by_id returns: ids (M,) in 0..count-1, rows (M, K) -> (count, K).
+def segment_sum(ids: Array, rows: Array, count: int) -> Array:
+    """What scatter.segment_sum returns: ids (M,) in 0..count-1, rows (M, K) -> (count, K).
 
-    >>> by_class(np.asarray([2, 0, 2]), np.asarray([[1.0], [2.0], [3.0]]), 4)[:, 0]
+    >>> segment_sum(np.asarray([2, 0, 2]), np.asarray([[1.0], [2.0], [3.0]]), 4)[:, 0]
     array([2., 0., 4., 0.])
     """
-    kernel: Callable[..., Any] = compile_cache.compiled(_SOURCE, _ARRAYS)
+    kernel: Callable[..., Any] = compile_cache.compile_kernel(_SOURCE, _SIGNATURES)
     out = np.empty((count, rows.shape[1]), rows.dtype)
     kernel(np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(rows), out)
     return out

@@ -12,19 +12,20 @@ walked one by one: of many, or with large weights, source.py is faster.
 from functools import lru_cache
 
 from xprnn.cells.cell import Cell
-from xprnn.kernels.jit.step import QUEUE, Traced, argument_names, compiled_function, signature, traced
-from xprnn.kernels.step_plan import Step, Stepped, _head
-from xprnn.kernels.tracing.scalar_code import Body
+from xprnn.kernels.jit.step import SCRATCH_SCOPE, StepTrace, argument_names, kernel_wrapper, signature, step_trace
+from xprnn.kernels.step_plan import LayerSignature, StepFn, argument_lines
+from xprnn.kernels.tracing.scalar_code import ScalarCode
 
-__all__ = ["compiled_walk", "walk_source"]
+__all__ = ["compiled_sequence", "sequence_source"]
 
-LINE = 64  # bytes: where vectors of its memory lay across two lines of the cache, a walk took a quarter longer
+CACHE_LINE = 64  # bytes: where vectors of its memory lay across two lines of the cache, a walk took a quarter longer
 
-_TEXT = '''"""Written by xprnn for a walk of the cell {cell!r}; it may be deleted at any time."""
+_SEQUENCE_TEMPLATE = '''"""Written by xprnn for a walk of the cell {cell!r}; it may be deleted at any time."""
 import math
 import numpy as np
-from xprnn.kernels.jit.simd import ANY, LANES{bits}, exp64, f{bits} as real, load, shift, store, tanh{bits} as tanh
-from xprnn.kernels.jit.matvec import in_rows, turn, turned{bits} as turned
+from xprnn.kernels.jit.simd import ANY_SCOPE as ANY, LANES{bits}, exp64, float{bits}_pointer as real, load
+from xprnn.kernels.jit.simd import offset as shift, store, tanh{bits} as tanh
+from xprnn.kernels.jit.matvec import has_unit_stride_rows, transpose as turn, vecmat{bits} as turned
 
 F = np.float{bits}
 LINE = {line} // {item}
@@ -71,33 +72,35 @@ def kernel({arguments}):
 '''
 
 
-def compiled_walk(its: Stepped, integer: bool, batch_first: bool) -> Step | None:
+def compiled_sequence(layer: LayerSignature, integer: bool, batch_first: bool) -> StepFn | None:
     """A walk over (T, N, .) arrays, or (N, T, .), by a compiled kernel; the state may be None for zero."""
-    head = ["x = x.swapaxes(0, 1)"] * batch_first + ["T = len(x)", *_head(its, integer)]
+    head = ["x = x.swapaxes(0, 1)"] * batch_first + ["T = len(x)", *argument_lines(layer, integer)]
     head[head.index("n = len(x)")] = "n = x.shape[1]"
-    zeros = ", ".join(f"zeros(({len(its.names)}, n, {w}), dtype)" for w in its.widths)
-    nothing = "return None" if its.learned else f"state = ({zeros})"
-    head.insert(head.index("s0 = state") if len(its.widths) == 1 else -2, f"if state is None: {nothing}")
-    head += [f"out = empty(({'n, T' if batch_first else 'T, n'}, {its.widths[0]}), dtype)"]
+    zeros = ", ".join(f"zeros(({len(layer.parameter_names)}, n, {w}), dtype)" for w in layer.state_sizes)
+    nothing = "return None" if layer.initial_state_names else f"state = ({zeros})"
+    head.insert(head.index("s0 = state") if len(layer.state_sizes) == 1 else -2, f"if state is None: {nothing}")
+    head += [f"out = empty(({'n, T' if batch_first else 'T, n'}, {layer.state_sizes[0]}), dtype)"]
     head += ["y = out.swapaxes(0, 1)" if batch_first else "y = out"]
-    return compiled_function(its, integer, walk_source, head, "out")
+    return kernel_wrapper(layer, integer, sequence_source, head, "out")
 
 
 @lru_cache(maxsize=256)
-def walk_source(cell: Cell, bits: int, bias: bool, integer: bool, projected: bool = False) -> tuple[str, str] | None:
+def sequence_source(
+    cell: Cell, bits: int, bias: bool, integer: bool, projected: bool = False
+) -> tuple[str, str] | None:
     """The text of a cell's walk and numba's signature for it, or None where the cell can't be traced."""
     try:
-        text = _text(cell, bits, bias, integer, projected, traced(cell, projected))
-        return text, signature(cell, bits, bias, integer, projected, walk=True)
+        text = _write_sequence(cell, bits, bias, integer, projected, step_trace(cell, projected))
+        return text, signature(cell, bits, bias, integer, projected, sequence=True)
     except Exception:  # whatever goes wrong with stand-ins, arrays go on, and say so if it was the cell
         return None
 
 
-def _lines(depth: int, lines: list[str]) -> str:
+def _indent(depth: int, lines: list[str]) -> str:
     return "\n".join("    " * depth + line for line in lines)
 
 
-def _text(cell: Cell, bits: int, bias: bool, integer: bool, projected: bool, its: Traced) -> str:
+def _write_sequence(cell: Cell, bits: int, bias: bool, integer: bool, projected: bool, its: StepTrace) -> str:
     lines, before, after = argument_names(cell, bias)
     states, vectors, h = len(before), [name for name in lines if name[0] == "p"], "V" if projected else "H"
     widths = [h, *["H"] * (states - 1)]
@@ -105,40 +108,40 @@ def _text(cell: Cell, bits: int, bias: bool, integer: bool, projected: bool, its
     prepare = [f"{name.upper()} = shift(first, ({states} * N + {i}) * P)" for i, name in enumerate(vectors)]
     prepare += [f"for j in range(H):\n        store({name.upper()}, j, ANY, {name}[j])" for name in vectors]
     seats = [f"first, ({i} * N + r) * P + j, ANY" for i in range(states)]
-    prepare += _of_states(widths, [f"store({at}, {s}[k, r, j])" for at, s in zip(seats, before, strict=True)])
-    finish = _of_states(widths, [f"{n}[k, r, j] = load({at})" for at, n in zip(seats, after, strict=True)])
-    return _TEXT.format(
+    prepare += _state_loops(widths, [f"store({at}, {s}[k, r, j])" for at, s in zip(seats, before, strict=True)])
+    finish = _state_loops(widths, [f"{n}[k, r, j] = load({at})" for at, n in zip(seats, after, strict=True)])
+    return _SEQUENCE_TEMPLATE.format(
         cell=cell.name,
         bits=bits,
         item=bits // 8,
-        line=LINE,
+        line=CACHE_LINE,
         arguments=", ".join(("k", "D", "w", "u", *lines, *["hr"] * projected, "x", *before, "y", *after)),
         sizes="(T, N, V), H = y.shape, hr.shape[1]" if projected else "T, N, H = y.shape",
-        checks=_checks(cell, lines, before, after, integer, projected),
+        checks=_sequence_argument_checks(cell, lines, before, after, integer, projected),
         gates=cell.gates,
         states=states,
         vectors=len(vectors),
         h=h,
-        more=f" + {1 + len(its.values)} * P" * (projected or cell.early > 0) + " + H * P" * projected,
-        queue=_queue(cell, states, len(vectors), projected, 1 + len(its.values)),
-        sums=its.sums,
+        more=f" + {1 + len(its.pregate_values)} * P" * (projected or cell.pregates > 0) + " + H * P" * projected,
+        queue=_scratch(cell, states, len(vectors), projected, 1 + len(its.pregate_values)),
+        sums=its.summed_condition,
         turned_inputs="0" if integer else "D",
         turn_inputs="" if integer else "turn(w, w_turned, R)\n    ",
         bias_added="bi[g * H + j] + bh[g * H + j]" if bias else "F(0.0)",
         bias_input="bi[g * H + j]" if bias else "F(0.0)",
         bias_hidden="bh[g * H + j]" if bias else "F(0.0)",
-        prepare=_lines(1, prepare),
-        project=_lines(4, _project(cell, integer)),
-        running=_lines(4, [f"C{i} = shift(first, ({i} * N + r) * P)" for i in range(states)]),
-        product=_lines(4, _product(cell, bits, scopes, its, h)),
-        body=_lines(4, _body(before, bits, scopes, its, projected)),
+        prepare=_indent(1, prepare),
+        project=_indent(4, _input_projection(cell, integer)),
+        running=_indent(4, [f"C{i} = shift(first, ({i} * N + r) * P)" for i in range(states)]),
+        product=_indent(4, _recurrent_product(cell, bits, scopes, its, h)),
+        body=_indent(4, _step_body(before, bits, scopes, its, projected)),
         out=4 + len(scopes),
         state=scopes["s0"],
-        finish=_lines(1, finish),
+        finish=_indent(1, finish),
     )
 
 
-def _project(cell: Cell, integer: bool) -> list[str]:
+def _input_projection(cell: Cell, integer: bool) -> list[str]:
     """X = x W' of one row."""
     if not integer:
         return ["turned(w_turned, R, real(x[t, r].ctypes.data), D, X, W)"]
@@ -146,7 +149,7 @@ def _project(cell: Cell, integer: bool) -> list[str]:
     return [*text, "    for j in range(H):", "        store(X, g * H + j, ANY, w[g * H + j, v])"]
 
 
-def _of_states(widths: list[str], lines: list[str]) -> list[str]:
+def _state_loops(widths: list[str], lines: list[str]) -> list[str]:
     """A line for each state, over rows and units."""
     text, last = ["for r in range(N):"], ""
     for width, line in zip(widths, lines, strict=True):
@@ -155,52 +158,54 @@ def _of_states(widths: list[str], lines: list[str]) -> list[str]:
     return text
 
 
-def _queue(cell: Cell, states: int, vectors: int, projected: bool, rows: int) -> str:
+def _scratch(cell: Cell, states: int, vectors: int, projected: bool, rows: int) -> str:
     """Room for q and early gates' values, or for h before its projection and for what projects it."""
-    if not projected and not cell.early:
+    if not projected and not cell.pregates:
         return ""
     text = [f"Q = shift(first, ({states} * N + {vectors}) * P)"]
     text += [f"hr_turned = shift(Q, {rows} * P)", "turn(hr, hr_turned, P)"] * projected
-    return _lines(1, text) + "\n"
+    return _indent(1, text) + "\n"
 
 
-def _product(cell: Cell, bits: int, scopes: dict[str, int], its: Traced, h: str) -> list[str]:
+def _recurrent_product(cell: Cell, bits: int, scopes: dict[str, int], its: StepTrace, h: str) -> list[str]:
     """The recurrent product; with early gates theirs, these gates, and that of the others."""
-    if not cell.early:
+    if not cell.pregates:
         return [f"turned(u_turned, R, C0, {h}, B, W)"]
-    body = Body(lambda name: _read(name, scopes))
-    named = [body.name(value) for value in (its.q, *(value for _, value in its.values))]
-    stores = [f"store(Q, {i} * P + j, {QUEUE - i}, {value})" for i, value in enumerate(named)]
-    widths = [f"-(-{n} * H // LANES{bits}) * LANES{bits}" for n in (cell.early, cell.gates - cell.early)]
-    first = f"{cell.early} * H"
+    body = ScalarCode(lambda name: _load_sequence_input(name, scopes))
+    named = [body.emit(value) for value in (its.gated_state, *(value for _, value in its.pregate_values))]
+    stores = [f"store(Q, {i} * P + j, {SCRATCH_SCOPE - i}, {value})" for i, value in enumerate(named)]
+    widths = [f"-(-{n} * H // LANES{bits}) * LANES{bits}" for n in (cell.pregates, cell.gates - cell.pregates)]
+    first = f"{cell.pregates} * H"
     text = [f"turned(u_turned, R, C0, H, B, {widths[0]})", "for j in range(P):"]
     text += [f"    {line}" for line in (*body.lines, *stores)]
     return [*text, f"turned(shift(u_turned, {first}), R, Q, H, shift(B, {first}), {widths[1]})"]
 
 
-def _body(before: list[str], bits: int, scopes: dict[str, int], its: Traced, projected: bool) -> list[str]:
+def _step_body(before: list[str], bits: int, scopes: dict[str, int], its: StepTrace, projected: bool) -> list[str]:
     """The statements of the step's loop, and where h is projected what comes behind it."""
-    passed = {f"x{k}": f"load(Q, {i} * P + j, {QUEUE - i})" for i, (k, _) in enumerate(its.values, 1)}
-    body = Body(lambda name: passed.get(name) or _read(name, scopes))
-    values = body.names(its.new)
+    passed = {f"x{k}": f"load(Q, {i} * P + j, {SCRATCH_SCOPE - i})" for i, (k, _) in enumerate(its.pregate_values, 1)}
+    body = ScalarCode(lambda name: passed.get(name) or _load_sequence_input(name, scopes))
+    values = body.emit_all(its.new_states)
     written = [f"store(C{i}, j, {scopes[s]}, {v})" for i, (s, v) in enumerate(zip(before, values, strict=True))]
     if projected:
-        written[0] = f"store(Q, j, {QUEUE}, {values[0]})"
+        written[0] = f"store(Q, j, {SCRATCH_SCOPE}, {values[0]})"
     text = [f"    {line}" for line in (*body.lines, *written)]
     return [*text, f"turned(hr_turned, P, Q, H, C0, -(-V // LANES{bits}) * LANES{bits})"] if projected else text
 
 
-def _checks(cell: Cell, lines: list[str], before: list[str], after: list[str], integer: bool, projected: bool) -> str:
+def _sequence_argument_checks(
+    cell: Cell, lines: list[str], before: list[str], after: list[str], integer: bool, projected: bool
+) -> str:
     """What must hold of the arguments, as an expression."""
     rows, h = f"{cell.gates} * H", "V" if projected else "H"
     checks = [f"w.shape == ({rows}, D)", f"u.shape == ({rows}, {h})", "x.shape[0] == T", "x.shape[1] == N"]
     checks += ["hr.shape[0] == V"] * projected
     checks += [f"{name}.shape[0] == {'H' if name[0] == 'p' else rows}" for name in lines]
-    checks += [] if integer else ["(T == 0 or in_rows(x[0], N, D))"]
+    checks += [] if integer else ["(T == 0 or has_unit_stride_rows(x[0], N, D))"]
     return " and ".join([*checks, *(f"{s}.shape == {n}.shape" for s, n in zip(before, after, strict=True))])
 
 
-def _read(name: str, scopes: dict[str, int]) -> str:
+def _load_sequence_input(name: str, scopes: dict[str, int]) -> str:
     """How a step reads an input of the trace; every array is a scope of its own (lanes.py)."""
     letter, k = name[0], name[1:]
     if letter in "sp":

@@ -17,13 +17,13 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-SCOPES, ANY = 64, 64
+NUM_ALIAS_SCOPES, ANY_SCOPE = 64, 64
 
-_F32, _F64 = types.CPointer(types.float32), types.CPointer(types.float64)
-_BYTES, _LONGS = types.CPointer(types.uint8), types.CPointer(types.int64)
+_FLOAT32_PTR_TYPE, _FLOAT64_PTR_TYPE = types.CPointer(types.float32), types.CPointer(types.float64)
+_UINT8_PTR_TYPE, _INT64_PTR_TYPE = types.CPointer(types.uint8), types.CPointer(types.int64)
 
 
-def _pointer(kind: Any) -> Any:
+def _pointer_cast(kind: Any) -> Any:
     def declare(typing: Any, address: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             return builder.inttoptr(args[0], context.get_value_type(kind))
@@ -33,15 +33,20 @@ def _pointer(kind: Any) -> Any:
     return intrinsic(declare)
 
 
-f32, f64, bytes_, longs = _pointer(_F32), _pointer(_F64), _pointer(_BYTES), _pointer(_LONGS)
+float32_pointer, float64_pointer, uint8_pointer, int64_pointer = (
+    _pointer_cast(_FLOAT32_PTR_TYPE),
+    _pointer_cast(_FLOAT64_PTR_TYPE),
+    _pointer_cast(_UINT8_PTR_TYPE),
+    _pointer_cast(_INT64_PTR_TYPE),
+)
 
 
-def _alone(module: Any, instruction: Any, scope: int) -> None:
+def _set_alias_scope(module: Any, instruction: Any, scope: int) -> None:
     """Mark an access as one of its scope and of no other; scope ANY may touch everything."""
-    if scope == ANY:
+    if scope == ANY_SCOPE:
         return
     domain = module.add_metadata(["xprnn"])
-    scopes = [module.add_metadata([f"xprnn {k}", domain]) for k in range(SCOPES)]
+    scopes = [module.add_metadata([f"xprnn {k}", domain]) for k in range(NUM_ALIAS_SCOPES)]
     instruction.set_metadata("alias.scope", module.add_metadata([scopes[scope]]))
     instruction.set_metadata("noalias", module.add_metadata(scopes[:scope] + scopes[scope + 1 :]))
 
@@ -49,7 +54,7 @@ def _alone(module: Any, instruction: Any, scope: int) -> None:
 def _load(typing: Any, pointer: Any, index: Any, scope: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         value = builder.load(builder.gep(args[0], [args[1]]))
-        _alone(builder.module, value, scope.literal_value)
+        _set_alias_scope(builder.module, value, scope.literal_value)
         return value
 
     return pointer.dtype(pointer, types.int64, scope), generate
@@ -58,41 +63,41 @@ def _load(typing: Any, pointer: Any, index: Any, scope: Any) -> Any:
 def _store(typing: Any, pointer: Any, index: Any, scope: Any, value: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         done = builder.store(args[3], builder.gep(args[0], [args[1]]))
-        _alone(builder.module, done, scope.literal_value)
+        _set_alias_scope(builder.module, done, scope.literal_value)
         return context.get_dummy_value()
 
     return types.void(pointer, types.int64, scope, pointer.dtype), generate
 
 
-def _shift(typing: Any, pointer: Any, index: Any) -> Any:
+def _offset(typing: Any, pointer: Any, index: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.gep(args[0], [args[1]])
 
     return pointer(pointer, types.int64), generate
 
 
-def _spot(typing: Any, pointer: Any, index: Any) -> Any:
+def _element_address(typing: Any, pointer: Any, index: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.ptrtoint(builder.gep(args[0], [args[1]]), ir.IntType(64))
 
     return types.int64(pointer, types.int64), generate
 
 
-CALLED = 12  # numbers that a function called by address takes
+CALL_ARGUMENTS = 12  # numbers that a function called by address takes
 
 
-def _invoke(typing: Any, where: Any, numbers: Any) -> Any:
+def _call_address(typing: Any, where: Any, numbers: Any) -> Any:
     """Call the function at an address with a tuple of CALLED numbers."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         long = ir.IntType(64)
-        function = builder.inttoptr(args[0], ir.FunctionType(long, [long] * CALLED).as_pointer())
-        return builder.call(function, [builder.extract_value(args[1], k) for k in range(CALLED)])
+        function = builder.inttoptr(args[0], ir.FunctionType(long, [long] * CALL_ARGUMENTS).as_pointer())
+        return builder.call(function, [builder.extract_value(args[1], k) for k in range(CALL_ARGUMENTS)])
 
-    return types.int64(types.int64, types.UniTuple(types.int64, CALLED)), generate
+    return types.int64(types.int64, types.UniTuple(types.int64, CALL_ARGUMENTS)), generate
 
 
-def _widest(typing: Any) -> Any:
+def _prefer_widest_vectors(typing: Any) -> Any:
     """Let loops of this function use the widest vectors; by itself LLVM takes half of AVX-512."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -103,12 +108,12 @@ def _widest(typing: Any) -> Any:
     return types.void(), generate
 
 
-widest = intrinsic(_widest)
-shift, spot, invoke = intrinsic(_shift), intrinsic(_spot), intrinsic(_invoke)
+prefer_widest_vectors = intrinsic(_prefer_widest_vectors)
+offset, element_address, call_address = intrinsic(_offset), intrinsic(_element_address), intrinsic(_call_address)
 load, store = intrinsic(prefer_literal=True)(_load), intrinsic(prefer_literal=True)(_store)
 
 
-def _bits(typing: Any, n: Any) -> Any:
+def _float64_bitcast(typing: Any, n: Any) -> Any:
     """The float64 whose bits these are."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -117,10 +122,10 @@ def _bits(typing: Any, n: Any) -> Any:
     return types.float64(types.int64), generate
 
 
-_float_of_bits = intrinsic(_bits)
-features = llvm.get_host_cpu_features()
-_bytes = 64 if features.get("avx512f") else (32 if features.get("avx") else 16)
-LANES32, LANES64 = _bytes // 4, _bytes // 8
+_float64_from_bits = intrinsic(_float64_bitcast)
+cpu_features = llvm.get_host_cpu_features()
+_vector_bytes = 64 if cpu_features.get("avx512f") else (32 if cpu_features.get("avx") else 16)
+LANES32, LANES64 = _vector_bytes // 4, _vector_bytes // 8
 _compile = njit(fastmath={"contract"}, error_model="numpy")
 
 
@@ -159,7 +164,7 @@ def _expm1_parts(x):  # type: ignore[no-untyped-def]
     s = s * r + (1.0 / 24.0)
     s = s * r + (1.0 / 6.0)
     s = s * r + 0.5
-    return _float_of_bits((np.int64(n) + 1023) << 52), r + r * r * s
+    return _float64_from_bits((np.int64(n) + 1023) << 52), r + r * r * s
 
 
 @_compile

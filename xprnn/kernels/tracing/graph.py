@@ -14,19 +14,19 @@ from typing import Any
 import numpy as np
 
 __all__ = [
-    "Graph",
+    "TraceGraph",
     "UntraceableError",
     "Value",
-    "leaves",
+    "input_names",
     "nodes",
 ]
 
-_NAMES = """
+_UFUNC_NAMES = """
     abs add cos cosh divide exp expm1 log log1p maximum minimum multiply negative positive pow sign sin sinh sqrt square
     subtract tanh less less_equal greater greater_equal equal not_equal
 """
-FUNCTIONS = {name: getattr(np, name) for name in _NAMES.split()}
-_BOOLEAN = frozenset({"less", "less_equal", "greater", "greater_equal", "equal", "not_equal"})
+UFUNCS = {name: getattr(np, name) for name in _UFUNC_NAMES.split()}
+_COMPARISONS = frozenset({"less", "less_equal", "greater", "greater_equal", "equal", "not_equal"})
 
 
 class UntraceableError(AttributeError):
@@ -36,12 +36,12 @@ class UntraceableError(AttributeError):
 class Value:
     """A stand-in for an array: arithmetic on it is written down, not done."""
 
-    __slots__ = ("args", "boolean", "graph", "name", "op")
+    __slots__ = ("args", "graph", "is_boolean", "name", "op")
     __hash__ = object.__hash__
 
-    def __init__(self, graph: "Graph", op: str, args: tuple[Any, ...], name: str = "") -> None:
+    def __init__(self, graph: "TraceGraph", op: str, args: tuple[Any, ...], name: str = "") -> None:
         self.graph, self.op, self.args, self.name = graph, op, args, name
-        self.boolean = op in _BOOLEAN
+        self.is_boolean = op in _COMPARISONS
 
     def __bool__(self) -> bool:
         raise UntraceableError("a branch on a value")
@@ -77,7 +77,7 @@ for _name, _op in {
     setattr(Value, f"__{_name}__", _operator(_op))
 
 
-class Graph:
+class TraceGraph:
     """The nodes of one trace; also the namespace that traced functions see."""
 
     def __init__(self, *, sigmoid: bool = False) -> None:
@@ -114,7 +114,7 @@ class Graph:
         return self.node("where", condition, a, b)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in FUNCTIONS.keys() | self._extra:
+        if name.startswith("_") or name not in UFUNCS.keys() | self._extra:
             raise UntraceableError(f"the function {name!r}")
         return lambda *args: self.node(name, *args)
 
@@ -134,8 +134,8 @@ def nodes(values: Iterable[Any]) -> dict[Value, None]:
     return found
 
 
-def leaves(value: Value) -> set[str]:
+def input_names(value: Value) -> set[str]:
     """The names of the inputs that `value` is made of."""
     if value.op == "input":
         return {value.name}
-    return set().union(*(leaves(a) for a in value.args if isinstance(a, Value)))
+    return set().union(*(input_names(a) for a in value.args if isinstance(a, Value)))

@@ -5,10 +5,10 @@ from typing import Any
 
 from xprnn.kernels.tracing.graph import UntraceableError, Value
 
-__all__ = ["FORMS", "Body", "literal"]
+__all__ = ["OP_TEMPLATES", "ScalarCode", "literal"]
 
 # A NaN on either side must come out of maximum and minimum, as it does of NumPy's; sign(nan) is nan.
-FORMS = {
+OP_TEMPLATES = {
     "abs": "abs({0})",
     "add": "{0} + {1}",
     "cos": "F(math.cos({0}))",
@@ -47,43 +47,43 @@ def literal(number: float) -> str:
     return f"F({number!r})" if number - number == 0 else f"F(np.float64({str(number)!r}))"
 
 
-class Body:
+class ScalarCode:
     """The statements that compute some values for one unit of one row, each value once; in Python."""
 
-    forms = FORMS
-    line = "{0} = {1}"
-    cast = "F({0})"
-    number = staticmethod(literal)
+    op_templates = OP_TEMPLATES
+    assignment_template = "{0} = {1}"
+    cast_template = "F({0})"
+    format_constant = staticmethod(literal)
 
     def __init__(self, read: Callable[[str], str]) -> None:
         """`read` gives the expression that loads an input."""
         self.lines: list[str] = []
         self._read, self._names = read, dict[Value, str]()
 
-    def name(self, value: Any) -> str:
+    def emit(self, value: Any) -> str:
         """The name of a value, or a constant; what it needs is printed first."""
         if not isinstance(value, Value):
-            return self.number(value)
+            return self.format_constant(value)
         if value not in self._names:
-            text = self._read(value.name) if value.op == "input" else self._print(value)
+            text = self._read(value.name) if value.op == "input" else self._format_op(value)
             self._names[value] = f"w{len(self._names)}"
-            self.lines.append(self.line.format(self._names[value], text))
+            self.lines.append(self.assignment_template.format(self._names[value], text))
         return self._names[value]
 
-    def names(self, values: Iterable[Any]) -> list[str]:
+    def emit_all(self, values: Iterable[Any]) -> list[str]:
         """`name` of each."""
-        return [self.name(v) for v in values]
+        return [self.emit(v) for v in values]
 
-    def _print(self, value: Value) -> str:
-        if value.op not in self.forms:
+    def _format_op(self, value: Value) -> str:
+        if value.op not in self.op_templates:
             raise UntraceableError(f"the function {value.op!r} in compiled code")
-        args = self.names(value.args)
-        if value.op == "where" and not getattr(value.args[0], "boolean", False):
+        args = self.emit_all(value.args)
+        if value.op == "where" and not getattr(value.args[0], "is_boolean", False):
             raise UntraceableError("where on a number")
         if value.op != "where":
             # A comparison used as a number is 0 or 1.
             args = [
-                self.cast.format(a) if isinstance(v, Value) and v.boolean else a
+                self.cast_template.format(a) if isinstance(v, Value) and v.is_boolean else a
                 for a, v in zip(args, value.args, strict=True)
             ]
-        return self.forms[value.op].format(*args)
+        return self.op_templates[value.op].format(*args)

@@ -15,18 +15,18 @@ from xprnn.cells.activations import activation
 from xprnn.cells.activations_from_input import erf
 from xprnn.interop.onnx.node import Context, Node, Op
 
-__all__ = ["MATH"]
+__all__ = ["MATH_OPS"]
 
 
-def _plain(f: Callable[[Any, Array], Array]) -> Op:
+def _unary(f: Callable[[Any, Array], Array]) -> Op:
     return Op(lambda at, node, x: f(at.xp, x))
 
 
-def _pair(f: Callable[[Any, Array, Array], Array]) -> Op:
+def _binary(f: Callable[[Any, Array, Array], Array]) -> Op:
     return Op(lambda at, node, a, b: f(at.xp, a, b))
 
 
-def _many(f: Callable[[Any, Array, Array], Array]) -> Op:
+def _variadic(f: Callable[[Any, Array, Array], Array]) -> Op:
     return Op(lambda at, node, *xs: reduce(lambda a, b: f(at.xp, a, b), xs))
 
 
@@ -45,7 +45,7 @@ def _activation(name: str, alpha: float | None = None, beta: float | None = None
         return ""
 
     attrs = tuple(k for k, v in constants.items() if v is not None)
-    return Op(lambda at, node, x: chosen(node).build(at.xp)[0](x), attrs, check=check)
+    return Op(lambda at, node, x: chosen(node).build(at.xp)[0](x), attrs, unsupported_reason=check)
 
 
 def _gelu(at: Context, node: Node, x: Array) -> Array:
@@ -125,7 +125,7 @@ def _reduction(f: Callable[[Any, Array, tuple[int, ...], bool], Array]) -> Op:
         over = tuple(int(a) for a in given) if given else tuple(range(x.ndim))
         return f(at.xp, x, over, bool(node.attrs.get("keepdims", 1)))
 
-    return Op(run, ("axes", "keepdims", "noop_with_empty_axes"), host=(1,))
+    return Op(run, ("axes", "keepdims", "noop_with_empty_axes"), host_inputs=(1,))
 
 
 def _sum(xp: Any, x: Array, over: tuple[int, ...], keep: bool) -> Array:
@@ -168,7 +168,7 @@ def _softmax(log: bool) -> Op:
     return Op(run, ("axis",))
 
 
-def _not_implemented(name: str, allowed: int) -> Callable[[Node], str]:
+def _require_attribute_value(name: str, allowed: int) -> Callable[[Node], str]:
     def check(node: Node) -> str:
         found = node.attrs.get(name, allowed)
         return "" if found == allowed else f"{name}={found}"
@@ -176,18 +176,18 @@ def _not_implemented(name: str, allowed: int) -> Callable[[Node], str]:
     return check
 
 
-MATH: dict[str, Op] = {
-    "Abs": _plain(lambda xp, x: xp.abs(x)),
-    "Ceil": _plain(lambda xp, x: xp.ceil(x)),
-    "Exp": _plain(lambda xp, x: xp.exp(x)),
-    "Floor": _plain(lambda xp, x: xp.floor(x)),
-    "Log": _plain(lambda xp, x: xp.log(x)),
-    "Neg": _plain(lambda xp, x: -x),
-    "Not": _plain(lambda xp, x: xp.logical_not(x)),
-    "Reciprocal": _plain(lambda xp, x: 1.0 / x),
-    "Round": _plain(lambda xp, x: xp.round(x)),
-    "Sign": _plain(lambda xp, x: xp.sign(x)),
-    "Sqrt": _plain(lambda xp, x: xp.sqrt(x)),
+MATH_OPS: dict[str, Op] = {
+    "Abs": _unary(lambda xp, x: xp.abs(x)),
+    "Ceil": _unary(lambda xp, x: xp.ceil(x)),
+    "Exp": _unary(lambda xp, x: xp.exp(x)),
+    "Floor": _unary(lambda xp, x: xp.floor(x)),
+    "Log": _unary(lambda xp, x: xp.log(x)),
+    "Neg": _unary(lambda xp, x: -x),
+    "Not": _unary(lambda xp, x: xp.logical_not(x)),
+    "Reciprocal": _unary(lambda xp, x: 1.0 / x),
+    "Round": _unary(lambda xp, x: xp.round(x)),
+    "Sign": _unary(lambda xp, x: xp.sign(x)),
+    "Sqrt": _unary(lambda xp, x: xp.sqrt(x)),
     "Tanh": _activation("tanh"),
     "Sigmoid": _activation("sigmoid"),
     "Relu": _activation("relu"),
@@ -203,23 +203,23 @@ MATH: dict[str, Op] = {
     "HardSwish": _activation("hardswish"),
     "Mish": _activation("mish"),
     "Selu": Op(_selu, ("alpha", "gamma")),
-    "Add": _pair(lambda xp, a, b: a + b),
-    "Sub": _pair(lambda xp, a, b: a - b),
-    "Mul": _pair(lambda xp, a, b: a * b),
-    "Div": _pair(_divide),
+    "Add": _binary(lambda xp, a, b: a + b),
+    "Sub": _binary(lambda xp, a, b: a - b),
+    "Mul": _binary(lambda xp, a, b: a * b),
+    "Div": _binary(_divide),
     "Mod": Op(_mod, ("fmod",)),
     "Pow": Op(_pow),
-    "And": _pair(lambda xp, a, b: xp.logical_and(a, b)),
-    "Or": _pair(lambda xp, a, b: xp.logical_or(a, b)),
-    "Xor": _pair(lambda xp, a, b: xp.logical_xor(a, b)),
-    "Equal": _pair(lambda xp, a, b: a == b),
-    "Less": _pair(lambda xp, a, b: a < b),
-    "LessOrEqual": _pair(lambda xp, a, b: a <= b),
-    "Greater": _pair(lambda xp, a, b: a > b),
-    "GreaterOrEqual": _pair(lambda xp, a, b: a >= b),
-    "Max": _many(lambda xp, a, b: xp.maximum(a, b)),
-    "Min": _many(lambda xp, a, b: xp.minimum(a, b)),
-    "Sum": _many(lambda xp, a, b: a + b),
+    "And": _binary(lambda xp, a, b: xp.logical_and(a, b)),
+    "Or": _binary(lambda xp, a, b: xp.logical_or(a, b)),
+    "Xor": _binary(lambda xp, a, b: xp.logical_xor(a, b)),
+    "Equal": _binary(lambda xp, a, b: a == b),
+    "Less": _binary(lambda xp, a, b: a < b),
+    "LessOrEqual": _binary(lambda xp, a, b: a <= b),
+    "Greater": _binary(lambda xp, a, b: a > b),
+    "GreaterOrEqual": _binary(lambda xp, a, b: a >= b),
+    "Max": _variadic(lambda xp, a, b: xp.maximum(a, b)),
+    "Min": _variadic(lambda xp, a, b: xp.minimum(a, b)),
+    "Sum": _variadic(lambda xp, a, b: a + b),
     "Mean": Op(_mean),
     "Clip": Op(_clip, ("min", "max")),
     "Where": Op(_where),
@@ -230,8 +230,12 @@ MATH: dict[str, Op] = {
     "ReduceMax": _reduction(lambda xp, x, over, keep: xp.max(x, axis=over, keepdims=keep)),
     "ReduceMin": _reduction(lambda xp, x, over, keep: xp.min(x, axis=over, keepdims=keep)),
     "ReduceProd": _reduction(lambda xp, x, over, keep: xp.prod(x, axis=over, keepdims=keep, dtype=x.dtype)),
-    "ArgMax": Op(_argmax, ("axis", "keepdims", "select_last_index"), check=_not_implemented("select_last_index", 0)),
-    "CumSum": Op(_cumsum, ("exclusive", "reverse"), host=(1,)),
+    "ArgMax": Op(
+        _argmax,
+        ("axis", "keepdims", "select_last_index"),
+        unsupported_reason=_require_attribute_value("select_last_index", 0),
+    ),
+    "CumSum": Op(_cumsum, ("exclusive", "reverse"), host_inputs=(1,)),
     "Softmax": _softmax(log=False),
     "LogSoftmax": _softmax(log=True),
 }

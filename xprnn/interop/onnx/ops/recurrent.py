@@ -15,24 +15,32 @@ import numpy as np
 
 from xprnn.arrays.namespace import Array, InputError, Namespace, Params
 from xprnn.cells.cell import Cell
-from xprnn.interop.conventions import CONVENTIONS, from_system, gate_order, swap_batch, to_directions
-from xprnn.interop.onnx.node import Context, Host, Node, Op
-from xprnn.interop.onnx.recurrent_attributes import RECURRENT, cells_of
+from xprnn.interop.conventions import CONVENTIONS, from_framework, gate_order, split_directions, swap_leading_axes
+from xprnn.interop.onnx.node import Context, HostValue, Node, Op
+from xprnn.interop.onnx.recurrent_attributes import GATE_COUNTS, cells_from_attributes
 from xprnn.layers.recurrent import Recurrent
 
-__all__ = ["OPERATORS", "Spec", "apply", "own_params", "spec_of"]
+__all__ = ["RECURRENT_OPS", "RecurrentSpec", "params_from_weights", "run_layers", "spec_from_node"]
 
 _DIRECTIONS = {"forward": (False,), "reverse": (True,), "bidirectional": (False, True)}
-_KNOWN = ("activations", "activation_alpha", "activation_beta", "clip", "direction", "hidden_size", "layout")
-_ATTRS = {
-    "RNN": _KNOWN,
-    "LSTM": (*_KNOWN, "input_forget"),
-    "GRU": (*_KNOWN, "linear_before_reset"),
+_COMMON_ATTRIBUTES = (
+    "activations",
+    "activation_alpha",
+    "activation_beta",
+    "clip",
+    "direction",
+    "hidden_size",
+    "layout",
+)
+_ATTRIBUTES = {
+    "RNN": _COMMON_ATTRIBUTES,
+    "LSTM": (*_COMMON_ATTRIBUTES, "input_forget"),
+    "GRU": (*_COMMON_ATTRIBUTES, "linear_before_reset"),
 }
 
 
 @dataclass(frozen=True)
-class Spec:
+class RecurrentSpec:
     """What a node computes: the cell of each direction, and the directions it walks in.
 
     Args:
@@ -47,17 +55,17 @@ class Spec:
     cells: tuple[Cell, ...]
     reverse: tuple[bool, ...]
     batch_first: bool
-    hidden: int | None
+    hidden_size: int | None
 
-    def layers(self, inputs: int, hidden: int, bias: bool) -> list[Recurrent]:
+    def build_layers(self, input_size: int, hidden_size: int, bias: bool) -> list[Recurrent]:
         """One layer for all directions; one for each where they differ."""
         if len(set(self.cells)) == 1 and len(self.cells) == 2:
-            return [Recurrent(inputs, hidden, bias=bias, bidirectional=True, cell=self.cells[0])]
+            return [Recurrent(input_size, hidden_size, bias=bias, bidirectional=True, cell=self.cells[0])]
         pairs = zip(self.cells, self.reverse, strict=True)
-        return [Recurrent(inputs, hidden, bias=bias, reverse=r, cell=cell) for cell, r in pairs]
+        return [Recurrent(input_size, hidden_size, bias=bias, reverse=r, cell=cell) for cell, r in pairs]
 
 
-def spec_of(node: Node) -> Spec:
+def spec_from_node(node: Node) -> RecurrentSpec:
     """What a node computes.
 
     Raises:
@@ -68,39 +76,39 @@ def spec_of(node: Node) -> Spec:
         raise InputError(f"direction={get('direction')!r}")
     reverse = _DIRECTIONS[get("direction", "forward")]
     peepholes = len(node.inputs) > 7 and node.inputs[7] != ""
-    cells = cells_of(node.op, node.attrs, peepholes, len(reverse))
-    return Spec(node.op, cells, reverse, bool(get("layout", 0)), get("hidden_size"))
+    cells = cells_from_attributes(node.op, node.attrs, peepholes, len(reverse))
+    return RecurrentSpec(node.op, cells, reverse, bool(get("layout", 0)), get("hidden_size"))
 
 
-def _check(node: Node) -> str:
+def _unsupported_reason(node: Node) -> str:
     try:
-        spec_of(node)
+        spec_from_node(node)
     except InputError as error:
         return str(error)
     return ""
 
 
-def own_params(spec: Spec, given: dict[str, Any]) -> list[Params]:
+def params_from_weights(spec: RecurrentSpec, weights: dict[str, Any]) -> list[Params]:
     """W, R, B and P of a node, NumPy arrays, as the parameters of each of `spec.layers`: in torch's order and names.
 
     Raises:
         InputError: shapes that do not fit each other.
     """
-    check_weights(spec, given)
-    each = [from_system("onnx", c.name, {k: a[d] for k, a in given.items()}) for d, c in enumerate(spec.cells)]
+    check_weights(spec, weights)
+    each = [from_framework("onnx", c.name, {k: a[d] for k, a in weights.items()}) for d, c in enumerate(spec.cells)]
     ends = ("_l0", "_l0_reverse")
     if len(set(spec.cells)) == 1 and len(each) == 2:
         return [{f"{k}{end}": a for own, end in zip(each, ends, strict=True) for k, a in own.items()}]
     return [{f"{k}_l0": a for k, a in own.items()} for own in each]
 
 
-def check_weights(spec: Spec, given: dict[str, Any]) -> None:
+def check_weights(spec: RecurrentSpec, weights: dict[str, Any]) -> None:
     """Raise InputError unless W (D,G*H,I), R (D,G*H,H), B (D,2*G*H) and P (D,3*H) fit each other."""
-    gates, d = RECURRENT[spec.op], len(spec.cells)
-    shapes = {k: tuple(a.shape) for k, a in given.items()}
+    gates, d = GATE_COUNTS[spec.op], len(spec.cells)
+    shapes = {k: tuple(a.shape) for k, a in weights.items()}
     hidden = shapes["R"][-1] if len(shapes["R"]) == 3 else 0
-    if spec.hidden is not None and hidden != spec.hidden:
-        raise InputError(f"R has shape {shapes['R']}, but hidden_size is {spec.hidden}")
+    if spec.hidden_size is not None and hidden != spec.hidden_size:
+        raise InputError(f"R has shape {shapes['R']}, but hidden_size is {spec.hidden_size}")
     width = shapes["W"][-1] if len(shapes["W"]) == 3 else 0
     wanted: dict[str, tuple[int, ...]] = {"W": (d, gates * hidden, width), "R": (d, gates * hidden, hidden)}
     wanted |= {"B": (d, 2 * gates * hidden), "P": (d, 3 * hidden)}
@@ -109,7 +117,7 @@ def check_weights(spec: Spec, given: dict[str, Any]) -> None:
             raise InputError(f"{name} must have shape {wanted[name]}, found {shape}")
 
 
-def _moved(xp: Namespace, cell: Cell, given: dict[str, Array], d: int) -> Params:
+def _reorder_weights(xp: Namespace, cell: Cell, given: dict[str, Array], d: int) -> Params:
     """One direction's parameters from weights that are only known when the graph runs, of any array library."""
     order, there = gate_order(cell.name, "onnx", "torch"), CONVENTIONS["onnx"]
 
@@ -123,38 +131,40 @@ def _moved(xp: Namespace, cell: Cell, given: dict[str, Array], d: int) -> Params
         own |= {"bias_ih": sorted_(both[:half]), "bias_hh": sorted_(both[half:])}
     if "P" in given:
         p, size = given["P"][d, ...], given["P"].shape[1] // 3
-        own |= {f"weight_p{gate}": p[k * size : (k + 1) * size] for k, gate in enumerate(there.peepholes)}
+        own |= {f"weight_p{gate}": p[k * size : (k + 1) * size] for k, gate in enumerate(there.peephole_order)}
     return own
 
 
-def apply(
-    xp: Namespace, spec: Spec, params: list[Params], x: Array, lengths: Any, states: list[Array | None]
+def run_layers(
+    xp: Namespace, spec: RecurrentSpec, params: list[Params], x: Array, lengths: Any, states: list[Array | None]
 ) -> tuple[Array, ...]:
     """Y, Y_h and, for the LSTM, Y_c, from the parameters of each of `spec.layers`."""
     bias = "bias_ih_l0" in params[0]
     weight = params[0]["weight_hh_l0"]
-    layers = spec.layers(params[0]["weight_ih_l0"].shape[1], weight.shape[1], bias)
-    x = swap_batch(xp, x) if spec.batch_first else x
-    states = [swap_batch(xp, s) if spec.batch_first and s is not None else s for s in states]
+    layers = spec.build_layers(params[0]["weight_ih_l0"].shape[1], weight.shape[1], bias)
+    x = swap_leading_axes(xp, x) if spec.batch_first else x
+    states = [swap_leading_axes(xp, s) if spec.batch_first and s is not None else s for s in states]
     count, outputs, finals = len(spec.cells[0].states), [], []
-    start = _whole(xp, states, count, (len(spec.cells), x.shape[1], weight.shape[1]), weight)
+    start = _fill_missing_states(xp, states, count, (len(spec.cells), x.shape[1], weight.shape[1]), weight)
     at = 0
     for layer, own in zip(layers, params, strict=True):
-        part = None if start is None else tuple(s[at : at + layer.directions, ...] for s in start)
-        at += layer.directions
+        part = None if start is None else tuple(s[at : at + layer.num_directions, ...] for s in start)
+        at += layer.num_directions
         mine = {name: own[name] for name in layer.shapes()}
         y, final = layer(mine, x, part if part is None or count > 1 else part[0], lengths=lengths)
-        outputs.append(to_directions(xp, y, layer.directions))
+        outputs.append(split_directions(xp, y, layer.num_directions))
         finals.append(final if count > 1 else (final,))
     joined = [outputs, *zip(*finals, strict=True)]
     axes = (1, 0, 0)
     out = [a[0] if len(a) == 1 else xp.concat(list(a), axis=k) for a, k in zip(joined, axes, strict=False)]
     if spec.batch_first:
-        out = [xp.permute_dims(out[0], (2, 0, 1, 3)), *(swap_batch(xp, s) for s in out[1:])]
+        out = [xp.permute_dims(out[0], (2, 0, 1, 3)), *(swap_leading_axes(xp, s) for s in out[1:])]
     return tuple(out)
 
 
-def _whole(xp: Namespace, states: list[Any], count: int, shape: tuple[int, ...], like: Array) -> list[Array] | None:
+def _fill_missing_states(
+    xp: Namespace, states: list[Any], count: int, shape: tuple[int, ...], like: Array
+) -> list[Array] | None:
     """The initial states, zeros for the one that is left out beside another; None where all are."""
     given = states[:count]
     if all(s is None for s in given):
@@ -166,23 +176,26 @@ def _whole(xp: Namespace, states: list[Any], count: int, shape: tuple[int, ...],
     return [zero if s is None else s for s in given]
 
 
-def _run(at: Context, node: Node, x: Array, *rest: Any) -> tuple[Array, ...]:
+def _run_node(at: Context, node: Node, x: Array, *rest: Any) -> tuple[Array, ...]:
     """A node whose weights are values like any other: graph inputs, or computed."""
     named = dict(zip(("W", "R", "B", "lengths", "h", "c", "P"), rest, strict=False))
     given = {k: named[k] for k in "WRBP" if named.get(k) is not None}
-    spec = spec_of(node)
+    spec = spec_from_node(node)
     check_weights(spec, given)
     ends = ("_l0", "_l0_reverse")
-    each = [_moved(at.xp, cell, given, d) for d, cell in enumerate(spec.cells)]
+    each = [_reorder_weights(at.xp, cell, given, d) for d, cell in enumerate(spec.cells)]
     if len(set(spec.cells)) == 1 and len(each) == 2:
         params = [{f"{k}{end}": a for own, end in zip(each, ends, strict=True) for k, a in own.items()}]
     else:
         params = [{f"{k}_l0": a for k, a in own.items()} for own in each]
-    return apply(at.xp, spec, params, x, _lengths(named.get("lengths")), [named.get("h"), named.get("c")])
+    return run_layers(at.xp, spec, params, x, _lengths_to_array(named.get("lengths")), [named.get("h"), named.get("c")])
 
 
-def _lengths(value: Any) -> Any:
-    return np.asarray(value.array) if isinstance(value, Host) else value
+def _lengths_to_array(value: Any) -> Any:
+    return np.asarray(value.array) if isinstance(value, HostValue) else value
 
 
-OPERATORS = {op: Op(_run, _ATTRS[op], raw=(4,), check=_check, from_host=False) for op in RECURRENT}
+RECURRENT_OPS = {
+    op: Op(_run_node, _ATTRIBUTES[op], raw_inputs=(4,), unsupported_reason=_unsupported_reason, runs_on_host=False)
+    for op in GATE_COUNTS
+}
