@@ -323,7 +323,7 @@ def make_recurrent_backward(layer: Any) -> BackwardFn:
             for k in range(len(own) - 1, -1, -1):
                 done = tape.layer_results[k]
                 sent = given if len(own) == 1 else [None if d is None else d[k : k + 1] for d in given]
-                dx, first, grads = done.plan.back(done, dx, sent)
+                dx, first, grads = done.plan.backward_plan(done, dx, sent)
                 ds.append(first)
                 named.update(zip(own[k], grads, strict=True))
         except Exception:  # of another shape, dtype or order; numba has exceptions of its own for what it doesn't know
