@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kernels.cuda.test_fused import drawn, results
+from kernels.cuda.test_fused import drawn, log, on_cupy, results  # noqa: F401 - fixtures
 from kernels.test_equivalence import branching_cell, untraceable_cell
 from support.layer_cases import CASES, inputs_on, random_inputs
 

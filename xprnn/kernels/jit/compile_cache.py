@@ -48,6 +48,7 @@ def numba_available() -> bool:
     try:
         from numba import config
 
+        from xprnn.kernels.jit import simd  # noqa: F401 - numba rejects a NumPy that is too new for it at its import
     except Exception:
         return False
     return not config.DISABLE_JIT
