@@ -1,9 +1,9 @@
-"""The article's five functions, with its names, arguments, dictionary keys, shapes and return structure.
+"""The article's five functions, with its names, arguments, dictionary keys, array shapes and return values.
 
-"Building a Recurrent Neural Network from Scratch in Python" lays arrays out features first: x (n_x, m, T_x). That is
-the core's time-major (T, N, D) read backwards, the same memory, so these functions turn views and copy nothing where
-the caller's arrays are Fortran-ordered. What the article leaves out, the gradients of the output layer, comes with the
-keyword `dlogits` of both backward functions.
+The article is "Building a Recurrent Neural Network from Scratch in Python". Its arrays have the features first: x is
+(n_x, m, T_x). That is the library's time-major (T, N, D) with the axes reversed. The functions return views, and do not
+copy arguments that are Fortran-ordered. The article omits the gradients of the output layer; the keyword argument
+`dlogits` of both backward functions adds them.
 
     a<t> = tanh(Wax x<t> + Waa a<t-1> + ba)        y<t> = softmax(Wya a<t> + by)
 """
@@ -25,7 +25,8 @@ _PARAMETER_NAMES = ("Wax", "Waa", "Wya", "ba", "by")
 
 
 class CellCaches(UnpicklableTape, Sequence[Cache]):
-    """The T_x caches of the steps, (a_next, a_prev, xt, parameters) each, made when they are looked at.
+    """Sequence of the caches (a_next, a_prev, xt, parameters) of the T_x steps; each one is created when it is indexed.
+
 
     >>> import numpy as np
     >>> p = dict(Wax=np.ones((2, 3)), Waa=np.ones((2, 2)), Wya=np.ones((1, 2)), ba=np.ones((2, 1)), by=np.ones((1, 1)))
@@ -39,7 +40,7 @@ class CellCaches(UnpicklableTape, Sequence[Cache]):
 
     @property
     def is_prefix(self) -> bool:
-        """Whether these are steps from the first on, without a gap."""
+        """True if these are the first len(self) steps of the sequence, in order."""
         return self.steps == range(len(self.steps))
 
     def __len__(self) -> int:
@@ -53,24 +54,24 @@ class CellCaches(UnpicklableTape, Sequence[Cache]):
         if isinstance(index, slice):
             return CellCaches(self._a, self._a0, self._x, self.parameters, self.tape, self.steps[index])
         t = self.steps[index]
-        before = self._a[:, :, t - 1] if t else self._a0
-        return self._a[:, :, t], before, self._x[:, :, t], self.parameters
+        a_prev = self._a[:, :, t - 1] if t else self._a0
+        return self._a[:, :, t], a_prev, self._x[:, :, t], self.parameters
 
     def __iter__(self) -> Iterator[Cache]:
         return (self[k] for k in range(len(self)))
 
 
 def _check_arguments(where: str, parameters: Any, **arrays: Array) -> Namespace:
-    """The namespace; parameters and arrays checked against each other."""
+    """Check parameters and arrays against each other, and return their array namespace."""
     if not isinstance(parameters, dict):
         raise InputError(f"{where}: parameters must be a dict, found {type(parameters).__name__}")
     missing = [k for k in _PARAMETER_NAMES if k not in parameters]
     if missing:
         raise InputError(f"{where}: parameters has no {', '.join(missing)} (expected {', '.join(_PARAMETER_NAMES)})")
-    given = arrays | {k: parameters[k] for k in _PARAMETER_NAMES}
-    if absent := [k for k, a in given.items() if a is None]:
+    named = arrays | {k: parameters[k] for k in _PARAMETER_NAMES}
+    if absent := [k for k, a in named.items() if a is None]:
         raise InputError(f"{where}: {absent[0]} must be an array, found None")
-    xp = resolve_namespace(where, given)
+    xp = resolve_namespace(where, named)
     n_a, n_x = (*parameters["Wax"].shape, 0, 0)[:2]
     n_y = (*parameters["Wya"].shape, 0)[0]
     shapes = {"Wax": (n_a, n_x), "Waa": (n_a, n_a), "Wya": (n_y, n_a), "ba": (n_a, 1), "by": (n_y, 1)}
@@ -81,27 +82,29 @@ def _check_arguments(where: str, parameters: Any, **arrays: Array) -> Namespace:
 
 
 def _reverse_axes(xp: Namespace, a: Array) -> Array:
-    """(features, m, T) <-> (T, m, features), or (features, m) <-> (m, features): a view."""
+    """Return a view with the axes reversed: (features, m, T) <-> (T, m, features), (features, m) <-> (m, features)."""
     return xp.permute_dims(a, tuple(range(a.ndim))[::-1])
 
 
 def _core_params(parameters: Params) -> Params:
+    """Rename the article's parameters of the recurrent layer to those of an elman cell."""
     return {"weight_ih": parameters["Wax"], "weight_hh": parameters["Waa"], "bias_ih": parameters["ba"][:, 0]}
 
 
 def rnn_cell_forward(xt: Array, a_prev: Array, parameters: Params) -> tuple[Array, Array, Cache]:
-    """One step: a_next = tanh(Wax xt + Waa a_prev + ba), yt_pred = softmax(Wya a_next + by).
+    """Compute one step: a_next = tanh(Wax xt + Waa a_prev + ba), yt_pred = softmax(Wya a_next + by).
 
     Args:
-        xt: (n_x, m), the input at this step.
-        a_prev: (n_a, m), the hidden state before it.
-        parameters: Wax (n_a, n_x), Waa (n_a, n_a), Wya (n_y, n_a), ba (n_a, 1), by (n_y, 1); real floating, one dtype.
+        xt: (n_x, m), the input of this step.
+        a_prev: (n_a, m), the hidden state before this step.
+        parameters: dict of Wax (n_a, n_x), Waa (n_a, n_a), Wya (n_y, n_a), ba (n_a, 1) and by (n_y, 1), of one real
+            floating dtype.
 
     Returns:
-        a_next (n_a, m); yt_pred (n_y, m), columns sum to 1; cache = (a_next, a_prev, xt, parameters).
+        a_next (n_a, m); yt_pred (n_y, m), whose columns sum to 1; cache = (a_next, a_prev, xt, parameters).
 
     Raises:
-        InputError: shapes, dtypes, libraries or keys that don't fit.
+        InputError: shapes, dtypes, array libraries or keys do not fit.
 
     >>> import numpy as np
     >>> p = dict(Wax=np.ones((2, 3)), Waa=np.ones((2, 2)), Wya=np.ones((1, 2)), ba=np.ones((2, 1)), by=np.ones((1, 1)))
@@ -123,19 +126,20 @@ def rnn_cell_forward(xt: Array, a_prev: Array, parameters: Params) -> tuple[Arra
 
 
 def rnn_forward(x: Array, a0: Array, parameters: Params) -> tuple[Array, Array, tuple[CellCaches, Array]]:
-    """The whole sequence: `rnn_cell_forward` for each of the T_x steps, with one GEMM for all input projections.
+    """Run `rnn_cell_forward` for all T_x steps; one GEMM computes the input projections of all steps.
 
     Args:
-        x: (n_x, m, T_x).
+        x: (n_x, m, T_x), the inputs.
         a0: (n_a, m), the initial hidden state.
-        parameters: as in rnn_cell_forward.
+        parameters: as for rnn_cell_forward.
 
     Returns:
-        a (n_a, m, T_x), all hidden states; y_pred (n_y, m, T_x), columns sum to 1; caches = (the T_x cell caches, x).
-        With NumPy, `a` is a read-only view of the memory that the backward pass reads: copy it to change it.
+        a (n_a, m, T_x), all hidden states; y_pred (n_y, m, T_x), whose columns sum to 1; caches = (CellCaches of the
+        T_x steps, x). With NumPy, `a` is a read-only view of the memory that the backward pass reads: copy it before
+        you change it.
 
     Raises:
-        InputError: shapes, dtypes, libraries or keys that don't fit.
+        InputError: shapes, dtypes, array libraries or keys do not fit.
 
     >>> import numpy as np
     >>> p = dict(Wax=np.ones((2, 3)), Waa=np.ones((2, 2)), Wya=np.ones((1, 2)), ba=np.ones((2, 1)), by=np.ones((1, 1)))
@@ -159,7 +163,7 @@ def rnn_forward(x: Array, a0: Array, parameters: Params) -> tuple[Array, Array, 
 
 
 def _head_backward(xp: Namespace, parameters: Params, dlogits: Array, h: Array) -> tuple[Array, Params]:
-    """dlogits (..., n_y) -> its share of the hidden states' adjoint, and dWya, dby."""
+    """Backward of the output layer: dlogits (..., n_y) -> the cotangent of h, and {dWya, dby}."""
     dh, dw, db = linear_backward(xp, dlogits, h, parameters["Wya"])
     assert dh is not None
     return dh, {"dWya": dw, "dby": db[:, None]}
@@ -168,37 +172,42 @@ def _head_backward(xp: Namespace, parameters: Params, dlogits: Array, h: Array) 
 def _check_cotangents(
     where: str, parameters: Params, shape: tuple[int, ...], da: Any, dlogits: Any, name: str
 ) -> Namespace:
+    """Check the cotangents `name` and dlogits against the shape (m,) or (m, T_x) of the forward pass."""
     if da is None and dlogits is None:
         raise InputError(f"{where}: {name} or dlogits must be given")
-    given = {k: v for k, v in ((name, da), ("dlogits", dlogits)) if v is not None}
-    xp = _check_arguments(where, parameters, **given)
+    cotangents = {k: v for k, v in ((name, da), ("dlogits", dlogits)) if v is not None}
+    xp = _check_arguments(where, parameters, **cotangents)
     axes = "m,T" if len(shape) > 1 else "m"
     for key, letter, size in ((name, "n_a", "Waa"), ("dlogits", "n_y", "Wya")):
-        if key in given:
-            steps = (None,) if len(shape) > 1 else ()
-            check_shape(where, key, f"({letter},{axes})", given[key], (parameters[size].shape[0], shape[0], *steps))
-    lengths = {k: v.shape[2] for k, v in given.items()} if len(shape) > 1 else {}
-    for key, t in lengths.items():
-        if t > shape[1]:
-            raise InputError(f"{where}: {key} has {t} time steps but the forward pass had {shape[1]}")
+        if key in cotangents:
+            expected = (parameters[size].shape[0], shape[0], *((None,) if len(shape) > 1 else ()))
+            check_shape(where, key, f"({letter},{axes})", cotangents[key], expected)
+    lengths = {k: v.shape[2] for k, v in cotangents.items()} if len(shape) > 1 else {}
+    for key, steps in lengths.items():
+        if steps > shape[1]:
+            raise InputError(f"{where}: {key} has {steps} time steps but the forward pass had {shape[1]}")
     if len(set(lengths.values())) > 1:
         raise InputError(f"{where}: {name} has {lengths[name]} time steps but dlogits has {lengths['dlogits']}")
     return xp
 
 
 def rnn_cell_backward(da_next: Array | None, cache: Cache, *, dlogits: Array | None = None) -> dict[str, Array]:
-    """The adjoint of one step: dz = da_next (1 - a_next^2);  dxt = Wax' dz, dWax = dz xt', dba = sum of dz over m.
+    """Compute the gradients of one step.
+
+    dz = da_next (1 - a_next^2);  dxt = Wax^T dz;  da_prev = Waa^T dz;  dWax = dz xt^T;  dWaa = dz a_prev^T;
+    dba = sum of dz over m
 
     Args:
-        da_next: (n_a, m), the adjoint of a_next; None for zero, if dlogits is given.
-        cache: from rnn_cell_forward, or one of rnn_forward's.
-        dlogits: (n_y, m), the adjoint of Wya a_next + by, which cross_entropy(..., axis=0) returns.
+        da_next: (n_a, m), the gradient of the loss with respect to a_next; None means zero and needs dlogits.
+        cache: from rnn_cell_forward, or one of the cell caches of rnn_forward.
+        dlogits: (n_y, m), the gradient with respect to Wya a_next + by, as cross_entropy(..., axis=0) returns it.
 
     Returns:
-        dict of dxt (n_x, m), da_prev (n_a, m), dWax, dWaa, dba like their parameters; with dlogits, dWya and dby too.
+        dict of dxt (n_x, m), da_prev (n_a, m), and dWax, dWaa, dba with the shapes of the parameters; with dlogits,
+        dWya and dby too.
 
     Raises:
-        InputError: shapes, dtypes or libraries that don't fit.
+        InputError: shapes, dtypes or array libraries do not fit.
 
     >>> import numpy as np
     >>> p = dict(Wax=np.ones((2, 3)), Waa=np.ones((2, 2)), Wya=np.ones((1, 2)), ba=np.ones((2, 1)), by=np.ones((1, 1)))
@@ -215,13 +224,13 @@ def rnn_cell_backward(da_next: Array | None, cache: Cache, *, dlogits: Array | N
     check_shape(where, "a_next in cache", "(n_a,m)", a_next, (None, None))
     xp = _check_cotangents(where, parameters, (a_next.shape[1],), da_next, dlogits, "da_next")
     h = _reverse_axes(xp, a_next)
-    heads: Params = {}
+    head_grads: Params = {}
     dh = None if da_next is None else _reverse_axes(xp, da_next)
     if dlogits is not None:
-        share, heads = _head_backward(xp, parameters, _reverse_axes(xp, dlogits), h)
-        dh = share if dh is None else dh + share
-    _, back = elman().bind(xp)[:2]
-    (dz,), _, _, _ = back((dh,), (h,), (), ())
+        dh_head, head_grads = _head_backward(xp, parameters, _reverse_axes(xp, dlogits), h)
+        dh = dh_head if dh is None else dh + dh_head
+    _, cell_backward = elman().bind(xp)[:2]
+    (dz,), _, _, _ = cell_backward((dh,), (h,), (), ())
     dx, dw, db = linear_backward(xp, dz, _reverse_axes(xp, xt), parameters["Wax"])
     dh_prev, du, _ = linear_backward(xp, dz, _reverse_axes(xp, a_prev), parameters["Waa"])
     return {
@@ -230,25 +239,26 @@ def rnn_cell_backward(da_next: Array | None, cache: Cache, *, dlogits: Array | N
         "dWax": dw,
         "dWaa": du,
         "dba": db[:, None],
-    } | heads
+    } | head_grads
 
 
 def rnn_backward(
     da: Array | None, caches: tuple[Sequence[Cache], Array], *, dlogits: Array | None = None
 ) -> dict[str, Array]:
-    """The adjoint of the whole sequence: back-propagation through time.
+    """Compute the gradients of the whole sequence by back-propagation through time.
 
     Args:
-        da: (n_a, m, T), the adjoint of each hidden state from outside; T may be less than T_x, then only the first T
-            steps are walked, as the article's loop does. None for zero, if dlogits is given.
-        caches: from rnn_forward; or (a list of T_x cell caches, x).
-        dlogits: (n_y, m, T), the adjoint of Wya a + by, which cross_entropy(..., axis=0) returns.
+        da: (n_a, m, T), the gradient of the loss with respect to each hidden state; None means zero and needs dlogits.
+            If T < T_x, only the first T steps are back-propagated, as in the article's loop.
+        caches: from rnn_forward, or (list of T_x cell caches, x).
+        dlogits: (n_y, m, T), the gradient with respect to Wya a + by, as cross_entropy(..., axis=0) returns it.
 
     Returns:
-        dict of dx (n_x, m, T), da0 (n_a, m), dWax, dWaa, dba like their parameters; with dlogits, dWya and dby too.
+        dict of dx (n_x, m, T), da0 (n_a, m), and dWax, dWaa, dba with the shapes of the parameters; with dlogits, dWya
+        and dby too.
 
     Raises:
-        InputError: shapes, dtypes or libraries that don't fit.
+        InputError: shapes, dtypes or array libraries do not fit.
 
     >>> import numpy as np
     >>> p = dict(Wax=np.ones((2, 3)), Waa=np.ones((2, 2)), Wya=np.ones((1, 2)), ba=np.ones((2, 1)), by=np.ones((1, 1)))
@@ -266,16 +276,16 @@ def rnn_backward(
             raise
         raise InputError(f"{where}: caches must be (cell caches, x) from rnn_forward, at least one step") from None
     xp = _check_cotangents(where, parameters, (x.shape[1], len(cells)), da, dlogits, "da")
-    given: Array = dlogits if da is None else da
-    steps = given.shape[2]
+    cotangent: Array = dlogits if da is None else da
+    steps = cotangent.shape[2]
     if not isinstance(cells, CellCaches) or not cells.is_prefix:
         return _backward_from_caches(xp, da, dlogits, cells[:steps])
     tape = cells.tape if steps == x.shape[2] else _truncate_tape(cells.tape, steps)
-    heads: Params = {}
+    head_grads: Params = {}
     dy = None if da is None else _reverse_axes(xp, da)
     if dlogits is not None:
-        share, heads = _head_backward(xp, parameters, _reverse_axes(xp, dlogits), tape.states()[0])
-        dy = share if dy is None else dy + share
+        dh_head, head_grads = _head_backward(xp, parameters, _reverse_axes(xp, dlogits), tape.states()[0])
+        dy = dh_head if dy is None else dy + dh_head
     dx, (da0,), _, d = dispatch.backward(tape, dy, (None,))
     return {
         "dx": _reverse_axes(xp, dx),
@@ -283,11 +293,11 @@ def rnn_backward(
         "dWax": d["weight_ih"],
         "dWaa": d["weight_hh"],
         "dba": d["bias_ih"][:, None],
-    } | heads
+    } | head_grads
 
 
 def _truncate_tape(tape: Any, steps: int) -> Any:
-    """The tape of the first steps of a sequence."""
+    """Return the tape of the first `steps` steps, from a new forward pass over them."""
     return dispatch.forward(
         tape.cell,
         tape.params,
@@ -303,15 +313,15 @@ def _truncate_tape(tape: Any, steps: int) -> Any:
 def _backward_from_caches(
     xp: Namespace, da: Array | None, dlogits: Array | None, cells: Sequence[Cache]
 ) -> dict[str, Array]:
-    """The article's loop, for cell caches that were put together by hand."""
+    """The article's backward loop, for a list of cell caches or a part of CellCaches."""
     if not len(cells):
         raise InputError("rnn_backward: caches must hold at least one cell cache")
     da_prev, dx = None, []
-    sums: Params = {}
+    param_grads: Params = {}
     for t in range(len(cells) - 1, -1, -1):
-        here = da_prev if da is None else da[:, :, t] if da_prev is None else da[:, :, t] + da_prev
-        g = rnn_cell_backward(here, cells[t], dlogits=None if dlogits is None else dlogits[:, :, t])
-        da_prev = g.pop("da_prev")
-        dx.append(g.pop("dxt"))
-        sums = {k: v + sums[k] if sums else v for k, v in g.items()}
-    return {"dx": xp.stack(dx[::-1], axis=-1), "da0": da_prev} | sums
+        da_t = da_prev if da is None else da[:, :, t] if da_prev is None else da[:, :, t] + da_prev
+        grads = rnn_cell_backward(da_t, cells[t], dlogits=None if dlogits is None else dlogits[:, :, t])
+        da_prev = grads.pop("da_prev")
+        dx.append(grads.pop("dxt"))
+        param_grads = {k: v + param_grads[k] if param_grads else v for k, v in grads.items()}
+    return {"dx": xp.stack(dx[::-1], axis=-1), "da0": da_prev} | param_grads

@@ -1,1 +1,1 @@
-"""Losses, optimizers, gradient clipping, truncated back-propagation through time, data-parallel gradients."""
+"""Losses, optimisers, gradient clipping, truncated back-propagation through time, data-parallel gradients."""

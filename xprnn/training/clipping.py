@@ -1,4 +1,4 @@
-"""Gradients kept within bounds: each entry, or all of them together by their norm. Sparse ones stay sparse."""
+"""Gradient clipping by value and by global norm, for dense and sparse gradients."""
 
 from typing import Any
 
@@ -9,7 +9,17 @@ __all__ = ["clip_by_global_norm", "clip_by_value"]
 
 
 def clip_by_value(grads: Params, limit: float) -> Params:
-    """Each entry bounded to [-limit, limit], the article's clipping.
+    """Clip every entry of every gradient to [-limit, limit], as the article does.
+
+    Args:
+        grads: dict of gradients, arrays or SparseGradients. A SparseGradient stays sparse.
+        limit: > 0.
+
+    Returns:
+        A dict with the same keys and the clipped gradients.
+
+    Raises:
+        InputError: limit is not positive, or grads is not a dict of arrays.
 
     >>> import numpy as np
     >>> clip_by_value({"w": np.asarray([-3.0, 0.5])}, 1.0)["w"]
@@ -19,25 +29,29 @@ def clip_by_value(grads: Params, limit: float) -> Params:
         raise InputError(f"clip_by_value: limit must be > 0, found {limit!r}")
     limit = float(limit)
     check_dicts("clip_by_value", grads=grads)
-    out: Params = {}
-    for k, g in grads.items():
-        a = stored_values(g)
-        xp = resolve_namespace("clip_by_value", {k: a})
-        out[k] = _with_values(g, xp.minimum(xp.maximum(a, -limit), limit))
-    return out
+    clipped: Params = {}
+    for name, grad in grads.items():
+        values = stored_values(grad)
+        xp = resolve_namespace("clip_by_value", {name: values})
+        clipped[name] = _with_values(grad, xp.minimum(xp.maximum(values, -limit), limit))
+    return clipped
 
 
 def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Array]:
-    """All gradients scaled by min(1, max_norm / (norm + 1e-6)), norm over all of them (Pascanu et al. 2012).
+    """Scale all gradients by min(1, max_norm / (norm + 1e-6)), where norm is the 2-norm of all their entries.
 
-    The 1e-6 is torch's (clip_grad_norm_). Nothing is read on the host.
+    The 1e-6 is that of torch.nn.utils.clip_grad_norm_. No value is copied to the host. Source: Pascanu et al.,
+    "On the difficulty of training recurrent neural networks", arXiv:1211.5063.
 
     Args:
-        grads: the gradients.
+        grads: dict of gradients, arrays or SparseGradients. A SparseGradient stays sparse.
         max_norm: > 0.
 
     Returns:
-        the scaled gradients, and the norm before scaling, a 0-d array.
+        The scaled gradients, and the norm before scaling (a 0-d array).
+
+    Raises:
+        InputError: max_norm is not positive, or grads is empty or not a dict of arrays of one library and dtype.
 
     >>> import numpy as np
     >>> grads, norm = clip_by_global_norm({"w": np.asarray([3.0, 4.0])}, 1.0)
@@ -49,14 +63,15 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Array]:
     check_dicts("clip_by_global_norm", grads=grads)
     if not grads:
         raise InputError("clip_by_global_norm: grads must hold at least one array, found none")
-    arrays = {k: stored_values(g) for k, g in grads.items()}
+    arrays = {name: stored_values(grad) for name, grad in grads.items()}
     xp = resolve_namespace("clip_by_global_norm", arrays)
-    # A row's own product with itself, then the sum: no array of squares is made.
+    # The dot product of each row with itself needs no temporary array of squares.
     squares = [xp.sum(xp.vecdot(a, a) if a.ndim else a * a, dtype=a.dtype) for a in arrays.values()]
     norm = xp.sqrt(xp.sum(xp.stack(squares), dtype=squares[0].dtype))
     scale = xp.minimum(float(max_norm) / (norm + 1e-6), xp.ones_like(norm))
-    return {k: g * scale for k, g in grads.items()}, norm
+    return {name: grad * scale for name, grad in grads.items()}, norm
 
 
-def _with_values(g: Any, entries: Array) -> Any:
-    return SparseGradient(g.indices, entries, g.shape, g.axis) if isinstance(g, SparseGradient) else entries
+def _with_values(grad: Any, values: Array) -> Any:
+    """A gradient of the same kind as `grad` with other stored values."""
+    return SparseGradient(grad.indices, values, grad.shape, grad.axis) if isinstance(grad, SparseGradient) else values

@@ -1,4 +1,4 @@
-"""Softmax, cross-entropy and squared error: each value beside its gradient."""
+"""Softmax, cross-entropy and mean squared error. Each loss returns its value and its gradient."""
 
 from typing import Any
 
@@ -20,20 +20,20 @@ __all__ = ["cross_entropy", "mse", "softmax"]
 
 
 def softmax(x: Array, axis: int = 0) -> Array:
-    """Softmax along one axis: exp(x - max) / sum exp(x - max), the maximum taken along that axis.
+    """Return softmax along one axis: exp(x - max) / sum(exp(x - max)).
 
-    The shift is each column's own. With the maximum of the whole array, a column lying far below another (104 in
-    float32) would divide 0 by 0.
+    The maximum is taken per slice along `axis`. The article uses the maximum of the whole array, which gives 0 / 0 for
+    a slice that lies far enough below it (104 in float32).
 
     Args:
         x: scores of a real floating dtype, any shape with at least one axis.
-        axis: the axis that sums to 1; 0, the article's columns, unless given.
+        axis: the axis that sums to 1. The default 0 is the article's layout, one sample per column.
 
     Returns:
-        An array like x; along `axis` it is positive and sums to 1.
+        An array like x, with values >= 0 that sum to 1 along `axis`.
 
     Raises:
-        InputError: not an array, not floating, or no such axis.
+        InputError: x is not an array or not floating, or has no such axis.
 
     >>> import numpy as np
     >>> softmax(np.asarray([[0.0, 1e4], [0.0, 0.0]]))
@@ -41,8 +41,8 @@ def softmax(x: Array, axis: int = 0) -> Array:
            [0.5, 0. ]])
     """
     xp = resolve_namespace("softmax", {"x": x})
-    number: Any = axis
-    if not isinstance(number, int) or not -x.ndim <= axis < x.ndim:
+    axis_value: Any = axis
+    if not isinstance(axis_value, int) or not -x.ndim <= axis < x.ndim:
         raise InputError(
             f"softmax: axis must be in {-x.ndim}..{x.ndim - 1} for x of shape {tuple(x.shape)}, found {axis}"
         )
@@ -50,20 +50,20 @@ def softmax(x: Array, axis: int = 0) -> Array:
 
 
 def softmax_unchecked(xp: Namespace, x: Array, axis: int) -> Array:
-    """`softmax` without its checks."""
+    """Softmax without argument checks."""
     _, e, total = _shifted_exp(xp, x, axis)
     return e / total
 
 
 def _shifted_exp(xp: Namespace, x: Array, axis: int) -> tuple[Array, Array, Array]:
-    """x shifted by its maximum along the axis, its exponential, and the sum of that."""
+    """Return x - max(x), its exponential, and the sum of the exponential; maximum and sum are taken along `axis`."""
     shifted = x - xp.max(x, axis=axis, keepdims=True) if x.shape[axis] else x
     e = xp.exp(shifted)
     return shifted, e, xp.sum(e, axis=axis, keepdims=True, dtype=x.dtype)
 
 
 def _combine_weights(where: str, xp: Namespace, like: Array, shape: tuple[int, ...], mask: Any, weights: Any) -> Array:
-    """mask and weights as one array of `shape`, of like's dtype."""
+    """Combine mask and weights into one weight array with this shape and the dtype of `like`."""
     w = xp.ones(shape, dtype=like.dtype, device=device_of(like))
     if mask is not None:
         resolve_namespace(where, {}, {"logits": like, "mask": mask})
@@ -79,7 +79,7 @@ def _combine_weights(where: str, xp: Namespace, like: Array, shape: tuple[int, .
 
 
 def _reduction_factor(xp: Namespace, where: str, w: Array, reduction: str) -> Array:
-    """The factor of a weighted sum: 1, or 1 over the total weight (0 where there is none)."""
+    """Return the factor of the weighted sum: 1 for "sum", 1 / sum(w) for "mean" (0 if sum(w) is 0)."""
     if reduction not in ("mean", "sum"):
         raise InputError(f"{where}: reduction must be 'mean' or 'sum', found {reduction!r}")
     one = xp.ones((), dtype=w.dtype, device=device_of(w))
@@ -90,7 +90,7 @@ def _reduction_factor(xp: Namespace, where: str, w: Array, reduction: str) -> Ar
 
 
 def _check_class_indices(where: str, xp: Namespace, logits: Array, targets: Array, w: Array | None, axis: int) -> Array:
-    """Integer targets, checked, with an axis of length 1 for the classes; those of weight 0 may be anything."""
+    """Check integer targets and insert a class axis of length 1. Targets of weight 0 are not range-checked."""
     shape = tuple(s for k, s in enumerate(logits.shape) if k != axis)
     hint = "(logits without the class axis" + (f" {axis}; the article's layout needs axis=0)" if axis else ")")
     check_shape(where, "targets", hint, targets, shape)
@@ -101,27 +101,28 @@ def _check_class_indices(where: str, xp: Namespace, logits: Array, targets: Arra
 
 
 def _from_indices(xp: Namespace, logits: Array, targets: Array, w: Array, axis: int) -> tuple[Array, Array]:
-    """The weighted sum of -log p[target], and its gradient w (p - onehot)."""
+    """Return the weighted sum of -log p[target], and its gradient w (p - onehot)."""
     shifted, e, total = _shifted_exp(xp, logits, axis)
-    picked = xp.take_along_axis(shifted, targets, axis=axis)
-    value = xp.sum(w * (xp.log(total) - picked), dtype=logits.dtype)
+    target_scores = xp.take_along_axis(shifted, targets, axis=axis)
+    value = xp.sum(w * (xp.log(total) - target_scores), dtype=logits.dtype)
     gradient = e * (w / total)
-    if is_numpy(xp):  # one entry of each column, where the standard can only look at all
+    if is_numpy(xp):
         xp.put_along_axis(gradient, targets, xp.take_along_axis(gradient, targets, axis=axis) - w, axis)
         return value, gradient
-    v = logits.shape[axis]
-    every = xp.arange(v, dtype=targets.dtype, device=device_of(logits))
-    hit = targets == xp.reshape(every, tuple(v if k == axis else 1 for k in range(logits.ndim)))
-    return value, xp.where(hit, gradient - w, gradient)
+    # The Array API standard has no put_along_axis: compare the target with every class instead.
+    num_classes = logits.shape[axis]
+    class_ids = xp.arange(num_classes, dtype=targets.dtype, device=device_of(logits))
+    class_ids = xp.reshape(class_ids, tuple(num_classes if k == axis else 1 for k in range(logits.ndim)))
+    return value, xp.where(targets == class_ids, gradient - w, gradient)
 
 
-def _from_probabilities(xp: Namespace, logits: Array, wanted: Array, w: Array, axis: int) -> tuple[Array, Array]:
-    """The weighted sum of -wanted log p, and its gradient w (p sum(wanted) - wanted)."""
+def _from_probabilities(xp: Namespace, logits: Array, targets: Array, w: Array, axis: int) -> tuple[Array, Array]:
+    """Return the weighted sum of -targets log p, and its gradient w (p sum(targets) - targets)."""
     shifted, e, total = _shifted_exp(xp, logits, axis)
-    # A class that is not wanted has no share, however small its probability: 0 * -inf would be nan.
-    parts = xp.where(wanted != 0, wanted * (shifted - xp.log(total)), xp.zeros_like(e))
-    mass = xp.sum(wanted, axis=axis, keepdims=True, dtype=logits.dtype)
-    return -xp.sum(w * parts, dtype=logits.dtype), (e * (mass / total) - wanted) * w
+    # Classes of target probability 0 are skipped: log p may be -inf there, and 0 * -inf is nan.
+    terms = xp.where(targets != 0, targets * (shifted - xp.log(total)), xp.zeros_like(e))
+    target_sum = xp.sum(targets, axis=axis, keepdims=True, dtype=logits.dtype)
+    return -xp.sum(w * terms, dtype=logits.dtype), (e * (target_sum / total) - targets) * w
 
 
 def cross_entropy(
@@ -133,21 +134,25 @@ def cross_entropy(
     axis: int = -1,
     reduction: str = "mean",
 ) -> tuple[Array, Array]:
-    """Cross-entropy of softmax(logits), and its gradient: -sum w log p[target] / sum w, w (p - onehot) / sum w.
+    """Return the cross-entropy of softmax(logits) and its gradient.
+
+    value = -sum(w log p[target]) / sum(w),  dlogits = w (p - onehot(target)) / sum(w),  p = softmax(logits)
 
     Args:
-        logits: (..., V), scores before the softmax; V stands at `axis` (0 for the article's (n_y, m, T_x)).
-        targets: integers 0..V-1 of logits' shape without `axis`, or probabilities (one-hot rows) of logits' shape.
-        mask: boolean, shape of the integer targets; False leaves that position out, whatever stands there.
-        weights: real, same shape; multiplies that position's loss.
-        axis: where the classes are.
-        reduction: "mean" divides by the total weight (0 if that is 0), "sum" doesn't.
+        logits: scores before the softmax, any shape with V classes along `axis`, for example (T, N, V).
+        targets: integers in 0..V-1 with the shape of logits without `axis`, or probabilities (for example one-hot
+            rows) with the shape of logits.
+        mask: boolean, with the shape of the integer targets. False excludes a position: its logits and its target may
+            hold any value, nan included.
+        weights: real, with the same shape as the mask. The loss of each position is multiplied by its weight.
+        axis: the class axis; 0 for the article's layout (n_y, m, T_x).
+        reduction: "mean" divides by the total weight (and gives 0 if that is 0), "sum" does not.
 
     Returns:
-        value, a 0-d array in nats; gradient, like logits.
+        The value (a 0-d array, nats) and the gradient with respect to logits (the shape of logits).
 
     Raises:
-        InputError: shapes, dtypes or libraries that don't fit.
+        InputError: shapes, dtypes or array libraries do not fit, or an integer target is out of range.
 
     >>> import numpy as np
     >>> value, dlogits = cross_entropy(np.zeros((2, 4)), np.asarray([1, 3]))
@@ -161,12 +166,12 @@ def cross_entropy(
     axis = axis % logits.ndim
     shape = tuple(s for k, s in enumerate(logits.shape) if k != axis)
     w = _combine_weights(where, xp, logits, shape, mask, weights)
-    some = mask is not None or weights is not None
-    if some:  # padding may hold anything, and 0 * nan is nan
+    is_weighted = mask is not None or weights is not None
+    if is_weighted:  # excluded positions may hold nan, and 0 * nan is nan
         logits = xp.where(xp.expand_dims(w != 0, axis=axis), logits, zeros(xp, (), logits))
     scaled = xp.expand_dims(w * _reduction_factor(xp, where, w, reduction), axis=axis)
     if is_integer(xp, targets):
-        classes = _check_class_indices(where, xp, logits, targets, w if some else None, axis)
+        classes = _check_class_indices(where, xp, logits, targets, w if is_weighted else None, axis)
         return _from_indices(xp, logits, classes, scaled, axis)
     if xp.isdtype(targets.dtype, "bool"):
         dtype = str(logits.dtype).rpartition(".")[2]
@@ -184,20 +189,22 @@ def mse(
     weights: Array | None = None,
     reduction: str = "mean",
 ) -> tuple[Array, Array]:
-    """Mean squared error and its gradient: sum w (y - t)^2 / sum w;  dy = 2 w (y - t) / sum w.
+    """Return the mean squared error and its gradient.
+
+    value = sum(w (y - t)^2) / sum(w),  dy = 2 w (y - t) / sum(w)
 
     Args:
         prediction: y, any shape.
-        target: t, of the same shape.
-        mask: boolean, the same shape or that without the last axis; False leaves that position out.
-        weights: real, likewise.
-        reduction: "mean" divides by the total weight, "sum" doesn't.
+        target: t, with the same shape.
+        mask: boolean, with the same shape or with that without the last axis. False excludes a position.
+        weights: real, with the same shape or with that without the last axis.
+        reduction: "mean" divides by the total weight (and gives 0 if that is 0), "sum" does not.
 
     Returns:
-        value, a 0-d array; gradient, like prediction.
+        The value (a 0-d array) and the gradient with respect to prediction (the shape of prediction).
 
     Raises:
-        InputError: shapes, dtypes or libraries that don't fit.
+        InputError: shapes, dtypes or array libraries do not fit.
 
     >>> import numpy as np
     >>> mse(np.asarray([1.0, 3.0]), np.asarray([1.0, 1.0]))

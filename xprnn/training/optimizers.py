@@ -1,9 +1,11 @@
-"""Optimisers as pure pairs: `init(params) -> state`, `update(params, grads, state) -> params, state`.
+"""Optimisers as pairs of pure functions: `init(params) -> state`, `update(params, grads, state) -> params, state`.
 
-Parameters, gradients and moments are flat dicts with the same keys; nothing is changed in place. Formulas and defaults
-are torch's, so a training run can move between the two. The learning rate is a number or a schedule, a function of the
-step number 0, 1, 2, ... A SparseGradient counts as the dense one that it stands for: where a rule would leave the
-classes that do not occur as they are, only the others are computed.
+Parameters, gradients and moments are flat dicts with the same keys. No argument is changed in place. Formulas and
+defaults are those of torch.optim, so a training run can move between the two libraries. The learning rate is a number,
+or a schedule: a function of the step number 0, 1, 2, ...
+
+A SparseGradient gives the same update as the equivalent dense gradient. Rules that leave a row unchanged if its
+gradient is zero (sgd without momentum, adagrad, lazy adam) compute only the rows that the gradient stores.
 """
 
 from collections.abc import Callable
@@ -31,21 +33,21 @@ __all__ = [
 ]
 
 LearningRate = float | Callable[[int], float]
-_BLOCK_SIZE = 1 << 15  # entries of a parameter updated at a time
+_BLOCK_SIZE = 1 << 15  # entries of a parameter that are updated at a time, so that temporaries stay in the cache
 OptState = dict[str, Any]  # "step": int, and moment name -> dict keyed like params
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """A rule that turns gradients into new parameters.
+    """An optimiser: an elementwise update rule, its moments and its learning rate.
 
     Args:
-        name: how it is called.
-        moments: names of what it remembers for each parameter.
-        rule: (xp, p, g, moments of this parameter, rate, step number from 1) -> new p, new moments.
-        rate: the learning rate, a number > 0 or a function of the step number from 0.
-        sparse_rule: the rule for the rows of a SparseGradient's classes, where the other rows of the parameter and of
-            its moments stay as they are; None: `rule`, on the dense gradient.
+        name: name used in error messages.
+        moments: names of the arrays that the rule keeps for each parameter.
+        rule: (xp, p, g, moments of this parameter, learning rate, step number from 1) -> new p, new moments.
+        learning_rate: a number >= 0, or a function of the step number from 0.
+        sparse_rule: rule for the stored rows of a SparseGradient; all other rows of the parameter and of its moments
+            stay unchanged. None: a SparseGradient is converted to a dense one, and `rule` is used.
 
     >>> import numpy as np
     >>> opt = sgd(0.1)
@@ -62,81 +64,82 @@ class Optimizer:
     sparse_rule: Callable[..., Any] | None = None
 
     def init(self, params: Params) -> OptState:
-        """The state before the first step: zeros like each parameter."""
+        """Return the state before the first step: step 0, and zeros like each parameter for every moment."""
         spaces = {k: resolve_namespace(f"{self.name}.init", {k: p}) for k, p in params.items()}
         zeros = {m: {k: spaces[k].zeros_like(p) for k, p in params.items()} for m in self.moments}
         return {"step": 0, **zeros}
 
     def update(self, params: Params, grads: Params, state: OptState) -> tuple[Params, OptState]:
-        """One step.
+        """Apply one optimiser step.
 
         Args:
             params, grads: dicts with the same keys and shapes; a gradient may be a SparseGradient.
-            state: from `init` or the last `update`.
+            state: from `init` or from the last `update`.
 
         Returns:
-            new params, new state; the arguments stay as they were.
+            The new parameters and the new state; the arguments are not changed.
 
         Raises:
-            InputError: keys or shapes that differ.
+            InputError: params, grads and state differ in keys, shapes or dtypes.
         """
         _check_keys(f"{self.name}.update", params, grads)
         _check_state(f"{self.name}.update", self.moments, params, state)
-        # A Python number: one of NumPy's would widen float32 parameters to its own dtype.
-        rate = float(self.learning_rate(state["step"]) if callable(self.learning_rate) else self.learning_rate)
+        # float() because a NumPy float64 scalar would promote float32 parameters.
+        lr = float(self.learning_rate(state["step"]) if callable(self.learning_rate) else self.learning_rate)
         step = state["step"] + 1
-        out: Params = {}
-        moments: dict[str, Params] = {m: {} for m in self.moments}
+        new_params: Params = {}
+        new_state: dict[str, Params] = {m: {} for m in self.moments}
         xp = namespace(next(iter(params.values()))) if params else None
         for key, p in params.items():
-            old = tuple(state[m][key] for m in self.moments)
+            moments = tuple(state[m][key] for m in self.moments)
             g = grads[key]
             if isinstance(g, SparseGradient) and self.sparse_rule is not None:
-                out[key], new = _update_rows(self.sparse_rule, xp, p, g, old, rate, step)
+                new_params[key], new_moments = _update_rows(self.sparse_rule, xp, p, g, moments, lr, step)
             else:
                 g = g.to_dense() if isinstance(g, SparseGradient) else g
-                out[key], new = _update_blocks(self.rule, xp, p, g, old, rate, step)
-            for m, value in zip(self.moments, new, strict=True):
-                moments[m][key] = value
-        return out, {"step": step, **moments}
+                new_params[key], new_moments = _update_blocks(self.rule, xp, p, g, moments, lr, step)
+            for m, value in zip(self.moments, new_moments, strict=True):
+                new_state[m][key] = value
+        return new_params, {"step": step, **new_state}
 
 
 def _update_rows(
-    rule: Callable[..., Any], xp: Any, p: Array, g: SparseGradient, old: tuple[Array, ...], rate: float, step: int
+    rule: Callable[..., Any], xp: Any, p: Array, g: SparseGradient, moments: tuple[Array, ...], lr: float, step: int
 ) -> tuple[Array, tuple[Array, ...]]:
-    """The rule on the rows of the classes that occur."""
-    some, *before = (g.take_rows(a) for a in (p, *old))
-    first, more = _update_blocks(rule, xp, some, g.values, tuple(before), rate, step)
-    return g.with_rows(p, first), tuple(g.with_rows(a, rows) for a, rows in zip(old, more, strict=True))
+    """Apply the rule to the rows that the sparse gradient stores."""
+    p_rows, *moment_rows = (g.take_rows(a) for a in (p, *moments))
+    new_p_rows, new_moment_rows = _update_blocks(rule, xp, p_rows, g.values, tuple(moment_rows), lr, step)
+    new_moments = (g.with_rows(m, rows) for m, rows in zip(moments, new_moment_rows, strict=True))
+    return g.with_rows(p, new_p_rows), tuple(new_moments)
 
 
 def _update_blocks(
-    rule: Callable[..., Any], xp: Any, p: Array, g: Array, old: tuple[Array, ...], rate: float, step: int
+    rule: Callable[..., Any], xp: Any, p: Array, g: Array, moments: tuple[Array, ...], lr: float, step: int
 ) -> tuple[Array, tuple[Array, ...]]:
-    """The rule, which is elementwise, block by block: what it keeps for a moment then stays in the cache."""
+    """Apply the elementwise rule block by block, so that its temporaries stay in the cache."""
     if not is_numpy(xp) or p.size <= _BLOCK_SIZE:
-        return rule(xp, p, g, old, rate, step)  # type: ignore[no-any-return]
+        return rule(xp, p, g, moments, lr, step)  # type: ignore[no-any-return]
 
-    def turned(a: Any) -> Any:
-        return a.T if p.flags.fnc else a  # a gradient may lie another way than its parameter
+    def in_memory_order(a: Any) -> Any:
+        return a.T if p.flags.fnc else a  # the memory order of p decides; that of g and the moments may differ
 
-    flat = [xp.ascontiguousarray(turned(a)).reshape(-1) for a in (p, g, *old)]
-    new = [xp.empty(turned(p).shape, dtype=p.dtype) for _ in range(1 + len(old))]
-    rows = [a.reshape(-1) for a in new]
+    flat = [xp.ascontiguousarray(in_memory_order(a)).reshape(-1) for a in (p, g, *moments)]
+    outputs = [xp.empty(in_memory_order(p).shape, dtype=p.dtype) for _ in range(1 + len(moments))]
+    flat_outputs = [a.reshape(-1) for a in outputs]
     for start in range(0, p.size, _BLOCK_SIZE):
-        cut = slice(start, start + _BLOCK_SIZE)
-        some, grad, *before = (a[cut] for a in flat)
-        first, more = rule(xp, some, grad, tuple(before), rate, step)
-        for row, value in zip(rows, (first, *more), strict=True):
-            row[cut] = value
-    return turned(new[0]), tuple(turned(a) for a in new[1:])
+        block = slice(start, start + _BLOCK_SIZE)
+        p_block, g_block, *moment_blocks = (a[block] for a in flat)
+        new_p, new_moments = rule(xp, p_block, g_block, tuple(moment_blocks), lr, step)
+        for output, value in zip(flat_outputs, (new_p, *new_moments), strict=True):
+            output[block] = value
+    return in_memory_order(outputs[0]), tuple(in_memory_order(a) for a in outputs[1:])
 
 
 def _check_keys(where: str, params: Params, grads: Params) -> None:
     check_dicts(where, params=params, grads=grads)
     if params.keys() != grads.keys():
-        odd = sorted(params.keys() ^ grads.keys())
-        raise InputError(f"{where}: params and grads must have the same keys, found {', '.join(odd)} in only one")
+        unmatched = sorted(params.keys() ^ grads.keys())
+        raise InputError(f"{where}: params and grads must have the same keys, found {', '.join(unmatched)} in only one")
     for key, p in params.items():
         g = grads[key]
         resolve_namespace(where, {f"params[{key!r}]": p, f"grads[{key!r}]": stored_values(g)})
@@ -147,16 +150,24 @@ def _check_keys(where: str, params: Params, grads: Params) -> None:
 def _check_state(where: str, moments: tuple[str, ...], params: Params, state: Any) -> None:
     if not isinstance(state, dict) or not {"step", *moments} <= state.keys():
         found = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
-        wanted = ", ".join(("step", *moments))
-        raise InputError(f"{where}: state must come from init or update and hold {wanted}, found {found or 'nothing'}")
+        expected = ", ".join(("step", *moments))
+        raise InputError(
+            f"{where}: state must come from init or update and hold {expected}, found {found or 'nothing'}"
+        )
     for m in moments:
-        if odd := sorted(params.keys() ^ state[m].keys()):
-            raise InputError(f"{where}: state[{m!r}] must have the keys of params, found {', '.join(odd)} in only one")
+        if unmatched := sorted(params.keys() ^ state[m].keys()):
+            raise InputError(
+                f"{where}: state[{m!r}] must have the keys of params, found {', '.join(unmatched)} in only one"
+            )
 
 
-def _check_learning_rate(where: str, rate: Any) -> None:
-    if not callable(rate) and not (isinstance(rate, Real) and 0 <= float(rate) < float("inf")):
-        raise InputError(f"{where}: learning_rate must be a number >= 0 or a function of the step, found {rate!r}")
+def _check_learning_rate(where: str, learning_rate: Any) -> None:
+    if not callable(learning_rate) and not (
+        isinstance(learning_rate, Real) and 0 <= float(learning_rate) < float("inf")
+    ):
+        raise InputError(
+            f"{where}: learning_rate must be a number >= 0 or a function of the step, found {learning_rate!r}"
+        )
 
 
 def _check_unit_interval(where: str, **values: float) -> None:
@@ -166,7 +177,18 @@ def _check_unit_interval(where: str, **values: float) -> None:
 
 
 def sgd(learning_rate: LearningRate, momentum: float = 0.0, *, nesterov: bool = False) -> Optimizer:
-    """Gradient descent: v = mu v + g;  p -= lr v  (with nesterov: p -= lr (g + mu v)).
+    """Return stochastic gradient descent: v = momentum v + g;  p -= lr v  (nesterov: p -= lr (g + momentum v)).
+
+    Args:
+        learning_rate: lr, a number >= 0 or a function of the step number from 0.
+        momentum: in [0, 1); 0 keeps no moment.
+        nesterov: True uses Nesterov's momentum, which needs momentum > 0.
+
+    Returns:
+        An Optimizer.
+
+    Raises:
+        InputError: an argument is out of range.
 
     >>> sgd(0.1, momentum=0.9).moments
     ('velocity',)
@@ -176,32 +198,53 @@ def sgd(learning_rate: LearningRate, momentum: float = 0.0, *, nesterov: bool = 
     if nesterov and not momentum:
         raise InputError("sgd: nesterov needs a momentum > 0, found 0")
 
-    def rule(xp: Any, p: Array, g: Array, old: Any, rate: float, step: int) -> Any:
+    def rule(xp: Any, p: Array, g: Array, moments: Any, lr: float, step: int) -> Any:
         if not momentum:
-            return p - rate * g, ()
-        v = momentum * old[0] + g
-        return p - rate * (g + momentum * v if nesterov else v), (v,)
+            return p - lr * g, ()
+        v = momentum * moments[0] + g
+        return p - lr * (g + momentum * v if nesterov else v), (v,)
 
     return Optimizer("sgd", ("velocity",) if momentum else (), rule, learning_rate, None if momentum else rule)
 
 
 def adagrad(learning_rate: LearningRate = 0.01, eps: float = 1e-10) -> Optimizer:
-    """Adagrad (Duchi et al. 2011): s += g^2;  p -= lr g / (sqrt(s) + eps).
+    """Return Adagrad: s += g^2;  p -= lr g / (sqrt(s) + eps). Source: Duchi et al. 2011.
+
+    Args:
+        learning_rate: lr, a number >= 0 or a function of the step number from 0.
+        eps: added to the square root, > 0.
+
+    Returns:
+        An Optimizer.
+
+    Raises:
+        InputError: learning_rate is negative or not finite.
 
     >>> adagrad().name
     'adagrad'
     """
     _check_learning_rate("adagrad", learning_rate)
 
-    def rule(xp: Any, p: Array, g: Array, old: Any, rate: float, step: int) -> Any:
-        s = old[0] + g * g
-        return p - rate * g / (xp.sqrt(s) + eps), (s,)
+    def rule(xp: Any, p: Array, g: Array, moments: Any, lr: float, step: int) -> Any:
+        s = moments[0] + g * g
+        return p - lr * g / (xp.sqrt(s) + eps), (s,)
 
     return Optimizer("adagrad", ("sum",), rule, learning_rate, rule)
 
 
 def rmsprop(learning_rate: LearningRate = 0.01, decay: float = 0.99, eps: float = 1e-8) -> Optimizer:
-    """RMSProp (Hinton 2012): s = a s + (1-a) g^2;  p -= lr g / (sqrt(s) + eps).
+    """Return RMSProp: s = decay s + (1 - decay) g^2;  p -= lr g / (sqrt(s) + eps). Source: Hinton 2012 (lecture 6e).
+
+    Args:
+        learning_rate: lr, a number >= 0 or a function of the step number from 0.
+        decay: in [0, 1).
+        eps: added to the square root, > 0.
+
+    Returns:
+        An Optimizer.
+
+    Raises:
+        InputError: learning_rate or decay is out of range.
 
     >>> rmsprop().name
     'rmsprop'
@@ -209,9 +252,9 @@ def rmsprop(learning_rate: LearningRate = 0.01, decay: float = 0.99, eps: float 
     _check_learning_rate("rmsprop", learning_rate)
     _check_unit_interval("rmsprop", decay=decay)
 
-    def rule(xp: Any, p: Array, g: Array, old: Any, rate: float, step: int) -> Any:
-        s = decay * old[0] + (1 - decay) * (g * g)
-        return p - rate * g / (xp.sqrt(s) + eps), (s,)
+    def rule(xp: Any, p: Array, g: Array, moments: Any, lr: float, step: int) -> Any:
+        s = decay * moments[0] + (1 - decay) * (g * g)
+        return p - lr * g / (xp.sqrt(s) + eps), (s,)
 
     return Optimizer("rmsprop", ("square",), rule, learning_rate)
 
@@ -222,28 +265,42 @@ def _adam(
     _check_learning_rate(name, learning_rate)
     _check_unit_interval(name, b1=b1, b2=b2)
 
-    def rule(xp: Any, p: Array, g: Array, old: Any, rate: float, step: int, *, late: bool = False) -> Any:
-        m = b1 * old[0] + (1 - b1) * g
-        v = b2 * old[1] + (1 - b2) * (g * g)
-        # Bias corrections are scalars of the step: on the host, no array is read. With c that of the root,
-        # m / (c sqrt(v) + eps) = (m / c) / (sqrt(v) + eps / c), one pass less.
+    def rule(
+        xp: Any, p: Array, g: Array, moments: Any, lr: float, step: int, *, eps_after_correction: bool = True
+    ) -> Any:
+        m = b1 * moments[0] + (1 - b1) * g
+        v = b2 * moments[1] + (1 - b2) * (g * g)
+        # The bias corrections are Python floats of the step number, so no array is read on the host. With c the
+        # correction of sqrt(v), m / (c sqrt(v) + eps) = (m / c) / (sqrt(v) + eps / c) saves one pass over the array.
         c = 1 / (1 - b2**step) ** 0.5
-        kept = p if not decay else p * (1 - rate * decay)
-        return kept - (rate / (1 - b1**step) / c) * m / (xp.sqrt(v) + (eps if late else eps / c)), (m, v)
+        p = p if not decay else p * (1 - lr * decay)
+        return p - (lr / (1 - b1**step) / c) * m / (xp.sqrt(v) + (eps / c if eps_after_correction else eps)), (m, v)
 
-    return Optimizer(name, ("mean", "square"), rule, learning_rate, partial(rule, late=True) if lazy else None)
+    sparse_rule = partial(rule, eps_after_correction=False) if lazy else None
+    return Optimizer(name, ("mean", "square"), rule, learning_rate, sparse_rule)
 
 
 def adam(
     learning_rate: LearningRate = 1e-3, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, *, lazy: bool = False
 ) -> Optimizer:
-    """Adam (Kingma & Ba 2015): m, v running means of g, g^2;  p -= lr m^ / (sqrt(v^) + eps), m^ and v^ bias-corrected.
+    """Return Adam: m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  p -= lr m^ / (sqrt(v^) + eps).
+
+    m^ = m / (1 - b1^t) and v^ = v / (1 - b2^t) are the bias-corrected moments of step t = 1, 2, ... Source: Kingma and
+    Ba 2015.
 
     Args:
-        learning_rate, b1, b2, eps: as above.
-        lazy: of a SparseGradient, only the classes that occur move, and only their m and v: those of the others neither
-            shrink nor push on. That is torch.optim.SparseAdam, whose root is corrected after eps has been added to it.
-            Dense gradients are not touched by this.
+        learning_rate: lr, a number >= 0 or a function of the step number from 0.
+        b1, b2: decay rates of the moments, in [0, 1).
+        eps: added to the square root, > 0.
+        lazy: True updates only the stored rows of a SparseGradient; the parameters and moments of all other rows stay
+            unchanged. This is torch.optim.SparseAdam, which adds eps before the bias correction of the square root.
+            Dense gradients are not affected.
+
+    Returns:
+        An Optimizer.
+
+    Raises:
+        InputError: learning_rate, b1 or b2 is out of range.
 
     >>> adam(1e-3).moments
     ('mean', 'square')
@@ -258,7 +315,19 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.01,
 ) -> Optimizer:
-    """AdamW (Loshchilov & Hutter 2019): Adam, after p has shrunk by lr * weight_decay.
+    """Return AdamW: Adam with decoupled weight decay, p *= 1 - lr weight_decay before Adam's step.
+
+    Source: Loshchilov and Hutter 2019.
+
+    Args:
+        learning_rate, b1, b2, eps: as for `adam`.
+        weight_decay: >= 0.
+
+    Returns:
+        An Optimizer.
+
+    Raises:
+        InputError: learning_rate, b1 or b2 is out of range.
 
     >>> adamw(1e-3).name
     'adamw'
@@ -267,7 +336,15 @@ def adamw(
 
 
 def cosine(peak: float, steps: int, *, final: float = 0.0) -> Callable[[int], float]:
-    """A schedule: from `peak` at step 0 along a half cosine to `final` at `steps` and after.
+    """Return a schedule that falls from `peak` at step 0 along a half cosine to `final` at step `steps` and later.
+
+    Args:
+        peak: learning rate at step 0.
+        steps: length of the schedule.
+        final: learning rate at the end.
+
+    Returns:
+        A function of the step number from 0.
 
     >>> cosine(1.0, 10)(5)
     0.5
@@ -276,14 +353,21 @@ def cosine(peak: float, steps: int, *, final: float = 0.0) -> Callable[[int], fl
 
 
 def warmup(schedule: LearningRate, steps: int) -> Callable[[int], float]:
-    """A schedule that rises linearly to `schedule` over the first `steps` steps.
+    """Return a schedule that rises linearly to `schedule` during the first `steps` steps and then follows it.
+
+    Args:
+        schedule: a learning rate, or a function of the step number from 0.
+        steps: length of the warm-up; 0 for none.
+
+    Returns:
+        A function of the step number from 0.
 
     >>> warmup(1.0, 4)(1)
     0.5
     """
 
-    def rate(step: int) -> float:
+    def warmed_up(step: int) -> float:
         full = schedule(step) if callable(schedule) else schedule
         return full * min(1.0, (step + 1) / max(1, steps))
 
-    return rate
+    return warmed_up

@@ -1,12 +1,13 @@
-"""Truncated back-propagation through time: long or endless sequences in windows, with carried state and burn-in.
+"""Truncated back-propagation through time: training on long or endless sequences in windows with a carried state.
 
-Every k1 steps the loss of those steps is sent back through the last k2 >= k1 steps (Williams & Peng 1990). The sequence
-arrives in chunks of any length, from a list or a generator, and no more than a window of it is ever held, so memory
-doesn't grow with T.
+Every k1 steps, the loss of these steps is back-propagated through the last k2 >= k1 steps. The first `burn_in` steps
+only run the model forward, until its state is independent of the initial one. The sequence arrives in chunks of any
+length, from a list or a generator. At most one window and one chunk are held in memory, so memory does not grow with T.
+Source: Williams and Peng 1990.
 
     state = None
     for window in windows(chunks, k1=64, k2=128, burn_in=200):
-        value, dparams, state = gradients(model, params, window, state, cross_entropy)
+        value, dparams, state = window_gradients(model, params, window, state, cross_entropy)
         if dparams is not None:
             params, opt_state = optimizer.update(params, dparams, opt_state)
 """
@@ -23,16 +24,16 @@ __all__ = ["Window", "WindowGradients", "window_gradients", "windows"]
 
 
 class Window(NamedTuple):
-    """A stretch of the sequence: context that was walked before, then fresh steps."""
+    """One window of the sequence: context steps that an earlier window ended with, then the new steps."""
 
-    x: Array  # (context + fresh, N, ...)
-    target: Any  # (fresh, N, ...) of the fresh steps; None in burn-in
+    x: Array  # (context + new_steps, N, ...)
+    target: Any  # (new_steps, N, ...), None in burn-in
     new_steps: int
-    stride: int  # steps from this window's start to the next one's
+    stride: int  # steps from the start of this window to the start of the next one
 
 
 class WindowGradients(NamedTuple):
-    """What a window gave: loss and gradients (None in burn-in), and the state in which the next window starts."""
+    """Loss and gradients of a window (None in burn-in), and the initial state of the next window."""
 
     value: Array | None
     dparams: Params | None
@@ -40,23 +41,23 @@ class WindowGradients(NamedTuple):
 
 
 def _check_sizes(k1: Any, k2: Any, burn_in: Any) -> None:
-    for name, value, least in (("k1", k1, 1), ("k2", k2, k1), ("burn_in", burn_in, 0)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-            floor = "k1" if name == "k2" else least
-            raise InputError(f"windows: {name} must be an integer >= {floor}, found {value!r}")
+    for name, value, minimum in (("k1", k1, 1), ("k2", k2, k1), ("burn_in", burn_in, 0)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < minimum:
+            bound = "k1" if name == "k2" else minimum
+            raise InputError(f"windows: {name} must be an integer >= {bound}, found {value!r}")
 
 
-def _check_same_shape(name: str, before: Any, now: Any) -> None:
-    if before is not None and tuple(before.shape[1:]) != tuple(now.shape[1:]):
-        want, found = ("(" + ", ".join(map(str, ("any", *a.shape[1:]))) + ")" for a in (before, now))
-        raise InputError(f"windows: {name} of every chunk must have the shape of the first, {want}, found {found}")
+def _check_same_shape(name: str, first: Any, chunk: Any) -> None:
+    if first is not None and tuple(first.shape[1:]) != tuple(chunk.shape[1:]):
+        expected, found = ("(" + ", ".join(map(str, ("any", *a.shape[1:]))) + ")" for a in (first, chunk))
+        raise InputError(f"windows: {name} of every chunk must have the shape of the first, {expected}, found {found}")
 
 
-def _rechunk(chunks: Iterable[Any], sizes: Iterator[int]) -> Iterator[tuple[Array, Any, int]]:
-    """(x, target, size asked for) of as many steps as asked for, the last perhaps shorter."""
+def _rechunk(chunks: Iterable[Any], sizes: Iterator[int]) -> Iterator[tuple[Array, Any]]:
+    """Join and split the chunks into pairs (x, target) with `sizes` steps; the last pair may be shorter."""
     x: Any = None
     target: Any = None
-    want = next(sizes)
+    size = next(sizes)
     for chunk in chunks:
         if not isinstance(chunk, (tuple, list)) or len(chunk) != 2:
             raise InputError(f"windows: each chunk must be a pair (x, target), found {type(chunk).__name__}")
@@ -69,15 +70,16 @@ def _rechunk(chunks: Iterable[Any], sizes: Iterator[int]) -> Iterator[tuple[Arra
         xp = namespace(chunk[0])
         x = chunk[0] if x is None or not x.shape[0] else xp.concat((x, chunk[0]))
         target = chunk[1] if target is None or not target.shape[0] else xp.concat((target, chunk[1]))
-        while x.shape[0] >= want:
-            yield x[:want, ...], target[:want, ...], want
-            x, target, want = x[want:, ...], target[want:, ...], next(sizes)
+        while x.shape[0] >= size:
+            yield x[:size, ...], target[:size, ...]
+            x, target, size = x[size:, ...], target[size:, ...], next(sizes)
     if x is not None and x.shape[0]:
-        yield x, target, want
+        yield x, target
 
 
 def _chunk_sizes(k1: int, burn_in: int) -> Iterator[int]:
-    while burn_in:  # in pieces too: settling the state must not take more memory than training
+    """Yield the new steps of every window; burn-in is split too, so that it needs no more memory than training."""
+    while burn_in:
         yield min(k1, burn_in)
         burn_in -= min(k1, burn_in)
     while True:
@@ -88,20 +90,21 @@ def windows(chunks: Iterable[Any], k1: int, k2: int | None = None, burn_in: int 
     """Cut a sequence that arrives in chunks into windows for truncated back-propagation.
 
     Args:
-        chunks: pairs (x, target), time-major with the same first length, any lengths; a list or a generator.
-        k1: fresh steps for each window, >= 1.
-        k2: how many steps a gradient goes back, >= k1; None: k1.
-        burn_in: the first steps, that only settle the state: no loss, no gradient.
+        chunks: list or generator of pairs (x, target), time-major, each pair with the same number of steps.
+        k1: new steps of each window, >= 1.
+        k2: steps that a gradient goes back, >= k1; None for k1.
+        burn_in: number of first steps without loss and gradient, >= 0.
 
     Yields:
         Window.
 
     Raises:
-        InputError: k1, k2, burn_in out of range, a chunk that is not such a pair, or is not as wide as those before.
+        InputError: k1, k2 or burn_in is out of range; a chunk is not a pair (x, target), or differs from the first
+            chunk in an axis other than time.
 
     >>> import numpy as np
     >>> chunks = [(np.arange(5), np.arange(5)), (np.arange(5, 8), np.arange(5, 8))]
-    >>> [(w.x.tolist(), w.fresh, w.advance) for w in windows(chunks, k1=3, k2=4)]
+    >>> [(w.x.tolist(), w.new_steps, w.stride) for w in windows(chunks, k1=3, k2=4)]
     [([0, 1, 2], 3, 2), ([2, 3, 4, 5], 3, 3), ([5, 6, 7], 2, 2)]
     """
     k2 = k1 if k2 is None else k2
@@ -109,54 +112,56 @@ def windows(chunks: Iterable[Any], k1: int, k2: int | None = None, burn_in: int 
     return _windows(chunks, k1, k2 - k1, burn_in)
 
 
-def _windows(chunks: Iterable[Any], k1: int, context: int, burn_in: int) -> Iterator[Window]:
-    held: Any = None
-    left = burn_in
-    for x, target, _ in _rechunk(chunks, _chunk_sizes(k1, burn_in)):
-        fresh = x.shape[0]
-        if left:
-            left -= fresh
-            yield Window(x, None, fresh, fresh)
+def _windows(chunks: Iterable[Any], k1: int, context_steps: int, burn_in: int) -> Iterator[Window]:
+    context: Any = None
+    burn_in_left = burn_in
+    for x, target in _rechunk(chunks, _chunk_sizes(k1, burn_in)):
+        new_steps = x.shape[0]
+        if burn_in_left:
+            burn_in_left -= new_steps
+            yield Window(x, None, new_steps, new_steps)
             continue
-        whole = x if held is None or not held.shape[0] else namespace(x).concat((held, x))
-        advance = max(0, whole.shape[0] - context)
-        yield Window(whole, target, fresh, advance)
-        held = whole[advance:, ...]
+        window_x = x if context is None or not context.shape[0] else namespace(x).concat((context, x))
+        stride = max(0, window_x.shape[0] - context_steps)
+        yield Window(window_x, target, new_steps, stride)
+        context = window_x[stride:, ...]
 
 
 def window_gradients(
     model: Any, params: Params, window: Window, state: Any, loss: Callable[[Array, Any], tuple[Array, Array]]
 ) -> WindowGradients:
-    """The loss of a window's fresh steps, its gradients through the whole window, and the state for the next one.
+    """Return the loss of a window's new steps, its gradients through the whole window, and the next initial state.
 
     Args:
         model: a layer or Sequential, time-major.
-        params: its parameters.
-        window: from `windows`.
-        state: None for the first window, then what the last call returned.
-        loss: (y, target) -> value, dy; y is that of the fresh steps.
+        params: parameters of the model.
+        window: a Window from `windows`.
+        state: None for the first window, then the state that the last call returned.
+        loss: function (y, target) -> value, dy of the outputs and targets of the new steps.
 
     Returns:
         WindowGradients(value, dparams, state); value and dparams are None in burn-in.
 
     Raises:
-        InputError: a model that reads batch-first, in reverse or in both directions.
+        InputError: the model is batch-first, reverse or bidirectional.
 
     >>> import numpy as np, xprnn
     >>> model, rng = xprnn.RNN(2, 3), np.random.default_rng(0)
     >>> params = model.init(rng, like=np.zeros(0))
     >>> stream = ((rng.standard_normal((10, 1, 2)), rng.standard_normal((10, 1, 3))) for _ in range(4))
-    >>> state, seen = None, 0
+    >>> state, trained_steps = None, 0
     >>> for window in windows(stream, k1=8, k2=16, burn_in=5):
     ...     value, dparams, state = window_gradients(model, params, window, state, xprnn.mse)
-    ...     seen += 0 if value is None else window.fresh
-    >>> seen
+    ...     trained_steps += 0 if value is None else window.new_steps
+    >>> trained_steps
     35
     """
-    for part in getattr(model, "layers", {"": model}).values():
+    for layer in getattr(model, "layers", {"": model}).values():
         for name in ("batch_first", "bidirectional", "reverse"):
-            if getattr(part, name, False):
-                raise InputError(f"bptt.gradients: windows walk forward in time, time first: the model has {name}=True")
+            if getattr(layer, name, False):
+                raise InputError(
+                    f"window_gradients: expected a time-major model that runs forward in time, found {name}=True"
+                )
     if window.target is None:
         return WindowGradients(None, None, model(params, window.x, state)[1])
     y, final, tape = model.forward(params, window.x, state)
