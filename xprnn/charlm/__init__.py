@@ -1,1 +1,1 @@
-"""The character language model behind the commands train and sample."""
+"""Character language model of the commands `train` and `sample`: corpus, model, training loop, generation, report."""

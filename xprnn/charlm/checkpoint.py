@@ -1,4 +1,4 @@
-"""Checkpoint files of a training run."""
+"""Checkpoint files: the model, the parameters and the training state of a run."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from xprnn.training.optimizers import adam
 
 
 def save_checkpoint(path: str | Path, model: Any, train_state: TrainState, metadata: Mapping[str, Any]) -> None:
-    """Write all of a run to one file, from which `load_checkpoint` goes on to the last bit.
+    """Write a training run to one file, so that training resumed from it continues bit for bit.
 
     Args:
-        path: ends in `.safetensors`.
-        model: the model.
-        now: the snapshot.
-        metadata: whatever JSON can hold.
+        path: file to write, with the ending `.safetensors`.
+        model: a model that `from_config` can build again.
+        train_state: state of the run between two steps.
+        metadata: JSON-serialisable values to store with it.
     """
-    parts = {
+    tree = {
         "params": train_state.params,
         "moments": train_state.optimizer_state,
         "state": train_state.recurrent_state,
         "loss": train_state.loss,
     }
-    arrays = {k: np.asarray(v, order="C") for k, v in _flatten(parts, "")}
+    arrays = {key: np.asarray(leaf, order="C") for key, leaf in _flatten(tree, "")}
     header = {
         "run": {"model": model.config(), "step": train_state.step, "seconds": train_state.seconds},
         "metadata": dict(metadata),
@@ -39,10 +39,17 @@ def save_checkpoint(path: str | Path, model: Any, train_state: TrainState, metad
 
 
 def load_checkpoint(path: str | Path, like: Array) -> tuple[Any, TrainState]:
-    """Return the model and the snapshot that `keep` wrote, on `like`'s device.
+    """Read a file that `save_checkpoint` wrote.
+
+    Args:
+        path: the file.
+        like: array that gives namespace and device of the arrays.
+
+    Returns:
+        The model and the training state.
 
     Raises:
-        InputError: not a file of `keep`, or a damaged one.
+        InputError: the file is damaged or is not a checkpoint.
     """
     arrays, header = read_arrays(path)
     try:
@@ -57,16 +64,17 @@ def load_checkpoint(path: str | Path, like: Array) -> tuple[Any, TrainState]:
         loss = from_numpy(arrays["/loss"], like=like)
         return model, TrainState(step, params, moments, _unflatten(state, "/state", arrays), loss, seconds)
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: expected a run to resume, found another or a damaged file ({error})") from None
+        raise InputError(f"{path}: expected a training checkpoint, found another or a damaged file ({error})") from None
 
 
 def _flatten(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield (path, NumPy array) for every leaf of nested mappings, tuples and lists; None is left out."""
     if isinstance(tree, Mapping):
-        for name, part in tree.items():
-            yield from _flatten(part, f"{path}/{name}")
+        for name, child in tree.items():
+            yield from _flatten(child, f"{path}/{name}")
     elif isinstance(tree, tuple | list):
-        for number, part in enumerate(tree):
-            yield from _flatten(part, f"{path}/{number}")
+        for index, child in enumerate(tree):
+            yield from _flatten(child, f"{path}/{index}")
     elif isinstance(tree, int | float):
         yield path, np.asarray(tree)
     elif tree is not None:
@@ -74,11 +82,12 @@ def _flatten(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _unflatten(template: Any, path: str, arrays: Mapping[str, Any]) -> Any:
+    """Build a tree with the structure of `template` from the arrays that `_flatten` yielded."""
     if isinstance(template, Mapping):
-        return {name: _unflatten(part, f"{path}/{name}", arrays) for name, part in template.items()}
+        return {name: _unflatten(child, f"{path}/{name}", arrays) for name, child in template.items()}
     if isinstance(template, tuple | list):
-        parts = [_unflatten(part, f"{path}/{number}", arrays) for number, part in enumerate(template)]
-        return type(template)(*parts) if hasattr(template, "_fields") else type(template)(parts)
+        children = [_unflatten(child, f"{path}/{index}", arrays) for index, child in enumerate(template)]
+        return type(template)(*children) if hasattr(template, "_fields") else type(template)(children)
     if isinstance(template, int | float):
         return type(template)(arrays[path])
     return None if template is None else from_numpy(arrays[path], like=template)

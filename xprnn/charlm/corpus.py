@@ -1,9 +1,8 @@
-"""Text: reading it, numbering its characters, cutting it into windows, and what counting alone predicts.
+"""Text data: reading text, encoding characters as integers, splitting, and batching for truncated back-propagation.
 
-A text of characters becomes integers through a `Vocabulary`. For truncated back-propagation through time it is cut into
-N parallel streams, each read window by window of T characters, so that the state after one window is the right state
-before the next. `ngram_bits_per_character` is the honest opponent of every model here: what a table of counts reaches on the same
-held-out text.
+A `Vocabulary` encodes a text as integers. `batchify` cuts it into N parallel streams of equal length, and `BatchedText`
+reads them in windows of T steps. Consecutive windows of a stream are adjacent in the text, so the final state of a
+window is the initial state of the next one.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ TokenIds = NDArray[np.int64]
 
 
 def default_text() -> str:
-    """Return the English every Python carries: the manual's topics, in the order of their names.
+    """Return the help topics of the Python manual in the standard library (`pydoc_data`), sorted by name.
 
     >>> len(default_text()) > 100_000
     True
@@ -35,16 +34,16 @@ def default_text() -> str:
 
 
 def read_text(path: str | Path) -> str:
-    """Read a UTF-8 text file.
+    """Read a UTF-8 text file; drop a byte-order mark and turn every line end into a newline.
 
     Args:
-        path: the file; a byte-order mark is dropped and every line end becomes a newline.
+        path: the file.
 
     Returns:
-        Its characters, at least two different ones.
+        The text, with at least two different characters.
 
     Raises:
-        InputError: the file cannot be read, is not UTF-8 text, or holds nothing that could be learnt.
+        InputError: the file cannot be read, is not UTF-8 text, or has fewer than two different characters.
     """
     check_file(f"text {path}", Path(path))
     try:
@@ -70,12 +69,12 @@ def read_text(path: str | Path) -> str:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The characters a model knows; a character's number is its place.
+    """Bijection between characters and the integers 0..V-1.
 
     Args:
-        characters: the different characters, in the order of their numbers.
+        characters: the V different characters; the index of a character is its integer.
 
-    >>> vocabulary = Vocabulary.of("hello")
+    >>> vocabulary = Vocabulary.from_text("hello")
     >>> vocabulary.characters, vocabulary.encode("hole").tolist()
     ('ehlo', [1, 3, 2, 0])
     >>> vocabulary.decode([1, 0, 2, 2, 3])
@@ -86,7 +85,7 @@ class Vocabulary:
 
     @classmethod
     def from_text(cls, text: str) -> Vocabulary:
-        """Return the vocabulary of all characters of `text`, sorted."""
+        """Return the vocabulary of all characters of `text`, sorted by code point."""
         return cls("".join(sorted(set(text))))
 
     def __len__(self) -> int:
@@ -94,48 +93,49 @@ class Vocabulary:
 
     @cached_property
     def _codepoints(self) -> tuple[TokenIds, TokenIds]:
-        points = np.array([ord(c) for c in self.characters], dtype=np.int64)
-        order = np.argsort(points)
-        return points[order], order.astype(np.int64)
+        """The sorted code points (V,) of the characters, and the integer of each."""
+        codepoints = np.array([ord(c) for c in self.characters], dtype=np.int64)
+        order = np.argsort(codepoints)
+        return codepoints[order], order.astype(np.int64)
 
     def encode(self, text: str) -> TokenIds:
-        """Return the numbers (len(text),) of the characters of `text`.
+        """Return the integers (len(text),) of the characters of `text`.
 
         Raises:
-            InputError: a character is not in the vocabulary; the message names it.
+            InputError: a character is not in the vocabulary; the message names it and its position.
         """
-        points, order = self._codepoints
-        wanted = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.int64)
-        found = np.minimum(np.searchsorted(points, wanted), max(len(points) - 1, 0))
-        unknown = points[found] != wanted if len(points) else np.ones(len(wanted), bool)
+        codepoints, ids = self._codepoints
+        text_points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.int64)
+        index = np.minimum(np.searchsorted(codepoints, text_points), max(len(codepoints) - 1, 0))
+        unknown = codepoints[index] != text_points if len(codepoints) else np.ones(len(text_points), bool)
         if unknown.any():
-            place = int(np.argmax(unknown))
+            position = int(np.argmax(unknown))
             raise InputError(
-                f"Vocabulary.encode: character {text[place]!r} at position {place} is not among the"
-                f" {len(self)} characters the model knows"
+                f"Vocabulary.encode: character {text[position]!r} at position {position} is not among the"
+                f" {len(self)} characters of the vocabulary"
             )
-        return order[found]
+        return ids[index]
 
     def decode(self, ids: Any) -> str:
-        """Return the text of the numbers `ids`, any iterable of integers in [0, len(self))."""
+        """Return the text of `ids`, an iterable of integers in 0..V-1."""
         return "".join(self.characters[int(i)] for i in ids)
 
 
 def split_held_out(ids: TokenIds, held_out_fraction: float = 0.1) -> tuple[TokenIds, TokenIds]:
-    """Return the training part and the held-out part: the last `share` of `ids`."""
-    cut = len(ids) - int(len(ids) * held_out_fraction)
-    return ids[:cut], ids[cut:]
+    """Split `ids` into a training part and a held-out part, the last `held_out_fraction` of them."""
+    split = len(ids) - int(len(ids) * held_out_fraction)
+    return ids[:split], ids[split:]
 
 
 class Corpus(NamedTuple):
-    """A text to learn from.
+    """A text, encoded and split into a training part and a held-out part.
 
     Args:
-        name: what to call it.
-        mark: tells one text from another when a run is resumed.
-        vocabulary: its characters.
-        train: the part to learn from.
-        held_out: the part never learnt from.
+        name: name of the text in messages.
+        fingerprint: SHA-256 of the text; a resumed run checks that it reads the same text.
+        vocabulary: the characters of the text.
+        train: integers of the training part.
+        held_out: integers of the held-out part, which is only used for evaluation.
     """
 
     name: str
@@ -146,10 +146,10 @@ class Corpus(NamedTuple):
 
     @classmethod
     def read(cls, file: str | None) -> Corpus:
-        """Read `file`; None: the text every Python carries.
+        """Read the text file `file`, or `default_text()` if it is None.
 
         Raises:
-            InputError: as `read_text`, or a text too short to hold anything out.
+            InputError: as `read_text`, or if the text is too short for a held-out part of 2 characters.
         """
         name = "the Python manual's topics" if file is None else file
         text = default_text() if file is None else read_text(file)
@@ -157,33 +157,33 @@ class Corpus(NamedTuple):
         train, held_out = split_held_out(vocabulary.encode(text))
         if len(held_out) < 2:
             raise InputError(
-                f"text {name}: too short: it has {len(text)} characters, and a tenth of them, at least 2, is held out;"
-                " take a longer one"
+                f"text {name}: too short: it has {len(text)} characters, but the held-out tenth must have at least 2;"
+                " use a longer text"
             )
-        mark = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-        return cls(name, mark, vocabulary, train, held_out)
+        fingerprint = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        return cls(name, fingerprint, vocabulary, train, held_out)
 
     def check_length(self, batch: int, window: int) -> None:
-        """Raise InputError if the part to learn from is too short for `batch` streams of one window each."""
+        """Raise InputError if the training part is too short for `batch` streams of one window each."""
         length, needed = len(self.train), batch * window + 1
         if length < needed:
             raise InputError(
                 f"text {self.name}: too short: it has {length + len(self.held_out):,} characters; a tenth is held out,"
-                f" which leaves {length:,} to learn from, but {batch} streams of one window of {window} need"
-                f" {needed:,}; take a longer text, or a smaller --batch or --window"
+                f" which leaves {length:,} for training, but {batch} streams of one window of {window} need"
+                f" {needed:,}; use a longer text, or a smaller --batch or --window"
             )
 
 
 @dataclass(frozen=True)
 class BatchedText:
-    """N parallel streams of a text, read in windows of T.
+    """N parallel streams of a text, read in windows of T steps.
+
+    A window is a view of the streams, which may be arrays on any device: training copies no text.
 
     Args:
-        inputs: (S, N) integers, column n being the n-th stretch of the text.
-        targets: (S, N), the character after each input.
-        window: T, the steps of one window.
-
-    `inputs` and `targets` may live on any device: a window is a view, nothing is copied while training.
+        inputs: (S, N) integers; column n is the n-th section of the text.
+        targets: (S, N) integers; the target of each input, for example the next character.
+        window: T, steps of a window.
     """
 
     inputs: Array
@@ -192,41 +192,41 @@ class BatchedText:
 
     @property
     def windows_per_epoch(self) -> int:
-        """Full windows in one epoch."""
+        """Number of windows in one pass over the text; a shorter rest at the end is not used."""
         return int(self.inputs.shape[0]) // self.window
 
     def batch(self, step: int) -> tuple[Array, Array]:
-        """Return inputs and targets (T, N) of training step `step`; epochs follow one another."""
+        """Return inputs and targets (T, N) of training step `step`; after the last window the first one follows."""
         start = (step % self.windows_per_epoch) * self.window
         stop = start + self.window
         return self.inputs[start:stop, ...], self.targets[start:stop, ...]
 
 
 def batchify(ids: TokenIds, batch: int, window: int) -> tuple[TokenIds, TokenIds]:
-    """Cut a text into `batch` streams of equal length.
+    """Cut a text into `batch` parallel streams of equal length, with the next characters as targets.
 
     Args:
         ids: (length,) integers.
-        batch: N, at least 1.
-        window: T, at least 1; every stream must fill one.
+        batch: N, >= 1.
+        window: T, >= 1; the least length of a stream.
 
     Returns:
-        inputs and targets (S, N), C-ordered; fewer than N characters at the end stay unused.
+        Inputs and targets (S, N) in C order, with S = (length - 1) // N; the rest of the text is not used.
 
     Raises:
-        InputError: the text is too short for N streams of T.
+        InputError: batch or window is below 1, or the text is too short for N streams of T steps.
 
     >>> inputs, targets = batchify(np.arange(7), batch=2, window=3)
     >>> inputs.T.tolist(), targets.T.tolist()
     ([[0, 1, 2], [3, 4, 5]], [[1, 2, 3], [4, 5, 6]])
     """
     if batch < 1 or window < 1:
-        raise InputError(f"streams: expected batch and window of at least 1, found {batch} and {window}")
+        raise InputError(f"batchify: expected batch and window of at least 1, found {batch} and {window}")
     length = (len(ids) - 1) // batch
     if length < window:
         raise InputError(
-            f"streams: the text is too short: {len(ids):,} characters, but {batch} streams of one window of"
-            f" {window} need {batch * window + 1:,}; take a longer text, or a smaller --batch or --window"
+            f"batchify: the text is too short: {len(ids):,} characters, but {batch} streams of one window of"
+            f" {window} need {batch * window + 1:,}; use a longer text, or a smaller --batch or --window"
         )
     inputs = ids[: length * batch].reshape(batch, length).T
     targets = ids[1 : length * batch + 1].reshape(batch, length).T

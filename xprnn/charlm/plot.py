@@ -1,4 +1,4 @@
-"""Pictures: the learning curve of a run, as PNG. Needs matplotlib, the extra `plot`."""
+"""Plot of the learning curve of a run as a PNG file; needs matplotlib (the extra `plot`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from xprnn.io.archive import write_atomically
 
 
 def can_plot() -> bool:
-    """Whether matplotlib is installed."""
+    """Return True if matplotlib is installed."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
@@ -25,32 +25,30 @@ def plot_curve(
     curves: Mapping[str, Sequence[float]],
     baselines: Mapping[str, float] | None = None,
 ) -> None:
-    """Draw curves over training steps, and horizontal lines to compare them with.
+    """Plot curves over training steps, with horizontal lines for the baselines, to a PNG file.
 
     Args:
-        path: the PNG to write.
-        steps: (K,) the steps measured.
+        path: the PNG file to write.
+        steps: (K,) training steps of the measurements.
         curves: name -> (K,) bits per character.
-        levels: name -> bits per character that something else reaches.
+        baselines: name -> bits per character of a baseline.
 
     Raises:
-        InputError: matplotlib is not installed, or the place cannot be written.
+        InputError: matplotlib is not installed, or the file cannot be written.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError(
-            'plot_curve: a picture needs matplotlib, which is not installed: pip install "xprnn[plot]"'
-        ) from None
-    # A figure of our own with its own canvas: pyplot would choose a backend for the whole process.
+        raise InputError('plot_curve: matplotlib is not installed: pip install "xprnn[plot]"') from None
+    # Not pyplot, which would set the backend of the whole process.
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for name, values in curves.items():
         axes.plot(steps, values, label=name)
-    for number, (name, value) in enumerate((baselines or {}).items()):
-        axes.axhline(value, label=f"{name}: {value:.2f}", color="gray", linestyle=("--", ":", "-.")[number % 3])
+    for index, (name, value) in enumerate((baselines or {}).items()):
+        axes.axhline(value, label=f"{name}: {value:.2f}", color="gray", linestyle=("--", ":", "-.")[index % 3])
     axes.set_xlabel("training steps")
     axes.set_ylabel("bits per character")
     axes.legend()

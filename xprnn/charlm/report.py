@@ -1,4 +1,4 @@
-"""What a finished run shows: its figure beside what counting reaches, what it can write or restore, and a picture."""
+"""Report of a finished training run: held-out bits per character beside n-gram baselines, a text sample, the curve."""
 
 from __future__ import annotations
 
@@ -22,84 +22,95 @@ _PASSAGE_LENGTH, _BLANK_INTERVAL = 360, 6
 def print_report(
     model: Any, train_state: TrainState, corpus: Corpus, bits: float, characters_per_second: float, seed: int
 ) -> dict[str, float]:
-    """Print the figures and what the network can do, and return the bits of its opponents under their names.
+    """Print the held-out result, the n-gram baselines, and a generated text or an infilled passage.
 
     Args:
-        model: from `build`.
-        now: the run at its end.
-        text: what it learnt from, and what was held out.
-        bits: held-out bits per character.
-        rate: characters learnt from in a second.
-        seed: of the sample.
+        model: from `build_model`.
+        train_state: final state of the run.
+        corpus: training and held-out text.
+        bits: held-out bits per character of the model.
+        characters_per_second: training speed.
+        seed: seed of the generated text.
+
+    Returns:
+        Name of each baseline -> held-out bits per character.
     """
-    both = is_noncausal(model)
-    kind = ", each restored from both sides" if both else ""
-    print(f"\nheld-out bits per character{kind} ({len(corpus.held_out):,} characters the run has never learnt from)")
-    print(
-        f"  this network          {bits:.3f}   after {train_state.seconds:.0f} s, {characters_per_second:,.0f} characters a second"
-    )
-    levels = {}
-    for name, order, means in _baselines(both):
-        levels[name] = ngram_bits_per_character(corpus.train, corpus.held_out, len(corpus.vocabulary), order, both)
-        print(f"  {name:21} {levels[name]:.3f}   {means}")
-    if both:
-        print("  (an easier task than the next character: not to be compared with runs without --bidirectional)")
+    bidirectional = is_noncausal(model)
+    task = ", each predicted from both sides" if bidirectional else ""
+    print(f"\nheld-out bits per character{task} ({len(corpus.held_out):,} characters not used for training)")
+    speed = f"after {train_state.seconds:.0f} s, {characters_per_second:,.0f} characters/s"
+    print(f"  this network          {bits:.3f}   {speed}")
+    baselines = {}
+    for name, order, description in _baselines(bidirectional):
+        baselines[name] = ngram_bits_per_character(
+            corpus.train, corpus.held_out, len(corpus.vocabulary), order, bidirectional
+        )
+        print(f"  {name:21} {baselines[name]:.3f}   {description}")
+    if bidirectional:
+        print("  (easier than predicting the next character: do not compare with runs without --bidirectional)")
         _print_infilled(model, train_state, corpus)
     else:
         prompt = "The " if set("The ") <= set(corpus.vocabulary.characters) else ""
-        how = {"temperature": 0.6, "rng": np.random.default_rng(seed)}
-        print(f"\n{prompt}{generate_text(model, train_state.params, corpus.vocabulary, prompt, 400, **how)}\n")
-    return levels
+        options = {"temperature": 0.6, "rng": np.random.default_rng(seed)}
+        print(f"\n{prompt}{generate_text(model, train_state.params, corpus.vocabulary, prompt, 400, **options)}\n")
+    return baselines
 
 
-def _baselines(both: bool) -> list[tuple[str, int, str]]:
-    frequency = ("counting, order 0", 0, "each character by its frequency alone")
-    if both:
-        means = "each character from the three before it and the three after it (Witten-Bell)"
-        return [("counting, both sides", 3, means), frequency]
-    return [("counting, order 3", 3, "each character from the three before it (Witten-Bell)"), frequency]
+def _baselines(bidirectional: bool) -> list[tuple[str, int, str]]:
+    """(name, order, description) of the n-gram baselines."""
+    unigram = ("n-gram, order 0", 0, "each character from its frequency alone")
+    if bidirectional:
+        description = "each character from the three before and the three after it (Witten-Bell smoothing)"
+        return [("n-gram, both sides", 3, description), unigram]
+    return [("n-gram, order 3", 3, "each character from the three before it (Witten-Bell smoothing)"), unigram]
 
 
-def _print_infilled(model: Any, now: TrainState, text: Corpus) -> None:
-    ids = _most_text_window(text.held_out, text.vocabulary, _PASSAGE_LENGTH)
+def _print_infilled(model: Any, train_state: TrainState, corpus: Corpus) -> None:
+    """Hide every 6th character of a held-out passage, fill it in, and print the passage with the result marked."""
+    ids = _most_text_window(corpus.held_out, corpus.vocabulary, _PASSAGE_LENGTH)
     blank = np.arange(len(ids)) % _BLANK_INTERVAL == _BLANK_INTERVAL - 1
-    restored = infill(model, now.params, ids, blank)
-    right = int((restored == ids)[blank].sum())
+    filled = infill(model, train_state.params, ids, blank)
+    right = int((filled == ids)[blank].sum())
     counts = f"{right} [right], {int(blank.sum()) - right} {{wrong}}"
-    print(
-        f"\nthe held-out passage with most letters, every {_BLANK_INTERVAL}th character hidden and restored: {counts}\n"
-    )
-    print(mark_restored(text.vocabulary, ids, restored, blank) + "\n")
+    hidden = f"every {_BLANK_INTERVAL}th character hidden and filled in"
+    print(f"\nthe held-out passage with the most letters, {hidden}: {counts}\n")
+    print(mark_restored(corpus.vocabulary, ids, filled, blank) + "\n")
 
 
 def _most_text_window(ids: TokenIds, vocabulary: Vocabulary, length: int) -> TokenIds:
-    """The stretch with the most letters: to read, and harder than a table or its spaces."""
-    letters = np.array([c.isalpha() for c in vocabulary.characters])[ids]
-    before = np.concatenate([[0], np.cumsum(letters)])
-    start = int(np.argmax(before[length:] - before[:-length])) if len(ids) > length else 0
+    """Return the window of `length` characters with the most letters: prose rather than a table or blank space."""
+    is_letter = np.array([c.isalpha() for c in vocabulary.characters])[ids]
+    cumulative = np.concatenate([[0], np.cumsum(is_letter)])
+    start = int(np.argmax(cumulative[length:] - cumulative[:-length])) if len(ids) > length else 0
     return ids[start : start + length]
 
 
 def mark_restored(vocabulary: Vocabulary, ids: TokenIds, restored: TokenIds, blank: Any) -> str:
-    r"""Return the text of `restored`, what was blank in brackets: [right] or {wrong}.
+    r"""Return the text of `restored` with the blank positions in brackets: [right] or {wrong}.
+
+    Args:
+        vocabulary: the V characters.
+        ids: (T,) integers of the true text.
+        restored: (T,) integers, from `infill`.
+        blank: (T,) boolean, True at the positions that were filled in.
 
     >>> ids, restored = np.array([0, 1, 2, 2]), np.array([0, 1, 1, 2])
     >>> mark_restored(Vocabulary("abc"), ids, restored, np.array([False, True, True, False]))
     'a[b]{b}c'
     """
-    shown = []
-    for right, found, hidden in zip(vocabulary.decode(ids), vocabulary.decode(restored), blank, strict=True):
+    marked = []
+    for expected, found, hidden in zip(vocabulary.decode(ids), vocabulary.decode(restored), blank, strict=True):
         visible = "\\n" if found == "\n" else found
-        shown.append(found if not hidden else f"[{visible}]" if found == right else f"{{{visible}}}")
-    return "".join(shown)
+        marked.append(found if not hidden else f"[{visible}]" if found == expected else f"{{{visible}}}")
+    return "".join(marked)
 
 
 def save_curve(directory: Path, curve: Sequence[Sequence[float]], baselines: Mapping[str, float]) -> None:
-    """Draw `curve`, rows of (step, seconds, training bits, held-out bits), to curve.png, where matplotlib is."""
-    if not can_plot():  # a run says so before it begins
+    """Plot `curve`, rows of (step, seconds, training bits, held-out bits), to curve.png if matplotlib is installed."""
+    if not can_plot():  # `train` has printed this at its start
         return
-    steps, _, learnt, held_out = (list(column) for column in zip(*curve, strict=True))
+    steps, _, training, held_out = (list(column) for column in zip(*curve, strict=True))
     try:
-        plot_curve(directory / "curve.png", steps, {"training": learnt, "held out": held_out}, baselines)
+        plot_curve(directory / "curve.png", steps, {"training": training, "held out": held_out}, baselines)
     except InputError as error:
-        print(f"no curve.png: {error}")
+        print(f"curve.png was not written: {error}")

@@ -1,13 +1,14 @@
-"""Training: truncated back-propagation through time as an iterator, and a run's whole state in one file.
+"""Training loop of the character model: an iterator that yields the state of the run after every step.
 
-    model = build("elman", V, hidden=256)
-    for now in train(model, begin(model, rng, like), streams, Schedule(steps=1000)):
-        ...                     # `now` is a TrainState: look at it, save it, stop whenever you like
+    model = build_model("elman", V, hidden_size=256)
+    for train_state in train(model, init_train_state(model, rng, like), data, TrainConfig(steps=1000)):
+        ...                     # inspect or save `train_state`, or leave the loop at any step
 
-A step reads one window of T characters in N streams, carries the state of the window before (gradients stop at the
-window's edge; a reverse direction starts afresh in each), clips the gradient by its global norm and moves by Adam.
-Snapshots are values: none is changed by a later step, and one restored from its file goes on exactly as if nothing had
-happened.
+A step reads one window of T characters in N streams. Its initial state is the final state of the window before;
+gradients stop at the start of the window (truncated back-propagation through time). The reverse direction of a
+bidirectional model starts every window from zeros. The gradient is clipped by its global norm and applied with Adam.
+A TrainState is never changed by a later step. Training that resumes from a saved one gives the same bits as training
+without a stop.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ from xprnn.training.data_parallel import DataParallel
 from xprnn.training.losses import cross_entropy
 from xprnn.training.optimizers import adam, clip_by_global_norm
 
-_CHECK_INTERVAL = 10  # steps between two looks at the loss: each look waits for the device
+_CHECK_INTERVAL = 10  # steps between two checks of the loss: a check waits for the device
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How far and how fast: the learning rate warms up for 50 steps and falls along a cosine to zero at the end.
+    """Length and learning rate of a run: 50 steps of warm-up, then a half cosine to zero at the end.
 
     Args:
-        steps: windows to learn from.
-        minutes: stop by the clock instead; `steps` is then not looked at.
-        learning_rate: of Adam, at its highest.
-        clip: bound on the gradient's global norm.
+        steps: number of windows to train on.
+        minutes: train for this time instead of `steps`; None for `steps`.
+        learning_rate: peak learning rate of Adam.
+        clip: bound of the global norm of the gradient.
     """
 
     steps: int = 1000
@@ -47,25 +48,25 @@ class TrainConfig:
     clip: float = 1.0
 
     def progress(self, train_state: TrainState) -> float:
-        """Return the share of the run that lies behind `now`, 1 at its end."""
+        """Return the finished fraction of the run at `train_state`, 1 at the end."""
         return train_state.step / self.steps if self.minutes is None else train_state.seconds / (60 * self.minutes)
 
     def learning_rate_at(self, train_state: TrainState) -> float:
-        """Return the learning rate of the step after `now`."""
-        falling = (1 + math.cos(math.pi * min(self.progress(train_state), 1.0))) / 2
-        return self.learning_rate * min(1.0, (train_state.step + 1) / 50) * falling
+        """Return the learning rate of the step that follows `train_state`."""
+        cosine_factor = (1 + math.cos(math.pi * min(self.progress(train_state), 1.0))) / 2
+        return self.learning_rate * min(1.0, (train_state.step + 1) / 50) * cosine_factor
 
 
 class TrainState(NamedTuple):
-    """A run between two steps.
+    """State of a run between two steps.
 
     Args:
-        step: steps done.
-        params: the parameters.
-        moments: the optimiser's state.
-        state: the recurrent state after the last window; None before the first.
-        loss: 0-d array, moving average of the windows' losses in nats per character; None before the first.
-        seconds: time the run has taken.
+        step: number of finished steps.
+        params: parameters of the model.
+        optimizer_state: state of the optimiser.
+        recurrent_state: final state of the last window; None before the first step.
+        loss: moving average of the windows' losses (0-d array, nats per character); None before the first step.
+        seconds: training time so far.
     """
 
     step: int
@@ -77,16 +78,16 @@ class TrainState(NamedTuple):
 
 
 def init_train_state(model: Any, rng: np.random.Generator, like: Array) -> TrainState:
-    """Return the snapshot before the first step: recurrent weights orthogonal, the others Glorot's, biases zero.
+    """Return the state before the first step: orthogonal recurrent weights, Glorot input weights, zero biases.
 
-    Orthogonal recurrent weights neither shrink nor stretch a gradient on its way back in time (Saxe et al. 2014).
-    That makes short runs better, not long ones: with H = 256 on the default text, the Elman network is 0.12 and 0.08
-    bits per character (two seeds) ahead of torch's uniform weights after 1500 steps, and level with them after 7000.
+    Orthogonal recurrent weights preserve the norm of a gradient on its way back in time (Saxe et al. 2014). This helps
+    short runs only: an Elman network with H = 256 on the default text is 0.12 and 0.08 bits per character (two seeds)
+    better than with torch's uniform weights after 1500 steps, and equal after 7000.
 
     Args:
-        model: from `build`, or any model with the same verbs.
-        rng: where the parameters come from.
-        like: gives them namespace, dtype and device.
+        model: from `build_model`, or any model with the same methods.
+        rng: generator of the parameters.
+        like: array that gives the parameters their namespace, dtype and device.
     """
     params = model.init(rng, like=like, scheme="glorot_orthogonal")
     return TrainState(0, params, adam(0.0).init(params))
@@ -95,32 +96,33 @@ def init_train_state(model: Any, rng: np.random.Generator, like: Array) -> Train
 def train(
     model: Any, train_state: TrainState, data: BatchedText, config: TrainConfig, threads: int = 1
 ) -> Iterator[TrainState]:
-    """Learn, and yield a snapshot after every step.
+    """Train, and yield the state after every step.
 
     Args:
         model: maps integers (T, N) and a state to logits (T, N, V).
-        start: from `begin`, `load_checkpoint`, or an earlier iteration.
-        streams: the text, on the parameters' device.
-        schedule: when to end, and the learning rate until then.
-        threads: that share each step (crew.py), for NumPy arrays; the gradients are the same up to rounding.
+        train_state: from `init_train_state`, from `load_checkpoint`, or yielded by an earlier call.
+        data: the text, on the device of the parameters.
+        config: length and learning rate of the run.
+        threads: number of threads of a step (see DataParallel), for NumPy arrays. The number of threads changes the
+            gradients only by rounding.
 
     Raises:
-        InputError: the loss is not a number any more. It is looked at every tenth step and at the end.
+        InputError: the loss is nan or infinite. It is checked at every tenth step and at the end.
     """
-    now, began, pending = train_state, time.monotonic() - train_state.seconds, list[Array]()
-    with DataParallel(threads) as crew:
-        while config.progress(now) < 1:
-            # A loss that overflows is found below and named with its step; NumPy's warning would say less.
+    start_time, unchecked_losses = time.monotonic() - train_state.seconds, list[Array]()
+    with DataParallel(threads) as data_parallel:
+        while config.progress(train_state) < 1:
+            # An overflowing loss is reported by _check_finite with its step, so NumPy's warning is not needed.
             with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-                now, loss = train_step(
-                    model, now, *data.batch(now.step), config, crew, now.step % data.windows_per_epoch == 0
-                )
-            now = now._replace(seconds=time.monotonic() - began)
-            pending.append(loss)
-            if len(pending) == _CHECK_INTERVAL or config.progress(now) >= 1:
-                _check_finite(pending, now.step, config)
-                pending.clear()
-            yield now
+                x, targets = data.batch(train_state.step)
+                reset_state = train_state.step % data.windows_per_epoch == 0
+                train_state, loss = train_step(model, train_state, x, targets, config, data_parallel, reset_state)
+            train_state = train_state._replace(seconds=time.monotonic() - start_time)
+            unchecked_losses.append(loss)
+            if len(unchecked_losses) == _CHECK_INTERVAL or config.progress(train_state) >= 1:
+                _check_finite(unchecked_losses, train_state.step, config)
+                unchecked_losses.clear()
+            yield train_state
 
 
 def train_step(
@@ -132,15 +134,15 @@ def train_step(
     data_parallel: DataParallel,
     reset_state: bool = False,
 ) -> tuple[TrainState, Array]:
-    """Return the snapshot after one step, and the loss of its window.
+    """Return the state after one step, and the loss of its window.
 
     Args:
         model: as for `train`.
-        now: the snapshot before.
+        train_state: state before the step.
         x, targets: (T, N) integers.
-        schedule: the learning rate and the bound on the gradient.
-        crew: who does the work.
-        fresh: whether the state starts anew.
+        config: learning rate and bound of the gradient norm.
+        data_parallel: computes the gradients.
+        reset_state: True starts the window from the zero state, as at the start of an epoch.
     """
     loss, gradients, state = data_parallel.gradients(
         model, train_state.params, x, targets, None if reset_state else train_state.recurrent_state
@@ -156,22 +158,28 @@ def train_step(
     ), loss
 
 
-def _check_finite(losses: list[Array], last: int, schedule: TrainConfig) -> None:
-    for step, loss in enumerate(losses, last - len(losses) + 1):
+def _check_finite(losses: list[Array], last_step: int, config: TrainConfig) -> None:
+    """Raise InputError for the first loss that is not finite; `last_step` is the step of the last loss."""
+    for step, loss in enumerate(losses, last_step - len(losses) + 1):
         value = float(to_numpy(loss))
         if not math.isfinite(value):
             raise InputError(
-                f"the loss became {value} at step {step}; lower --learning-rate (it is {schedule.learning_rate:g})"
+                f"the loss became {value} at step {step}; lower --learning-rate (it is {config.learning_rate:g})"
             )
 
 
 def bits_per_character(model: Any, params: Params, inputs: Array, targets: Array) -> float:
-    """Return the mean bits per character for streams (S, N) of inputs and targets, the state carried as in training.
+    """Return the mean bits per character of a text; the state is carried through the whole text, as in training.
+
+    Args:
+        model: as for `train`.
+        params: parameters of the model.
+        inputs, targets: (S, N) integers.
 
     >>> import numpy as np
     >>> ids = np.zeros((3, 1), dtype=np.int64)
-    >>> coin = lambda params, x, state: (np.zeros((*x.shape, 2)), state)
-    >>> bits_per_character(coin, {}, ids, ids)
+    >>> fair_coin = lambda params, x, state: (np.zeros((*x.shape, 2)), state)
+    >>> bits_per_character(fair_coin, {}, ids, ids)
     1.0
     """
     total, state, length = 0.0, None, int(inputs.shape[0])

@@ -1,8 +1,8 @@
-"""The `train` command: a run from its text to its files, with everything a watcher wants to see on the way.
+"""Implementation of the `train` command: new and resumed runs, progress display, measurements, and the run's files.
 
-A run's DIR holds `model.safetensors` (what `sample` reads), `checkpoint.safetensors` (all that `--resume` needs),
-`curve.csv` and `curve.png`. The first three are written together at every measurement, twenty times in a run, and
-when the run is interrupted.
+The directory of a run holds `model.safetensors` (which `sample` reads), `checkpoint.safetensors` (which `--resume`
+reads), `curve.csv` and `curve.png`. The first three are written together at every measurement, twenty times in a run,
+and when the run is interrupted. `curve.png` is written at the end.
 """
 
 from __future__ import annotations
@@ -38,14 +38,17 @@ from xprnn.layers.context_shift import is_noncausal
 from xprnn.training.data_parallel import default_num_threads, keep_freed_memory
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
-_COLUMNS = ("step", "seconds", "train_bits", "bits_per_character")
+_CURVE_COLUMNS = ("step", "seconds", "train_bits", "bits_per_character")
 _MEASUREMENTS_PER_RUN = 20
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What decides a run; kept in its checkpoint. A learning rate of 0 stands for 1/H, at most 0.004; 0 threads
-    for as many as `crew.default_num_threads`, which a resumed run keeps."""
+    """Options of a run, as the command line gives them; they are stored in the checkpoint.
+
+    learning_rate 0 stands for 1/H, at most 0.004. threads 0 stands for `default_num_threads`; the checkpoint stores the
+    resolved number, and a resumed run uses it.
+    """
 
     file: str | None = None
     backend: str = "auto"
@@ -64,6 +67,8 @@ class TrainOptions:
 
 @dataclass
 class _TrainingRun:
+    """A run in progress: its options, data, model, state and learning curve."""
+
     options: TrainOptions
     directory: Path
     corpus: Corpus
@@ -74,72 +79,78 @@ class _TrainingRun:
 
     def __post_init__(self) -> None:
         o, held_out = self.options, self.corpus.held_out
-        # Wider networks diverge earlier: 0.004 is best for H = 256, but already too much for 512.
+        # Wider networks diverge at lower learning rates: 0.004 is best for H = 256, but too high for H = 512.
         self.config = TrainConfig(o.steps, o.minutes, o.learning_rate or min(0.004, 1 / o.hidden))
         self.corpus.check_length(o.batch, o.window)
         inputs, targets = self._to_device(batchify(self.corpus.train, o.batch, o.window))
         self.train_data = BatchedText(inputs, targets, o.window)
-        # Streams of 200 characters or more: what the first characters lack in context is then lost in the mean.
+        # Streams of at least 200 characters, so that the first ones, which lack context, hardly change the mean.
         self.held_out_data = self._to_device(batchify(held_out, max(1, min(32, len(held_out) // 200)), 1))
 
     def _to_device(self, arrays: tuple[TokenIds, TokenIds]) -> tuple[Array, Array]:
         inputs, targets = arrays
-        if is_noncausal(self.model):  # each character is restored, the next one has been read
+        if is_noncausal(self.model):  # a bidirectional model predicts the character at t, not the one at t + 1
             targets = inputs
         return from_numpy(inputs, like=self.like), from_numpy(targets, like=self.like)
 
     def measure(self) -> float:
+        """Return the held-out bits per character; raise InputError if the model has diverged."""
         bits = bits_per_character(self.model, self.train_state.params, *self.held_out_data)
         if not math.isfinite(bits) or self._diverged(bits):
-            many = f"{bits:.4g} bits per character" if math.isfinite(bits) else f"{bits}"
-            rate = f"lower --learning-rate (it is {self.config.learning_rate:g})"
-            raise InputError(f"the held-out loss became {many} at step {self.train_state.step}; {rate}")
+            loss = f"{bits:.4g} bits per character" if math.isfinite(bits) else f"{bits}"
+            hint = f"lower --learning-rate (it is {self.config.learning_rate:g})"
+            raise InputError(f"the held-out loss became {loss} at step {self.train_state.step}; {hint}")
         return bits
 
     def _diverged(self, bits: float) -> bool:
+        """True if held-out text and training text both cost far more than a uniform distribution would."""
         bound = 2 * math.log2(len(self.corpus.vocabulary)) + 10
         if bits <= bound:
             return False
-        # A last tenth in another alphabet costs as much without anything wrong: then what was learnt costs little.
+        # A held-out tenth in another alphabet costs as much without divergence, but then training text costs little.
         size = max(self.train_data.window, 256)
-        learnt = (self.train_data.inputs[:size, ...], self.train_data.targets[:size, ...])
-        return not bits_per_character(self.model, self.train_state.params, *learnt) <= bound
+        training_text = (self.train_data.inputs[:size, ...], self.train_data.targets[:size, ...])
+        return not bits_per_character(self.model, self.train_state.params, *training_text) <= bound
 
     def save(self, bits: float) -> None:
-        about = {
+        """Write model, checkpoint and curve.csv."""
+        metadata = {
             "vocabulary": self.corpus.vocabulary.characters,
             "bits_per_character": bits,
             "step": self.train_state.step,
+            "task": "each character from both sides" if is_noncausal(self.model) else "the next character",
+            "text": self.corpus.name,
         }
-        about["task"] = "each character from both sides" if is_noncausal(self.model) else "the next character"
-        model_file.save(
-            self.directory / model_file.MODEL_FILENAME,
-            self.model,
-            self.train_state.params,
-            {**about, "text": self.corpus.name},
-        )
+        model_path = self.directory / model_file.MODEL_FILENAME
+        model_file.save(model_path, self.model, self.train_state.params, metadata)
         run = {"options": asdict(self.options), "mark": self.corpus.fingerprint, "curve": self.curve}
         save_checkpoint(self.directory / CHECKPOINT_FILE, self.model, self.train_state, run)
         table = io.StringIO()
-        csv.writer(table, lineterminator="\n").writerows([_COLUMNS, *self.curve])
+        csv.writer(table, lineterminator="\n").writerows([_CURVE_COLUMNS, *self.curve])
         write_atomically(self.directory / "curve.csv", table.getvalue().encode())
 
     def train(self, bar: Any, caught: list[int]) -> float:
-        """Train to the end or until a signal is caught; return the last measured bits per character."""
-        characters, before = self.options.batch * self.options.window, self.config.progress(self.train_state)
+        """Train to the end or until a signal is caught, and return the last measured bits per character.
+
+        Args:
+            bar: tqdm progress bar, in characters.
+            caught: signal numbers from `_catch_signals`.
+        """
+        step_characters = self.options.batch * self.options.window
+        last_progress = self.config.progress(self.train_state)
         bits = self.curve[-1][-1] if self.curve else math.nan
-        for now in train(self.model, self.train_state, self.train_data, self.config, self.options.threads):
-            self.train_state, progress = now, self.config.progress(now)
-            bar.total = round(characters * now.step / progress)
-            bar.update(characters)
-            if int(progress * _MEASUREMENTS_PER_RUN) > int(before * _MEASUREMENTS_PER_RUN):
+        for train_state in train(self.model, self.train_state, self.train_data, self.config, self.options.threads):
+            self.train_state, progress = train_state, self.config.progress(train_state)
+            bar.total = round(step_characters * train_state.step / progress)
+            bar.update(step_characters)
+            if int(progress * _MEASUREMENTS_PER_RUN) > int(last_progress * _MEASUREMENTS_PER_RUN):
                 bits = self.measure()
-                loss = float(to_numpy(now.loss))
-                row = (now.seconds, loss / math.log(2), bits)
-                self.curve.append([now.step, *(round(value, 4) for value in row)])
+                loss = float(to_numpy(train_state.loss))
+                row = (train_state.seconds, loss / math.log(2), bits)
+                self.curve.append([train_state.step, *(round(value, 4) for value in row)])
                 self.save(bits)
                 bar.set_postfix_str(f"loss {loss:.3f}, held-out {bits:.3f} bits")
-            before = progress
+            last_progress = progress
             if caught:
                 bits = self.measure()
                 self.save(bits)
@@ -148,145 +159,176 @@ class _TrainingRun:
 
 
 def train_command(arguments: dict[str, Any]) -> int:
-    """Run `train` with the options given on the command line, and return the exit code."""
-    if "file" in arguments:  # --resume finds it from any directory
+    """Run `train`, and return its exit code.
+
+    Args:
+        arguments: the options given on the command line, by name; others are absent.
+
+    Raises:
+        InputError: an option, the text or the output directory is not usable, or the loss diverged.
+    """
+    if "file" in arguments:  # stored as an absolute path, so that --resume finds it from any directory
         arguments["file"] = str(Path(arguments["file"]).absolute())
-    run, made = _resume(arguments) if "resume" in arguments else _new_run(arguments)
+    run, created = _resume(arguments) if "resume" in arguments else _new_run(arguments)
     try:
-        # A step's products are small: BLAS threads gain little where they are free, and stall all where they are not.
+        # The products of a step are small: BLAS threads gain little on idle cores and stall each other on busy ones.
         keep_freed_memory()
         with threadpool_limits(1, user_api="blas"):
             return _train_with_progress(run)
     except InputError as error:
-        if made and not run.curve:
+        if created and not run.curve:
             with suppress(OSError):
                 run.directory.rmdir()
-        kept = f"; the last good model, of step {run.curve[-1][0]:.0f}, is in {run.directory}" if run.curve else ""
-        raise InputError(f"{error}{kept}") from None
+        hint = f"; the last good model, of step {run.curve[-1][0]:.0f}, is in {run.directory}" if run.curve else ""
+        raise InputError(f"{error}{hint}") from None
 
 
-def _new_run(given: dict[str, Any]) -> tuple[_TrainingRun, bool]:
-    out = Path(given["out"]) if "out" in given else _unused_path("xprnn-run")
+def _new_run(arguments: dict[str, Any]) -> tuple[_TrainingRun, bool]:
+    """Return a new run, and True if its directory was created."""
+    out = Path(arguments["out"]) if "out" in arguments else _unused_path("xprnn-run")
     if any((out / name).exists() for name in (model_file.MODEL_FILENAME, CHECKPOINT_FILE)):
-        raise InputError(f"--out {out}: already holds a run; take another --out, or --resume {shlex.quote(str(out))}")
-    text = Corpus.read(given.get("file"))
-    known = {f.name for f in fields(TrainOptions)}
-    options = _apply_length(TrainOptions(**{k: v for k, v in given.items() if k in known}), given, text)
+        raise InputError(f"--out {out}: already holds a run; use another --out, or --resume {shlex.quote(str(out))}")
+    corpus = Corpus.read(arguments.get("file"))
+    names = {f.name for f in fields(TrainOptions)}
+    options = TrainOptions(**{name: value for name, value in arguments.items() if name in names})
+    options = _apply_length(options, arguments, corpus)
     options = replace(options, threads=options.threads or default_num_threads(options.batch))
-    array = backend_array(options.backend)
-    model = build_model(options.cell, len(text.vocabulary), options.hidden, options.layers, options.bidirectional)
+    like = backend_array(options.backend)
+    model = build_model(options.cell, len(corpus.vocabulary), options.hidden, options.layers, options.bidirectional)
     _check_memory(model)
-    now = init_train_state(model, np.random.default_rng(options.seed), array)
-    run = _TrainingRun(options, out, text, array, model, now, [])
+    train_state = init_train_state(model, np.random.default_rng(options.seed), like)
+    run = _TrainingRun(options, out, corpus, like, model, train_state, [])
     return run, _make_writable(out)
 
 
-def _resume(given: dict[str, Any]) -> tuple[_TrainingRun, bool]:
-    out = Path(given["resume"])
-    fixed = sorted(given.keys() - {"resume", "file", "backend", "steps", "epochs", "minutes"})
+def _resume(arguments: dict[str, Any]) -> tuple[_TrainingRun, bool]:
+    """Return the run that a checkpoint holds, and False: its directory was not created."""
+    out = Path(arguments["resume"])
+    fixed = sorted(arguments.keys() - {"resume", "file", "backend", "steps", "epochs", "minutes"})
     if fixed:
         raise InputError(f"--{fixed[0].replace('_', '-')} cannot change when a run is resumed")
-    kept = model_file.load_metadata(out / CHECKPOINT_FILE)
+    metadata = model_file.load_metadata(out / CHECKPOINT_FILE)
     try:
-        options = replace(TrainOptions(**kept["options"]), **{k: given[k] for k in ("file", "backend") if k in given})
-        mark, curve = kept["mark"], [list(map(float, row)) for row in kept["curve"]]
+        changed = {name: arguments[name] for name in ("file", "backend") if name in arguments}
+        options = replace(TrainOptions(**metadata["options"]), **changed)
+        fingerprint, curve = metadata["mark"], [list(map(float, row)) for row in metadata["curve"]]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{out / CHECKPOINT_FILE}: damaged ({error})") from None
-    text = Corpus.read(options.file)
-    if text.fingerprint != mark:
-        raise InputError(f"--resume {out}: {text.name} is not the text this run has learnt from; give FILE")
-    array = backend_array(options.backend)
-    model, now = load_checkpoint(out / CHECKPOINT_FILE, like=array)
+    corpus = Corpus.read(options.file)
+    if corpus.fingerprint != fingerprint:
+        raise InputError(
+            f"--resume {out}: {corpus.name} is not the text that this run was trained on; give that text as FILE"
+        )
+    like = backend_array(options.backend)
+    model, train_state = load_checkpoint(out / CHECKPOINT_FILE, like=like)
     _make_writable(out)
-    return _TrainingRun(_apply_length(options, given, text), out, text, array, model, now, curve), False
+    options = _apply_length(options, arguments, corpus)
+    return _TrainingRun(options, out, corpus, like, model, train_state, curve), False
 
 
-def _apply_length(options: TrainOptions, given: dict[str, Any], text: Corpus) -> TrainOptions:
-    if "epochs" in given:
-        windows = (len(text.train) - 1) // options.batch // options.window
-        return replace(options, steps=max(1, math.ceil(given["epochs"] * windows)), minutes=None)
-    if "steps" in given:
-        return replace(options, steps=given["steps"], minutes=None)
-    return replace(options, minutes=given.get("minutes", options.minutes))
+def _apply_length(options: TrainOptions, arguments: dict[str, Any], corpus: Corpus) -> TrainOptions:
+    """Apply --epochs, --steps or --minutes."""
+    if "epochs" in arguments:
+        windows = (len(corpus.train) - 1) // options.batch // options.window
+        return replace(options, steps=max(1, math.ceil(arguments["epochs"] * windows)), minutes=None)
+    if "steps" in arguments:
+        return replace(options, steps=arguments["steps"], minutes=None)
+    return replace(options, minutes=arguments.get("minutes", options.minutes))
 
 
 def _check_memory(model: Any) -> None:
-    # A machine that swaps for an hour before it gives up is no answer to one zero too many in --hidden.
+    """Raise InputError if the training state exceeds the physical memory, rather than let the machine swap."""
     try:
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not every system tells
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not known on this system
         return
     needed = 4 * 4 * sum(math.prod(shape) for shape in model.shapes().values())
-    if needed > there:
+    if needed > available:
         raise InputError(
             f"the model needs {needed / 2**30:,.0f} GiB for parameters, gradients and Adam's two moments,"
-            f" this machine has {there / 2**30:,.0f}; take a smaller --hidden or fewer --layers"
+            f" this machine has {available / 2**30:,.0f} GiB; use a smaller --hidden or fewer --layers"
         )
 
 
 def _unused_path(name: str) -> Path:
+    """Return `name`, or the first of name-2, name-3, ... that does not exist."""
     paths = [Path(name), *(Path(f"{name}-{number}") for number in range(2, 10_000))]
     return next(path for path in paths if not path.exists())
 
 
 def _make_writable(out: Path) -> bool:
-    made = not out.exists()
+    """Create the directory if needed and check that it is writable; return True if it was created."""
+    created = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
-            return made
+            return created
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror or error})") from None
 
 
 @contextmanager
 def _catch_signals() -> Iterator[list[int]]:
-    # Only noted: the step in progress is finished, so that what is saved is exactly the state between two steps.
+    """Collect SIGINT and SIGTERM in a list, so that the current step finishes before the run is saved.
+
+    A second signal raises KeyboardInterrupt.
+    """
     caught: list[int] = []
 
-    def note(number: int, _: Any) -> None:
+    def handle(number: int, _: Any) -> None:
         if caught:
             raise KeyboardInterrupt
         caught.append(number)
 
     try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are someone else's
-        before = {}
+        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # only the main thread may set signal handlers
+        previous = {}
     try:
         yield caught
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def _train_with_progress(run: _TrainingRun) -> int:
-    o, text, plots = run.options, run.corpus, can_plot()  # a slow import: not after the first line
-    total = len(text.train) + len(text.held_out)
-    size = sum(math.prod(shape) for shape in run.model.shapes().values())
-    library = namespace(run.like).__name__.rpartition(".")[2]
-    print(f"text   {total:,} characters of {text.name}, {len(text.vocabulary)} different; the last tenth is held out")
-    directions = " in each of two directions" if o.bidirectional else ""
-    print(
-        f"model  {o.cell}, {o.layers} x {o.hidden} units{directions}, {size:,} parameters, {library} {run.like.dtype}"
-    )
-    if o.bidirectional:
-        print("task   to restore each character from all before it and, within a window, all after it")
-    if not plots:
-        print('no curve.png will be drawn: it needs matplotlib: pip install "xprnn[plot]"')
-    sys.stdout.flush()
-    start, seconds = run.train_state.step * o.batch * o.window, run.train_state.seconds
-    quiet = {} if sys.stderr.isatty() else {"mininterval": 10.0}
-    with _catch_signals() as caught, tqdm(initial=start, unit="char", unit_scale=True, smoothing=0.1, **quiet) as bar:
+    """Train with a progress bar, print the report, and return the exit code: 0, or 130 if interrupted."""
+    options, directory = run.options, shlex.quote(str(run.directory))
+    _print_header(run)
+    start, start_seconds = run.train_state.step * options.batch * options.window, run.train_state.seconds
+    interval = {} if sys.stderr.isatty() else {"mininterval": 10.0}
+    bar_options = {"initial": start, "unit": "char", "unit_scale": True, "smoothing": 0.1, **interval}
+    with _catch_signals() as caught, tqdm(**bar_options) as bar:
         bits = run.train(bar, caught)
     if caught:
-        where = f"step {run.train_state.step}, {bits:.3f} held-out bits per character"
         print(
-            f"\nstopped and saved ({where}). Go on with\n  python -m xprnn train --resume {shlex.quote(str(run.directory))}"
+            f"\ninterrupted and saved (step {run.train_state.step}, {bits:.3f} held-out bits per character)."
+            f" Continue with\n  python -m xprnn train --resume {directory}"
         )
         return 130
-    rate = (run.train_state.step * o.batch * o.window - start) / max(run.train_state.seconds - seconds, 1e-9)
-    save_curve(run.directory, run.curve, print_report(run.model, run.train_state, text, bits, rate, o.seed))
-    more = "what is in it: python -m xprnn info" if o.bidirectional else "more text: python -m xprnn sample"
-    print(f"saved in {run.directory}; {more} {shlex.quote(str(run.directory))}")
+    characters = run.train_state.step * options.batch * options.window - start
+    rate = characters / max(run.train_state.seconds - start_seconds, 1e-9)
+    baselines = print_report(run.model, run.train_state, run.corpus, bits, rate, options.seed)
+    save_curve(run.directory, run.curve, baselines)
+    hint = "details: python -m xprnn info" if options.bidirectional else "more text: python -m xprnn sample"
+    print(f"saved in {run.directory}; {hint} {directory}")
     return 0
+
+
+def _print_header(run: _TrainingRun) -> None:
+    """Print the text, the model and the task of a run."""
+    options, corpus = run.options, run.corpus
+    plots = can_plot()  # a slow import: before the first line, so that the lines appear together
+    total = len(corpus.train) + len(corpus.held_out)
+    size = sum(math.prod(shape) for shape in run.model.shapes().values())
+    library = namespace(run.like).__name__.rpartition(".")[2]
+    characters = len(corpus.vocabulary)
+    print(f"text   {total:,} characters of {corpus.name}, {characters} different; the last tenth is held out")
+    layers = f"{options.layers} layer{'s' if options.layers > 1 else ''} of {options.hidden} units"
+    directions = " in each of two directions" if options.bidirectional else ""
+    print(f"model  {options.cell}, {layers}{directions}, {size:,} parameters, {library} {run.like.dtype}")
+    if options.bidirectional:
+        print("task   fill in each character from all before it and, within a window, all after it")
+    if not plots:
+        print('curve.png will not be written: it needs matplotlib: pip install "xprnn[plot]"')
+    sys.stdout.flush()
