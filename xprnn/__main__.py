@@ -1,4 +1,4 @@
-"""`python -m xprnn`."""
+"""Entry point of `python -m xprnn`."""
 
 import sys
 
@@ -7,6 +7,6 @@ if __name__ == "__main__":
         from xprnn.cli.main import main
 
         code = main()
-    except KeyboardInterrupt:  # before a command has begun; from then on `main` answers for it
+    except KeyboardInterrupt:  # during the import; later ones are handled by `main`
         code = 130
     sys.exit(code)

@@ -1,1 +1,1 @@
-"""The command line: python -m xprnn train, sample, bench, convert, info, run."""
+"""Command line `python -m xprnn`: train, sample, bench, convert, info, run."""

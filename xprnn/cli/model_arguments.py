@@ -1,4 +1,4 @@
-"""How `convert`, `info` and `run` are called: rows for the table of commands."""
+"""Arguments of the commands `convert`, `info` and `run`: their rows of the command table."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ _CONVERT_EXAMPLES = """
   python -m xprnn convert keras-model.keras model.safetensors
   python -m xprnn convert model.weights.h5 model.npz --config model.json
   python -m xprnn convert weights.safetensors model.npz --nonlinearity relu --batch-first
-Read are .safetensors (xprnn's, or a state_dict of anyone's), .npz, .pt and .pth (a state_dict), .onnx, .keras and .h5;
-written are the first four. xprnn's .safetensors hold torch's names and shapes: safetensors.torch.load_file reads them.
+Reads .safetensors (of xprnn, or a state_dict), .npz, .pt and .pth (a state_dict), .onnx, .keras and .h5.
+Writes .safetensors, .npz, .pt, .pth and .onnx. An xprnn .safetensors file has torch's parameter names and shapes:
+safetensors.torch.load_file reads it.
 """
 _INFO_EXAMPLES = """
   python -m xprnn info book
@@ -22,38 +23,37 @@ _INFO_EXAMPLES = """
 _RUN_EXAMPLES = """
   python -m xprnn run model.onnx input.npy
   python -m xprnn run model.pt input.npy --stream --output output.npy
-INPUT is (T,N,D), or (N,T,D) if the model is batch-first, or (T,D) for one sequence; for an Embedding integers (T,N) or
-(T,).
+INPUT has the shape (T,N,D): T steps, N sequences, D features. It is (N,T,D) if the model is batch-first, and (T,D) for
+one sequence. For an Embedding, INPUT holds integers (T,N) or (T,).
 """
 
 
 def _add_source_options(parser: argparse.ArgumentParser) -> None:
-    about = parser.add_argument_group("what files of weights do not say")
-    about.add_argument("--nonlinearity", choices=("tanh", "relu"), help="of an nn.RNN (default: tanh)")
-    about.add_argument("--config", metavar="FILE", help="of a .weights.h5: a .json or .keras file that says its layers")
-    about.add_argument("--batch-first", action="store_true", default=None, help="x is (N,T,D), not (T,N,D)")
-    about.add_argument(
-        "--order", nargs="+", metavar="PART", help="names of the parts as they run, if widths leave a doubt"
-    )
+    group = parser.add_argument_group("options for files that store weights without an architecture")
+    group.add_argument("--nonlinearity", choices=("tanh", "relu"), help="nonlinearity of an nn.RNN (default: tanh)")
+    group.add_argument("--config", metavar="FILE", help="architecture of a .weights.h5 file: a .json or .keras file")
+    group.add_argument("--batch-first", action="store_true", default=None, help="layers take (N,T,D), not (T,N,D)")
+    order = "names of the layers in the order in which they run, if their widths allow more than one order"
+    group.add_argument("--order", nargs="+", metavar="LAYER", help=order)
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="IN", help="a model file, or the DIR of a run")
-    parser.add_argument("target", metavar="OUT", help="the file to write; its ending tells the format")
-    parser.add_argument("--dtype", choices=("float32", "float64"), help="of the parameters (default: the source's)")
+    parser.add_argument("source", metavar="IN", help="model file, or directory of a run")
+    parser.add_argument("target", metavar="OUT", help="file to write; its ending selects the format")
+    parser.add_argument("--dtype", choices=("float32", "float64"), help="dtype of the parameters (default: that of IN)")
     _add_source_options(parser)
 
 
 def _info_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="a model file of any format, or the DIR of a run")
+    parser.add_argument("file", metavar="FILE", help="model file of any format, or directory of a run")
     _add_source_options(parser)
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a model file of any format, or the DIR of a run")
-    parser.add_argument("input", metavar="INPUT", help="a .npy file")
-    parser.add_argument("--output", metavar="OUT", help="a .npy file to write (default: print)")
-    parser.add_argument("--stream", action="store_true", help="one step at a time; the output is that of every step")
+    parser.add_argument("model", metavar="MODEL", help="model file of any format, or directory of a run")
+    parser.add_argument("input", metavar="INPUT", help="array to run it on, a .npy file")
+    parser.add_argument("--output", metavar="OUT", help=".npy file to write (default: print the output)")
+    parser.add_argument("--stream", action="store_true", help="run one step at a time with a carried state")
     _add_source_options(parser)
 
 
@@ -81,6 +81,6 @@ def _run(args: argparse.Namespace) -> int:
 
 MODEL_COMMANDS = {
     "convert": ("write a model file in another format", _CONVERT_EXAMPLES, _convert_arguments, _convert),
-    "info": ("say what is in a model file", _INFO_EXAMPLES, _info_arguments, _info),
+    "info": ("print the contents of a model file", _INFO_EXAMPLES, _info_arguments, _info),
     "run": ("run a model on an array", _RUN_EXAMPLES, _run_arguments, _run),
 }

@@ -1,10 +1,10 @@
-"""Models and arrays in files, the format told by the ending.
+"""Reading and writing models and arrays in files; the ending selects the format.
 
-.safetensors   xprnn's, or a state_dict that torch or another wrote: its header tells which
-.npz           xprnn's
-.pt .pth       a state_dict that torch wrote
+.safetensors   an xprnn model, or a state_dict of torch or another library; the header distinguishes them
+.npz           an xprnn model
+.pt .pth       a state_dict of torch
 .onnx          an ONNX model
-.keras .h5     Keras 3's model and weight files (only read)
+.keras .h5     model and weight files of Keras 3 (read only)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SUPPORTED_SUFFIXES = ".safetensors, .npz, .pt, .pth, .onnx, .keras or .h5"
 
 
 class LoadedModel(NamedTuple):
-    """A model from a file."""
+    """A model that was read from a file, with its parameters and metadata."""
 
     format: str
     model: Any
@@ -35,32 +35,32 @@ class LoadedModel(NamedTuple):
 
     @property
     def is_graph(self) -> bool:
-        """Whether it is a general ONNX graph, which is only run."""
+        """True for a general ONNX graph, which can be run but not converted."""
         return hasattr(self.model, "reason")
 
 
 def read_model(source: str | Path, like: Array | None = None, **hints: Any) -> LoadedModel:
-    """The model in a file, whatever wrote it.
+    """Read a model file of any format.
 
     Args:
-        place: a file, or the DIR of a run.
-        like: as in `load`.
-        hints: nonlinearity, batch_first, order, for state_dicts (see from_torch); config, for .weights.h5 (see
-            from_keras).
+        source: model file, or directory of a run.
+        like: array that gives the parameters their namespace, dtype and device; None for NumPy and the file's dtype.
+        hints: nonlinearity, batch_first and order for a state_dict (see from_torch); config for a .weights.h5 file
+            (see from_keras). Hints that are None are ignored.
 
     Raises:
-        InputError: no such file, another ending, a file that cannot be read; or hints for a format that needs none.
+        InputError: the file does not exist, has an unknown ending or cannot be read, or a hint does not apply to it.
     """
     path = Path(source)
     if path.is_dir():
         path = path / MODEL_FILENAME
     if not path.exists():
-        raise InputError(f"{path}: there is no such model")
+        raise InputError(f"{path}: no such model file")
     hints = {name: value for name, value in hints.items() if value is not None}
     kind = _detect_format(path)
     allowed = {"torch": {"nonlinearity", "batch_first", "order"}, "Keras": {"config"}}.get(kind, set())
-    if strangers := sorted(hints.keys() - allowed):
-        raise InputError(f"{path}: a file of {kind} needs no {', '.join(strangers)}: leave that out")
+    if unknown := sorted(hints.keys() - allowed):
+        raise InputError(f"{path}: {', '.join(unknown)} does not apply to {kind} files: leave it out")
     if kind == "xprnn":
         return LoadedModel(kind, *load(path, like), load_metadata(path))
     from xprnn import interop
@@ -75,7 +75,7 @@ def read_model(source: str | Path, like: Array | None = None, **hints: Any) -> L
 
 
 def _detect_format(path: Path) -> str:
-    """Whose file it is."""
+    """Return the library that wrote the file: xprnn, torch, ONNX or Keras."""
     if path.suffix == ".safetensors":
         return "xprnn" if is_xprnn_file(path) else "torch"
     kinds = {".npz": "xprnn", ".pt": "torch", ".pth": "torch", ".onnx": "ONNX", ".keras": "Keras", ".h5": "Keras"}
@@ -85,10 +85,10 @@ def _detect_format(path: Path) -> str:
 
 
 def write_model(path: str | Path, loaded_model: LoadedModel) -> None:
-    """Write a model to a file in the format of its ending, in one step.
+    """Write a model to a file in the format of its ending; the file appears complete or not at all.
 
     Raises:
-        InputError: an ending that is not written, or a model that the format cannot hold, with all reasons.
+        InputError: the ending is unknown or read only, or the format cannot represent the model (with all reasons).
     """
     path = Path(path)
     model, params = loaded_model.model, loaded_model.params
@@ -109,15 +109,15 @@ def write_model(path: str | Path, loaded_model: LoadedModel) -> None:
         dtype = str(next(iter(params.values())).dtype) if params else "float32"
         to_onnx(model, params, path, dtype=dtype)
     else:
-        only = ": Keras's files are only read" if path.suffix in (".keras", ".h5") else ""
-        raise InputError(f"{path}: expected a name ending in .safetensors, .npz, .pt, .pth or .onnx{only}")
+        hint = ": Keras files can only be read" if path.suffix in (".keras", ".h5") else ""
+        raise InputError(f"{path}: expected a name ending in .safetensors, .npz, .pt, .pth or .onnx{hint}")
 
 
 def read_npy(path: str | Path) -> Any:
-    """The array of a `.npy` file, whose header is not believed before the file's length bears it out.
+    """Read the array of a `.npy` file, after checking that the file is as long as its header claims.
 
     Raises:
-        InputError: no such file, a damaged one, or one that holds something else than numbers.
+        InputError: the file does not exist, is damaged, or does not hold an array of numbers.
     """
     check_file(str(path), Path(path))
     try:
@@ -132,17 +132,22 @@ def read_npy(path: str | Path) -> Any:
         raise
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except Exception as error:  # on a damaged header NumPy raises whatever its parts do
-        said = " ".join(str(error).split())[:200]
-        said = "it holds Python objects, which are not read" if "ickle" in said or "Python object" in said else said
-        raise InputError(f"{path}: damaged, or not a .npy file ({said})") from None
+    except Exception as error:  # NumPy raises many types of exception on a damaged header
+        reason = " ".join(str(error).split())[:200]
+        has_objects = "ickle" in reason or "Python object" in reason
+        reason = "it holds Python objects, which are not read" if has_objects else reason
+        raise InputError(f"{path}: damaged, or not a .npy file ({reason})") from None
 
 
 def write_npy(path: str | Path, outputs: Mapping[str, Any]) -> None:
-    """Write one output to a `.npy` file; several to one file each, with their names before its ending.
+    """Write the outputs of a model: one to `path`, several to one file each with the output's name before the ending.
+
+    Args:
+        path: file with the ending `.npy`.
+        outputs: name -> array.
 
     Raises:
-        InputError: another ending, or a place that cannot be written.
+        InputError: the ending is not `.npy`, or the file cannot be written.
     """
     path = Path(path)
     if path.suffix != ".npy":
