@@ -1,4 +1,4 @@
-"""The article's layout is the core's memory read backwards: what is copied and what is not."""
+"""Memory of the article's functions: which arguments are copied, and which results are views."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from xprnn import rnn_backward, rnn_cell_forward, rnn_forward
 @pytest.fixture
 def case(rng):
     x, a0, p = article_inputs(rng, n_x=64, n_a=2, n_y=1, m=8, T=500)
-    give = {name: value.astype("float32") for name, value in p.items()}
-    return np.asfortranarray(x, "float32"), np.asfortranarray(a0, "float32"), give
+    parameters = {name: value.astype("float32") for name, value in p.items()}
+    return np.asfortranarray(x, "float32"), np.asfortranarray(a0, "float32"), parameters
 
 
-def peak(function):
-    """The most memory that `function` held at once, and its result."""
-    function()  # what is made once for all calls is not this call's
+def peak_memory(function):
+    """The peak memory of `function` in bytes, and its result."""
+    function()  # fills the caches that later calls share
     tracemalloc.start()
     try:
         result = function()
@@ -31,23 +31,23 @@ def peak(function):
 
 def test_fortran_ordered_x_is_not_copied(case):
     x, a0, p = case
-    used, _ = peak(lambda: rnn_forward(x, a0, p))
+    used, _ = peak_memory(lambda: rnn_forward(x, a0, p))
     assert used < x.nbytes / 2
 
 
-def test_a_c_ordered_x_would_be_copied(case):
-    """The measure above can fail."""
+def test_c_ordered_x_is_copied(case):
+    """Shows that the bound of the test above is sharp enough to detect a copy."""
     x, a0, p = case
     c_ordered = np.ascontiguousarray(x)
-    used, _ = peak(lambda: rnn_forward(c_ordered, a0, p))
+    used, _ = peak_memory(lambda: rnn_forward(c_ordered, a0, p))
     assert used > x.nbytes / 2
 
 
-def test_backward_makes_dx_once(case, rng):
+def test_backward_allocates_dx_once(case, rng):
     x, a0, p = case
     a, _, caches = rnn_forward(x, a0, p)
     da = np.asfortranarray(rng.normal(size=a.shape), "float32")
-    used, grads = peak(lambda: rnn_backward(da, caches))
+    used, grads = peak_memory(lambda: rnn_backward(da, caches))
     assert x.nbytes <= used < 1.5 * x.nbytes
     assert grads["dx"].dtype == np.float32
 
@@ -69,7 +69,7 @@ def test_results_are_views_of_time_major_memory(case, rng):
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_memory_order_of_the_arguments_changes_nothing(case, rng, order):
+def test_memory_order_of_arguments_does_not_change_gradients(case, rng, order):
     x, a0, p = ({k: np.array(v, order=order) for k, v in c.items()} if isinstance(c, dict) else c for c in case)
     da = rng.normal(size=(2, 8, 500)).astype("float32")
     first = rnn_backward(da, rnn_forward(*case)[2])
@@ -80,15 +80,15 @@ def test_memory_order_of_the_arguments_changes_nothing(case, rng, order):
         np.testing.assert_allclose(second[name], value, atol=2e-5 * np.abs(value).max(), err_msg=name)
 
 
-def test_caches_cost_nothing_until_looked_at(rng):
+def test_caches_need_no_memory_until_indexed(rng):
     x, a0, p = article_inputs(rng, n_x=1, n_a=1, n_y=1, m=1, T=20_000)
-    used, (_, _, (cells, _)) = peak(lambda: rnn_forward(x, a0, p))
-    assert used < 200 * len(cells), "a tuple of four arrays takes over 300 bytes for each step"
-    used, _ = peak(lambda: cells[1:-1][::3])
+    used, (_, _, (cells, _)) = peak_memory(lambda: rnn_forward(x, a0, p))
+    assert used < 200 * len(cells), "a tuple of four arrays would take over 300 bytes per step"
+    used, _ = peak_memory(lambda: cells[1:-1][::3])
     assert used < 2000
 
 
-def test_the_cell_copies_no_input(case):
+def test_cell_forward_copies_no_input(case):
     x, a0, p = case
     a_next, _, cache = rnn_cell_forward(x[:, :, 0], a0, p)
     assert cache[0] is a_next

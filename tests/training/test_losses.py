@@ -1,4 +1,4 @@
-"""Softmax, cross-entropy and squared error: per-slice shifts, every kind of target, gradients by two oracles."""
+"""Softmax, cross-entropy and mean squared error against NumPy loops, torch and central differences."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import xprnn
 from xprnn import cross_entropy, mse, softmax
 
 float64_only = pytest.mark.not_on("strict:no_float64", reason="central differences need float64")
-SHAPE = (4, 3, 5)  # the classes stand at any of these axes
+SHAPE = (4, 3, 5)  # any of these axes may be the class axis
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, -1, -3])
 def test_softmax_along_every_axis(xp, dtype, rng, axis):
     x = rng.normal(size=SHAPE).astype(dtype).astype("float64")
-    given = xp.asarray(x, dtype)
-    y = softmax(given, axis=axis)
+    x_xp = xp.asarray(x, dtype)
+    y = softmax(x_xp, axis=axis)
     xp.assert_close(y, oracles.softmax(x, axis))
-    xp.assert_like(y, given)
+    xp.assert_like(y, x_xp)
 
 
 def test_softmax_shifts_each_column_by_its_own_maximum(xp, dtype):
-    """The article's maximum of the whole array would divide 0 by 0 in the lower columns."""
+    """With the maximum of the whole array, as in the article, the lower columns would be 0 / 0."""
     x = np.asarray([[0.0, 1e4, -1e4, 3e4], [1.0, 1e4, -1e4 + 2, -3e4]])
     y = xp.to_numpy(softmax(xp.asarray(x, dtype)))
     np.testing.assert_allclose(y.sum(axis=0), 1.0, rtol=xp.rtol(dtype, 4))
@@ -32,18 +32,18 @@ def test_softmax_shifts_each_column_by_its_own_maximum(xp, dtype):
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (1, 4), (7,)])
-def test_softmax_of_odd_shapes(xp, shape, rng):
+def test_softmax_of_empty_and_one_dimensional_arrays(xp, shape, rng):
     x = rng.normal(size=shape)
     xp.assert_close(softmax(xp.asarray(x)), oracles.softmax(x))
 
 
-def test_softmax_leaves_minus_infinity_at_zero(xp, dtype):
-    """A class that is ruled out by -inf has probability 0, not nan."""
+def test_softmax_of_minus_infinity_is_zero(xp, dtype):
+    """A score of -inf gives probability 0, not nan."""
     y = softmax(xp.asarray(np.asarray([[-np.inf], [1.0], [1.0]]), dtype))
     xp.assert_close(y, np.asarray([[0.0], [0.5], [0.5]]))
 
 
-def targets_of(rng, shape, axis, kind):
+def make_targets(rng, shape, axis, kind):
     """Integer classes, their one-hot form, probabilities or counts, for logits of `shape`."""
     lead = tuple(s for k, s in enumerate(shape) if k != axis % len(shape))
     ids = rng.integers(shape[axis], size=lead)
@@ -52,21 +52,21 @@ def targets_of(rng, shape, axis, kind):
     if kind == "one-hot":
         return np.moveaxis(np.eye(shape[axis])[ids], -1, axis)
     mixed = rng.uniform(0.1, 1.0, size=shape)
-    if kind == "counts":  # need not sum to 1: then p is multiplied by what they do sum to
+    if kind == "counts":  # need not sum to 1: the gradient multiplies p by their sum
         return 3 * mixed
     return mixed / mixed.sum(axis=axis, keepdims=True)
 
 
-def loss_of(z, targets, axis, mask, weights, reduction):
-    """Cross-entropy position by position: value, gradient."""
+def reference_cross_entropy(z, targets, axis, mask, weights, reduction):
+    """Value and gradient of cross-entropy, computed in a loop over positions."""
     z = np.moveaxis(z, axis, -1)
-    wanted = np.eye(z.shape[-1])[targets] if targets.dtype.kind == "i" else np.moveaxis(targets, axis, -1)
+    probabilities = np.eye(z.shape[-1])[targets] if targets.dtype.kind == "i" else np.moveaxis(targets, axis, -1)
     value, grad, total = 0.0, np.zeros_like(z), 0.0
-    for where in np.ndindex(z.shape[:-1]):
-        w = (1.0 if weights is None else weights[where]) * (mask is None or mask[where])
-        logp = z[where] - z[where].max() - np.log(np.exp(z[where] - z[where].max()).sum())
-        value -= w * wanted[where] @ logp
-        grad[where] = w * (np.exp(logp) * wanted[where].sum() - wanted[where])
+    for position in np.ndindex(z.shape[:-1]):
+        w = (1.0 if weights is None else weights[position]) * (mask is None or mask[position])
+        logp = z[position] - z[position].max() - np.log(np.exp(z[position] - z[position].max()).sum())
+        value -= w * probabilities[position] @ logp
+        grad[position] = w * (np.exp(logp) * probabilities[position].sum() - probabilities[position])
         total += w
     scale = (1 / total if total else 0.0) if reduction == "mean" else 1.0
     return value * scale, np.moveaxis(grad * scale, -1, axis)
@@ -74,37 +74,37 @@ def loss_of(z, targets, axis, mask, weights, reduction):
 
 @pytest.mark.parametrize("kind", ["integers", "one-hot", "probabilities", "counts"])
 @pytest.mark.parametrize("axis", [0, 1, -1])
-@pytest.mark.parametrize("weighing", ["", "mask", "weights", "mask weights"])
+@pytest.mark.parametrize("weighting", ["", "mask", "weights", "mask weights"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_cross_entropy(xp, rng, kind, axis, weighing, reduction):
+def test_cross_entropy_equals_the_loop(xp, rng, kind, axis, weighting, reduction):
     dtype = xp.float_dtypes[0]
     z = (3 * rng.normal(size=SHAPE)).astype(dtype).astype("float64")
-    targets = targets_of(rng, SHAPE, axis, kind)
+    targets = make_targets(rng, SHAPE, axis, kind)
     lead = tuple(s for k, s in enumerate(SHAPE) if k != axis % 3)
-    mask = rng.random(lead) < 0.6 if "mask" in weighing else None
-    weights = rng.uniform(0.2, 2.0, lead).astype(dtype) if "weights" in weighing else None
-    given = xp.asarray(z)
-    flags = {
+    mask = rng.random(lead) < 0.6 if "mask" in weighting else None
+    weights = rng.uniform(0.2, 2.0, lead).astype(dtype) if "weights" in weighting else None
+    logits = xp.asarray(z)
+    options = {
         "mask": None if mask is None else xp.asarray(mask),
         "weights": None if weights is None else xp.asarray(weights),
     }
-    here = xp.asarray(targets, None if kind == "integers" else dtype)
-    value, dz = cross_entropy(given, here, axis=axis, reduction=reduction, **flags)
-    want = loss_of(z, targets, axis, mask, weights, reduction)
-    xp.assert_close(value, np.asarray(want[0]), condition=30)
-    xp.assert_close(dz, want[1], condition=30)
-    xp.assert_like((value, dz), given)
+    targets_xp = xp.asarray(targets, None if kind == "integers" else dtype)
+    value, dz = cross_entropy(logits, targets_xp, axis=axis, reduction=reduction, **options)
+    expected = reference_cross_entropy(z, targets, axis, mask, weights, reduction)
+    xp.assert_close(value, np.asarray(expected[0]), condition=30)
+    xp.assert_close(dz, expected[1], condition=30)
+    xp.assert_like((value, dz), logits)
 
 
 @pytest.mark.needs("torch")
 @pytest.mark.parametrize("kind", ["integers", "probabilities", "counts"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_cross_entropy_is_torchs(xp, rng, kind, reduction):
+def test_cross_entropy_equals_torch(xp, rng, kind, reduction):
     import torch
 
     dtype = xp.float_dtypes[0]
     z = (3 * rng.normal(size=(6, 5))).astype(dtype)
-    targets = targets_of(rng, (6, 5), -1, kind)
+    targets = make_targets(rng, (6, 5), -1, kind)
     targets = targets if kind == "integers" else targets.astype(dtype)
     leaf = torch.tensor(z, requires_grad=True)
     loss = torch.nn.functional.cross_entropy(leaf, torch.tensor(targets), reduction=reduction)
@@ -117,8 +117,8 @@ def test_cross_entropy_is_torchs(xp, rng, kind, reduction):
 @float64_only
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("axis", [0, -1])
-def test_cross_entropy_by_central_differences(xp, rng, axis, reduction):
-    z, targets = rng.normal(size=(4, 3)), targets_of(rng, (4, 3), axis, "integers")
+def test_cross_entropy_gradient_equals_central_differences(xp, rng, axis, reduction):
+    z, targets = rng.normal(size=(4, 3)), make_targets(rng, (4, 3), axis, "integers")
     weights = xp.asarray(rng.uniform(0.2, 2.0, targets.shape))
     ids = xp.asarray(targets)
 
@@ -131,45 +131,47 @@ def test_cross_entropy_by_central_differences(xp, rng, axis, reduction):
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
-def test_all_masked_is_zero_not_nan(xp, dtype, rng, loss):
+def test_loss_of_fully_masked_input_is_zero(xp, dtype, rng, loss):
     y = xp.asarray(rng.normal(size=(4, 3)), dtype)
-    other = xp.asarray([0, 1, 2, 0]) if loss == "cross_entropy" else xp.asarray(rng.normal(size=(4, 3)), dtype)
-    value, dy = getattr(xprnn, loss)(y, other, mask=xp.asarray(np.zeros(4, bool)))
+    target = xp.asarray([0, 1, 2, 0]) if loss == "cross_entropy" else xp.asarray(rng.normal(size=(4, 3)), dtype)
+    value, dy = getattr(xprnn, loss)(y, target, mask=xp.asarray(np.zeros(4, bool)))
     xp.assert_close((value, dy), (np.asarray(0.0), np.zeros((4, 3))), condition=0)
 
 
-@pytest.mark.parametrize("weighing", ["mask", "weights"])
+@pytest.mark.parametrize("weighting", ["mask", "weights"])
 @pytest.mark.parametrize("kind", ["integers", "one-hot"])
-def test_padding_may_hold_anything(xp, rng, weighing, kind):
-    """Neither nan scores nor the customary -1 as a class reach the loss through 0 * nan."""
+def test_masked_logits_and_targets_do_not_reach_the_loss(xp, rng, weighting, kind):
+    """Masked positions may hold nan logits and the class -1; neither makes the loss nan or raises."""
     dtype = xp.float_dtypes[0]
     z, ids = rng.normal(size=(4, 3)), np.asarray([0, 2, 1, 2])
     keep = np.asarray([True, False, True, False])
 
     def loss(z, targets):
-        weight = {"mask": xp.asarray(keep)} if weighing == "mask" else {"weights": xp.asarray(keep, dtype)}
-        return cross_entropy(xp.asarray(z, dtype), xp.asarray(targets, None if kind == "integers" else dtype), **weight)
+        options = {"mask": xp.asarray(keep)} if weighting == "mask" else {"weights": xp.asarray(keep, dtype)}
+        return cross_entropy(
+            xp.asarray(z, dtype), xp.asarray(targets, None if kind == "integers" else dtype), **options
+        )
 
     targets = ids if kind == "integers" else np.eye(3)[ids]
-    want = loss(z, targets)
+    expected = loss(z, targets)
     z[1], z[3] = np.nan, np.inf
     if kind == "integers":
         targets[1] = -1
-    xp.assert_close(loss(z, targets), tuple(xp.to_numpy(w) for w in want), condition=0)
+    xp.assert_close(loss(z, targets), tuple(xp.to_numpy(e) for e in expected), condition=0)
 
 
-def test_masked_positions_of_a_squared_error_may_hold_anything(xp, rng):
+def test_masked_values_do_not_reach_the_squared_error(xp, rng):
     dtype = xp.float_dtypes[0]
     y, t = rng.normal(size=(3, 2)), rng.normal(size=(3, 2))
     mask = xp.asarray([True, False, True])
-    want = mse(xp.asarray(y), xp.asarray(t), mask=mask)
+    expected = mse(xp.asarray(y), xp.asarray(t), mask=mask)
     y[1], t[1] = np.inf, 3.0
     got = mse(xp.asarray(y, dtype), xp.asarray(t, dtype), mask=mask)
-    xp.assert_close(got, tuple(xp.to_numpy(w) for w in want), condition=0)
+    xp.assert_close(got, tuple(xp.to_numpy(e) for e in expected), condition=0)
 
 
-def test_certain_classes_lose_nothing(xp, dtype):
-    """log 0 of a class nobody wants must not turn into 0 * -inf = nan."""
+def test_loss_of_certain_right_predictions_is_zero(xp, dtype):
+    """The term 0 * log 0 of a class with target probability 0 must be 0, not nan."""
     z = xp.asarray(np.asarray([[1e4, 0.0, -1e4], [-1e4, 0.0, 1e4]]), dtype)
     value, dz = cross_entropy(z, xp.asarray([0, 2]))
     xp.assert_close((value, dz), (np.asarray(0.0), np.zeros((2, 3))), condition=0)
@@ -178,49 +180,49 @@ def test_certain_classes_lose_nothing(xp, dtype):
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0, 2, 3)])
-def test_no_positions(xp, shape):
+def test_cross_entropy_of_no_positions_is_zero(xp, shape):
     z = xp.asarray(np.zeros(shape))
     value, dz = cross_entropy(z, xp.asarray(np.zeros(shape[:-1], "int64")))
     xp.assert_close((value, dz), (np.asarray(0.0), np.zeros(shape)), condition=0)
 
 
-@pytest.mark.parametrize("weighing", ["", "mask", "weights", "row mask", "row weights"])
+@pytest.mark.parametrize("weighting", ["", "mask", "weights", "row mask", "row weights"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_mse(xp, rng, weighing, reduction):
+def test_mse_equals_numpy(xp, rng, weighting, reduction):
     dtype = xp.float_dtypes[0]
     y, t = (rng.normal(size=(4, 3)).astype(dtype).astype("float64") for _ in range(2))
-    lead = (4,) if "row" in weighing else (4, 3)
+    lead = (4,) if "row" in weighting else (4, 3)
     w = np.ones(lead)
-    flags = {}
-    if "mask" in weighing:
+    options = {}
+    if "mask" in weighting:
         w = (rng.random(lead) < 0.6).astype("float64")
-        flags["mask"] = xp.asarray(w > 0)
-    elif weighing:
+        options["mask"] = xp.asarray(w > 0)
+    elif weighting:
         w = rng.uniform(0.2, 2.0, lead).astype(dtype).astype("float64")
-        flags["weights"] = xp.asarray(w)
-    value, dy = mse(xp.asarray(y), xp.asarray(t), reduction=reduction, **flags)
-    full = np.broadcast_to(w[:, None] if "row" in weighing else w, y.shape)
+        options["weights"] = xp.asarray(w)
+    value, dy = mse(xp.asarray(y), xp.asarray(t), reduction=reduction, **options)
+    full = np.broadcast_to(w[:, None] if "row" in weighting else w, y.shape)
     scale = 1 / full.sum() if reduction == "mean" else 1.0
-    want = (np.asarray(scale * np.sum(full * (y - t) ** 2)), scale * 2 * full * (y - t))
-    xp.assert_close((value, dy), want, condition=30)
+    expected = (np.asarray(scale * np.sum(full * (y - t) ** 2)), scale * 2 * full * (y - t))
+    xp.assert_close((value, dy), expected, condition=30)
     xp.assert_like((value, dy), xp.asarray(y))
 
 
 @pytest.mark.needs("torch")
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_mse_is_torchs(xp, rng, reduction):
+def test_mse_equals_torch(xp, rng, reduction):
     import torch
 
     y, t = (rng.normal(size=(4, 3)).astype(xp.float_dtypes[0]) for _ in range(2))
     leaf = torch.tensor(y, requires_grad=True)
     loss = torch.nn.functional.mse_loss(leaf, torch.tensor(t), reduction=reduction)
     loss.backward()
-    want = (loss.detach().numpy(), leaf.grad.numpy())
-    xp.assert_close(mse(xp.asarray(y), xp.asarray(t), reduction=reduction), want, condition=30)
+    expected = (loss.detach().numpy(), leaf.grad.numpy())
+    xp.assert_close(mse(xp.asarray(y), xp.asarray(t), reduction=reduction), expected, condition=30)
 
 
 @float64_only
-def test_mse_by_central_differences(xp, rng):
+def test_mse_gradient_equals_central_differences(xp, rng):
     y, t, w = (xp.asarray(rng.uniform(0.5, 2, size=(4, 3))) for _ in range(3))
 
     def backward(dy, u):

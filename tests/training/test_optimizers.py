@@ -1,4 +1,4 @@
-"""Optimisers against torch.optim and against their published formulas; clipping, schedules, purity."""
+"""Optimisers against torch.optim and their published formulas; gradient clipping; learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -32,14 +32,15 @@ DEFAULTS = {
 }
 
 
-def problem(rng, dtype="float64"):
-    """Parameters and a gradient that depends on them, differently in each step."""
+def random_problem(rng, dtype="float64"):
+    """Random parameters and STEPS noise terms; the gradient of a step is 0.5 p plus its noise."""
     params = {"w": rng.normal(size=(3, 2)), "b": rng.normal(size=4)}
     noise = [{k: rng.normal(size=p.shape) for k, p in params.items()} for _ in range(STEPS)]
-    return {k: p.astype(dtype) for k, p in params.items()}, [{k: n.astype(dtype) for k, n in e.items()} for e in noise]
+    return {k: p.astype(dtype) for k, p in params.items()}, [{k: a.astype(dtype) for k, a in e.items()} for e in noise]
 
 
-def ours(xp, rule, params, noise):
+def xprnn_path(xp, rule, params, noise):
+    """Parameters after each step, and the final state."""
     params, path = xp.asarray(params), []
     state = rule.init(params)
     for e in map(xp.asarray, noise):
@@ -49,7 +50,8 @@ def ours(xp, rule, params, noise):
     return path, state
 
 
-def torchs(name, options, params, noise):
+def torch_path(name, options, params, noise):
+    """Parameters after each step of torch.optim."""
     import torch
 
     leaves = {k: torch.tensor(p, requires_grad=True) for k, p in params.items()}
@@ -64,28 +66,28 @@ def torchs(name, options, params, noise):
 
 @pytest.mark.needs("torch")
 @pytest.mark.parametrize("case", RULES)
-def test_twenty_steps_are_torchs(xp, dtype, rng, case):
+def test_twenty_steps_equal_torch(xp, dtype, rng, case):
     rule, name, options = RULES[case]
-    params, noise = problem(rng, dtype)
-    path, _ = ours(xp, rule, params, noise)
-    for step, (got, want) in enumerate(zip(path, torchs(name, options, params, noise), strict=True), 1):
-        xp.assert_close(got, want, condition=16 * step)
+    params, noise = random_problem(rng, dtype)
+    path, _ = xprnn_path(xp, rule, params, noise)
+    for step, (got, expected) in enumerate(zip(path, torch_path(name, options, params, noise), strict=True), 1):
+        xp.assert_close(got, expected, condition=16 * step)
     xp.assert_like(path[-1], xp.asarray(params["w"]))
 
 
 @pytest.mark.needs("torch")
 @pytest.mark.parametrize("case", DEFAULTS)
-def test_defaults_are_torchs(rng, case):
+def test_default_options_equal_torch(rng, case):
     from support.backends import Backend
 
     rule, name = DEFAULTS[case]
-    params, noise = problem(rng)
-    path, _ = ours(Backend.NUMPY, rule, params, noise)
-    Backend.NUMPY.assert_close(path[-1], torchs(name, {}, params, noise)[-1], condition=300)
+    params, noise = random_problem(rng)
+    path, _ = xprnn_path(Backend.NUMPY, rule, params, noise)
+    Backend.NUMPY.assert_close(path[-1], torch_path(name, {}, params, noise)[-1], condition=300)
 
 
-def formula(case, p, gradients):
-    """The published update of one number, as the papers print it; its value after each step."""
+def published_update(case, p, gradients):
+    """One parameter after all steps of the published update rule, in Python floats."""
     m = v = s = u = 0.0
     for t, noise in enumerate(gradients, 1):
         g = 0.5 * p + noise
@@ -112,20 +114,20 @@ def formula(case, p, gradients):
 
 
 @pytest.mark.parametrize("case", RULES)
-def test_twenty_steps_are_the_papers(xp, dtype, rng, case):
-    params, noise = problem(rng, dtype)
-    path, state = ours(xp, RULES[case][0], params, noise)
+def test_twenty_steps_equal_the_published_formulas(xp, dtype, rng, case):
+    params, noise = random_problem(rng, dtype)
+    path, state = xprnn_path(xp, RULES[case][0], params, noise)
     for key, p in params.items():
-        want = [formula(case, float(p[i]), [float(e[key][i]) for e in noise]) for i in np.ndindex(p.shape)]
-        xp.assert_close(path[-1][key], np.reshape(want, p.shape), condition=300)
+        expected = [published_update(case, float(p[i]), [float(e[key][i]) for e in noise]) for i in np.ndindex(p.shape)]
+        xp.assert_close(path[-1][key], np.reshape(expected, p.shape), condition=300)
     xp.assert_like({k: s for k, s in state.items() if k != "step"}, xp.asarray(params["w"]))
 
 
 @pytest.mark.parametrize("case", RULES)
 def test_update_changes_no_argument(case, rng):
-    """Also on the read-only backend above, but here bit by bit, state included."""
+    """Parameters, gradients and state are compared bit for bit before and after an update."""
     rule = RULES[case][0]
-    params, noise = problem(rng)
+    params, noise = random_problem(rng)
     _, state = rule.update(params, noise[0], rule.init(params))
     before = {k: p.copy() for k, p in params.items()}, {k: e.copy() for k, e in noise[1].items()}
     moments = {m: {k: a.copy() for k, a in state[m].items()} for m in rule.moments}
@@ -141,22 +143,22 @@ def test_update_changes_no_argument(case, rng):
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 100.0])
-def test_global_norm(xp, dtype, rng, max_norm):
-    host = {k: g.astype("float64") for k, g in problem(rng, dtype)[0].items()}
-    given = xp.asarray(host, dtype)
-    clipped, norm = clip_by_global_norm(given, max_norm)
-    size = np.sqrt(sum(np.sum(g**2) for g in host.values()))
-    xp.assert_close(norm, np.asarray(size), condition=16)
-    xp.assert_close(clipped, {k: g * min(1, max_norm / (size + 1e-6)) for k, g in host.items()}, condition=16)
-    xp.assert_like((clipped, norm), given["w"])
+def test_clip_by_global_norm_equals_numpy(xp, dtype, rng, max_norm):
+    host = {k: g.astype("float64") for k, g in random_problem(rng, dtype)[0].items()}
+    grads = xp.asarray(host, dtype)
+    clipped, norm = clip_by_global_norm(grads, max_norm)
+    expected_norm = np.sqrt(sum(np.sum(g**2) for g in host.values()))
+    xp.assert_close(norm, np.asarray(expected_norm), condition=16)
+    xp.assert_close(clipped, {k: g * min(1, max_norm / (expected_norm + 1e-6)) for k, g in host.items()}, condition=16)
+    xp.assert_like((clipped, norm), grads["w"])
 
 
 @pytest.mark.needs("torch")
 @pytest.mark.parametrize("max_norm", [0.5, 100.0])
-def test_global_norm_is_torchs(xp, rng, max_norm):
+def test_clip_by_global_norm_equals_torch(xp, rng, max_norm):
     import torch
 
-    grads = problem(rng, xp.float_dtypes[0])[0]
+    grads = random_problem(rng, xp.float_dtypes[0])[0]
     leaves = [torch.zeros(g.shape, dtype=torch.tensor(g).dtype, requires_grad=True) for g in grads.values()]
     for leaf, g in zip(leaves, grads.values(), strict=True):
         leaf.grad = torch.tensor(g)
@@ -166,19 +168,19 @@ def test_global_norm_is_torchs(xp, rng, max_norm):
     xp.assert_close(clipped, {k: leaf.grad.numpy() for k, leaf in zip(grads, leaves, strict=True)}, condition=16)
 
 
-def test_clipping_zero_gradients_divides_by_nothing(xp, dtype):
+def test_clipping_zero_gradients_does_not_divide_by_zero(xp, dtype):
     clipped, norm = clip_by_global_norm({"w": xp.asarray(np.zeros(3), dtype)}, 1.0)
     xp.assert_close((clipped["w"], norm), (np.zeros(3), np.asarray(0.0)), condition=0)
 
 
-def test_clip_by_value(xp, dtype):
-    given = xp.asarray(np.asarray([-3.0, -0.5, 0.0, 0.5, 7.0]), dtype)
-    clipped = clip_by_value({"w": given}, 0.5)["w"]
+def test_clip_by_value_bounds_every_entry(xp, dtype):
+    grad = xp.asarray(np.asarray([-3.0, -0.5, 0.0, 0.5, 7.0]), dtype)
+    clipped = clip_by_value({"w": grad}, 0.5)["w"]
     xp.assert_close(clipped, np.asarray([-0.5, -0.5, 0.0, 0.5, 0.5]), condition=0)
-    xp.assert_like(clipped, given)
+    xp.assert_like(clipped, grad)
 
 
-def test_schedules():
+def test_cosine_and_warmup_values():
     rate = cosine(0.4, 100, final=0.1)
     assert [rate(0), rate(100), rate(1000)] == pytest.approx([0.4, 0.1, 0.1])
     assert rate(50) == pytest.approx(0.25)
@@ -188,38 +190,38 @@ def test_schedules():
     assert warmup(0.3, 0)(0) == 0.3
 
 
-def test_rate_follows_the_schedule_from_step_zero(xp):
-    seen = []
+def test_schedule_is_called_with_steps_from_zero(xp):
+    steps = []
 
     def rate(step):
-        seen.append(step)
+        steps.append(step)
         return 0.5**step
 
     rule, p = xprnn.sgd(rate), {"w": xp.asarray([8.0])}
     state = rule.init(p)
     for _ in range(3):
         p, state = rule.update(p, {"w": xp.asarray([1.0])}, state)
-    assert seen == [0, 1, 2]
+    assert steps == [0, 1, 2]
     xp.assert_close(p["w"], np.asarray([8.0 - 1.0 - 0.5 - 0.25]), condition=1)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "rmsprop", "adagrad"])
-def test_large_parameters_of_any_layout_are_updated_like_small_ones(name, monkeypatch):
-    """In blocks, and where parameter, gradient and moments lie in different orders."""
+def test_blockwise_update_equals_one_block_for_every_memory_layout(name, monkeypatch):
+    """Parameter and gradient may have different memory orders."""
     rng = np.random.default_rng(0)
     opt = getattr(xprnn, name)(0.1)
     p, g = (rng.standard_normal((30, 7)) for _ in range(2))
     layouts = [np.ascontiguousarray, np.asfortranarray, lambda a: np.repeat(a, 2, axis=1)[:, ::2]]
 
-    def steps(kind, other):
-        params, state = {"w": kind(p)}, opt.init({"w": kind(p)})
+    def three_steps(param_layout, grad_layout):
+        params, state = {"w": param_layout(p)}, opt.init({"w": param_layout(p)})
         for _ in range(3):
-            params, state = opt.update(params, {"w": other(g)}, state)
+            params, state = opt.update(params, {"w": grad_layout(g)}, state)
         return params["w"], *(state[m]["w"] for m in opt.moments)
 
-    whole = steps(layouts[0], layouts[0])
+    expected = three_steps(layouts[0], layouts[0])
     monkeypatch.setattr("xprnn.training.optimizers._BLOCK_SIZE", 16)
-    for kind in layouts:
-        for other in layouts:
-            for a, b in zip(steps(kind, other), whole, strict=True):
+    for param_layout in layouts:
+        for grad_layout in layouts:
+            for a, b in zip(three_steps(param_layout, grad_layout), expected, strict=True):
                 np.testing.assert_array_equal(a, b)
