@@ -107,7 +107,7 @@ def mark_restored(vocabulary: Vocabulary, ids: TokenIds, restored: TokenIds, bla
 
 def save_curve(directory: Path, curve: Sequence[Sequence[float]], baselines: Mapping[str, float]) -> None:
     """Plot `curve`, rows of (step, seconds, training bits, held-out bits), to curve.png if matplotlib is installed."""
-    if not can_plot():  # `train` has printed this at its start
+    if not can_plot():  # the `train` command prints a message at its start
         return
     steps, _, training, held_out = (list(column) for column in zip(*curve, strict=True))
     try:

@@ -2,8 +2,7 @@
 
 Each row of `COMMANDS` is one command: its help, its examples, the function that declares its arguments, and the
 function that runs it and returns the exit code. A command imports other libraries only when it runs, so that `--help`
-is fast.
-An `InputError` is printed as one line on stderr, with exit code 2.
+is fast. An `InputError` is printed as one line on stderr, with exit code 2.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 The rows of a batch do not interact in the network. Each thread runs forward, loss and backward on its own rows, and the
 parameter gradients are added. NumPy and the compiled kernels release Python's global interpreter lock while they
-compute. BLAS should be limited to one thread here: BLAS threads synchronise after every product, which costs more than
-it gains for matrices of this size. Shards and sums have a fixed order, so the same number of threads gives the same
-bits.
+compute. Limit BLAS to one thread when you use this module: BLAS threads synchronise after every product, which costs
+more than it gains for the small matrices of one step. Shards and sums have a fixed order, so the same number of threads
+gives the same bits.
 """
 
 from __future__ import annotations
