@@ -127,7 +127,7 @@ def test_unsupported_operation_names_to_dense(operation):
 
 def test_invalid_arguments_and_attributes_raise():
     g = SparseGradient(np.asarray([1]), np.ones((1, 2)), (3, 2))
-    with pytest.raises(AttributeError, match=r"no T: its \.to_dense\(\)"):
+    with pytest.raises(AttributeError, match=r"no attribute T: use \.to_dense\(\)"):
         _ = g.T
     with pytest.raises(InputError, match="different tables"):
         g + SparseGradient(np.asarray([1]), np.ones((1, 2)), (4, 2))

@@ -1,1 +1,1 @@
-"""Array libraries: namespaces, dtypes, devices and shape checks; the linear map and look-up; sparse gradients."""
+"""Plain-array helpers: namespace resolution, argument checks, linear map, table look-up and sparse gradients."""

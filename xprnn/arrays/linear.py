@@ -1,7 +1,7 @@
-"""y = x W' + b over whole sequences, and its adjoint: one matrix product each, however many steps there are.
+"""The linear map y = x W' + b and its adjoint, for feature vectors and for class numbers.
 
-Integer x of shape (T, N) stands for one-hot vectors: x W' is then a look-up of W's columns and its adjoint a
-scatter-add, and no one-hot matrix exists.
+All leading axes of x (time, batch) are flattened, so that a sequence takes one matrix product. Integer x stands for
+one-hot vectors: y is then a look-up of columns of W, the adjoint is a segment sum, and no one-hot matrix is created.
 """
 
 from functools import partial
@@ -16,7 +16,7 @@ __all__ = ["flatten_leading", "gather_columns", "gather_is_cheaper", "linear", "
 
 
 def flatten_leading(xp: Namespace, a: Array) -> Array:
-    """(..., K) -> (M, K), M the product of the leading axes, which may be 0."""
+    """Reshape (..., K) to (M, K), where M is the product of the leading axes and may be 0."""
     m = 1
     for n in a.shape[:-1]:
         m *= n
@@ -24,21 +24,39 @@ def flatten_leading(xp: Namespace, a: Array) -> Array:
 
 
 def linear(xp: Namespace, x: Array, w: Array, b: Array | None) -> Array:
-    """x (..., D) or integers (...), w (K, D), b (K,) or None -> (..., K)."""
+    """Return y = x W' + b.
+
+    Args:
+        xp: the namespace of the arrays.
+        x: (..., D) floats, or (...) integers in 0..D-1 that stand for one-hot vectors.
+        w: (K, D).
+        b: (K,), or None for no bias.
+
+    Returns:
+        (..., K).
+    """
     if is_integer(xp, x):
         m = 1
         for n in x.shape:
             m *= n
-        y, lead = gather_columns(xp, w, xp.reshape(x, (m,))), x.shape
+        y, leading = gather_columns(xp, w, xp.reshape(x, (m,))), x.shape
     else:
-        y, lead = xp.matmul(flatten_leading(xp, x), xp.permute_dims(w, (1, 0))), x.shape[:-1]
+        y, leading = xp.matmul(flatten_leading(xp, x), xp.permute_dims(w, (1, 0))), x.shape[:-1]
     if b is not None:
         y = y + b
-    return xp.reshape(y, (*lead, w.shape[0]))
+    return xp.reshape(y, (*leading, w.shape[0]))
 
 
 def gather_columns(xp: Namespace, w: Array, ids: Array) -> Array:
-    """The columns of w (K, V) with these numbers (M,), as rows (M, K).
+    """Return columns of a table as rows: out[m] = w[:, ids[m]].
+
+    Args:
+        xp: the namespace of the arrays.
+        w: (K, V).
+        ids: (M,) integers in 0..V-1.
+
+    Returns:
+        (M, K); in NumPy a C-contiguous copy.
 
     >>> gather_columns(np, np.asarray([[1, 2, 3], [4, 5, 6]]), np.asarray([2, 0]))
     array([[3, 6],
@@ -48,13 +66,13 @@ def gather_columns(xp: Namespace, w: Array, ids: Array) -> Array:
         return xp.permute_dims(xp.take(w, as_index(xp, ids), axis=1), (1, 0))
     if gather_is_cheaper(w, ids):
         return np.ascontiguousarray(w.take(ids, axis=1).T)
-    # Where a class lies after the other, as `init` lays wide weights, its row is simply there.
+    # If w is Fortran-contiguous, as `init` creates wide weights, its transpose is not copied here.
     return np.ascontiguousarray(w.T).take(ids, axis=0)
 
 
 def gather_is_cheaper(w: Array, ids: Array) -> bool:
-    """Whether to turn the columns that are found, and not all of a NumPy table that lies in C order."""
-    # A column of such a table is far apart in memory: to turn one costs as much as to turn five to ten in line.
+    """Return True if gathering the columns of a NumPy table is cheaper than transposing the whole table."""
+    # In C order, gathering one strided column costs as much as five to ten columns of a whole transpose.
     return not w.flags.f_contiguous and 8 * ids.size < w.shape[1]
 
 
@@ -68,12 +86,22 @@ def linear_backward(
     sparse: bool = False,
     active: Array | None = None,
 ) -> tuple[Array | None, Array | SparseGradient, Array]:
-    """The adjoint of `linear`: dy (..., K) -> dx like x (None for integers), dw like w, db (K,).
+    """Adjoint of `linear`: dx = dy W, dW = dy' x, db = sum of dy over the leading axes.
 
-    Where x is integer, `sparse` and `active` are those of `lookup_backward`.
+    Args:
+        xp: the namespace of the arrays.
+        dy: (..., K) the cotangent of y.
+        x: (..., D) floats or (...) integers, the input of `linear`.
+        w: (K, D).
+        need_dx: if False, dx is not computed.
+        sparse: for integer x: return dW as a SparseGradient.
+        active: for integer x: boolean, as in `lookup_backward`.
+
+    Returns:
+        dx like x (None for integer x or without `need_dx`), dW like w, db (K,).
     """
     dy2 = flatten_leading(xp, dy)
-    # A sum down the rows as a product: the matrix libraries do it at the speed of memory.
+    # The column sums as a product with ones: BLAS computes them at memory bandwidth.
     db = xp.matmul(xp.ones((1, dy2.shape[0]), dtype=dy.dtype, device=device_of(dy)), dy2)[0, :]
     if is_integer(xp, x):
         ids = as_index(xp, xp.reshape(x, (dy2.shape[0],)))
@@ -93,16 +121,20 @@ def lookup_backward(
     active: Array | None = None,
     segment_sum_fn: SegmentSum | None = None,
 ) -> Array | SparseGradient:
-    """The adjoint of `columns`: the gradient of a table (K, V) of which columns were looked up.
+    """Adjoint of `gather_columns`: the gradient of the table whose columns were looked up.
 
     Args:
-        xp: the namespace.
-        ids: (M,) their numbers.
-        rows: (M, K) the adjoint of each.
-        count: V.
-        sparse: whether only the classes that occur are wanted, as a SparseGradient.
-        active: which of `ids` occur (any shape with M entries), see sparse.occurring; None: all.
-        total: how rows are summed by number: ids, rows, count -> (count, K).
+        xp: the namespace of the arrays.
+        ids: (M,) integers in 0..V-1, the columns that were looked up.
+        rows: (M, K) the cotangent of each looked-up column.
+        count: number of columns of the table, V.
+        sparse: return only the columns that occur, as a SparseGradient.
+        active: booleans with M entries, of any shape; False excludes an id, see `sparse_lookup_gradient`. None: all
+            are active. Used only with `sparse`.
+        segment_sum_fn: ids, rows, count -> (count, K); None: `xprnn.arrays.segment_sum.segment_sum`.
+
+    Returns:
+        (K, V), or a SparseGradient of that shape with axis 1.
     """
     segment_sum_fn = segment_sum_fn or partial(segment_sum, xp)
     if not sparse:
@@ -114,5 +146,5 @@ def lookup_backward(
 
 
 def zeros(xp: Namespace, shape: tuple[int, ...], like: Array) -> Array:
-    """Zeros of `like`'s dtype and device."""
+    """Return zeros of the dtype and device of `like`."""
     return xp.zeros(shape, dtype=like.dtype, device=device_of(like))

@@ -1,8 +1,9 @@
-"""The one room that knows array libraries: which one an array belongs to, and whether the arrays of a call agree.
+"""Array libraries: the namespace, dtype and device of arrays, checks that they agree, and conversion to NumPy and back.
 
-Everything else receives a namespace `xp` and uses functions of the Array API standard alone. A call resolves its
-namespace once, at the public boundary: a look-up costs as much as a small step's matrix product.
-Array libraries are recognised by the arrays they made; none is ever imported to find out.
+This is the only module that distinguishes array libraries. All other code receives a namespace `xp` and calls only
+functions of the Array API standard (https://data-apis.org/array-api). Each public call resolves its namespace once,
+because resolving it takes as long as the matrix product of a small step. A library is recognised by the type of an
+array and never imported for that purpose.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,7 +43,7 @@ _FLOAT_DTYPES = frozenset((np.dtype(np.float32), np.dtype(np.float64)))
 
 
 class InputError(ValueError):
-    """What the caller passed does not fit: the message says what, where, expected and found.
+    """An invalid argument: the message names the function, the argument, the expectation and the value found.
 
     >>> issubclass(InputError, ValueError)
     True
@@ -51,12 +52,15 @@ class InputError(ValueError):
 
 @cache
 def _numpy_namespace() -> Namespace:
-    """NumPy's namespace, asked for when it is first wanted: to make it imports all of NumPy, f2py and testing too."""
+    """Return NumPy's namespace, created at the first call because that imports all of NumPy (numpy.f2py too)."""
     return array_api_compat.array_namespace(np.zeros(0))
 
 
 def namespace(*arrays: Array) -> Namespace:
-    """The Array API namespace of `arrays`.
+    """Return the Array API namespace of `arrays`.
+
+    Raises:
+        TypeError: one of them is not an array, or they come from different libraries.
 
     >>> namespace(np.zeros(3)).__name__
     'array_api_compat.numpy'
@@ -65,7 +69,7 @@ def namespace(*arrays: Array) -> Namespace:
 
 
 def device_of(array: Array) -> Any:
-    """The device `array` lives on, as its library names it.
+    """Return the device of `array`, in the notation of its library.
 
     >>> device_of(np.zeros(3))
     'cpu'
@@ -74,7 +78,7 @@ def device_of(array: Array) -> Any:
 
 
 def is_numpy(xp: Namespace) -> bool:
-    """Whether `xp` is NumPy.
+    """Return True if `xp` is the namespace of NumPy.
 
     >>> is_numpy(namespace(np.zeros(3)))
     True
@@ -83,17 +87,17 @@ def is_numpy(xp: Namespace) -> bool:
 
 
 def is_cupy(xp: Namespace) -> bool:
-    """Whether `xp` is CuPy."""
+    """Return True if `xp` is the namespace of CuPy."""
     return bool(array_api_compat.is_cupy_namespace(xp))
 
 
 def is_integer(xp: Namespace, array: Array) -> bool:
-    """Whether `array` holds integers, that is, row numbers rather than features.
+    """Return True if `array` has an integer dtype: its values are then class numbers, not features.
 
     >>> is_integer(namespace(np.zeros(3)), np.zeros(3))
     False
     """
-    if isinstance(array.dtype, np.dtype):  # of NumPy, CuPy and JAX: a tenth of the time
+    if isinstance(array.dtype, np.dtype):  # NumPy, CuPy and JAX: a tenth of the time of isdtype
         return array.dtype.kind in "iu"
     return bool(xp.isdtype(array.dtype, "integral"))
 
@@ -101,15 +105,16 @@ def is_integer(xp: Namespace, array: Array) -> bool:
 def resolve_namespace(
     where: str, floats: Mapping[str, Array | None], others: Mapping[str, Array | None] | None = None
 ) -> Namespace:
-    """The namespace that all arrays of a call share; the arrays in `floats` share one real dtype too.
+    """Return the namespace shared by all arrays of a call, after checking that they agree.
 
     Args:
-        where: the public function, named in errors.
-        floats: name -> array (None is passed over) of one real floating dtype.
-        others: name -> array of any dtype (integer inputs, masks).
+        where: name of the public function, for errors.
+        floats: name -> array or None. None is ignored. All must have the same real floating dtype.
+        others: name -> array or None, of any dtype (integer inputs, masks).
 
     Raises:
-        InputError: not an array, or mixed libraries, devices or dtypes: says which argument has what.
+        InputError: an argument is not an array, or two arrays differ in library or device, or two `floats` in dtype.
+            The message names both arguments.
 
     >>> resolve_namespace("f", {"x": np.zeros(3), "h": np.zeros(3, np.float32)})
     Traceback (most recent call last):
@@ -131,14 +136,14 @@ def resolve_namespace(
         for n, a in named[1:]:
             if device_of(a) != device_of(first):
                 raise InputError(f"{where}: {n} is on {device_of(a)} but {name} is on {device_of(first)}: move one")
-    given = [(n, a) for n, a in floats.items() if a is not None]
-    if given:
-        _check_dtypes(where, xp, given)
+    float_arrays = [(n, a) for n, a in floats.items() if a is not None]
+    if float_arrays:
+        _check_dtypes(where, xp, float_arrays)
     return xp
 
 
 def _share_float_dtype(arrays: list[Array]) -> bool:
-    """Whether all are NumPy's own arrays of one usual dtype: what nearly every call has, seen in a microsecond."""
+    """Return True if all are np.ndarray of one dtype, float32 or float64: the usual call, checked in a microsecond."""
     if not arrays or arrays[0].__class__ is not np.ndarray:
         return False
     dtype = arrays[0].dtype
@@ -146,16 +151,18 @@ def _share_float_dtype(arrays: list[Array]) -> bool:
 
 
 def _check_dtypes(where: str, xp: Namespace, floats: Sequence[tuple[str, Array]]) -> None:
+    """Raise InputError unless all arrays have the same real floating dtype."""
     first, dtype = floats[0][0], floats[0][1].dtype
     for n, a in floats:
         if (n == first or a.dtype != dtype) and not xp.isdtype(a.dtype, "real floating"):
             raise InputError(f"{where}: {n} must be of a real floating dtype, found {_dtype_name(a)}")
         if a.dtype != dtype:
-            home = _dtype_name(floats[0][1])
-            raise InputError(f"{where}: {n} is {_dtype_name(a)} but {first} is {home}: give all arrays one dtype")
+            expected = _dtype_name(floats[0][1])
+            raise InputError(f"{where}: {n} is {_dtype_name(a)} but {first} is {expected}: give all arrays one dtype")
 
 
 def _namespace_of(where: str, name: str, array: Array) -> Namespace:
+    """Return the namespace of one argument, or raise InputError if it is not an array."""
     reject_masked_array(where, name, array)
     try:
         return array_api_compat.array_namespace(array)
@@ -166,19 +173,19 @@ def _namespace_of(where: str, name: str, array: Array) -> Namespace:
 
 
 def reject_masked_array(where: str, name: str, array: Any) -> None:
-    """Raise InputError for a masked array: a NumPy array by its class, but its mask would be lost on the way.
+    """Raise InputError for a numpy.ma.MaskedArray, whose mask the functions of its namespace would drop silently.
 
     >>> reject_masked_array("f", "x", np.ma.zeros(3))
     Traceback (most recent call last):
-    xprnn.arrays.namespace.InputError: f: x must be a plain array, found a numpy.ma one: give x.filled(0), and mask= its steps
+    xprnn.arrays.namespace.InputError: f: x must be a plain array, found a numpy.ma one: pass x.filled(0) and mask=
     """
     if type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray):
-        hint = f"give {name}.filled(0), and mask= its steps"
+        hint = f"pass {name}.filled(0) and mask="
         raise InputError(f"{where}: {name} must be a plain array, found a numpy.ma one: {hint}")
 
 
 def check_dicts(where: str, **dicts: Any) -> None:
-    """Raise InputError unless each of these, parameters or their gradients, is a dict of arrays.
+    """Raise InputError unless each keyword argument (parameters or gradients) is a dict of arrays.
 
     >>> check_dicts("adam.update", grads=[np.zeros(3)])
     Traceback (most recent call last):
@@ -186,7 +193,7 @@ def check_dicts(where: str, **dicts: Any) -> None:
     """
     for name, value in dicts.items():
         if not isinstance(value, Mapping):
-            hint = f": give its .dparams ({name}.dparams)" if hasattr(value, "dparams") else ""
+            hint = f": pass {name}.dparams" if hasattr(value, "dparams") else ""
             raise InputError(f"{where}: {name} must be a dict of arrays, found {type(value).__name__}{hint}")
 
 
@@ -199,7 +206,14 @@ def _dtype_name(array: Array) -> str:
 
 
 def check_shape(where: str, name: str, axis_names: str, array: Array, expected: Sequence[int | None]) -> None:
-    """Raise InputError unless `array` has the `expected` shape (None: any length), whose axes are called `letters`.
+    """Raise InputError unless `array` has the `expected` shape.
+
+    Args:
+        where: name of the public function, for errors.
+        name: name of the argument.
+        axis_names: letters of the axes, such as "(N,H)", or "".
+        array: the argument.
+        expected: length of each axis; None allows any length.
 
     >>> check_shape("rnn", "h", "(N,H)", np.zeros((2, 3)), (2, 4))
     Traceback (most recent call last):
@@ -207,14 +221,14 @@ def check_shape(where: str, name: str, axis_names: str, array: Array, expected: 
     """
     if array.shape == expected:
         return
-    found = tuple(array.shape)
-    if len(found) != len(expected) or any(e is not None and e != f for e, f in zip(expected, found, strict=True)):
-        want = f"({', '.join('any' if e is None else str(e) for e in expected)}{',' * (len(expected) == 1)})"
-        raise InputError(f"{where}: {' '.join((name, *axis_names.split()))} must have shape {want}, found {found}")
+    shape = tuple(array.shape)
+    if len(shape) != len(expected) or any(e is not None and e != n for e, n in zip(expected, shape, strict=True)):
+        pattern = f"({', '.join('any' if e is None else str(e) for e in expected)}{',' * (len(expected) == 1)})"
+        raise InputError(f"{where}: {' '.join((name, *axis_names.split()))} must have shape {pattern}, found {shape}")
 
 
 def host_view(array: Array) -> Any:
-    """The array as NumPy, nothing copied, if it lies in host memory and nothing has to be waited for; else None.
+    """Return a NumPy view of `array` if it lies in host memory and reading it never waits for a device, else None.
 
     >>> host_view(np.zeros(3)) is None
     False
@@ -227,7 +241,7 @@ def host_view(array: Array) -> Any:
 
 
 def check_index_bounds(where: str, name: str, array: Array, stop: int) -> None:
-    """Raise InputError if integers lie outside 0..below-1; unchecked where reading them would wait for a device.
+    """Raise InputError if an integer lies outside 0..stop-1. Not checked if reading the values waits for a device.
 
     >>> check_index_bounds("Embedding", "x", np.asarray([0, 7]), 5)
     Traceback (most recent call last):
@@ -241,19 +255,19 @@ def check_index_bounds(where: str, name: str, array: Array, stop: int) -> None:
 
 
 def as_index(xp: Namespace, array: Array) -> Array:
-    """Integers in the dtype that a library's look-ups want.
+    """Return integers in the dtype that the library's `take` expects.
 
     >>> as_index(namespace(np.zeros(1)), np.zeros(1, np.uint8)).dtype
     dtype('uint8')
     """
     if is_numpy(xp):
         return array
-    wanted = xp.__array_namespace_info__().default_dtypes(device=device_of(array))["indexing"]
-    return array if array.dtype == wanted else xp.astype(array, wanted)
+    index_dtype = xp.__array_namespace_info__().default_dtypes(device=device_of(array))["indexing"]
+    return array if array.dtype == index_dtype else xp.astype(array, index_dtype)
 
 
 def is_writeable(array: Array) -> bool:
-    """Whether `array` can be assigned to.
+    """Return True if the elements of `array` can be assigned to.
 
     >>> is_writeable(np.zeros(3))
     True
@@ -262,7 +276,10 @@ def is_writeable(array: Array) -> bool:
 
 
 def from_numpy(array: Any, like: Array) -> Array:
-    """A host array, put where `like` lives; floats take `like`'s dtype when it has a real one, integers keep theirs.
+    """Copy a NumPy array to the library and device of `like`.
+
+    Floats take the dtype of `like` if that is a real floating dtype. Integers take the library's index dtype. Booleans
+    keep their dtype. If `like` is a NumPy array, the result may share memory with `array`.
 
     >>> from_numpy(np.zeros(3), like=np.zeros(1, np.float32)).dtype
     dtype('float32')
@@ -276,13 +293,16 @@ def from_numpy(array: Any, like: Array) -> Array:
     if is_numpy(xp):
         return np.asarray(array, dtype=dtype)
     if dtype is not None and array.dtype.kind == "f":
-        # Rounded on the host: some devices cannot hold the wider dtype even for a moment.
+        # Round on the host: some devices do not support the wider dtype at all.
         array = array.astype(np.dtype(_dtype_name(like)))
     return xp.asarray(array, dtype=dtype, device=device_of(like), copy=True)
 
 
 def to_numpy(array: Array) -> Any:
-    """A copy on the host, as a NumPy array: for files, pictures and tests, never inside a pass.
+    """Return `array` as a NumPy array on the host, for files, plots and tests.
+
+    A forward or backward pass never calls it: on a GPU it waits for the device. The result may share memory with
+    `array`.
 
     >>> to_numpy(np.ones(2))
     array([1., 1.])
@@ -295,6 +315,6 @@ def to_numpy(array: Array) -> Any:
         return array.detach().cpu().numpy()
     if array_api_compat.is_jax_array(array):
         return np.asarray(array)
-    if hasattr(array, "_array"):  # array-api-strict's
+    if hasattr(array, "_array"):  # array-api-strict
         return array._array.copy()
     return np.from_dlpack(array_api_compat.to_device(array, "cpu"))

@@ -1,4 +1,4 @@
-"""Sums of rows by number: the adjoint of looking rows up."""
+"""Segment sum (scatter-add) of rows by id: the adjoint of a row look-up, without a scatter function."""
 
 from typing import Any
 
@@ -8,24 +8,24 @@ from xprnn.arrays.namespace import Array, Namespace, device_of, is_numpy
 
 __all__ = ["segment_sum"]
 
-_MIN_MEAN_RUN_LENGTH = 8  # rows of a run, on average: shorter ones are not worth a call each
+_MIN_MEAN_RUN_LENGTH = 8  # mean rows in a run of equal ids; below this, one NumPy call for each run is slower
 
 
 def segment_sum(xp: Namespace, ids: Array, rows: Array, count: int) -> Array:
-    """Scatter-add: out[v] = sum of rows[m] over the m with ids[m] = v. The adjoint of a row look-up.
+    """Sum the rows that have the same id: out[v] = sum of rows[m] over all m with ids[m] = v.
 
-    The standard has no scatter. Rows are sorted by id, summed within each run of equal ids, and each run's sum is
-    looked up: in NumPy one reduction for each, or pairwise additions where runs are short, elsewhere log2(M) shifted
-    additions (a segmented scan), so that rounding stays that of a pairwise sum and no index leaves the device.
+    The Array API standard has no scatter function. Rows are sorted by id, each run of equal ids is summed, and the sums
+    are gathered. NumPy sums each run by one reduction, or pairwise if the runs are short. Other libraries use a
+    segmented scan of log2(M) shifted additions: rounding stays that of a pairwise sum and no index leaves the device.
 
     Args:
-        xp: the namespace.
-        ids: (M,) integers in 0..count-1.
-        rows: (M, K).
-        count: number of rows of the result.
+        xp: the namespace of the arrays.
+        ids: (M,) integers in 0..count-1, in any order.
+        rows: (M, K) floats.
+        count: number of rows of the result, V.
 
     Returns:
-        (count, K).
+        (V, K) in the dtype of `rows`; rows whose id does not occur are zero.
 
     >>> segment_sum(np, np.asarray([2, 0, 2]), np.asarray([[1.0], [2.0], [3.0]]), 4)[:, 0]
     array([2., 0., 4., 0.])
@@ -46,37 +46,40 @@ def segment_sum(xp: Namespace, ids: Array, rows: Array, count: int) -> Array:
         before = xp.concat((xp.zeros_like(rows[:shift, :]), rows[:-shift, :]))
         rows = rows + xp.where(same[:, None], before, xp.zeros_like(rows))
         shift *= 2
-    every = xp.arange(count, dtype=ids.dtype, device=device_of(ids))
-    last = xp.searchsorted(ids, every, side="right") - 1
-    found = (last >= 0) & (xp.take(ids, xp.where(last >= 0, last, xp.zeros_like(last))) == every)
-    sums = xp.take(rows, xp.where(found, last, xp.zeros_like(last)), axis=0)
-    return xp.where(found[:, None], sums, out)
+    all_ids = xp.arange(count, dtype=ids.dtype, device=device_of(ids))
+    last = xp.searchsorted(ids, all_ids, side="right") - 1
+    occurs = (last >= 0) & (xp.take(ids, xp.where(last >= 0, last, xp.zeros_like(last))) == all_ids)
+    sums = xp.take(rows, xp.where(occurs, last, xp.zeros_like(last)), axis=0)
+    return xp.where(occurs[:, None], sums, out)
 
 
 def _sum_runs(out: Any, ids: Any, rows: Any, order: Any) -> None:
-    """`rows[order]`, whose ids are sorted, into out: a row that is alone in its run is only copied."""
+    """Sum the runs of equal `ids` (sorted) of `rows[order]` into `out`. A run of one row is copied."""
     first = np.concatenate((np.ones(1, bool), ids[1:] != ids[:-1]))
-    alone = first & np.append(first[1:], True)
-    out[ids[alone]] = rows[order[alone]]
-    ids, rows, first = ids[~alone], rows[order[~alone]], first[~alone]
+    single = first & np.append(first[1:], True)
+    out[ids[single]] = rows[order[single]]
+    ids, rows, first = ids[~single], rows[order[~single]], first[~single]
     starts = np.flatnonzero(first)
     if ids.size <= _MIN_MEAN_RUN_LENGTH * starts.size:
         _sum_pairwise(out, ids, rows)
         return
-    # A reduction for each run of ids: four times as fast as `reduceat`, and ten times as `add.at`.
-    for v, a, b in zip(ids[starts].tolist(), starts.tolist(), [*starts[1:].tolist(), ids.size], strict=True):
-        np.add.reduce(rows[a:b], axis=0, out=out[v])
+    # One reduction for each run is four times as fast as `np.add.reduceat`, ten times as fast as `np.add.at`.
+    for v, start, stop in zip(ids[starts].tolist(), starts.tolist(), [*starts[1:].tolist(), ids.size], strict=True):
+        np.add.reduce(rows[start:stop], axis=0, out=out[v])
 
 
 def _sum_pairwise(out: Any, ids: Any, rows: Any) -> None:
-    """The same: in every run each second row is added to the one before it, until one is left. Writes into rows."""
-    at = np.arange(ids.size)
+    """Sum short runs of equal `ids` (sorted) of `rows` into `out`; overwrites `rows`.
+
+    Each round adds every second row of a run to the row before it, until each run has one row left.
+    """
+    row_index = np.arange(ids.size)
     while True:
-        number = np.arange(ids.size)
+        position = np.arange(ids.size)
         first = np.concatenate((np.ones(1, bool), ids[1:] != ids[:-1]))
-        second = (number - np.maximum.accumulate(np.where(first, number, 0))) % 2 == 1
+        second = (position - np.maximum.accumulate(np.where(first, position, 0))) % 2 == 1
         if not second.any():
             break
-        rows[at[np.flatnonzero(second) - 1]] += rows[at[second]]
-        at, ids = at[~second], ids[~second]
-    out[ids] = rows[at]
+        rows[row_index[np.flatnonzero(second) - 1]] += rows[row_index[second]]
+        row_index, ids = row_index[~second], ids[~second]
+    out[ids] = rows[row_index]

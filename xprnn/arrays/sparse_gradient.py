@@ -1,7 +1,8 @@
-"""Gradients of tables that are looked up by class: only the classes that occur.
+"""SparseGradient: the gradient of a look-up table, stored only for the classes that occur.
 
-A look-up of M classes in a table of V touches at most M of them; the rest of its gradient is zero, and to write those
-zeros, 20 MB for an LSTM of 256 units and V = 5000, costs more than all that is computed.
+A look-up of M class numbers in a table of V classes touches at most M of them; the gradient of all others is zero.
+Writing these zeros can take longer than the rest of the backward pass: they are 20 MB for an LSTM of 256 units with
+V = 5000 in float32.
 """
 
 from collections.abc import Callable
@@ -32,30 +33,34 @@ SegmentSum = Callable[[Array, Array, int], Array]  # ids (M,), rows (M, W), coun
 
 
 def _unsupported(self: Any, *others: Any) -> NoReturn:
-    raise InputError("SparseGradient: it can be added and scaled; whatever else is wanted, its .to_dense() can do")
+    """Raise InputError in place of an operator that a sparse gradient does not have."""
+    raise InputError("SparseGradient: only addition and scaling are supported: use .to_dense() for anything else")
 
 
 def _check_scalar(factor: Any) -> None:
+    """Raise InputError unless `factor` is a number or an array of shape ()."""
     if not isinstance(factor, (int, float)) and getattr(factor, "shape", None) != ():
         _unsupported(factor)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SparseGradient:
-    """The gradient of a table of V classes, of those K <= V that occur; that of all others is zero.
+    """The gradient of a table of V classes, stored for the K <= V classes that occur; all other entries are zero.
 
-    What `sparse=True` of an Embedding or a recurrent layer gives, as torch.nn.Embedding does: `indices` and `values`
-    are those of torch's coalesced tensor. It is added to another, or to an array, which gives an array, and is scaled
-    by a number or an array without axes. Optimisers and clipping take it as it is. What else is wanted, `dense()` has.
+    `Embedding(..., sparse=True)` and recurrent layers with `sparse=True` return it for their table. `indices` and
+    `values` equal those of the coalesced sparse gradient of torch.nn.Embedding(sparse=True). The sum of two sparse
+    gradients is sparse; the sum with an array of the table's shape is an array. A sparse gradient can be multiplied
+    and divided by a number or an array of shape (). Optimizers and gradient clipping accept it. For every other
+    operation use `to_dense()`.
 
     Args:
-        indices: (K,) the classes, in ascending order, each once.
-        values: (K, W) the gradient of each.
-        shape: the table's, (V, W) or (W, V).
-        axis: which axis of it counts classes: 0 (Embedding's weight) or 1 (a recurrent layer's weight_ih).
+        indices: (K,) integers, the classes that occur, in ascending order and each once.
+        values: (K, W) floats, the gradient of each of these classes.
+        shape: shape of the table, (V, W) or (W, V).
+        axis: the axis of `shape` that has length V: 0 (weight of Embedding) or 1 (weight_ih of a recurrent layer).
 
     Raises:
-        InputError: parts that do not fit each other; or, by whatever it is asked for beyond this, a hint at `dense()`.
+        InputError: at construction, if the arguments do not fit each other; later, for an unsupported operator.
 
     >>> import numpy as np
     >>> g = SparseGradient(np.asarray([1, 4]), np.asarray([[1.0, 2.0], [3.0, 4.0]]), (6, 2))
@@ -78,7 +83,7 @@ class SparseGradient:
         shape = tuple(self.shape)
         object.__setattr__(self, "shape", shape)
         if self.axis not in (0, 1) or len(shape) != 2:
-            raise InputError(f"{where}: a table has two axes, 0 or 1 of classes, found shape {shape}, axis {self.axis}")
+            raise InputError(f"{where}: shape must have two axes and axis be 0 or 1, found shape {shape}, axis {self.axis}")
         count, width = shape[self.axis], shape[1 - self.axis]
         fits = self.values.ndim == 2 and tuple(self.indices.shape) == tuple(self.values.shape[:1])
         if not fits or self.values.shape[1] != width:
@@ -90,12 +95,12 @@ class SparseGradient:
 
     @property
     def dtype(self) -> Any:
-        """That of the values."""
+        """The dtype of `values`."""
         return self.values.dtype
 
     @property
     def ndim(self) -> int:
-        """2, as the table has."""
+        """The number of axes of the table, 2."""
         return 2
 
     def __repr__(self) -> str:
@@ -104,45 +109,46 @@ class SparseGradient:
         return f"SparseGradient({classes}, shape={self.shape}, axis={self.axis}, dtype={dtype})"
 
     def to_dense(self) -> Array:
-        """The whole gradient, (V, W) or (W, V): what is computed where nobody asks for a sparse one."""
+        """Return the gradient as an array of the table's shape, equal to the result with `sparse=False`."""
         return self._class_major(self._scatter_rows(self.indices, self.shape[self.axis]))
 
     def take_rows(self, table: Array) -> Array:
-        """The rows (K, W) of an array of the table's shape that belong to `indices`."""
+        """Return the entries of an array of the table's shape that belong to `indices`, as rows (K, W)."""
         by_class, xp = self._class_major(table), namespace(table)
         if is_numpy(xp):
-            return by_class[self.indices]  # `take` would copy all of a table that is turned
+            return by_class[self.indices]  # `take` would first copy a whole transposed table
         return xp.take(by_class, self.indices, axis=0)
 
     def with_rows(self, table: Array, rows: Array) -> Array:
-        """A copy of an array of the table's shape in which these rows (K, W) stand at `indices`."""
+        """Return a copy of an array of the table's shape, with `rows` (K, W) in place of the entries of `indices`."""
         return self._class_major(_with_rows(namespace(table), self._class_major(table), self.indices, rows))
 
     def _class_major(self, table: Array) -> Array:
+        """Return the table with classes along axis 0, transposed if necessary; its own inverse."""
         return namespace(table).permute_dims(table, (1, 0)) if self.axis else table
 
-    def _scatter_rows(self, places: Array, count: int) -> Array:
-        """(count, W): the values at these places (K,), ascending, and zeros."""
+    def _scatter_rows(self, positions: Array, count: int) -> Array:
+        """Return zeros (count, W) with `values` written to the rows `positions` (K,), which ascend."""
         xp, width = namespace(self.values), self.values.shape[1]
         if is_numpy(xp):
-            blank = np.zeros((count, width), self.dtype)
-            blank[places] = self.values
-            return blank
-        blank = xp.zeros((count, width), dtype=self.dtype, device=device_of(self.values))
-        return _with_rows(xp, blank, places, self.values)
+            out = np.zeros((count, width), self.dtype)
+            out[positions] = self.values
+            return out
+        out = xp.zeros((count, width), dtype=self.dtype, device=device_of(self.values))
+        return _with_rows(xp, out, positions, self.values)
 
     def __add__(self, other: Any) -> Any:
         if not isinstance(other, SparseGradient):
             return self.__radd__(other)
         if (self.shape, self.axis) != (other.shape, other.axis):
-            raise InputError(f"SparseGradient: {self!r} and {other!r} belong to different tables")
+            raise InputError(f"SparseGradient: {self!r} and {other!r} are gradients of different tables")
         xp = resolve_namespace("SparseGradient", {"one": self.values, "other": other.values})
         indices = xp.sort(xp.unique_values(xp.concat((self.indices, other.indices))))
-        both = (g._scatter_rows(xp.searchsorted(indices, g.indices), indices.shape[0]) for g in (self, other))
-        return SparseGradient(indices, next(both) + next(both), self.shape, self.axis)
+        terms = (g._scatter_rows(xp.searchsorted(indices, g.indices), indices.shape[0]) for g in (self, other))
+        return SparseGradient(indices, next(terms) + next(terms), self.shape, self.axis)
 
     def __radd__(self, other: Any) -> Any:
-        if isinstance(other, (int, float)) and not other:  # where `sum` starts
+        if isinstance(other, (int, float)) and not other:  # `sum` starts at 0
             return self
         if tuple(getattr(other, "shape", ())) != self.shape:
             _unsupported(self)
@@ -159,7 +165,7 @@ class SparseGradient:
         return SparseGradient(self.indices, self.values / divisor, self.shape, self.axis)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, out: Any = None, **options: Any) -> Any:
-        """What NumPy's arrays and numbers ask for that stand on the left: their sums, also in place, and products."""
+        """Support `array + g`, `array += g` and `scalar * g`, where NumPy's operator is called first."""
         if method != "__call__" or options or ufunc not in (np.add, np.multiply):
             _unsupported(self)
         other = inputs[1] if inputs[0] is self else inputs[0]
@@ -175,7 +181,7 @@ class SparseGradient:
         return np.asarray(to_numpy(self.to_dense()), dtype)
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"SparseGradient has no {name}: its .to_dense() may have it")
+        raise AttributeError(f"SparseGradient has no attribute {name}: use .to_dense()")
 
     __getitem__ = __iter__ = __len__ = __bool__ = __float__ = _unsupported
     __sub__ = __rsub__ = __pow__ = __matmul__ = __rmatmul__ = __rtruediv__ = __neg__ = __abs__ = _unsupported
@@ -184,23 +190,24 @@ class SparseGradient:
 
 
 def stored_values(gradient: Any) -> Array:
-    """All of a gradient, dense or sparse, that may differ from zero."""
+    """Return the array of all entries that may differ from zero: the gradient itself, or `values` if it is sparse."""
     return gradient.values if isinstance(gradient, SparseGradient) else gradient
 
 
-def _with_rows(xp: Namespace, table: Array, places: Array, rows: Array) -> Array:
-    """A copy of the table (V, W) with rows (K, W) at places (K,), which ascend."""
+def _with_rows(xp: Namespace, table: Array, positions: Array, rows: Array) -> Array:
+    """Return a copy of `table` (V, W) with `rows` (K, W) in place of its rows `positions` (K,), which ascend."""
     if is_numpy(xp):
         out = table.copy(order="K")
-        out[places] = rows
+        out[positions] = rows
         return out
-    if not places.shape[0] or not table.shape[0]:
+    if not positions.shape[0] or not table.shape[0]:
         return xp.asarray(table, copy=True)
-    every = xp.arange(table.shape[0], dtype=places.dtype, device=device_of(places))
-    at = xp.searchsorted(places, every, side="right") - 1
-    at = xp.where(at < 0, xp.zeros_like(at), at)
-    here = xp.take(places, at) == every
-    return xp.where(here[:, None], xp.take(rows, at, axis=0), table)
+    # The standard has no index assignment: each row of the table looks for its replacement by binary search.
+    all_rows = xp.arange(table.shape[0], dtype=positions.dtype, device=device_of(positions))
+    candidate = xp.searchsorted(positions, all_rows, side="right") - 1
+    candidate = xp.where(candidate < 0, xp.zeros_like(candidate), candidate)
+    is_replaced = xp.take(positions, candidate) == all_rows
+    return xp.where(is_replaced[:, None], xp.take(rows, candidate, axis=0), table)
 
 
 def sparse_lookup_gradient(
@@ -213,37 +220,39 @@ def sparse_lookup_gradient(
     active: Array | None = None,
     segment_sum_fn: SegmentSum | None = None,
 ) -> SparseGradient:
-    """The sums of rows by class, for the classes that occur: the adjoint of looking a table's classes up.
+    """Adjoint of a table look-up: the sum of rows for each class that occurs.
 
     Args:
-        xp: the namespace.
-        ids: (M,) integers in 0..V-1.
-        rows: (M, W).
-        shape, axis: as in SparseGradient.
-        active: (M,) boolean; a class that only occurs where it is False does not occur. Rows are zero there.
-        total: how the sums are made: ids, rows, count -> (count, W); None: scatter.segment_sum.
+        xp: the namespace of the arrays.
+        ids: (M,) integers in 0..V-1, the classes that were looked up.
+        rows: (M, W) floats, the cotangent of each look-up.
+        shape: shape of the table, as in SparseGradient.
+        axis: the axis of classes, as in SparseGradient.
+        active: (M,) booleans or None. Where it is False, the rows must be zero and the id does not count as occurring.
+        segment_sum_fn: ids, rows, count -> (count, W); None: `xprnn.arrays.segment_sum.segment_sum`.
 
     Raises:
-        InputError: an array library that cannot say how many classes occur (JAX inside jit).
+        InputError: the library cannot return an array whose shape depends on values (JAX inside jax.jit).
 
     >>> sparse_lookup_gradient(np, np.asarray([2, 0, 2]), np.asarray([[1.0], [2.0], [3.0]]), (4, 1)).indices
     array([0, 2])
     """
-    end = shape[axis]
+    num_classes = shape[axis]
     ids = np.asarray(ids, np.int64) if is_numpy(xp) else as_index(xp, ids)
-    last = xp.full((1,), end, dtype=ids.dtype, device=device_of(ids))
-    seen = ids if active is None else xp.where(active, ids, last)
+    # V, which sorts behind every class, stands for the ids that occur only where inactive; its row is dropped.
+    sentinel = xp.full((1,), num_classes, dtype=ids.dtype, device=device_of(ids))
+    active_ids = ids if active is None else xp.where(active, ids, sentinel)
     try:
-        classes = xp.sort(xp.unique_values(xp.concat((seen, last))))
+        classes = xp.sort(xp.unique_values(xp.concat((active_ids, sentinel))))
     except (TypeError, RuntimeError) as error:
-        hint = "outside jax.jit, or with sparse=False"
+        hint = "call outside jax.jit, or set sparse=False"
         raise InputError(
-            f"sparse=True: how many classes occur cannot be known here: {hint} it can ({error})"
+            f"sparse=True: the number of classes that occur cannot be determined here: {hint} ({error})"
         ) from error
-    found = classes.shape[0] - 1
-    place = xp.searchsorted(classes, ids)
-    if active is not None:  # a class that is not among them: with what stands behind the last
-        same = xp.take(classes, place) == ids
-        place = xp.where(same, place, xp.full_like(place, found))
-    values = (segment_sum_fn or partial(segment_sum, xp))(place, rows, found + 1)[:found, ...]
-    return SparseGradient(classes[:found], values, shape, axis)
+    count = classes.shape[0] - 1
+    position = xp.searchsorted(classes, ids)
+    if active is not None:
+        occurs = xp.take(classes, position) == ids
+        position = xp.where(occurs, position, xp.full_like(position, count))
+    values = (segment_sum_fn or partial(segment_sum, xp))(position, rows, count + 1)[:count, ...]
+    return SparseGradient(classes[:count], values, shape, axis)

@@ -1,4 +1,4 @@
-"""Checks of arguments that raise InputError with the place, the expectation and the value found."""
+"""Argument checks. Each raises InputError with the function, the argument, the expectation and the value found."""
 
 from numbers import Integral
 from typing import Any
@@ -27,33 +27,38 @@ __all__ = [
 
 
 def check_params(where: str, params: Any, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raise InputError unless params has just these keys."""
+    """Raise InputError unless `params` is a dict with exactly the keys of `shapes` and no value is None."""
     if not isinstance(params, dict):
         raise InputError(f"{where}: params must be a dict of arrays, found {type(params).__name__}")
     if params.keys() != shapes.keys():
         missing, extra = sorted(shapes.keys() - params.keys()), sorted(params.keys() - shapes.keys())
-        parts = [f"{what} {', '.join(n)}" for what, n in (("missing", missing), ("unexpected", extra)) if n]
-        raise InputError(f"{where}: params: {'; '.join(parts)} (expected {', '.join(shapes)})")
+        problems = [f"{kind} {', '.join(n)}" for kind, n in (("missing", missing), ("unexpected", extra)) if n]
+        raise InputError(f"{where}: params: {'; '.join(problems)} (expected {', '.join(shapes)})")
     for name, value in params.items():
         require_array(where, name, value)
 
 
 def check_param_shapes(where: str, params: Params, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raise InputError unless every parameter has its shape."""
+    """Raise InputError unless every parameter has the shape listed for it."""
     for name, shape in shapes.items():
         if tuple(params[name].shape) != shape:
             check_shape(where, name, "", params[name], shape)
 
 
 def positive_int(where: str, name: str, value: Any, minimum: int = 1) -> int:
-    """`value` as an int (np.int64 and the like are integers too); InputError unless it is one, and >= least."""
+    """Return `value` as an int, or raise InputError unless it is an integer >= `minimum` (np.int64 and others too).
+
+    >>> positive_int("LSTM", "hidden_size", 0)
+    Traceback (most recent call last):
+    xprnn.arrays.namespace.InputError: LSTM: hidden_size must be an integer >= 1, found 0
+    """
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         raise InputError(f"{where}: {name} must be an integer >= {minimum}, found {value!r}")
     return int(value)
 
 
 def validate_positive(config: Any, *names: str, minimum: int = 1) -> None:
-    """Put `positive` of these attributes in their place in a frozen configuration."""
+    """Replace attributes of a frozen dataclass by their `positive_int`."""
     for name in names:
         object.__setattr__(config, name, positive_int(type(config).__name__, name, getattr(config, name), minimum))
 
@@ -77,13 +82,13 @@ def check_bool(where: str, name: str, value: Any) -> None:
 
 
 def check_init(where: str, rng: Any, like: Any) -> None:
-    """Raise InputError unless `init` got a NumPy Generator and an array whose dtype parameters can take."""
+    """Raise InputError unless `rng` is a NumPy Generator and `like` is an array of a real floating dtype."""
     check_rng(where, rng)
     resolve_namespace(where, {"like": like})
 
 
 def check_rng(where: str, rng: Any, *, optional: bool = False) -> None:
-    """Raise InputError unless `rng` is a NumPy Generator (or None, if it is optional)."""
+    """Raise InputError unless `rng` is a NumPy Generator, or None if that is allowed by `optional`."""
     if not isinstance(rng, Generator) and not (optional and rng is None):
         raise InputError(
             f"{where}: rng must be a numpy.random.Generator, found {type(rng).__name__}: numpy.random.default_rng(0)"
