@@ -1,21 +1,20 @@
-"""Fixtures and the choice of backends: `pytest --backend numpy --backend strict:device1`.
+"""Fixtures, markers and the selection of backends: `pytest --backend numpy --backend strict:device1`.
 
-A test that takes `xp` runs once on each chosen backend, one that also takes `dtype` on each of
-the backend's real dtypes. A test that takes neither runs with NumPy. Markers:
+A test with the argument `xp` runs once on each selected backend. With `dtype` too, it runs on each real dtype of the
+backend. A test with neither runs in the session of NumPy. Markers:
 
-    @pytest.mark.not_on("jax", reason="...")              # this test does not apply to these backends
-    @pytest.mark.applies_if(lambda xp, name: ..., reason="...")   # nor to other values of its parameters
-    @pytest.mark.needs("torch")                           # an oracle: runs only where it is installed
+    @pytest.mark.not_on("jax", reason="...")                     # does not apply to these backends or libraries
+    @pytest.mark.applies_if(lambda xp, name: ..., reason="...")  # applies only to parameters for which this is true
+    @pytest.mark.needs("torch")                                  # runs only if these modules are installed
 
 A test that does not apply is deselected at collection, so that a skip always names something that a user can install
-or change. The summary counts the tests that were deselected for want of an installed module.
+or change. The summary counts the tests that were deselected because a module is not installed.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
@@ -24,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.backends import Backend, select_backends
+from support.backends import Backend, generator_for_test, select_backends
 from support.tiny_text import TEXT
 
 from xprnn.kernels import config as kernels_config
@@ -32,9 +31,9 @@ from xprnn.kernels import config as kernels_config
 SELECTED_BACKENDS = pytest.StashKey[list[Backend]]()
 NOT_INSTALLED = pytest.StashKey[Counter[str]]()
 MARKERS = (
-    "not_on(*names, reason): the test does not apply to these backends (or libraries)",
-    "applies_if(predicate, reason): the test applies where predicate(parameters named by its arguments) is true",
-    "needs(*modules): run only where these modules are installed and, if backends, chosen",
+    "not_on(*names, reason): the test does not apply to these backends or libraries",
+    "applies_if(predicate, reason): the test applies if predicate(parameters named by its arguments) is true",
+    "needs(*modules): run only if these modules are installed and, if they are backends, selected",
     "regression: guards against a bug that was found in use",
 )
 
@@ -46,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help=f"run on this backend only (repeatable; default: all that are installed): {names}",
+        help=f"run on this backend only (repeatable; default: all installed ones): {names}",
     )
 
 
@@ -56,7 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         config.stash[SELECTED_BACKENDS] = select_backends(config.getoption("backend"))
         if Backend.CUPY_FAKE in config.stash[SELECTED_BACKENDS]:
-            _ = Backend.CUPY_FAKE.xp  # from here on `import cupy` finds it
+            _ = Backend.CUPY_FAKE.xp  # installs the fake module, so that `import cupy` finds it
     except LookupError as error:
         raise pytest.UsageError(f"--backend: {error}") from None
 
@@ -66,23 +65,23 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    asked = metafunc.fixturenames
-    own_dtypes = any("dtype" in m.args[0] for m in metafunc.definition.iter_markers("parametrize"))
-    by_dtype = "dtype" in asked and not own_dtypes
-    if "xp" not in asked:
+    arguments = metafunc.fixturenames
+    parametrizes_dtype = any("dtype" in m.args[0] for m in metafunc.definition.iter_markers("parametrize"))
+    by_dtype = "dtype" in arguments and not parametrizes_dtype
+    if "xp" not in arguments:
         if by_dtype:
             metafunc.parametrize("dtype", Backend.NUMPY.float_dtypes)
         return
-    chosen = metafunc.config.stash[SELECTED_BACKENDS]
+    backends = metafunc.config.stash[SELECTED_BACKENDS]
     if by_dtype:
-        params = [pytest.param(b, d, id=f"{b}-{d}") for b in chosen for d in b.float_dtypes]
+        params = [pytest.param(b, d, id=f"{b}-{d}") for b in backends for d in b.float_dtypes]
         metafunc.parametrize(("xp", "dtype"), params, indirect=["xp"])
     else:
-        metafunc.parametrize("xp", [pytest.param(b, id=str(b)) for b in chosen], indirect=True)
+        metafunc.parametrize("xp", [pytest.param(b, id=str(b)) for b in backends], indirect=True)
 
 
 def excluded_backend(item: pytest.Item) -> bool:
-    """True if a not_on marker of the test names its backend."""
+    """Return True if a not_on marker of the test names its backend."""
     backend = getattr(item, "callspec", None) and item.callspec.params.get("xp")
     known = {name for b in Backend for name in (b.value, b.library)}
     names = set()
@@ -94,7 +93,7 @@ def excluded_backend(item: pytest.Item) -> bool:
 
 
 def excluded_parameters(item: pytest.Item) -> bool:
-    """True if the predicate of an applies_if marker is false for the test's parameters."""
+    """Return True if the predicate of an applies_if marker is false for the parameters of the test."""
     for mark in item.iter_markers("applies_if"):
         if len(mark.args) != 1 or set(mark.kwargs) != {"reason"}:
             raise pytest.UsageError(f"{item.nodeid}: expected a predicate and reason=: {mark}")
@@ -105,15 +104,18 @@ def excluded_parameters(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Each test runs in the session of the library it needs; one that needs none, in NumPy's."""
+    """Deselect tests that do not apply, need a missing module, or belong to the session of another library.
+
+    With --backend, a test without `xp` runs in the sessions of the libraries it needs, or of NumPy if it needs none.
+    """
     libraries = {backend.library for backend in config.stash[SELECTED_BACKENDS]}
-    by_name = bool(config.getoption("backend"))
+    backends_named = bool(config.getoption("backend"))
     not_installed = config.stash.setdefault(NOT_INSTALLED, Counter())
     selected, deselected = [], []
     for item in items:
         needs = [name for mark in item.iter_markers("needs") for name in mark.args]
         sessions = {b.library for b in Backend}.intersection(needs) or {"numpy"}
-        applies = not by_name or "xp" in getattr(item, "fixturenames", ()) or sessions <= libraries
+        applies = not backends_named or "xp" in getattr(item, "fixturenames", ()) or sessions <= libraries
         applies = applies and not excluded_backend(item) and not excluded_parameters(item)
         missing = [name for name in needs if not is_installed(name)] if applies else []
         not_installed.update(missing[:1])
@@ -128,14 +130,14 @@ def is_installed(module: str) -> bool:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A worker of pytest-xdist hands its count to the process that prints the summary."""
+    """Pass the counts of a pytest-xdist worker to the process that prints the summary."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["not_installed"] = dict(session.config.stash.get(NOT_INSTALLED, Counter()))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
-    """Every worker collects all tests: the counts of one are those of all."""
+    """Take the maximum of the workers' counts, not the sum, because every worker collects all tests."""
     counts = Counter(getattr(node, "workeroutput", {}).get("not_installed", {}))
     node.config.stash[NOT_INSTALLED] = node.config.stash.get(NOT_INSTALLED, Counter()) | counts
 
@@ -147,39 +149,37 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(autouse=True)
 def float_errors_raise() -> Iterator[None]:
-    """A NaN or infinity is reported where it is born, not where it is noticed."""
-    with np.errstate(
-        over="raise", invalid="warn", divide="raise"
-    ):  # a warning is an error; pyproject has one exception
+    """Raise where a NaN or infinity first appears; warnings are errors, with one exception in pyproject.toml."""
+    with np.errstate(over="raise", invalid="warn", divide="raise"):
         yield
 
 
 @pytest.fixture(autouse=True)
 def allow_jit_where_numba_is_needed(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test that needs numba asks for what it compiles, also where XPRNN_FAST=0 in the environment says no."""
-    needed = any("numba" in mark.args for mark in request.node.iter_markers("needs"))
-    with pytest.MonkeyPatch.context() as patch:  # its own: a test may undo what it changed
-        if needed:
+    """Allow compiled kernels in tests that need numba, even if the environment has XPRNN_FAST=0."""
+    needs_numba = any("numba" in mark.args for mark in request.node.iter_markers("needs"))
+    with pytest.MonkeyPatch.context() as patch:  # not the fixture `monkeypatch`, which a test may undo
+        if needs_numba:
             patch.setattr(kernels_config, "_JIT_DEFAULT", True)
         yield
 
 
 @pytest.fixture
 def xp(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """The backend under test, its conversions to the host guarded (backends.py)."""
+    """The backend under test; converting its arrays to the host raises (support/backends.py)."""
     with request.param.forbid_host_conversion():
         yield request.param
 
 
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
-    """Seeded by the test's name without its parameters: the same numbers on every backend."""
-    return np.random.default_rng(zlib.crc32(request.node.nodeid.partition("[")[0].encode()))
+    """A generator seeded from the test's node id without parameters, so that every backend gets the same numbers."""
+    return generator_for_test(request.node.nodeid)
 
 
 @pytest.fixture
 def text(tmp_path: Path) -> str:
-    """A file to learn from."""
+    """The path of a small text file to train on."""
     path = tmp_path / "text.txt"
     path.write_text(TEXT, encoding="utf-8")
     return str(path)

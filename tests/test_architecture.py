@@ -1,4 +1,4 @@
-"""Rules of the code base, checked on the syntax tree: file and function length, import directions, public names."""
+"""Rules of the code base, checked on the syntax tree: file and function length, import direction, public names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 40
 MAX_LEVELS = 8
 
-# Each package or module of xprnn and the packages that it may import, all of which stand above it.
+# package or module of xprnn -> packages that it may import; each of them has a row above
 IMPORTS = {
     "arrays": "",
     "cells": "arrays",
@@ -51,19 +51,19 @@ def parse(path):
 
 
 def package_of(path):
-    """The first name below xprnn."""
+    """Return the name of the package or module directly below xprnn."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imported_packages(path) -> Iterator[tuple[int, str]]:
-    """(line, package) of every import from xprnn, at module level or inside a function."""
+    """Yield (line, package) for every import from xprnn, at module level or inside a function."""
     parents = ["xprnn", *path.relative_to(PACKAGE).parts[:-1]]
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            above = parents[: len(parents) + 1 - node.level] if node.level else []
-            base = ".".join([*above, *([node.module] if node.module else [])])
+            prefix = parents[: len(parents) + 1 - node.level] if node.level else []
+            base = ".".join([*prefix, *([node.module] if node.module else [])])
             modules = [f"{base}.{alias.name}" for alias in node.names]
         else:
             continue
@@ -73,7 +73,7 @@ def imported_packages(path) -> Iterator[tuple[int, str]]:
 
 
 def body_lines(function: Function) -> int:
-    """The lines of a function without its docstring."""
+    """Return the number of lines of a function without its docstring."""
     lines = function.end_lineno - function.lineno + 1
     first = function.body[0]
     if ast.get_docstring(function, clean=False) is not None:
@@ -82,7 +82,7 @@ def body_lines(function: Function) -> int:
 
 
 def level(package):
-    """1 for a package that imports none, else 1 more than the highest level it imports."""
+    """Return 1 for a package that imports no other, else 1 more than the highest level among its imports."""
     return 1 + max((level(name) for name in IMPORTS[package].split()), default=0)
 
 
@@ -95,25 +95,25 @@ def test_file_length(path):
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
 def test_function_length(path):
     functions = [node for node in ast.walk(parse(path)) if isinstance(node, Function)]
-    long = {f"{f.name} (line {f.lineno})": body_lines(f) for f in functions if body_lines(f) > MAX_FUNCTION_LINES}
-    assert not long, f"{relative(path)}: at most {MAX_FUNCTION_LINES} lines a function: {long}"
+    too_long = {f"{f.name} (line {f.lineno})": body_lines(f) for f in functions if body_lines(f) > MAX_FUNCTION_LINES}
+    assert not too_long, f"{relative(path)}: a function may have {MAX_FUNCTION_LINES} lines: {too_long}"
 
 
-def test_imports_have_an_order():
-    above: set[str] = set()
+def test_allowed_imports_are_acyclic_and_have_few_levels():
+    listed: set[str] = set()
     for package, allowed in IMPORTS.items():
-        assert set(allowed.split()) <= above, f"{package} may import only from packages above it"
-        above.add(package)
+        assert set(allowed.split()) <= listed, f"{package} may import only packages that have a row above it"
+        listed.add(package)
     assert max(map(level, IMPORTS)) <= MAX_LEVELS
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
-def test_import_direction(path):
+def test_imports_only_allowed_packages(path):
     package = package_of(path)
     assert package in IMPORTS, f"{relative(path)}: a new package needs a row in IMPORTS (tests/test_architecture.py)"
     allowed = {package, *IMPORTS[package].split()} | ({"__init__"} if package in ("cli", "__main__") else set())
-    wrong = [f"line {line}: {other}" for line, other in imported_packages(path) if other not in allowed]
-    assert not wrong, f"{relative(path)} may import from {sorted(allowed)}, not {wrong}"
+    forbidden = [f"line {line}: {other}" for line, other in imported_packages(path) if other not in allowed]
+    assert not forbidden, f"{relative(path)} may import from {sorted(allowed)}, not {forbidden}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
@@ -132,7 +132,7 @@ def test_every_package_has_a_docstring():
     assert not missing, f"no __init__.py: {missing}"
 
 
-def test_import_of_xprnn_loads_nothing_optional():
+def test_import_of_xprnn_loads_no_optional_library():
     code = "import sys; before = set(sys.modules); import xprnn; print(*set(sys.modules) - before)"
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
@@ -146,16 +146,17 @@ def test_import_of_xprnn_loads_nothing_optional():
     loaded = {module.partition(".")[0] for module in run.stdout.split()}
     assert "xprnn" in loaded
     assert not loaded & OPTIONAL
-    # array-api-compat's NumPy namespace imports all of NumPy, which takes as long as xprnn: it is made at the first call.
+    # The NumPy namespace of array-api-compat imports all of NumPy, which takes as long as importing xprnn. It must be
+    # created at the first call, not at import.
     assert "numpy.f2py" not in run.stdout.split()
 
 
-def test_all_lists_the_public_names():
+def test_all_lists_exactly_the_public_names():
     import xprnn
 
     imported = {
         alias.asname or alias.name
-        for node in ast.walk(parse(PACKAGE / "__init__.py"))  # also under TYPE_CHECKING, imported at first use
+        for node in ast.walk(parse(PACKAGE / "__init__.py"))  # includes TYPE_CHECKING, which lists lazy imports
         if isinstance(node, ast.ImportFrom) and node.module not in ("__future__", "importlib", "typing")
         for alias in node.names
     }
@@ -165,7 +166,7 @@ def test_all_lists_the_public_names():
     assert all(hasattr(xprnn, name) for name in xprnn.__all__)
 
 
-def test_top_level_is_fixed():
+def test_top_level_has_only_the_listed_entries():
     git = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), "ls-files"]
     try:
         run = subprocess.run(git, capture_output=True, text=True, check=False)
@@ -178,13 +179,13 @@ def test_top_level_is_fixed():
     assert not unexpected, f"the top level is {sorted(TOP_LEVEL)} and dotfiles"
 
 
-def test_body_lines_counts_no_docstring():
+def test_body_lines_excludes_the_docstring():
     source = "def f():\n    '''Doc\n    string.'''\n" + "    x = 1\n" * MAX_FUNCTION_LINES
     function = ast.parse(source).body[0]
     assert body_lines(function) == MAX_FUNCTION_LINES + 1
 
 
-def test_imported_packages_sees_every_form(monkeypatch):
+def test_imported_packages_recognizes_every_import_form(monkeypatch):
     monkeypatch.setattr(
         f"{__name__}.parse",
         lambda _: ast.parse(

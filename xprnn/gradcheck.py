@@ -1,9 +1,10 @@
-"""Proof of a gradient: random directions, random cotangents, central differences in float64.
+"""Gradient check: compares a backward pass with central differences in float64, along random directions.
 
-For outputs y = f(a, b, ...) and a random cotangent u, the adjoint promises <v, da> = <u, df/da v> for every direction
-v. The right side needs no derivative code: (f(a + h v) - f(a - h v)) / 2h, here at two steps h, combined so that the
-h^2 error cancels (Richardson). Each argument is moved by itself, so a failure names it. A cotangent of ones, the usual
-`y.sum()`, would miss an adjoint that has time reversed; a random one misses nothing with probability 1.
+For outputs y = f(a, b, ...) and a random cotangent u, the gradient da satisfies <v, da> = <u, df/da v> for every
+direction v. The right side needs no derivative code: it is approximated by (f(a + h v) - f(a - h v)) / 2h at two steps
+h, combined so that the h^2 error cancels (Richardson extrapolation). One argument is varied at a time, so that an error
+names it. The cotangent is random, because a cotangent of ones (the gradient of `y.sum()`) would not detect a backward
+pass that reverses time. A random one detects every wrong linear map with probability 1.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +22,11 @@ KeyPath = tuple[Any, ...]
 
 
 class GradientError(AssertionError):
-    """A backward disagrees with the differences of its forward."""
+    """A backward pass disagrees with the central differences of its forward pass."""
 
 
 class NotDifferentiableError(ValueError):
-    """The function has a kink or a jump where its gradient was to be checked: no number would be right."""
+    """The function has no gradient at the arguments: it has a kink or jump, or is not finite or not deterministic."""
 
 
 def check_gradients(
@@ -38,29 +39,33 @@ def check_gradients(
     directions: int = 2,
     rtol: float = 1e-6,
 ) -> dict[str, float]:
-    """Prove that `backward` is the adjoint of `forward` at `args`: <v, backward(u)> = <u, d forward(args + t v)/dt>.
+    """Check that `backward` is the adjoint of `forward` at `args`, for random directions v and cotangents u.
+
+        <v, backward(u)> = <u, d forward(args + t v) / dt>  at t = 0
 
     Args:
-        forward: forward(*args) -> (outputs, tape). Outputs: an array, or arrays in tuples, lists and dicts; integers
-            and None are passed over.
-        backward: backward(tape, cotangents) -> gradients, one for each argument and in its structure (the bare gradient
-            where there is one argument). Cotangents come in the structure of the outputs. A gradient of None says that
-            the argument has no influence, and is checked as zero.
-        args: arrays, or arrays in tuples, lists and dicts; floats are converted to float64, integers are held fixed.
-        names: what to call the arguments in errors.
-        rng: where the directions come from; None: a fixed seed.
-        directions: random directions tried for each array, at least 1.
-        rtol: allowed difference, relative to the size of the sums compared.
+        forward: forward(*args) -> (outputs, tape). The outputs are an array, or arrays in tuples, lists and dicts;
+            integer arrays and None are ignored.
+        backward: backward(tape, cotangents) -> gradients. The cotangents have the structure of the outputs. The result
+            is a tuple with a gradient for each argument, in the structure of the argument; for a single argument it
+            may be the gradient itself. None means that the argument has no influence, and is checked as zero.
+        args: list or tuple of arguments: arrays, or arrays in tuples, lists and dicts. Floats are converted to float64,
+            integers are held constant.
+        names: name of each argument in errors; None: args[0], args[1], ...
+        rng: source of the directions and cotangents; None: a fixed seed.
+        directions: number of random directions for each array, at least 1.
+        rtol: allowed difference, relative to the sum of the absolute values of the products compared.
 
     Returns:
-        array name -> largest relative difference found.
+        array name -> largest relative difference.
 
     Raises:
-        GradientError: a gradient is wrong, has the wrong shape or is missing; says which, the analytic and the numeric
-            value.
-        NotDifferentiableError: the function has a kink or jump at `args`, or gives two answers to one question.
-        InputError: no floating argument, an array library without float64, args that are no list or tuple, names for
-            some of them only, or a forward that returns no pair.
+        GradientError: a gradient is wrong, has the wrong shape or is missing. The message names the array and gives
+            both values.
+        NotDifferentiableError: `forward` has a kink or jump at `args`, returns nan or infinity, or returns different
+            outputs for the same arguments.
+        InputError: no argument has a floating dtype, the library or device has no float64, `args` is not a list or
+            tuple, `names` has another length, or `forward` does not return a pair.
 
     >>> import numpy as np
     >>> square = lambda x: (x * x, x)
@@ -73,14 +78,14 @@ def check_gradients(
     rng = np.random.default_rng(0) if rng is None else rng
     names = _argument_names(args, names)
     args = tuple(_tree_map(_to_float64, a) for a in args)
-    (outputs, tape), (again, _) = _check_pair(forward(*args)), _check_pair(forward(*args))
-    for (path, a), (_, b) in zip(_tree_leaves(outputs), _tree_leaves(again), strict=True):
+    (outputs, tape), (repeated, _) = _check_pair(forward(*args)), _check_pair(forward(*args))
+    for (path, a), (_, b) in zip(_tree_leaves(outputs), _tree_leaves(repeated), strict=True):
         if not np.array_equal(to_numpy(a), to_numpy(b), equal_nan=True):
             raise NotDifferentiableError(
-                f"forward gives two answers for the same arguments (output {_leaf_name('', path)})"
+                f"forward returns different outputs for the same arguments (output {_leaf_name('', path)})"
             )
         if not np.isfinite(to_numpy(a)).all():
-            raise NotDifferentiableError(f"forward gives nan or infinity (output {_leaf_name('', path)})")
+            raise NotDifferentiableError(f"forward returns nan or infinity (output {_leaf_name('', path)})")
     floats = [(i, path, leaf) for i, a in enumerate(args) for path, leaf in _tree_leaves(a)]
     if not floats:
         raise InputError("check_gradients: no argument of a floating dtype, nothing to check")
@@ -90,15 +95,17 @@ def check_gradients(
         gradients = backward(tape, cotangents)
         gradients = (gradients,) if len(args) == 1 and not _is_wrapped_single(gradients, args) else gradients
         _check_gradient_count(gradients, len(args))
-        pairing = _WeightedOutput(forward, args, outputs, cotangents)
+        weighted = _WeightedOutput(forward, args, outputs, cotangents)
         for i, path, leaf in floats:
             name = _leaf_name(names[i], path)
-            error = _check_leaf(pairing, name, i, path, leaf, _leaf_gradient(name, gradients[i], path, leaf), rng, rtol)
+            gradient = _leaf_gradient(name, gradients[i], path, leaf)
+            error = _check_leaf(weighted, name, i, path, leaf, gradient, rng, rtol)
             worst[name] = max(worst.get(name, 0.0), error)
     return worst
 
 
 def _argument_names(args: Any, names: Any) -> list[str]:
+    """Return a name for each argument, or raise InputError."""
     if not isinstance(args, (tuple, list)):
         raise InputError(f"check_gradients: args must be a list or tuple of arguments, found {type(args).__name__}")
     names = [f"args[{i}]" for i in range(len(args))] if names is None else names
@@ -107,11 +114,12 @@ def _argument_names(args: Any, names: Any) -> list[str]:
     return list(names)
 
 
-def _check_pair(found: Any) -> Any:
-    if not isinstance(found, (tuple, list)) or len(found) != 2:
-        what = f"{len(found)} results" if isinstance(found, (tuple, list)) else type(found).__name__
-        raise InputError(f"check_gradients: forward must return a pair (outputs, tape), found {what}")
-    return found
+def _check_pair(result: Any) -> Any:
+    """Return the result of `forward`, or raise InputError unless it is a pair."""
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        found = f"{len(result)} results" if isinstance(result, (tuple, list)) else type(result).__name__
+        raise InputError(f"check_gradients: forward must return a pair (outputs, tape), found {found}")
+    return result
 
 
 def _check_gradient_count(gradients: Any, count: int) -> None:
@@ -124,16 +132,21 @@ def _check_gradient_count(gradients: Any, count: int) -> None:
 def check_layer(
     layer: Any, params: Any, x: Any, state: Any = None, *, rng: Generator | None = None, **flags: Any
 ) -> dict[str, float]:
-    """`check_gradients` for a layer or model: y and the final state against params, x and the initial state.
+    """Check the gradients of a layer or model: y and the final state with respect to params, x and the initial state.
 
     Args:
-        layer: anything with a layer's forward and backward.
-        params, x, state: as forward takes them; state None is left out of the check.
-        rng: where the directions come from.
-        flags: lengths, mask, reset and what else forward takes.
+        layer: a layer or model with the methods `forward` and `backward` of xprnn's layers.
+        params: dict of arrays, as `layer.forward` takes it.
+        x: (T, N, D) floats, or integers, which are held constant.
+        state: the initial state; None: the default state, which is not varied.
+        rng: source of the directions and cotangents; None: a fixed seed.
+        flags: further keyword arguments of `layer.forward`: lengths, mask, reset and others.
 
-    Returns, Raises:
-        as check_gradients.
+    Returns:
+        array name -> largest relative difference, with names such as "params['weight_ih_l0']", "x" and "state".
+
+    Raises:
+        GradientError, NotDifferentiableError, InputError: as in `check_gradients`.
 
     >>> import numpy as np, xprnn
     >>> layer, rng = xprnn.RNN(2, 3), np.random.default_rng(0)
@@ -154,7 +167,7 @@ def check_layer(
 
 
 class _WeightedOutput(NamedTuple):
-    """t -> <cotangents, forward(args with one array moved by t v)>, element by element."""
+    """The function t -> cotangents * forward(args with t v added to one array), elementwise and flattened."""
 
     forward: Callable[..., Any]
     args: tuple[Any, ...]
@@ -162,9 +175,9 @@ class _WeightedOutput(NamedTuple):
     cotangents: Any
 
     def evaluate_at(self, i: int, path: KeyPath, leaf: Any, direction: Any, t: float) -> Any:
-        moved = leaf + from_numpy(t * direction, like=leaf)
+        perturbed = leaf + from_numpy(t * direction, like=leaf)
         args = [*self.args]
-        args[i] = _replace_leaf(args[i], path, moved)
+        args[i] = _replace_leaf(args[i], path, perturbed)
         outputs, _ = self.forward(*args)
         return self.elementwise_products(outputs)
 
@@ -174,79 +187,81 @@ class _WeightedOutput(NamedTuple):
 
 
 def _check_leaf(
-    pairing: _WeightedOutput, name: str, i: int, path: KeyPath, leaf: Any, gradient: Any, rng: Generator, rtol: float
+    weighted: _WeightedOutput, name: str, i: int, path: KeyPath, leaf: Any, gradient: Any, rng: Generator, rtol: float
 ) -> float:
+    """Return the relative difference for one array along one random direction, or raise if it exceeds `rtol`."""
     direction = rng.standard_normal(tuple(leaf.shape))
     direction /= max(float(np.linalg.norm(direction)), 1e-300)
     products = to_numpy(gradient) * direction
-    analytic, own = float(products.sum()), float(np.abs(products).sum())
-    base = pairing.elementwise_products(pairing.outputs)
+    analytic, magnitude = float(products.sum()), float(np.abs(products).sum())
+    base = weighted.elementwise_products(weighted.outputs)
     noise = 1e-15 * float(np.abs(base).sum())
 
     def f(t: float) -> Any:
-        return pairing.evaluate_at(i, path, leaf, direction, t)
+        return weighted.evaluate_at(i, path, leaf, direction, t)
 
-    _check_smooth(name, f, base, 1e-6 * (own + 1e-3) + 100 * noise / 1e-5)
-    error, numeric = np.inf, 0.0
-    for h in (1e-3, 1e-4, 1e-5):  # a kink close by, but not here, may spoil the larger steps
+    _check_smooth(name, f, base, 1e-6 * (magnitude + 1e-3) + 100 * noise / 1e-5)
+    smallest_error, numeric = np.inf, 0.0
+    for h in (1e-3, 1e-4, 1e-5):  # a kink near the arguments may lie within the larger steps only
         slopes = (4 * (f(h / 2) - f(-h / 2)) / h - (f(h) - f(-h)) / (2 * h)) / 3
-        total, size = float(slopes.sum()), max(float(np.abs(slopes).sum()), own)
-        blur = 10 * noise / h  # what rounding alone can make of the differences
-        here = abs(total - analytic) / max(size, blur, 1e-300)
-        if here < error:
-            error, numeric = here, total
-        if abs(total - analytic) <= rtol * size + blur:
-            return here
+        total, size = float(slopes.sum()), max(float(np.abs(slopes).sum()), magnitude)
+        roundoff = 10 * noise / h  # bound on the rounding error of the differences
+        error = abs(total - analytic) / max(size, roundoff, 1e-300)
+        if error < smallest_error:
+            smallest_error, numeric = error, total
+        if abs(total - analytic) <= rtol * size + roundoff:
+            return error
     raise GradientError(
         f"{name}: backward says {analytic:.10g}, central differences say {numeric:.10g} "
-        f"(relative difference {error:.3g}, allowed {rtol:.3g})"
+        f"(relative difference {smallest_error:.3g}, allowed {rtol:.3g})"
     )
 
 
 def _check_smooth(name: str, f: Callable[[float], Any], base: Any, rounding: float) -> None:
-    """Raise unless f bends and leaps less as the step shrinks, as a function with a derivative at 0 does."""
+    """Raise NotDifferentiableError if the differences of f at 0 do not shrink with the step, as at a kink or jump."""
 
-    def gaps(h: float) -> tuple[float, float]:
-        ahead, behind = f(h), f(-h)
-        bend, leap = np.abs(ahead - 2 * base + behind).sum(), np.abs(ahead - behind).sum()
-        return float(bend) / h, float(leap) / h
+    def differences(h: float) -> tuple[float, float]:
+        forward_value, backward_value = f(h), f(-h)
+        second = np.abs(forward_value - 2 * base + backward_value).sum()
+        first = np.abs(forward_value - backward_value).sum()
+        return float(second) / h, float(first) / h
 
-    (wide_bend, wide_leap), (bend, leap) = gaps(1e-4), gaps(1e-5)
-    why = ""
-    if bend > 0.5 * wide_bend and bend > rounding:  # a kink's one-sided slopes differ by the same amount at every step
-        why = f"one-sided slopes differ by {bend:.3g}"
-    elif leap > 5 * wide_leap and leap > rounding:  # across a jump the slope grows as the step shrinks
-        why = f"it jumps by {leap * 1e-5:.3g}"
-    if why:
-        raise NotDifferentiableError(f"{name}: forward is not differentiable here: {why}")
+    (wide_curvature, wide_slope), (curvature, slope) = differences(1e-4), differences(1e-5)
+    reason = ""
+    if curvature > 0.5 * wide_curvature and curvature > rounding:  # at a kink it is the same for every step
+        reason = f"one-sided slopes differ by {curvature:.3g}"
+    elif slope > 5 * wide_slope and slope > rounding:  # across a jump it grows as 1/h
+        reason = f"it jumps by {slope * 1e-5:.3g}"
+    if reason:
+        raise NotDifferentiableError(f"{name}: forward is not differentiable here: {reason}")
 
 
 def _leaf_gradient(name: str, gradients: Any, path: KeyPath, leaf: Any) -> Any:
-    """The gradient of one array, its shape and dtype checked."""
-    found = gradients
+    """Return the dense gradient of one array, or raise GradientError if it is missing or of another shape or dtype."""
+    gradient = gradients
     for key in path:
-        if found is None:
+        if gradient is None:
             break
         try:
-            found = found[key]
+            gradient = gradient[key]
         except (KeyError, IndexError, TypeError):
             raise GradientError(f"{name}: backward returns no gradient for it") from None
-    if found is None:
+    if gradient is None:
         return namespace(leaf).zeros_like(leaf)
-    if isinstance(found, SparseGradient):
-        found = found.to_dense()
-    if not _is_array(found):
-        raise GradientError(f"{name}: its gradient must be an array, found {type(found).__name__}")
-    if tuple(found.shape) != tuple(leaf.shape) or found.dtype != leaf.dtype:
+    if isinstance(gradient, SparseGradient):
+        gradient = gradient.to_dense()
+    if not _is_array(gradient):
+        raise GradientError(f"{name}: its gradient must be an array, found {type(gradient).__name__}")
+    if tuple(gradient.shape) != tuple(leaf.shape) or gradient.dtype != leaf.dtype:
         raise GradientError(
             f"{name}: its gradient must have shape {tuple(leaf.shape)} and dtype {leaf.dtype}, "
-            f"found {tuple(found.shape)} and {found.dtype}"
+            f"found {tuple(gradient.shape)} and {gradient.dtype}"
         )
-    return found
+    return gradient
 
 
 def _is_wrapped_single(gradients: Any, args: Sequence[Any]) -> bool:
-    """Whether backward wrapped the gradient of a single argument in a tuple."""
+    """Return True if `backward` returned the gradient of a single argument in a tuple."""
     return isinstance(gradients, (tuple, list)) and len(gradients) == 1 and not isinstance(args[0], (tuple, list))
 
 
@@ -259,7 +274,7 @@ def _is_float(value: Any) -> bool:
 
 
 def _tree_leaves(tree: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """Every floating array of the tree with the keys that lead to it."""
+    """Yield (path, array) for every floating array of nested tuples, lists and dicts."""
     if _is_float(tree):
         yield path, tree
     elif isinstance(tree, dict):
@@ -271,6 +286,7 @@ def _tree_leaves(tree: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]
 
 
 def _tree_map(f: Callable[[Any], Any], tree: Any) -> Any:
+    """Return the tree with f applied to every floating array; lists become tuples."""
     if isinstance(tree, dict):
         return {key: _tree_map(f, value) for key, value in tree.items()}
     if isinstance(tree, (tuple, list)):
@@ -279,6 +295,7 @@ def _tree_map(f: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def _replace_leaf(tree: Any, path: KeyPath, leaf: Any) -> Any:
+    """Return a copy of the tree with the array at `path` replaced."""
     if not path:
         return leaf
     if isinstance(tree, dict):
@@ -291,7 +308,7 @@ def _to_float64(array: Any) -> Any:
     try:
         return xp.astype(array, xp.float64)
     except Exception as error:
-        raise InputError(f"check_gradients: float64 is not to be had on this device ({error})") from None
+        raise InputError(f"check_gradients: float64 is not available on this device ({error})") from None
 
 
 def _leaf_name(argument: str, path: KeyPath) -> str:

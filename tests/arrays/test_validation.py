@@ -1,6 +1,6 @@
-"""What does not fit is refused with one line that says where, which argument, what was expected and what was found.
+"""Invalid arguments raise InputError with one line: the function, the argument, the expectation and the value found.
 
-A case is (name, call, words that the line must hold, in order); the first is the function that was called.
+A case is (id, call, words): the message must contain the words in this order and start with the first of them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from xprnn import RNN, InputError
 T, N, D, H, V = 4, 2, 3, 5, 6
 F32 = np.float32
 rng = np.random.default_rng(0)
-layer, lstm, deep = RNN(D, H), xprnn.LSTM(D, H), RNN(D, H, 2, dropout=0.5)
-params, lstm_params, deep_params = (part.init(rng, np.zeros(1)) for part in (layer, lstm, deep))
+layer, lstm, two_layers = RNN(D, H), xprnn.LSTM(D, H), RNN(D, H, 2, dropout=0.5)
+params, lstm_params, two_layers_params = (each.init(rng, np.zeros(1)) for each in (layer, lstm, two_layers))
 x, state = np.ones((T, N, D)), np.zeros((1, N, H))
 y, _, tape = layer.forward(params, x)
 p = {
@@ -29,11 +29,11 @@ p = {
 ax, a0, da = np.ones((D, N, T)), np.zeros((H, N)), np.ones((H, N, T))
 caches = xprnn.rnn_forward(ax, a0, p)[2]
 cell = xprnn.rnn_cell_forward(ax[:, :, 0], a0, p)[2]
-linear, embed = xprnn.Linear(D, V), xprnn.Embedding(V, D)
-lp, ep = linear.init(rng, np.zeros(1)), embed.init(rng, np.zeros(1))
+linear, embedding = xprnn.Linear(D, V), xprnn.Embedding(V, D)
+linear_params, embedding_params = linear.init(rng, np.zeros(1)), embedding.init(rng, np.zeros(1))
 model = xprnn.Sequential(rnn=layer, head=xprnn.Linear(H, V))
-mp = model.init(rng, np.zeros(1))
-opt = xprnn.adam(1e-3)
+model_params = model.init(rng, np.zeros(1))
+optimizer = xprnn.adam(1e-3)
 z = np.zeros((N, V))
 
 
@@ -79,7 +79,7 @@ ARTICLE = [
     ("da None", lambda: xprnn.rnn_backward(None, caches), "rnn_backward: da dlogits"),
     ("da rank", lambda: xprnn.rnn_backward(a0, caches), "rnn_backward: da (n_a,m,T) (5, 2, any) (5, 2)"),
     ("da too long", lambda: xprnn.rnn_backward(np.ones((H, N, 9)), caches), "rnn_backward: da 9 time steps 4"),
-    ("da float32", lambda: xprnn.rnn_backward(da.astype(F32), caches), "rnn_backward: float32 float64"),
+    ("da float32", lambda: xprnn.rnn_backward(da.astype(F32), caches), "rnn_backward: float64 float32"),
     (
         "da and dlogits of two lengths",
         lambda: xprnn.rnn_backward(da, caches, dlogits=np.ones((V, N, 3))),
@@ -149,24 +149,32 @@ LAYERS = [
     ("dstate shape", lambda: layer.backward(tape, y, y), "RNN.backward: state (1, 2, 5) (4, 2, 5)"),
     ("step of a sequence", lambda: layer.step(params, x), "RNN.step: x (N,D) (4, 2, 3)"),
     ("step both ways", lambda: RNN(D, H, bidirectional=True).step({}, x), "RNN.step: bidirectional"),
-    ("dropout's rng", lambda: deep.forward(deep_params, x, rng=3), "RNN.forward: rng Generator int"),
+    ("dropout's rng", lambda: two_layers.forward(two_layers_params, x, rng=3), "RNN.forward: rng Generator int"),
 ]
 
-PARTS = [
+STATELESS_LAYERS = [
     ("Linear size", lambda: xprnn.Linear(0, V), "Linear: in_features >= 1 0"),
     ("Embedding size", lambda: xprnn.Embedding(V, -1), "Embedding: embedding_dim >= 1 -1"),
-    ("Linear x", lambda: linear(lp, y), "Linear x 3 (4, 2, 5)"),
-    ("Linear x integers", lambda: linear(lp, x.astype(int)), "Linear x floating int64"),
+    ("Linear x", lambda: linear(linear_params, y), "Linear x 3 (4, 2, 5)"),
+    ("Linear x integers", lambda: linear(linear_params, x.astype(int)), "Linear x floating int64"),
     ("Linear params", lambda: linear({}, x), "Linear params missing bias, weight"),
-    ("Linear dy", lambda: linear.backward(linear.forward(lp, x)[2], x), "Linear.backward: dy (4, 2, 6) (4, 2, 3)"),
-    ("Embedding of floats", lambda: embed(ep, x), "Embedding x integers 0..5 float64"),
-    ("Embedding range", lambda: embed(ep, np.asarray([6])), "Embedding x 0..5 6"),
-    ("Embedding dy", lambda: embed.backward(embed.forward(ep, np.asarray([1]))[2], x), "Embedding.backward: dy (1, 3)"),
+    (
+        "Linear dy",
+        lambda: linear.backward(linear.forward(linear_params, x)[2], x),
+        "Linear.backward: dy (4, 2, 6) (4, 2, 3)",
+    ),
+    ("Embedding of floats", lambda: embedding(embedding_params, x), "Embedding x integers 0..5 float64"),
+    ("Embedding range", lambda: embedding(embedding_params, np.asarray([6])), "Embedding x 0..5 6"),
+    (
+        "Embedding dy",
+        lambda: embedding.backward(embedding.forward(embedding_params, np.asarray([1]))[2], x),
+        "Embedding.backward: dy (1, 3)",
+    ),
     ("Sequential of nothing", xprnn.Sequential, "Sequential: at least one part"),
     ("Sequential of a number", lambda: xprnn.Sequential(head=3), "Sequential: head layer int"),
-    ("Sequential key", lambda: model(without(mp, "head.bias"), x), "Sequential: params missing head.bias"),
+    ("Sequential key", lambda: model(without(model_params, "head.bias"), x), "Sequential: params missing head.bias"),
     ("Sequential rng", lambda: model.init(0, z), "Sequential.init: rng Generator int"),
-    ("Sequential state", lambda: model(mp, x, state[0]), "RNN: state (1, 2, 5) (2, 5)"),
+    ("Sequential state", lambda: model(model_params, x, state[0]), "RNN: state (1, 2, 5) (2, 5)"),
 ]
 
 LOSSES = [
@@ -189,54 +197,67 @@ LOSSES = [
     ("mse mask", lambda: xprnn.mse(z, z, mask=np.ones((9, 6), bool)), "mse: mask (2, 6) (9, 6)"),
 ]
 
-OPTIM = [
+OPTIMIZERS = [
     ("rate", lambda: xprnn.sgd(-1.0), "sgd: learning_rate >= 0 -1.0"),
     ("rate text", lambda: xprnn.adam("fast"), "adam: learning_rate 'fast'"),
     ("rate nan", lambda: xprnn.adam(float("nan")), "adam: learning_rate nan"),
     ("momentum", lambda: xprnn.sgd(0.1, momentum=1.0), "sgd: momentum [0, 1) 1.0"),
     ("nesterov", lambda: xprnn.sgd(0.1, nesterov=True), "sgd: nesterov momentum"),
     ("b1", lambda: xprnn.adamw(b1=-0.1), "adamw: b1 [0, 1) -0.1"),
-    ("keys", lambda: opt.update({"a": z}, {"b": z}, opt.init({"a": z})), "adam.update: keys a, b"),
-    ("shapes", lambda: opt.update({"a": z}, {"a": z.T}, opt.init({"a": z})), "adam.update: a (6, 2) (2, 6)"),
-    ("dtypes", lambda: opt.update({"a": z}, {"a": z.astype(F32)}, opt.init({"a": z})), "adam.update: float32 float64"),
-    ("state", lambda: opt.update({"a": z}, {"a": z}, {}), "adam.update: state init nothing"),
+    ("keys", lambda: optimizer.update({"a": z}, {"b": z}, optimizer.init({"a": z})), "adam.update: keys a, b"),
+    (
+        "shapes",
+        lambda: optimizer.update({"a": z}, {"a": z.T}, optimizer.init({"a": z})),
+        "adam.update: a (6, 2) (2, 6)",
+    ),
+    (
+        "dtypes",
+        lambda: optimizer.update({"a": z}, {"a": z.astype(F32)}, optimizer.init({"a": z})),
+        "adam.update: float32 float64",
+    ),
+    ("state", lambda: optimizer.update({"a": z}, {"a": z}, {}), "adam.update: state init nothing"),
     (
         "state of other parameters",
-        lambda: opt.update({"a": z}, {"a": z}, opt.init({"b": z})),
+        lambda: optimizer.update({"a": z}, {"a": z}, optimizer.init({"b": z})),
         "adam.update: state keys a, b",
     ),
     ("limit", lambda: xprnn.clip_by_value({"a": z}, 0), "clip_by_value: limit > 0 0"),
     ("max_norm", lambda: xprnn.clip_by_global_norm({"a": z}, -1), "clip_by_global_norm: max_norm > 0 -1"),
     ("norm of nothing", lambda: xprnn.clip_by_global_norm({}, 1.0), "clip_by_global_norm: at least one"),
-    ("init of lists", lambda: opt.init({"a": [1.0]}), "adam.init: a array list"),
-    ("init of integers", lambda: opt.init({"a": np.arange(3)}), "adam.init: a floating int64"),
-    ("grads of lists", lambda: opt.update({"a": z}, {"a": [1.0]}, opt.init({"a": z})), "adam.update: a array list"),
+    ("init of lists", lambda: optimizer.init({"a": [1.0]}), "adam.init: a array list"),
+    ("init of integers", lambda: optimizer.init({"a": np.arange(3)}), "adam.init: a floating int64"),
+    (
+        "grads of lists",
+        lambda: optimizer.update({"a": z}, {"a": [1.0]}, optimizer.init({"a": z})),
+        "adam.update: a array list",
+    ),
     ("values of lists", lambda: xprnn.clip_by_value({"a": [1.0]}, 1.0), "clip_by_value: a array list"),
     ("norm of lists", lambda: xprnn.clip_by_global_norm({"a": [1.0]}, 1.0), "clip_by_global_norm: a array list"),
 ]
 
-CASES = [*ARTICLE, *LAYERS, *PARTS, *LOSSES, *OPTIM]
+CASES = [*ARTICLE, *LAYERS, *STATELESS_LAYERS, *LOSSES, *OPTIMIZERS]
 
 
-def refusal(call) -> str:
+def error_message(call) -> str:
     with pytest.raises(InputError) as caught:
         call()
     return str(caught.value)
 
 
 @pytest.mark.parametrize(("call", "words"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
-def test_refused_in_one_line(call, words):
-    line = refusal(call)
-    assert "\n" not in line
-    place = 0
+def test_invalid_argument_raises_one_line_with_these_words(call, words):
+    message = error_message(call)
+    assert "\n" not in message
+    position = 0
     for word in words.replace("(", " (").split(" "):
-        found = line.find(word, place)
-        assert found >= 0, f"{word!r} is not in (or not in order in): {line}"
-    assert line.startswith(words.split()[0]), line
+        found = message.find(word, position)
+        assert found >= 0, f"{word!r} is missing or out of order in: {message}"
+        position = found
+    assert message.startswith(words.split()[0]), message
 
 
-# Each place where two arrays must come from one library and one device.
-HOMES = [
+# (start of the message, call, array): calls that must reject `array` if it comes from another library than the others.
+MIXED_LIBRARIES = [
     ("rnn_forward: a0", lambda b: xprnn.rnn_forward(ax, b, p), a0),
     ("rnn_forward: by", lambda b: xprnn.rnn_forward(ax, a0, p | {"by": b}), p["by"]),
     ("rnn_backward: ", lambda b: xprnn.rnn_backward(b, caches), da),
@@ -245,36 +266,40 @@ HOMES = [
     ("RNN: bias_ih_l0", lambda b: layer(params | {"bias_ih_l0": b}, x), params["bias_ih_l0"]),
     ("RNN: mask", lambda b: layer(params, x, mask=b), np.ones((T, N), bool)),
     ("RNN.backward: dy", lambda b: layer.backward(tape, b), y),
-    ("Linear", lambda b: linear(lp, b), x),
-    ("Embedding", lambda b: embed(ep, b), np.asarray([1])),
+    ("Linear", lambda b: linear(linear_params, b), x),
+    ("Embedding", lambda b: embedding(embedding_params, b), np.asarray([1])),
     ("cross_entropy: targets", lambda b: xprnn.cross_entropy(z, b), np.asarray([0, 1])),
     ("cross_entropy: mask", lambda b: xprnn.cross_entropy(z, z, mask=b), np.ones(2, bool)),
     ("mse: target", lambda b: xprnn.mse(z, b), z),
-    ("adam.update: ", lambda b: opt.update({"a": z}, {"a": b}, opt.init({"a": z})), z),
+    ("adam.update: ", lambda b: optimizer.update({"a": z}, {"a": b}, optimizer.init({"a": z})), z),
     ("clip_by_global_norm: b", lambda b: xprnn.clip_by_global_norm({"a": z, "b": b}, 1.0), z),
 ]
 
 
-@pytest.mark.parametrize(("start", "call", "array"), HOMES, ids=[h[0] for h in HOMES])
-def test_no_array_of_another_library(start, call, array):
-    strict = pytest.importorskip("array_api_strict")
-    line = refusal(lambda: call(strict.asarray(array)))
-    assert "\n" not in line
-    assert line.startswith(start)
-    assert "a array_api_strict array" in line
-    assert "a numpy array" in line
+@pytest.mark.needs("array_api_strict")
+@pytest.mark.parametrize(("start", "call", "array"), MIXED_LIBRARIES, ids=[case[0] for case in MIXED_LIBRARIES])
+def test_array_of_another_library_is_rejected(start, call, array):
+    import array_api_strict as strict
+
+    message = error_message(lambda: call(strict.asarray(array)))
+    assert "\n" not in message
+    assert message.startswith(start)
+    assert "a array_api_strict array" in message
+    assert "a numpy array" in message
 
 
-def test_no_array_of_another_device():
-    """One pair stands for all: the places are those above, the comparison is `resolve_namespace`'s."""
-    pytest.importorskip("array_api_strict")
-    near, far = Backend.STRICT, Backend.STRICT_DEVICE1
-    with near.forbid_host_conversion():
-        line = refusal(lambda: layer(near.asarray(params), near.asarray(x), far.asarray(state)))
-        assert line.startswith("RNN: state is on ")
-        line = refusal(lambda: layer(near.asarray(params), near.asarray(x), mask=far.asarray(np.ones((T, N), bool))))
-        assert line.startswith("RNN: mask is on ")
-        line = refusal(lambda: xprnn.rnn_forward(near.asarray(ax), far.asarray(a0), near.asarray(p)))
-        assert line.startswith("rnn_forward: a0 is on ")
-        line = refusal(lambda: xprnn.cross_entropy(near.asarray(z), far.asarray([0, 1])))
-        assert line.startswith("cross_entropy: targets is on ")
+@pytest.mark.needs("array_api_strict")
+def test_array_of_another_device_is_rejected():
+    """A few calls suffice, because all calls compare devices by `resolve_namespace`."""
+    cpu, device1 = Backend.STRICT, Backend.STRICT_DEVICE1
+    with cpu.forbid_host_conversion():
+        message = error_message(lambda: layer(cpu.asarray(params), cpu.asarray(x), device1.asarray(state)))
+        assert message.startswith("RNN: state is on ")
+        message = error_message(
+            lambda: layer(cpu.asarray(params), cpu.asarray(x), mask=device1.asarray(np.ones((T, N), bool)))
+        )
+        assert message.startswith("RNN: mask is on ")
+        message = error_message(lambda: xprnn.rnn_forward(cpu.asarray(ax), device1.asarray(a0), cpu.asarray(p)))
+        assert message.startswith("rnn_forward: a0 is on ")
+        message = error_message(lambda: xprnn.cross_entropy(cpu.asarray(z), device1.asarray([0, 1])))
+        assert message.startswith("cross_entropy: targets is on ")

@@ -178,7 +178,7 @@ def test_cells_say_why_they_do_not_take_it(name):
         xprnn.cells.gru,
         lambda f: xprnn.RNN(2, 3, nonlinearity=f).resolved_cell,
     ):
-        with pytest.raises(InputError, match=f"={name}: its derivative cannot be told from its output"):
+        with pytest.raises(InputError, match=f"={name}: its derivative needs the input"):
             make(name)
 
 

@@ -109,9 +109,9 @@ def test_which_parameter_has_which_dtype_is_said(tmp_path, rng, name):
 @pytest.mark.parametrize(
     ("ending", "writes", "reads"),
     [
-        (".onnx", " (xprnn.to_onnx is for .onnx)", " (xprnn.from_onnx is for .onnx)"),
-        (".pth", " (xprnn.to_torch is for .pth)", " (xprnn.from_torch is for .pth)"),
-        (".keras", "", " (xprnn.from_keras is for .keras)"),
+        (".onnx", " (use xprnn.to_onnx for .onnx)", " (use xprnn.from_onnx for .onnx)"),
+        (".pth", " (use xprnn.to_torch for .pth)", " (use xprnn.from_torch for .pth)"),
+        (".keras", "", " (use xprnn.from_keras for .keras)"),
         (".txt", "", ""),
     ],
 )

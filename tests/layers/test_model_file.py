@@ -133,7 +133,7 @@ BAD_FILES = {
     "empty npz": (".npz", b"", "damaged"),
     "text npz": (".npz", b"once upon a time there was a model", "damaged"),
     "foreign npz": (".npz", foreign_npz(), "not written by xprnn"),
-    "lying npz": (".npz", lying_npz(), "another length than its shape"),
+    "lying npz": (".npz", lying_npz(), "does not have the size of its shape"),
     "pickled npz": (".npz", pickled_npz(), "damaged"),
     "compressed npz": (".npz", compressed_npz(), "compressed"),
     "other ending": (".h5", b"\x89HDF", "expected a .safetensors or .npz file"),
@@ -241,7 +241,7 @@ UNSAVABLE = {
     "list as metadata": (lambda *_: {"metadata": [1]}, "metadata must be a dict, found list"),
     "set in metadata": (lambda *_: {"metadata": {"a": {1}}}, "metadata that JSON can hold, but .* set"),
     "path": (lambda *_: {"path": None}, "save: expected a path, found NoneType"),
-    "zero in a path": (lambda *_: {"path": "a\0b.npz"}, r"found 'a\\x00b\.npz' with a zero character"),
+    "zero in a path": (lambda *_: {"path": "a\0b.npz"}, r"found 'a\\x00b\.npz' with a NUL character"),
 }
 if np.longdouble(0).dtype.itemsize > 8:
     UNSAVABLE["long double"] = (all_as(np.longdouble), "has dtype (longdouble|float128|float96)")

@@ -1,13 +1,13 @@
-"""The array libraries every test runs on, and what a test may ask of each of them.
+"""The array libraries that tests run on, with conversions and assertions for their arrays.
 
-`Backend` is the one list. A name is "library" or "library:variant"; `--backend library` takes all
-of a library's variants. The `xp` fixture (conftest.py) hands a test one member:
+`Backend` lists them. A name is "library" or "library:variant"; `--backend library` selects all variants of a library.
+The `xp` fixture (conftest.py) passes one member to a test:
 
     def test_tanh(xp, dtype, rng):
         x = rng.normal(size=(4, 3))
-        given = xp.asarray(x, dtype)                     # this library's array, on this device
-        result = layer_under_test(given)
-        xp.assert_like(result, given)                    # same namespace, dtype and device
+        x_xp = xp.asarray(x, dtype)                      # array of this library and device
+        result = layer_under_test(x_xp)
+        xp.assert_like(result, x_xp)                     # same namespace, dtype and device
         xp.assert_close(result, np.tanh(x), condition=4) # within 4 eps of the largest element
 
 Importing this file imports no array library but NumPy.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
@@ -31,21 +32,21 @@ Array = Any
 
 
 class HostConversionError(AssertionError):
-    """A pass turned an array into a Python scalar or NumPy array: on a GPU, a synchronisation."""
+    """A pass converted an array to a Python scalar or NumPy array, which on a GPU waits for the device."""
 
 
 class Backend(Enum):
-    """One array library in one variant."""
+    """An array library in one variant."""
 
     NUMPY = "numpy"
-    NUMPY_READONLY = "numpy:readonly"  # any in-place change of an input raises
-    STRICT = "strict"  # nothing beyond the standard
-    STRICT_DEVICE1 = "strict:device1"  # a second device: forgetting `device=` raises
-    STRICT_NO_FLOAT64 = "strict:no_float64"  # float64 does not exist there, as on Apple's GPUs
+    NUMPY_READONLY = "numpy:readonly"  # an in-place change of an input raises
+    STRICT = "strict"  # array-api-strict: only functions of the Array API standard
+    STRICT_DEVICE1 = "strict:device1"  # a second device: code that omits `device=` raises
+    STRICT_NO_FLOAT64 = "strict:no_float64"  # without float64, as on Apple GPUs
     TORCH = "torch"
     JAX = "jax"  # immutable arrays
     CUPY = "cupy"
-    CUPY_FAKE = "cupy:standin"  # its rules on NumPy's arrays (standin.py): only where it is asked for by this name
+    CUPY_FAKE = "cupy:standin"  # CuPy's rules on NumPy arrays (cuda/fake_cupy.py); selected only by this name
 
     def __str__(self) -> str:
         return self.value
@@ -61,13 +62,13 @@ class Backend(Enum):
         return self.value.partition(":")[2]
 
     def missing_reason(self) -> str:
-        """Why this machine cannot run it, or "" when it can."""
+        """Return why this machine cannot run the backend, or "" if it can."""
         if self is Backend.CUPY_FAKE:
             return "" if shutil.which("g++") else "g++ is not installed"
         module = {"strict": "array_api_strict"}.get(self.library, self.library)
         if importlib.util.find_spec(module) is None:
             return f"{module} is not installed"
-        if self is Backend.CUPY:  # it imports without a GPU: importing proves nothing
+        if self is Backend.CUPY:  # CuPy imports without a GPU
             import cupy
 
             return "" if cupy.cuda.is_available() else "no CUDA device"
@@ -75,7 +76,7 @@ class Backend(Enum):
 
     @cached_property
     def xp(self) -> Any:
-        """The namespace. For array-making only: xprnn finds its own."""
+        """The namespace, for tests that create arrays; xprnn resolves the namespace from its arguments."""
         match self.library:
             case "numpy":
                 import array_api_compat.numpy as namespace
@@ -85,34 +86,34 @@ class Backend(Enum):
                 import array_api_compat.torch as namespace
             case "cupy":
                 if self is Backend.CUPY_FAKE:
-                    from support.cuda import fake_cupy as standin
+                    from support.cuda import fake_cupy
 
-                    standin.install()
+                    fake_cupy.install()
                 import array_api_compat.cupy as namespace
             case "jax":
                 import jax
 
-                # Without this JAX silently makes float32 of float64.
+                # Otherwise JAX silently converts float64 to float32.
                 jax.config.update("jax_enable_x64", True)
                 import jax.numpy as namespace
         return _ReadOnlyNamespace(namespace) if self is Backend.NUMPY_READONLY else namespace
 
     @cached_property
     def device(self) -> Any:
-        """Where `asarray` puts arrays."""
+        """The device of arrays that `asarray` creates."""
         if self.library == "strict":
             return self.xp.Device(self.variant or "CPU_DEVICE")
         return array_api_compat.device(self.xp.zeros(1))
 
     @property
     def float_dtypes(self) -> tuple[str, ...]:
-        """The names of the real dtypes that exist here, the widest first."""
+        """The names of the supported real dtypes, the widest first."""
         return ("float32",) if self is Backend.STRICT_NO_FLOAT64 else ("float64", "float32")
 
     def asarray(self, value: Any, dtype: str | None = None) -> Any:
-        """A fresh array here from a NumPy array or list; a dict gives a dict.
+        """Copy a NumPy array or list to this backend; a dict of them gives a dict.
 
-        Without a dtype it is the value's own, or float32 where float64 does not exist.
+        Without `dtype`, the array keeps the dtype of `value`; float64 becomes float32 if the backend has no float64.
         """
         if isinstance(value, Mapping):
             return {name: self.asarray(item, dtype) for name, item in value.items()}
@@ -120,11 +121,10 @@ class Backend(Enum):
         name = dtype or host.dtype.name
         if dtype is None and name == "float64":
             name = self.float_dtypes[0]
-        dtype_here = getattr(self.xp, name)
-        return self.xp.asarray(host, dtype=dtype_here, device=self.device, copy=True)
+        return self.xp.asarray(host, dtype=getattr(self.xp, name), device=self.device, copy=True)
 
     def to_numpy(self, value: Any) -> Any:
-        """A NumPy copy of an array; a dict gives a dict."""
+        """Copy an array to NumPy; a dict of arrays gives a dict."""
         if isinstance(value, Mapping):
             return {name: self.to_numpy(item) for name, item in value.items()}
         with self.allow_host_conversion():
@@ -138,15 +138,23 @@ class Backend(Enum):
             return np.array(value)
 
     def forbid_host_conversion(self) -> AbstractContextManager[None]:
-        """Inside: converting an array to the host raises. The `xp` fixture starts inside.
+        """Return a context in which conversion of an array to the host raises. The `xp` fixture enters it.
 
-        Also a decorator: `xp.forbid_host_conversion()(f)` is f with the guard, to hand to a caller that converts.
+        It is also a decorator: `xp.forbid_host_conversion()(f)` guards f when the caller of f itself converts.
         """
         return self._host_conversion(allowed=False)
 
     def allow_host_conversion(self) -> AbstractContextManager[None]:
-        """Inside: conversions are allowed again, for code whose job is to bring numbers home."""
+        """Return a context in which conversion of an array to the host is allowed again, as in saving to a file."""
         return self._host_conversion(allowed=True)
+
+    def allow_data_dependent_shapes(self) -> AbstractContextManager[None]:
+        """Return a context in which array-api-strict allows shapes that depend on values, such as of unique_values."""
+        if self.library != "strict":
+            return nullcontext()
+        import array_api_strict
+
+        return array_api_strict.ArrayAPIStrictFlags(data_dependent_shapes=True)
 
     def _host_conversion(self, *, allowed: bool) -> AbstractContextManager[None]:
         if self is Backend.CUPY_FAKE:
@@ -156,30 +164,32 @@ class Backend(Enum):
         return _strict_mode(allow_conversion=allowed) if self.library == "strict" else nullcontext()
 
     def rtol(self, dtype: Any, condition: float) -> float:
-        """The one place for tolerances: rounding errors of `dtype` times the stated condition."""
+        """Return the relative tolerance: eps of `dtype` times `condition`."""
         return condition * float(np.finfo(dtype_name(dtype)).eps)
 
     def assert_like(self, result: Any, like: Array) -> None:
-        """Every array in `result` (dicts and tuples are walked) lives where `like` lives."""
-        home = _kind(like)
+        """Assert that every array in nested dicts and tuples has the namespace, dtype and device of `like`."""
+        expected = _kind(like)
         for name, array in _leaves(result):
             found = _kind(array)
-            assert found == home, f"{self}: {name} is {found}, expected {home}"
+            assert found == expected, f"{self}: {name} is {found}, expected {expected}"
 
     def assert_close(self, actual: Any, expected: Any, *, condition: float = 8, scale: float | None = None) -> None:
-        """`actual`, of this backend, is `expected`, of this or NumPy, within rounding.
+        """Assert that `actual`, arrays of this backend, equal `expected`, of this backend or NumPy, within rounding.
 
-        The error allowed is eps * condition * scale, where eps is that of `actual`'s dtype and
-        scale the largest magnitude in `expected`: sums that cancel are judged by what went in.
-        Shapes must be equal, and NaN equals nothing.
+        The allowed absolute error is eps * condition * scale, where eps is that of the dtype of `actual`. `scale` is by
+        default the largest magnitude in `expected`, so that cancellation in single elements is tolerated. Integers and
+        booleans must be equal. Shapes must be equal. NaN equals nothing.
         """
-        wanted = dict(_leaves(expected))
-        got = dict(_leaves(actual))
-        assert got.keys() == wanted.keys(), f"{self}: {sorted(got)} is not {sorted(wanted)}"
-        for name, array in got.items():
+        expected_by_name = dict(_leaves(expected))
+        actual_by_name = dict(_leaves(actual))
+        assert actual_by_name.keys() == expected_by_name.keys(), (
+            f"{self}: {sorted(actual_by_name)} is not {sorted(expected_by_name)}"
+        )
+        for name, array in actual_by_name.items():
             namespace = _kind(array)[0]
             assert namespace == _namespace(self.asarray(0)), f"{self}: {name} is of {namespace}"
-            have, want = self.to_numpy(array), _as_numpy(wanted[name], self)
+            have, want = self.to_numpy(array), _as_numpy(expected_by_name[name], self)
             assert have.shape == want.shape, f"{self}: {name} {have.shape} is not {want.shape}"
             size = float(np.max(np.abs(want), initial=0)) if scale is None else scale
             exact = have.dtype.kind != "f"
@@ -188,34 +198,40 @@ class Backend(Enum):
 
 
 def select_backends(names: list[str]) -> list[Backend]:
-    """The backends asked for by name; with no name all that this machine can run."""
+    """Return the backends with these names; without names, all that this machine can run."""
     if not names:
         return [b for b in Backend if b is not Backend.CUPY_FAKE and not b.missing_reason()]
     known = {name for backend in Backend for name in (backend.value, backend.library)}
     if unknown := sorted(set(names) - known):
         raise LookupError(f"unknown backend {unknown[0]!r}: expected one of {sorted(known)}")
-    plain = [b for b in Backend if b is not Backend.CUPY_FAKE and b.library in names]
-    chosen = [b for b in Backend if b.value in names or b in plain]
-    for backend in chosen:
+    by_library = [b for b in Backend if b is not Backend.CUPY_FAKE and b.library in names]
+    selected = [b for b in Backend if b.value in names or b in by_library]
+    for backend in selected:
         if reason := backend.missing_reason():
             raise LookupError(f"backend {backend}: {reason}")
-    return chosen
+    return selected
+
+
+def generator_for_test(nodeid: str) -> np.random.Generator:
+    """Return a generator seeded from a pytest node id without its parameters."""
+    return np.random.default_rng(zlib.crc32(nodeid.partition("[")[0].encode()))
 
 
 def dtype_name(dtype: Any) -> str:
-    """ "float32" from any library's float32."""
+    """Return the name of a dtype of any library, such as "float32"."""
     return getattr(dtype, "__name__", str(dtype)).rpartition(".")[2]
 
 
 class _ReadOnlyNamespace:
-    """A namespace whose functions return arrays that cannot be written to."""
+    """NumPy's namespace with functions that return read-only arrays."""
 
     def __init__(self, namespace: ModuleType) -> None:
         self._namespace = namespace
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._namespace, name)
-        return found if isinstance(found, type) or not callable(found) else _return_readonly(found)
+        attribute = getattr(self._namespace, name)
+        is_function = callable(attribute) and not isinstance(attribute, type)
+        return _return_readonly(attribute) if is_function else attribute
 
 
 def _return_readonly(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -230,7 +246,7 @@ def _return_readonly(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-# What brings numbers to the host without asking: each is a hidden wait for a GPU.
+# Methods of an array that convert it to the host implicitly; on a GPU each waits for the device.
 _HOST_CONVERSIONS = (
     "__bool__",
     "__int__",
@@ -245,7 +261,7 @@ _ORIGINAL_METHODS: dict[str, Any] = {}
 
 @contextmanager
 def _strict_mode(*, allow_conversion: bool) -> Iterator[None]:
-    """array-api-strict without what the standard makes optional, its host conversions on or off."""
+    """Switch off the optional features of array-api-strict, and allow or forbid its host conversions."""
     import array_api_strict as strict
 
     array = type(strict.zeros(1))
@@ -267,7 +283,7 @@ def _raise_on_conversion(name: str) -> Callable[..., Any]:
     def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise HostConversionError(
             f"{name} of an array {self.shape} inside a pass. If the test itself converts, use "
-            f"xp.to_numpy(array) or `with xp.converting():`"
+            f"xp.to_numpy(array) or `with xp.allow_host_conversion():`"
         )
 
     return refuse
@@ -281,16 +297,17 @@ def _namespace(array: Array) -> str:
 
 
 def _kind(array: Array) -> tuple[str, str, Any]:
+    """Return the namespace, dtype and device of an array."""
     return _namespace(array), dtype_name(array.dtype), array_api_compat.device(array)
 
 
 def _as_numpy(value: Any, backend: Backend) -> np.ndarray:
-    plain = isinstance(value, np.ndarray | np.generic | int | float | list)
-    return np.asarray(value) if plain else backend.to_numpy(value)
+    on_host = isinstance(value, np.ndarray | np.generic | int | float | list)
+    return np.asarray(value) if on_host else backend.to_numpy(value)
 
 
 def _leaves(value: Any, name: str = "result") -> Iterator[tuple[str, Any]]:
-    """(path, array) of every array in nested dicts and tuples; None stands for no array."""
+    """Yield (path, array) for every array in nested dicts and tuples; None is ignored."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _leaves(item, f"{name}[{key!r}]")

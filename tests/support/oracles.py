@@ -1,6 +1,6 @@
-"""Independent answers, in plain float64 NumPy: the article's loops, step by step, and a few shared helpers.
+"""Reference results in float64 NumPy: softmax, the loops of the article (see xprnn.article), and torch's results.
 
-Nothing here imports xprnn's arithmetic; it is meant to be obviously right, not fast.
+The functions share no arithmetic with xprnn. They are written to be obviously correct, not fast.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ Arrays = dict[str, Any]
 
 
 def article_inputs(rng, *, n_x=3, n_a=5, n_y=4, m=2, T=6, dtype="float64") -> tuple[Any, Any, Arrays]:
-    """x, a0, parameters in the article's layout, float64 numbers that `dtype` holds exactly.
+    """Return random x, a0 and parameters in the article's layout: float64 values that `dtype` represents exactly.
 
-    Two results of one dtype then start from the same numbers, and differences are rounding alone.
+    Results in `dtype` and in float64 then start from the same values and differ by rounding only.
     """
 
     def draw(*shape):
@@ -30,21 +30,21 @@ def article_inputs(rng, *, n_x=3, n_a=5, n_y=4, m=2, T=6, dtype="float64") -> tu
 
 
 def softmax(z, axis=0):
-    """Softmax slice by slice, each with its own maximum."""
+    """Return the softmax, computed slice by slice."""
     return np.apply_along_axis(lambda v: np.exp(v - v.max()) / np.sum(np.exp(v - v.max())), axis, z) if z.size else z
 
 
 def cell_forward(xt, a_prev, p):
-    """The article's rnn_cell_forward: a_next, yt_pred."""
+    """Return a_next and yt_pred, as the article's rnn_cell_forward."""
     a_next = np.tanh(p["Wax"] @ xt + p["Waa"] @ a_prev + p["ba"])
     return a_next, softmax(p["Wya"] @ a_next + p["by"])
 
 
 def cell_backward(da_next, a_next, a_prev, xt, p, dlogits=None) -> Arrays:
-    """The article's rnn_cell_backward; with dlogits the output layer's gradients too."""
-    heads = {}
+    """Return the gradients of the article's rnn_cell_backward; with dlogits, those of the output layer too."""
+    head_gradients = {}
     if dlogits is not None:
-        heads = {"dWya": dlogits @ a_next.T, "dby": dlogits.sum(axis=1, keepdims=True)}
+        head_gradients = {"dWya": dlogits @ a_next.T, "dby": dlogits.sum(axis=1, keepdims=True)}
         da_next = (0 if da_next is None else da_next) + p["Wya"].T @ dlogits
     dz = (1 - a_next**2) * da_next
     return {
@@ -53,11 +53,11 @@ def cell_backward(da_next, a_next, a_prev, xt, p, dlogits=None) -> Arrays:
         "dWax": dz @ xt.T,
         "dWaa": dz @ a_prev.T,
         "dba": dz.sum(axis=1, keepdims=True),
-    } | heads
+    } | head_gradients
 
 
 def sequence_forward(x, a0, p):
-    """The article's rnn_forward: a, y_pred."""
+    """Return a and y_pred, as the article's rnn_forward."""
     n_a, n_y, (_, m, steps) = p["Wax"].shape[0], p["Wya"].shape[0], x.shape
     a, y, state = np.zeros((n_a, m, steps)), np.zeros((n_y, m, steps)), a0
     for t in range(steps):
@@ -67,25 +67,25 @@ def sequence_forward(x, a0, p):
 
 
 def sequence_backward(da, x, a0, a, p, dlogits=None) -> Arrays:
-    """The article's rnn_backward, from the last step that da (or dlogits) has back to the first."""
+    """Return the gradients of the article's rnn_backward, starting at the last time step of da (or dlogits)."""
     steps = (dlogits if da is None else da).shape[2]
     names = ["Wax", "Waa", "ba", *(["Wya", "by"] if dlogits is not None else [])]
-    out = {"d" + name: np.zeros_like(p[name]) for name in names}
+    totals = {"d" + name: np.zeros_like(p[name]) for name in names}
     dx, da_prev = np.zeros((*x.shape[:2], steps)), np.zeros_like(a0)
     for t in reversed(range(steps)):
-        here = da_prev if da is None else da[:, :, t] + da_prev
-        before = a[:, :, t - 1] if t else a0
-        g = cell_backward(here, a[:, :, t], before, x[:, :, t], p, None if dlogits is None else dlogits[:, :, t])
+        da_next = da_prev if da is None else da[:, :, t] + da_prev
+        a_prev = a[:, :, t - 1] if t else a0
+        g = cell_backward(da_next, a[:, :, t], a_prev, x[:, :, t], p, None if dlogits is None else dlogits[:, :, t])
         dx[:, :, t], da_prev = g.pop("dxt"), g.pop("da_prev")
-        out = {name: out[name] + g[name] for name in out}
-    return {"dx": dx, "da0": da_prev} | out
+        totals = {name: totals[name] + g[name] for name in totals}
+    return {"dx": dx, "da0": da_prev} | totals
 
 
 def torch_results(x, a0, p, da, dlogits) -> tuple[Any, Any, Arrays]:
-    """a, y_pred and every gradient by torch's own nn.RNN and autograd, in the article's layout and names."""
+    """Return a, y_pred and every gradient from torch's nn.RNN and autograd, in the article's layout and names."""
     import torch
 
-    def turned(array):
+    def transposed_leaf(array):
         return torch.tensor(np.ascontiguousarray(array.T)).requires_grad_()
 
     rnn = torch.nn.RNN(p["Wax"].shape[1], p["Wax"].shape[0], dtype=torch.float64)
@@ -95,26 +95,26 @@ def torch_results(x, a0, p, da, dlogits) -> tuple[Any, Any, Arrays]:
     with torch.no_grad():
         for weight, value in zip(weights, values, strict=True):
             weight.copy_(torch.tensor(value))
-    given, start = turned(x), turned(a0)
-    hidden, _ = rnn(given, start[None])
+    x_leaf, a0_leaf = transposed_leaf(x), transposed_leaf(a0)
+    hidden, _ = rnn(x_leaf, a0_leaf[None])
     logits = head(hidden)
-    total = sum((u * torch.tensor(np.ascontiguousarray(c.T))).sum() for u, c in ((hidden, da), (logits, dlogits)))
+    loss = sum((u * torch.tensor(np.ascontiguousarray(c.T))).sum() for u, c in ((hidden, da), (logits, dlogits)))
     names = ("dx", "da0", "dWax", "dWaa", "dba", "_", "dWya", "dby")
-    found = torch.autograd.grad(total, [given, start, *weights])
-    grads = {name: g.numpy() for name, g in zip(names, found, strict=True) if name != "_"}
+    results = torch.autograd.grad(loss, [x_leaf, a0_leaf, *weights])
+    grads = {name: g.numpy() for name, g in zip(names, results, strict=True) if name != "_"}
     grads |= {name: grads[name].T for name in ("dx", "da0")} | {name: grads[name][:, None] for name in ("dba", "dby")}
     return hidden.detach().numpy().T, torch.softmax(logits, -1).detach().numpy().T, grads
 
 
 def check_gradients_on(xp, forward, backward, args, **options) -> dict[str, float]:
-    """check_gradients on `xp`: the passes stay guarded, the checker itself may bring numbers home."""
+    """Call check_gradients on backend `xp`: only the checker may convert arrays to the host, the passes may not."""
 
-    def within(function):
-        def call(*given):
+    def guarded(function):
+        def call(*call_args):
             with xp.forbid_host_conversion() if xp is not None else nullcontext():
-                return function(*given)
+                return function(*call_args)
 
         return call
 
     with xp.allow_host_conversion() if xp is not None else nullcontext():
-        return xprnn.check_gradients(within(forward), within(backward), args, **options)
+        return xprnn.check_gradients(guarded(forward), guarded(backward), args, **options)

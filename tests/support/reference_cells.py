@@ -1,10 +1,10 @@
-"""The naive reference: one row, one step, one gate at a time, written from the equations in float64 NumPy.
+"""Reference implementation of recurrent layers: loops over rows, steps and gates, from the equations, in float64 NumPy.
 
-It shares nothing with xprnn and nothing with speed. Where torch has no such feature (masks, resets, zero lengths,
-peepholes, clipping, the original GRU, custom cells) this is what the engine's forward has to equal.
+It shares no code with xprnn. Tests compare the forward pass with it for features that torch does not have: masks,
+resets, zero lengths, peepholes, clipping, the original GRU and user-defined cells.
 
-A cell here is `step(w, x, state) -> state` for one row: w holds one layer's and direction's parameters, x is (D,) and a
-state is a tuple of vectors, h first.
+A cell here is `step(w, x, state) -> state` for one row of the batch: w holds the parameters of one layer and direction,
+x is (D,), and the state is a tuple of vectors, h first.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 
 def activation(name, alpha=None, beta=None):
-    """The functions of the ONNX operators, from their specification's text."""
+    """Return an activation of the ONNX operators, written from the specification."""
     a, b = alpha, beta
     table = {
         "tanh": np.tanh,
@@ -33,7 +33,7 @@ def activation(name, alpha=None, beta=None):
 
 
 def gate_terms(w, k, count, x, h):
-    """(what x, what h contributes to gate k of count)."""
+    """Return the input projection and the recurrent product of gate k of `count`, each with its bias."""
     size = w["weight_ih"].shape[0] // count
     rows = slice(k * size, (k + 1) * size)
     from_x, from_h = w["weight_ih"][rows] @ x, w["weight_hh"][rows] @ h
@@ -92,17 +92,17 @@ def gru(s=None, t=np.tanh, *, reset_after=True, clip=None):
 
 
 def leaky(w, x, state):
-    """A continuous-time Elman unit: every unit forgets at its own rate."""
+    """Return the next state of a continuous-time Elman unit with a learned rate for each unit."""
     (h,) = state
     rate = 1 / (1 + np.exp(-w["rate"]))
     return ((1 - rate) * h + rate * np.tanh(sum(gate_terms(w, 0, 1, x, h))),)
 
 
 def run_row(step, w, x, initial, reverse, length, mask, reset):
-    """One row through time: x (T, D), mask and reset (T,) -> y (T, P), the final state."""
+    """Run one row of the batch over time: x (T, D), mask and reset (T,) -> y (T, P), the final state."""
     state = initial
     y = [np.zeros_like(initial[0]) for _ in x]
-    steps = range(length)  # nothing beyond a row's length exists for it
+    steps = range(length)  # steps beyond the length of the row are padding
     for t in reversed(steps) if reverse else steps:
         if reset is not None and reset[t]:
             state = initial
@@ -113,16 +113,17 @@ def run_row(step, w, x, initial, reverse, length, mask, reset):
 
 
 def run_stack(step, layer, params, x, state, *, lengths=None, mask=None, reset=None):
-    """A whole stack, everything time-major: x (T, N, D) or integers (T, N).
+    """Run all layers and directions of a recurrent layer, time-major.
 
     Args:
         step: one of the cells above.
-        layer: read for its plain configuration only.
-        params: NumPy arrays under torch's names.
-        state: a list with one tuple (h,) or (h, c) of (N, .) for each layer and direction.
+        layer: an xprnn layer, of which only the configuration is read.
+        params: NumPy arrays under the parameter names of torch.
+        x: (T, N, D) floats or (T, N) integers.
+        state: a list with a tuple (h,) or (h, c) of arrays (N, .) for each layer and direction.
 
     Returns:
-        y (T, N, directions*P) and the final states, as `state`.
+        y (T, N, directions*P) and the final states, in the structure of `state`.
     """
     if x.dtype.kind in "iu":
         x = np.eye(layer.input_size)[x]
@@ -130,29 +131,29 @@ def run_stack(step, layer, params, x, state, *, lengths=None, mask=None, reset=N
     directions = 2 if layer.bidirectional else 1
     finals = []
     for k in range(layer.num_layers):
-        sides = []
+        direction_outputs = []
         for d in range(directions):
-            end = f"_l{k}" + ("_reverse" if d else "")
-            w = {name.removesuffix(end): a for name, a in params.items() if name.endswith(end)}
-            start = state[k * directions + d]
-            y = np.zeros((T, N, start[0].shape[-1]))
-            final = tuple(np.zeros_like(s) for s in start)
+            suffix = f"_l{k}" + ("_reverse" if d else "")
+            w = {name.removesuffix(suffix): a for name, a in params.items() if name.endswith(suffix)}
+            initial = state[k * directions + d]
+            y = np.zeros((T, N, initial[0].shape[-1]))
+            final = tuple(np.zeros_like(s) for s in initial)
             for n in range(N):
-                row, last = run_row(
+                row_y, row_final = run_row(
                     step,
                     w,
                     x[:, n],
-                    tuple(s[n] for s in start),
+                    tuple(s[n] for s in initial),
                     d == 1 or layer.reverse,
                     T if lengths is None else lengths[n],
                     None if mask is None else mask[:, n],
                     None if reset is None else reset[:, n],
                 )
                 for t in range(T):
-                    y[t, n] = row[t]
-                for f, value in zip(final, last, strict=True):
-                    f[n] = value
-            sides.append(y)
+                    y[t, n] = row_y[t]
+                for array, value in zip(final, row_final, strict=True):
+                    array[n] = value
+            direction_outputs.append(y)
             finals.append(final)
-        x = np.concatenate(sides, axis=-1)
+        x = np.concatenate(direction_outputs, axis=-1)
     return x, finals

@@ -83,7 +83,7 @@ class SparseGradient:
         shape = tuple(self.shape)
         object.__setattr__(self, "shape", shape)
         if self.axis not in (0, 1) or len(shape) != 2:
-            raise InputError(f"{where}: shape must have two axes and axis be 0 or 1, found shape {shape}, axis {self.axis}")
+            raise InputError(f"{where}: shape must have two axes, and axis be 0 or 1, found {shape} and {self.axis}")
         count, width = shape[self.axis], shape[1 - self.axis]
         fits = self.values.ndim == 2 and tuple(self.indices.shape) == tuple(self.values.shape[:1])
         if not fits or self.values.shape[1] != width:

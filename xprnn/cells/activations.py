@@ -1,7 +1,8 @@
-"""Elementwise functions with their derivatives, by name: ONNX's of RNN, LSTM and GRU, and more of torch's and Keras's.
+"""Activations by name, each with its derivative: those of the ONNX operators RNN, LSTM and GRU, of torch and of Keras.
 
-The derivative of y = f(x) is written with y alone, so that a pass saves outputs and recomputes nothing; cells take such
-functions in each of their places. Where one y stands for several x (silu and its like), it is written with x.
+The derivative of y = f(x) is written as a function of y. A forward pass then saves only outputs, and the backward pass
+recomputes nothing. Cells take only such activations. For the others, such as silu, several x have the same y, so that
+the derivative is written as a function of x (module `activations_from_input`).
 """
 
 from collections.abc import Callable
@@ -18,18 +19,20 @@ ActivationPair = tuple[Callable[[Any], Any], Callable[[Any], Any]]
 
 @dataclass(frozen=True)
 class Activation:
-    """An elementwise f and its derivative in terms of its output, or of its input.
+    """An elementwise function y = f(x) with its derivative f'(x), written as a function of y.
 
     Args:
-        name: how configurations and errors call it.
-        build: given a namespace, returns (f, slope) with y = f(x) and slope(y) = f'(x), both elementwise.
-        alpha, beta: the constants, kept for files.
-        from_input: whether it is slope(x) = f'(x): an output alone does not tell. Apply takes these, cells don't.
+        name: name in errors and configurations.
+        build: function of a namespace that returns (f, derivative), both elementwise, with derivative(y) = f'(x).
+        alpha: first constant of the function, or None. Saved in configurations.
+        beta: second constant of the function, or None. Saved in configurations.
+        from_input: True if the derivative is a function of x instead: derivative(x) = f'(x). ActivationLayer accepts
+            such activations, cells do not.
 
     >>> import numpy as np
     >>> cube = Activation("cube", lambda xp: (lambda x: x * x * x, lambda y: 3 * xp.abs(y) ** (2 / 3)))
-    >>> f, slope = cube.build(np)
-    >>> f(2.0), round(float(slope(8.0)), 6)
+    >>> f, derivative = cube.build(np)
+    >>> f(2.0), round(float(derivative(8.0)), 6)
     (8.0, 12.0)
     """
 
@@ -40,11 +43,12 @@ class Activation:
     from_input: bool = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        # An activation of this module pickles by name, a user-defined one by reference to its functions.
         try:
-            known = activation(self.name, self.alpha, self.beta) == self
+            is_named = activation(self.name, self.alpha, self.beta) == self
         except InputError:
-            known = False
-        return (activation, (self.name, self.alpha, self.beta)) if known else super().__reduce_ex__(protocol)
+            is_named = False
+        return (activation, (self.name, self.alpha, self.beta)) if is_named else super().__reduce_ex__(protocol)
 
 
 def _tanh(xp: Any) -> ActivationPair:
@@ -114,7 +118,7 @@ def _elu(alpha: float, beta: float) -> Callable[[Any], ActivationPair]:
 
 
 def _selu(xp: Any) -> ActivationPair:
-    """Klambauer et al. 2017, with the constants of their appendix."""
+    """SELU; the constants are those of the appendix of Klambauer et al. 2017."""
     scale, alpha = 1.0507009873554805, 1.6732632423543772
     f, _ = _elu(alpha, 0.0)(xp)
     return lambda x: scale * f(x), lambda y: xp.where(y >= 0.0, scale, y + scale * alpha)
@@ -145,7 +149,10 @@ def _log_sigmoid(xp: Any) -> ActivationPair:
 
 
 def _squareplus(alpha: float, beta: float) -> Callable[[Any], ActivationPair]:
-    """y = (x + sqrt(x^2 + alpha)) / 2, whose inverse is x = y - alpha / (4 y); without a difference where x < 0."""
+    """y = (x + sqrt(x^2 + alpha)) / 2 with the inverse x = y - alpha / (4 y).
+
+    For x < 0 it is computed as alpha / (2 (|x| + sqrt(x^2 + alpha))), which does not cancel.
+    """
 
     def f(xp: Any) -> ActivationPair:
         def value(x: Any) -> Any:
@@ -187,7 +194,7 @@ _WITHOUT_CONSTANTS: dict[str, Callable[[Any], ActivationPair]] = {
     "logsigmoid": _log_sigmoid,
     "sparseplus": _sparse_plus,
 }
-# name -> (factory, default alpha, default beta), the defaults of the ONNX specification.
+# name -> (factory, default alpha, default beta). Functions of the ONNX specification have its defaults.
 _WITH_CONSTANTS: dict[str, tuple[Callable[[float, float], Callable[[Any], ActivationPair]], float, float]] = {
     "affine": (_affine, 1.0, 0.0),
     "scaledtanh": (_scaled_tanh, 1.0, 1.0),
@@ -200,23 +207,26 @@ _WITH_CONSTANTS: dict[str, tuple[Callable[[float, float], Callable[[Any], Activa
     "softshrink": (_soft_shrink, 0.5, 0.0),
     "hardshrink": (_hard_shrink, 0.5, 0.0),
 }
+# Constants for which f can be inverted, so that the derivative is a function of y.
 _CONSTRAINTS = dict.fromkeys(("leakyrelu", "thresholdedrelu", "elu", "softshrink", "hardshrink"), "alpha >= 0")
 _CONSTRAINTS |= {"celu": "alpha > 0", "squareplus": "alpha > 0", "scaledtanh": "alpha != 0"}
 _cache: dict[tuple[str, float | None, float | None], Activation] = {}
 
 
 def activation(name: str | Activation, alpha: float | None = None, beta: float | None = None) -> Activation:
-    """The activation called `name`, case ignored: one object for each name and constants, so cells compare equal.
+    """Return the activation called `name`; the same object for the same name and constants.
 
     Args:
-        name: tanh, sigmoid, relu, identity, softsign, softplus, selu, relu6, hardtanh, exponential, logsigmoid,
-            sparseplus; with constants affine, scaledtanh, leakyrelu, thresholdedrelu, hardsigmoid, elu, celu,
-            squareplus, softshrink, hardshrink; of their input silu, gelu, gelutanh, mish, hardswish, tanhshrink. An
-            Activation is returned as it is.
-        alpha, beta: constants of the ten that have some; None takes the default of ONNX, torch or Keras.
+        name: case is ignored. Without constants: tanh, sigmoid, relu, identity, softsign, softplus, selu, relu6,
+            hardtanh, exponential, logsigmoid, sparseplus. With constants: affine, scaledtanh, leakyrelu,
+            thresholdedrelu, hardsigmoid, elu, celu, squareplus, softshrink, hardshrink. With a derivative that needs
+            the input, for ActivationLayer only: silu, gelu, gelutanh, mish, hardswish, tanhshrink. An Activation is
+            returned unchanged.
+        alpha: first constant; None: the default of ONNX, torch or Keras.
+        beta: second constant; None: the default. Only affine, scaledtanh and hardsigmoid use it.
 
     Raises:
-        InputError: no such name, or constants that the function does not have or cannot take.
+        InputError: the name is unknown, or the function does not accept these constants.
 
     >>> activation("HardSigmoid").alpha
     0.2
@@ -227,21 +237,20 @@ def activation(name: str | Activation, alpha: float | None = None, beta: float |
     if key in _WITH_CONSTANTS:
         factory, a, b = _WITH_CONSTANTS[key]
         alpha, beta = float(a if alpha is None else alpha), float(b if beta is None else beta)
-        # An output alone must tell which branch it came from.
-        least = _CONSTRAINTS.get(key, "")
-        fits = {"alpha >= 0": alpha >= 0, "alpha > 0": alpha > 0, "alpha != 0": alpha != 0}
-        if not fits.get(least, True):
-            raise InputError(f"activation: {name} needs {least}, found {alpha}")
+        constraint = _CONSTRAINTS.get(key, "")
+        satisfied = {"alpha >= 0": alpha >= 0, "alpha > 0": alpha > 0, "alpha != 0": alpha != 0}
+        if not satisfied.get(constraint, True):
+            raise InputError(f"activation: {name} needs {constraint}, found {alpha}")
         return _cache.setdefault((key, alpha, beta), Activation(key, factory(alpha, beta), alpha, beta))
-    plain = {**_WITHOUT_CONSTANTS, **FROM_INPUT}
-    if key not in plain or alpha is not None or beta is not None:
+    builders = {**_WITHOUT_CONSTANTS, **FROM_INPUT}
+    if key not in builders or alpha is not None or beta is not None:
         known = ", ".join(activation_names())
         count = len(_WITH_CONSTANTS)
-        found = f"{name!r} with constants" if key in plain else repr(name)
+        found = f"{name!r} with constants" if key in builders else repr(name)
         raise InputError(f"activation: expected one of {known} (the last {count} take alpha and beta), found {found}")
-    return _cache.setdefault((key, None, None), Activation(key, plain[key], from_input=key in FROM_INPUT))
+    return _cache.setdefault((key, None, None), Activation(key, builders[key], from_input=key in FROM_INPUT))
 
 
 def activation_names() -> tuple[str, ...]:
-    """Every name that `activation` knows, those with constants last."""
+    """Return all names that `activation` accepts; the functions with constants come last."""
     return (*_WITHOUT_CONSTANTS, *FROM_INPUT, *_WITH_CONSTANTS)

@@ -1,7 +1,7 @@
-"""The file form of cells and activations: plain data that JSON can hold, and back.
+"""JSON configuration of cells and activations, for model files.
 
-Only what xprnn made itself has one: a cell from one of its factories, an activation with one of its names. A file
-never holds code.
+Only cells from the factories of `xprnn.cells` and activations known by name have a configuration. User-defined ones
+have none, because a file never contains code.
 """
 
 from __future__ import annotations
@@ -24,47 +24,49 @@ _factories: dict[str, Callable[..., Any]] = {}
 
 
 def serializable(factory: Callable[P, Any]) -> Callable[P, Any]:
-    """Decorate a cell's factory: its cells know their options, and there is one object for each choice of them.
+    """Decorate a cell factory: its cells record their options, and equal options return the same object.
 
-    Every argument is an activation but `peepholes`, `coupled` (flags) and `clip` (None or a number above 0).
+    The arguments `peepholes` and `coupled` are bools and `clip` is None or a number above 0. Every other argument of
+    the factory is an activation.
 
     >>> from xprnn.cells import gru
     >>> gru() is gru("Sigmoid", clip=None), gru().options
     (True, (('gate', 'sigmoid'), ('candidate', 'tanh'), ('clip', None)))
     """
     name, signature = factory.__name__, inspect.signature(factory)
-    made: dict[Any, Any] = {}
-    plainly: Callable[..., Any] = factory
+    cells: dict[Any, Any] = {}
+    create: Callable[..., Any] = factory
 
     @wraps(factory)
     def make(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        plain = {key: _normalize_option(name, key, value) for key, value in bound.arguments.items()}
-        choice = tuple(plain.items())
-        if choice not in made:
-            forms = tuple((k, activation_to_config(v) if isinstance(v, Activation) else v) for k, v in choice)
-            known = all(form is not None or plain[k] is None for k, form in forms)
-            made[choice] = replace(plainly(**plain), options=forms if known else None)
-        return made[choice]
+        normalized = {k: _normalize_option(name, k, v) for k, v in bound.arguments.items()}
+        key = tuple(normalized.items())
+        if key not in cells:
+            options = tuple((k, activation_to_config(v) if isinstance(v, Activation) else v) for k, v in key)
+            is_serializable = all(config is not None or normalized[k] is None for k, config in options)
+            cells[key] = replace(create(**normalized), options=options if is_serializable else None)
+        return cells[key]
 
     _factories[name] = make
     return cast(Callable[P, Any], cache(make))
 
 
 def _normalize_option(where: str, name: str, value: Any) -> Any:
+    """Return the value of one option as a bool, an Activation, a float or None, or raise InputError."""
     if name in ("peepholes", "coupled"):
         if not isinstance(value, bool):
             raise InputError(f"{where}: {name} must be True or False, found {value!r}")
         return value
     if name != "clip":
-        found = activation(value)
-        if found.from_input:
+        function = activation(value)
+        if function.from_input:
             raise InputError(
-                f"{where}: {name}={found.name}: its derivative cannot be told from its output, which is what a cell "
-                "keeps: it stands in Apply alone"
+                f"{where}: {name}={function.name}: its derivative needs the input, but a cell saves only the output: "
+                "use it in an ActivationLayer"
             )
-        return found
+        return function
     if value is not None and not (_is_number(value) and value > 0):
         raise InputError(f"{where}: clip must be None or a number above 0, found {value!r}")
     return None if value is None else float(value)
@@ -75,7 +77,9 @@ def _is_number(value: Any) -> bool:
 
 
 def activation_to_config(f: Activation | str) -> Any:
-    """The file form of an activation: its name, or its name and constants; None for one of your own.
+    """Return the configuration of an activation: its name, or a dict with name, alpha and beta if it has constants.
+
+    A user-defined activation has none: the result is None.
 
     >>> activation_to_config("tanh"), activation_to_config(activation("elu", 0.5))
     ('tanh', {'name': 'elu', 'alpha': 0.5, 'beta': 0.0})
@@ -83,19 +87,19 @@ def activation_to_config(f: Activation | str) -> Any:
     if isinstance(f, str):
         return f
     try:
-        known = activation(f.name, f.alpha, f.beta)
+        named = activation(f.name, f.alpha, f.beta)
     except InputError:
         return None
-    if known != f:
+    if named != f:
         return None
     return f.name if f.alpha is None else {"name": f.name, "alpha": f.alpha, "beta": f.beta}
 
 
 def activation_from_config(config: Any) -> Activation:
-    """The activation of a file form.
+    """Return the activation that `activation_to_config` described.
 
     Raises:
-        InputError: not such a form.
+        InputError: `config` is not the configuration of an activation.
 
     >>> activation_from_config({"name": "elu", "alpha": 0.5}).beta
     0.0
@@ -116,7 +120,7 @@ def activation_from_config(config: Any) -> Activation:
 
 
 def cell_to_config(cell: Any) -> dict[str, Any] | None:
-    """The file form of a cell: its factory's name and options; None for a cell of your own.
+    """Return the configuration of a cell: the name of its factory and its options. None for a user-defined cell.
 
     >>> from xprnn.cells import elman
     >>> cell_to_config(elman("relu", clip=3))
@@ -128,10 +132,10 @@ def cell_to_config(cell: Any) -> dict[str, Any] | None:
 
 
 def cell_from_config(config: Any) -> Any:
-    """The cell of a file form.
+    """Return the cell that `cell_to_config` described.
 
     Raises:
-        InputError: not such a form.
+        InputError: `config` is not the configuration of a cell.
 
     >>> from xprnn.cells import lstm
     >>> cell_from_config({"type": "lstm", "peepholes": True}) is lstm(peepholes=True)
@@ -143,7 +147,7 @@ def cell_from_config(config: Any) -> Any:
         )
     make = _factories[config["type"]]
     known = inspect.signature(make).parameters
-    if strangers := [str(key) for key in config if key != "type" and key not in known]:
-        raise InputError(f"cell {config['type']}: expected {', '.join(known)}, found {', '.join(strangers)[:60]}")
-    flat = ("peepholes", "coupled", "clip")
-    return make(**{k: v if k in flat else activation_from_config(v) for k, v in config.items() if k != "type"})
+    if unknown := [str(key) for key in config if key != "type" and key not in known]:
+        raise InputError(f"cell {config['type']}: expected {', '.join(known)}, found {', '.join(unknown)[:60]}")
+    scalars = ("peepholes", "coupled", "clip")
+    return make(**{k: v if k in scalars else activation_from_config(v) for k, v in config.items() if k != "type"})

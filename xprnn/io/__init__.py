@@ -1,1 +1,1 @@
-"""Archives of named arrays: safetensors and npz files, atomic, checksummed, read back without trust."""
+"""Files of named arrays: safetensors and npz archives with checksums, atomic writes and validated reads."""

@@ -1,8 +1,8 @@
-"""Archives: named arrays and a JSON header in one file, read back without trusting it.
+"""Archives: named arrays and a JSON header in one `.safetensors` or `.npz` file.
 
-`.safetensors` is the home format, `.npz` the same for machines with NumPy alone. Neither can run code on loading. Every
-array and the header carry a checksum, looked at on every reading: a flipped bit is found, not learnt from. Every file
-is written beside its place and then renamed, so a reader sees the old file or the new one.
+Loading runs no code from the file and validates everything before use. The header of a safetensors file and every
+array of both formats carry a CRC-32 that is checked at each read; a zip file has a CRC-32 for each member as well.
+Files are written under a temporary name and then renamed, so that a reader sees either the old or the new file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from xprnn.arrays.namespace import Array, InputError, Params, from_numpy
 
 FORMAT = "xprnn"
 DTYPES = ("float16", "float32", "float64", "int32", "int64")
-_CHECKSUM = "xprnn.crc32"  # of the header's text; its entry "crc32" has those of the arrays
+_CHECKSUM = "xprnn.crc32"  # metadata key for the CRC-32 of the JSON header; its entry "crc32" has those of the arrays
 _NPZ_HEADER = "__xprnn__"
 _Shapes = dict[str, tuple[int, ...]]
 _ReadArray = Callable[[str], Any]
@@ -35,7 +35,7 @@ _RawArchive = tuple[str | None, _Shapes, _ReadArray]
 
 
 class Archive(NamedTuple):
-    """An open file: header and shapes first, an array only when it is asked for."""
+    """An open archive: header and shapes are in memory, `read(name)` loads one array."""
 
     header: dict[str, Any]
     shapes: _Shapes
@@ -46,26 +46,26 @@ def as_path(where: str, path: Any) -> Path:
     """Return `path` as a Path.
 
     Raises:
-        InputError: not a path, or one that no file can have.
+        InputError: `path` is not a path, or contains a NUL character.
 
     >>> as_path("load", None)
     Traceback (most recent call last):
     xprnn.arrays.namespace.InputError: load: expected a path, found NoneType
     """
     try:
-        found = Path(path)
+        result = Path(path)
     except TypeError:
         raise InputError(f"{where}: expected a path, found {type(path).__name__}") from None
-    if "\0" in str(found):
-        raise InputError(f"{where}: expected a path, found {str(found)!r} with a zero character in it")
-    return found
+    if "\0" in str(result):
+        raise InputError(f"{where}: expected a path, found {str(result)!r} with a NUL character in it")
+    return result
 
 
 def check_file(where: str, path: Path) -> None:
-    """Look at what is at `path` before it is opened: a device has no end, and a pipe may wait for ever.
+    """Check, before opening it, that `path` is a regular file or directory: reading a device or pipe may never end.
 
     Raises:
-        InputError: nothing is there, or something else than a file or a directory.
+        InputError: `path` does not exist, or is a device, pipe or socket.
     """
     try:
         mode = path.stat().st_mode
@@ -76,36 +76,36 @@ def check_file(where: str, path: Path) -> None:
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
-    """Put `content` at `path` in one step: whatever happens, no half-written file stays behind.
+    """Write `content` to a temporary file in the same folder and rename it to `path`, so that no partial file remains.
 
     Raises:
-        InputError: the place cannot be written.
+        InputError: the file cannot be written.
     """
     path = Path(path)
     if not path.name:
         raise InputError(f"{path}: cannot be written (expected a file's name, found a directory)")
-    beside = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
-        with beside.open("xb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        temporary.replace(path)
     except (OSError, UnicodeError) as error:
         raise InputError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
     finally:
         with suppress(OSError, UnicodeError):
-            beside.unlink()
+            temporary.unlink()
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
-    """Return the JSON header of a file of ours: "model" and "metadata" for what `save` wrote."""
+    """Return the JSON header of an archive; files written by `xprnn.save` have the keys "model" and "metadata"."""
     with open_archive(path) as file:
         return file.header
 
 
 def is_xprnn_file(path: str | Path) -> bool:
-    """Whether a `.safetensors` file says that xprnn wrote it; False for one that cannot be read."""
+    """Return True if a `.safetensors` file has the metadata of xprnn, False if it has not or cannot be read."""
     try:
         check_file(str(path), Path(path))
         with safetensors.safe_open(path, framework="numpy") as file:
@@ -115,16 +115,21 @@ def is_xprnn_file(path: str | Path) -> bool:
 
 
 def read_arrays(path: str | Path) -> tuple[Params, dict[str, Any]]:
-    """Return all arrays of a file written by `write_arrays`, and its header."""
+    """Return all arrays of a file that `write_arrays` wrote, and its header.
+
+    Raises:
+        InputError: the file is missing, damaged, or was not written by xprnn.
+    """
     with open_archive(path) as file:
         return {name: file.read(name) for name in file.shapes}, file.header
 
 
 def write_arrays(path: str | Path, arrays: Mapping[str, Any], header: Mapping[str, Any]) -> None:
-    """Write NumPy arrays and a JSON header to a `.safetensors` or `.npz` file, in one step.
+    """Write NumPy arrays and a JSON header to a `.safetensors` or `.npz` file, atomically.
 
     Raises:
-        InputError: another ending, a dtype or a header that a file cannot hold, or a place that cannot be written.
+        InputError: the name has another suffix, an array has a dtype that is not in DTYPES, the header is not valid
+            JSON data, or the file cannot be written.
     """
     path = as_path("write_arrays", path)
     if path.suffix not in _OPENERS:
@@ -142,7 +147,7 @@ def write_arrays(path: str | Path, arrays: Mapping[str, Any], header: Mapping[st
     write_atomically(path, content)
 
 
-# What writes and what reads the endings that are not ours.
+# suffix -> the functions of xprnn that write and read this format
 _FOREIGN_FORMATS = {
     ".onnx": ("to_onnx", "from_onnx"),
     ".pt": ("to_torch", "from_torch"),
@@ -153,11 +158,13 @@ _FOREIGN_FORMATS = {
 
 
 def _format_hint(path: Path, reading: int) -> str:
+    """Return a hint at the function for a foreign suffix, to write (0) or read (1) it, or ""."""
     name = _FOREIGN_FORMATS.get(path.suffix, ("", ""))[reading]
-    return f" (xprnn.{name} is for {path.suffix})" if name else ""
+    return f" (use xprnn.{name} for {path.suffix})" if name else ""
 
 
 def _as_storable(where: str, array: Any) -> Any:
+    """Return a C-contiguous little-endian array, or raise InputError for an unsupported dtype."""
     array = np.asarray(array)
     if array.dtype.name not in DTYPES:
         raise InputError(f"{where} has dtype {array.dtype.name}, a file holds {', '.join(DTYPES)}: convert it first")
@@ -165,7 +172,7 @@ def _as_storable(where: str, array: Any) -> Any:
 
 
 def _crc32(array: Any) -> int:
-    # The dtype and the shape too: the same bits read as other numbers are damage as well.
+    # Dtype and shape are included, so that damage to either of them in the file is detected too.
     start = zlib.crc32(f"{array.dtype.str} {array.shape}".encode())
     content: Any = np.asarray(array, order="C").reshape(-1).view(np.uint8)
     return zlib.crc32(content, start)
@@ -182,7 +189,12 @@ def _npz_bytes(arrays: Mapping[str, Any]) -> bytes:
 
 @contextmanager
 def open_archive(path: str | Path) -> Iterator[Archive]:
-    """Open a file of ours for reading; within the block, too, what shows damage becomes an InputError."""
+    """Open an archive for reading.
+
+    Raises:
+        InputError: the file is missing, damaged, or was not written by xprnn. Damage that appears only while reading
+            an array within the `with` block raises it too.
+    """
     path = as_path("load", path)
     if path.suffix not in _OPENERS:
         raise InputError(f"{path}: expected a .safetensors or .npz file{_format_hint(path, 1)}")
@@ -205,6 +217,8 @@ def open_archive(path: str | Path) -> Iterator[Archive]:
 
 
 def _with_checksum_check(read: _ReadArray, checksums: Any) -> _ReadArray:
+    """Wrap `read`: an array whose CRC-32 differs from the header's raises ValueError."""
+
     def checked(name: str) -> Any:
         array = read(name)
         if not isinstance(checksums, dict) or checksums.get(name) != _crc32(array):
@@ -216,15 +230,15 @@ def _with_checksum_check(read: _ReadArray, checksums: Any) -> _ReadArray:
 
 @contextmanager
 def _open_safetensors(path: Path) -> Iterator[_RawArchive]:
-    # The library has compared every tensor's extent with the file's length before it hands out a name.
+    # safe_open has already checked that every tensor lies within the file.
     with safetensors.safe_open(path, framework="numpy") as file:
         slices = {name: file.get_slice(name) for name in sorted(file.keys())}
-        for name, part in slices.items():
-            _check_dtype(name, part.get_dtype(), ("F16", "F32", "F64", "I32", "I64"))
-        shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-        about = file.metadata() or {}
-        text = about.get(FORMAT)
-        if text is not None and about.get(_CHECKSUM) != str(zlib.crc32(text.encode())):
+        for name, tensor in slices.items():
+            _check_dtype(name, tensor.get_dtype(), ("F16", "F32", "F64", "I32", "I64"))
+        shapes = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
+        metadata = file.metadata() or {}
+        text = metadata.get(FORMAT)
+        if text is not None and metadata.get(_CHECKSUM) != str(zlib.crc32(text.encode())):
             raise ValueError("its header does not match its checksum")
         yield text, shapes, file.get_tensor
 
@@ -248,18 +262,19 @@ def _open_npz(path: Path) -> Iterator[_RawArchive]:
 
 
 def _npy_shape(stream: Any, member: zipfile.ZipInfo) -> tuple[int, ...]:
+    """Return the shape in the header of an npy member, after checking it against the member's size."""
     version = np.lib.format.read_magic(stream)
     if version != (1, 0):
         raise ValueError(f"{member.filename} has npy version {version}")
     try:
         shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-    except Exception as error:  # on a damaged header it raises whatever its parts do: SyntaxError, TokenError, ...
+    except Exception as error:  # a damaged header raises SyntaxError, TokenError and other exceptions
         raise ValueError(f"{member.filename}: {error}") from None
     if not all(0 <= n < 2**62 for n in shape):
         raise ValueError(f"{member.filename} has shape {str(shape)[:100]}")
     _check_dtype(member.filename, dtype.str[1:], ("f2", "f4", "f8", "i4", "i8", "u1"))
     if math.prod(shape) * dtype.itemsize != member.file_size - stream.tell():
-        raise ValueError(f"{member.filename} has another length than its shape {shape} needs")
+        raise ValueError(f"{member.filename} does not have the size of its shape {shape}")
     return shape
 
 
@@ -268,16 +283,16 @@ def _check_dtype(name: str, found: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name} has dtype {found}, expected one of {', '.join(known)}")
 
 
-# A damaged zip directory makes zipfile raise RuntimeError (a member seems encrypted) and NotImplementedError as well.
+# zipfile raises RuntimeError if a damaged directory marks a member as encrypted, and its subclass NotImplementedError.
 _CORRUPTION_ERRORS = (safetensors.SafetensorError, zipfile.BadZipFile, ValueError, EOFError, RuntimeError)
 _OPENERS = {".safetensors": _open_safetensors, ".npz": _open_npz}
 
 
 def to_like(where: str, array: Any, like: Array) -> Array:
-    """A host array, put where `like` lives, in its dtype.
+    """Copy a NumPy array to the library and device of `like`; floats take the dtype of `like`.
 
     Raises:
-        InputError: `like` has a dtype that NumPy does not know.
+        InputError: `like` has a dtype that NumPy does not have.
     """
     try:
         return from_numpy(array, like=like)
@@ -286,10 +301,14 @@ def to_like(where: str, array: Any, like: Array) -> Array:
 
 
 def check_layer_count(config: Any, num_arrays: int) -> None:
-    """Raise InputError for more layers than a file with so many arrays can have, before they take memory."""
+    """Raise InputError if a configuration has more layers than the file has arrays.
+
+    The check comes before the layers are created, because listing the parameters of a corrupt layer count could fill
+    the memory.
+    """
     if isinstance(config, dict):
         count = config.get("num_layers", 1)
         if isinstance(count, int) and count > max(1, num_arrays):
             raise InputError(f"num_layers is {str(count)[:20]} but there are {num_arrays} arrays")
-        for part in config.values():
-            check_layer_count(part, num_arrays)
+        for value in config.values():
+            check_layer_count(value, num_arrays)
