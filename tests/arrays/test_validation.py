@@ -148,7 +148,7 @@ LAYERS = [
     ("dy a list", lambda: layer.backward(tape, y.tolist()), "RNN.backward: dy array list"),
     ("dstate shape", lambda: layer.backward(tape, y, y), "RNN.backward: state (1, 2, 5) (4, 2, 5)"),
     ("step of a sequence", lambda: layer.step(params, x), "RNN.step: x (N,D) (4, 2, 3)"),
-    ("step both ways", lambda: RNN(D, H, bidirectional=True).step({}, x), "RNN.step: bidirectional"),
+    ("step of a bidirectional layer", lambda: RNN(D, H, bidirectional=True).step({}, x), "RNN.step: bidirectional"),
     ("dropout's rng", lambda: two_layers.forward(two_layers_params, x, rng=3), "RNN.forward: rng Generator int"),
 ]
 

@@ -1,4 +1,4 @@
-"""Cells and activations in files: what xprnn made comes back the very same, what is yours is refused."""
+"""Configurations of cells and activations: those of the library round-trip, user-defined ones are rejected."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ names = st.sampled_from(["tanh", "sigmoid", "relu", "identity", "softsign", "sof
 constants = st.builds(xprnn.activation, st.sampled_from(["affine", "scaledtanh", "elu", "leakyrelu"]), numbers, numbers)
 functions = names | constants | st.builds(xprnn.activation, names)
 clips = st.none() | numbers
-made = st.one_of(
+library_cells = st.one_of(
     st.builds(cells.elman, functions, clips),
     st.builds(cells.lstm, functions, functions, functions, st.booleans(), st.booleans(), clips),
     st.builds(cells.gru, functions, functions, clip=clips),
@@ -33,46 +33,47 @@ def through_json(layer):
 
 
 @settings(deadline=None, max_examples=60)
-@given(made, st.integers(1, 2), st.booleans())
-def test_a_layer_with_any_cell_of_ours_comes_back_the_same(cell, num_layers, bidirectional):
+@given(library_cells, st.integers(1, 2), st.booleans())
+def test_layer_with_any_library_cell_round_trips(cell, num_layers, bidirectional):
     layer = xprnn.Recurrent(3, 2, num_layers, bidirectional=bidirectional, cell=cell)
-    again = through_json(layer)
-    assert again == layer
-    assert again.resolved_cell is cell
+    restored = through_json(layer)
+    assert restored == layer
+    assert restored.resolved_cell is cell
 
 
 @settings(deadline=None, max_examples=20)
 @given(functions)
-def test_so_does_an_rnn_with_any_nonlinearity(f):
+def test_rnn_with_any_nonlinearity_round_trips(f):
     layer = xprnn.RNN(3, 2, nonlinearity=f)
-    again = through_json(layer)
-    assert again == layer
-    assert again.resolved_cell is layer.resolved_cell
+    restored = through_json(layer)
+    assert restored == layer
+    assert restored.resolved_cell is layer.resolved_cell
 
 
-def test_one_object_for_each_cell_however_it_is_asked_for():
+def test_equal_options_give_the_same_cell_object():
     assert cells.lstm() is cells.lstm("Sigmoid", candidate=xprnn.activation("tanh"), clip=None)
     assert cells.gru(clip=1) is cells.gru("sigmoid", clip=1.0)
     assert cells.gru() != cells.gru(clip=1.0)
     assert xprnn.RNN(1, 1).resolved_cell is xprnn.RNN(1, 1).resolved_cell
 
 
-NAMED = [name for name in CASES if name != "leaky"]
+SERIALIZABLE_CASES = [name for name in CASES if name != "leaky"]
 
 
-@pytest.mark.parametrize("name", NAMED)
-@pytest.mark.parametrize("ending", [".safetensors", ".npz"])
-def test_files_hold_every_cell_and_its_numbers(tmp_path, rng, name, ending):
+@pytest.mark.parametrize("name", SERIALIZABLE_CASES)
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_saved_layer_gives_the_same_outputs(tmp_path, rng, name, suffix):
     layer = CASES[name].make(3, 4, 2)
     p = random_inputs(rng, layer)
-    path = tmp_path / f"model{ending}"
+    path = tmp_path / f"model{suffix}"
     xprnn.save(path, xprnn.Sequential(rnn=layer), {f"rnn.{k}": a for k, a in p.params.items()})
     model, params = xprnn.load(path)
     assert model.layers["rnn"] == layer
     np.testing.assert_array_equal(model(params, p.x, p.state)[0], layer(p.params, p.x, p.state)[0])
 
 
-def test_configurations_written_before_cells_had_a_form():
+def test_configuration_without_a_cell_is_read():
+    """Early versions wrote no `cell` entry; RNN, LSTM and GRU with their default cell still write none."""
     old = {"type": "LSTM", "input_size": 3, "hidden_size": 4, "num_layers": 2, "bias": True, "batch_first": False}
     assert from_config(old) == xprnn.LSTM(3, 4, 2)
     assert from_config(
@@ -81,10 +82,10 @@ def test_configurations_written_before_cells_had_a_form():
     assert "cell" not in xprnn.LSTM(3, 4).config()
 
 
-def test_what_is_yours_has_no_file_form():
-    cube = xprnn.Activation("cube", lambda np_: (lambda x: x**3, lambda y: 3 * abs(y) ** (2 / 3)))
-    sham = xprnn.Activation("tanh", cube.build)
-    for f in (cube, sham):
+def test_user_defined_activations_and_cells_have_no_configuration():
+    cube = xprnn.Activation("cube", lambda xp: (lambda x: x**3, lambda y: 3 * abs(y) ** (2 / 3)))
+    other_tanh = xprnn.Activation("tanh", cube.build)
+    for f in (cube, other_tanh):
         with pytest.raises(InputError, match="RNN: a nonlinearity of your own has no file form"):
             xprnn.RNN(3, 4, nonlinearity=f).config()
         with pytest.raises(InputError, match="LSTM: a layer with a cell of your own has no file form"):
@@ -93,40 +94,61 @@ def test_what_is_yours_has_no_file_form():
         CASES["leaky"].make(3, 4).config()
 
 
-def rnn(**changes):
+def recurrent_config(**changes):
     return {"type": "Recurrent", "input_size": 3, "hidden_size": 4, **changes}
 
 
-BAD = {
-    "no cell": (rnn(), "Recurrent: a cell is needed"),
-    "text": (rnn(cell="lstm"), "cell: expected a dict whose type is one of elman, lstm, gru, gru_reset_before"),
-    "unknown": (rnn(cell={"type": "sru"}), "cell: expected a dict whose type is one of"),
-    "list as type": (rnn(cell={"type": ["lstm"]}), "cell: expected a dict whose type is one of"),
-    "option": (rnn(cell={"type": "gru", "output": "tanh", "x": 1}), "cell gru: expected .*, found output, x"),
-    "flag": (rnn(cell={"type": "lstm", "peepholes": 1}), "lstm: peepholes must be True or False, found 1"),
-    "clip": (rnn(cell={"type": "gru", "clip": -1.0}), "gru: clip must be None or a number above 0"),
-    "clip inf": (rnn(cell={"type": "gru", "clip": float("inf")}), "gru: clip must be None or a number above 0"),
-    "clip text": (rnn(cell={"type": "gru", "clip": "1"}), "gru: clip must be None or a number above 0"),
-    "name": (rnn(cell={"type": "gru", "gate": "tan"}), "activation: expected one of tanh"),
-    "function": (rnn(cell={"type": "gru", "gate": 3}), "activation: expected a name, or a dict"),
-    "entry": (rnn(cell={"type": "gru", "gate": {"name": "elu", "gamma": 1}}), "activation: expected a name, or a dict"),
-    "alpha": (rnn(cell={"type": "gru", "gate": {"name": "elu", "alpha": "1"}}), "activation elu: alpha must be a num"),
-    "alpha nan": (rnn(cell={"type": "gru", "gate": {"name": "elu", "alpha": float("nan")}}), "alpha must be a number"),
-    "nonlinearity": ({**rnn(), "type": "RNN", "nonlinearity": {"name": 3}}, "activation: expected a name, or a dict"),
+INVALID_CONFIGS = {
+    "no cell": (recurrent_config(), "Recurrent: a cell is needed"),
+    "text": (
+        recurrent_config(cell="lstm"),
+        "cell: expected a dict whose type is one of elman, lstm, gru, gru_reset_before",
+    ),
+    "unknown": (recurrent_config(cell={"type": "sru"}), "cell: expected a dict whose type is one of"),
+    "list as type": (recurrent_config(cell={"type": ["lstm"]}), "cell: expected a dict whose type is one of"),
+    "option": (
+        recurrent_config(cell={"type": "gru", "output": "tanh", "x": 1}),
+        "cell gru: expected .*, found output, x",
+    ),
+    "flag": (recurrent_config(cell={"type": "lstm", "peepholes": 1}), "lstm: peepholes must be True or False, found 1"),
+    "clip": (recurrent_config(cell={"type": "gru", "clip": -1.0}), "gru: clip must be None or a number above 0"),
+    "clip inf": (
+        recurrent_config(cell={"type": "gru", "clip": float("inf")}),
+        "gru: clip must be None or a number above 0",
+    ),
+    "clip text": (recurrent_config(cell={"type": "gru", "clip": "1"}), "gru: clip must be None or a number above 0"),
+    "name": (recurrent_config(cell={"type": "gru", "gate": "tan"}), "activation: expected one of tanh"),
+    "function": (recurrent_config(cell={"type": "gru", "gate": 3}), "activation: expected a name, or a dict"),
+    "entry": (
+        recurrent_config(cell={"type": "gru", "gate": {"name": "elu", "gamma": 1}}),
+        "activation: expected a name, or a dict",
+    ),
+    "alpha": (
+        recurrent_config(cell={"type": "gru", "gate": {"name": "elu", "alpha": "1"}}),
+        "activation elu: alpha must be a num",
+    ),
+    "alpha nan": (
+        recurrent_config(cell={"type": "gru", "gate": {"name": "elu", "alpha": float("nan")}}),
+        "alpha must be a number",
+    ),
+    "nonlinearity": (
+        {**recurrent_config(), "type": "RNN", "nonlinearity": {"name": 3}},
+        "activation: expected a name, or a dict",
+    ),
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_forms_are_refused(case):
-    config, message = BAD[case]
+@pytest.mark.parametrize("case", INVALID_CONFIGS)
+def test_invalid_configurations_raise(case):
+    config, message = INVALID_CONFIGS[case]
     with pytest.raises(InputError, match=message):
         from_config(config)
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "RNN"])
-def test_a_file_that_claims_more_layers_than_it_has_arrays(tmp_path, kind):
-    """Taken at its word, it would fill the memory with the names of its parameters."""
-    config = {"type": "Sequential", "layers": {"rnn": {**rnn(num_layers=10**15), "type": kind}}}
+def test_file_with_more_layers_than_arrays_raises(tmp_path, kind):
+    """Without the check, the list of parameter names for 10**15 layers would fill the memory."""
+    config = {"type": "Sequential", "layers": {"rnn": {**recurrent_config(num_layers=10**15), "type": kind}}}
     path = tmp_path / "model.npz"
     xprnn.io.archive.write_arrays(path, {"rnn.weight_ih_l0": np.zeros((4, 3))}, {"model": config, "metadata": {}})
     with pytest.raises(InputError, match="num_layers is 1000000000000000 but there are 1 arrays"):

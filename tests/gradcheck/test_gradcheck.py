@@ -1,4 +1,4 @@
-"""check_gradients itself: what it proves, what it names, what it refuses."""
+"""check_gradients: it accepts right gradients, names wrong ones, and rejects functions without a gradient."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from xprnn.gradcheck import check_layer
 float64_only = pytest.mark.not_on("strict:no_float64", reason="central differences need float64")
 
 
-def elementwise(f, slope):
-    """forward and backward of y = f(x)."""
-    return lambda x: (f(x), x), lambda x, dy: dy * slope(x)
+def elementwise(f, derivative):
+    """Return forward and backward of y = f(x)."""
+    return lambda x: (f(x), x), lambda x, dy: dy * derivative(x)
 
 
 @float64_only
-@pytest.mark.parametrize("given", ["float64", "float32"])
-def test_right_gradients_pass(xp, rng, given):
-    a, b = (xp.asarray(rng.normal(size=s).astype("float32"), given) for s in ((3, 4), (4, 2)))
+@pytest.mark.parametrize("args_dtype", ["float64", "float32"])
+def test_right_gradients_pass(xp, rng, args_dtype):
+    a, b = (xp.asarray(rng.normal(size=s).astype("float32"), args_dtype) for s in ((3, 4), (4, 2)))
 
     def backward(tape, dy):
         return dy @ xp.xp.permute_dims(tape[1], (1, 0)), xp.xp.permute_dims(tape[0], (1, 0)) @ dy
@@ -33,27 +33,27 @@ def test_right_gradients_pass(xp, rng, given):
 
 
 @float64_only
-def test_names_the_argument_and_both_values(xp):
+def test_error_names_the_argument_and_both_values(xp):
     x, w = xp.asarray(np.asarray([2.0])), xp.asarray(np.asarray([3.0]))
     passes = lambda x, w: (x * w, (x, w)), lambda t, dy: (dy * t[1], dy * t[0] * 2)
-    with pytest.raises(GradientError) as caught:
+    with pytest.raises(GradientError) as error:
         check_gradients_on(xp, *passes, [x, w], names=["x", "w"])
-    text = str(caught.value)
-    assert text.startswith("w: backward says ")
-    words = text.replace(",", " ").split()
+    message = str(error.value)
+    assert message.startswith("w: backward says ")
+    words = message.replace(",", " ").split()
     analytic, numeric = float(words[3]), float(words[7])
     assert analytic == pytest.approx(2 * numeric, rel=1e-8)
     assert numeric != 0
 
 
-def test_default_names():
+def test_default_names_are_the_positions_in_args():
     passes = lambda x, w: (x * w["k"][1], (x, w)), lambda t, dy: (dy * t[1]["k"][1], {"k": (None, 3 * dy * t[0])})
     with pytest.raises(GradientError, match=r"args\[1\]\['k'\]\[1\]: backward says"):
         check_gradients(*passes, [np.ones(2), {"k": (None, np.ones(2))}])
 
 
-def test_one_wrong_entry_among_many_is_caught(rng):
-    """A random direction has a share in every entry; a check of a few coordinates would miss this."""
+def test_one_wrong_entry_among_many_is_detected(rng):
+    """A random direction depends on every entry; a check of a few coordinates would miss this one."""
 
     def backward(x, dy):
         dx = dy * 2 * x
@@ -65,14 +65,14 @@ def test_one_wrong_entry_among_many_is_caught(rng):
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, 1 + 1e-4, 2.0])
-def test_a_factor_is_caught(rng, factor):
+def test_wrong_factor_is_detected(rng, factor):
     forward, backward = elementwise(np.tanh, lambda x: factor * (1 - np.tanh(x) ** 2))
     with pytest.raises(GradientError, match="relative difference"):
         check_gradients(forward, backward, [rng.normal(size=5)])
 
 
-def test_a_swap_that_ones_would_miss(rng):
-    """A cotangent of ones (`y.sum()`) cannot tell a reversed dy from the right one."""
+def test_reversed_cotangent_is_detected(rng):
+    """With a cotangent of ones (the gradient of `y.sum()`), a reversed dy gives the right gradient."""
     w = rng.normal(size=6)
     forward, backward = (lambda x: (x * w, None)), (lambda tape, dy: dy[::-1] * w)
     np.testing.assert_array_equal(backward(None, np.ones(6)), np.ones(6) * w)
@@ -83,7 +83,7 @@ def test_a_swap_that_ones_would_miss(rng):
 KINKS = {
     "relu at 0": (lambda x: np.maximum(x, 0), lambda x: np.where(x > 0, 1.0, 0.0), 0.0),
     "abs at 0": (np.abs, np.sign, 0.0),
-    "abs at 0 with slope 0 claimed": (np.abs, lambda x: 0 * x, 0.0),
+    "abs at 0 with derivative 0": (np.abs, lambda x: 0 * x, 0.0),
     "a jump": (np.floor, lambda x: 0 * x, 1.0),
     "a step": (np.sign, lambda x: 0 * x, 0.0),
     "a kink of max": (lambda x: np.maximum(x, 2 - x), np.sign, 1.0),
@@ -91,17 +91,17 @@ KINKS = {
 
 
 @pytest.mark.parametrize("case", KINKS)
-@pytest.mark.parametrize("among", [1, 20])
-def test_refuses_a_kink(rng, case, among):
-    f, slope, place = KINKS[case]
-    x = place + np.where(np.arange(among) == 0, 0.0, rng.uniform(0.2, 0.8, among))
+@pytest.mark.parametrize("size", [1, 20])
+def test_kinks_and_jumps_raise(rng, case, size):
+    f, derivative, position = KINKS[case]
+    x = position + np.where(np.arange(size) == 0, 0.0, rng.uniform(0.2, 0.8, size))
     with pytest.raises(NotDifferentiableError, match="x"):
-        check_gradients(*elementwise(f, slope), [x], names=["x"])
+        check_gradients(*elementwise(f, derivative), [x], names=["x"])
 
 
 @pytest.mark.parametrize("distance", [1e-2, 2e-3, 1e-4])
 @pytest.mark.parametrize("right", [True, False])
-def test_a_kink_close_by_does_not_disturb(rng, distance, right):
+def test_gradient_near_a_kink_is_checked(rng, distance, right):
     """relu is differentiable at 1e-4: the right gradient passes there and a wrong one does not."""
     x = distance * np.where(rng.random(10) < 0.5, -1, 1)
     passes = elementwise(lambda x: np.maximum(x, 0), lambda x: np.where(x > 0, 1.0 if right else 1.1, 0.0))
@@ -112,51 +112,51 @@ def test_a_kink_close_by_does_not_disturb(rng, distance, right):
             check_gradients(*passes, [x])
 
 
-def test_relu_network_away_from_its_kinks(rng):
+def test_relu_network_away_from_its_kinks_passes(rng):
     layer = xprnn.RNN(3, 6, num_layers=2, nonlinearity="relu")
     params = layer.init(rng, like=np.zeros(0))
     x, state = rng.normal(size=(5, 2, 3)), rng.uniform(0.5, 1, size=(2, 2, 6))
     assert max(check_layer(layer, params, x, state).values()) < 1e-6
 
 
-def test_refuses_a_random_forward(rng):
-    with pytest.raises(NotDifferentiableError, match="two answers"):
+def test_random_forward_raises(rng):
+    with pytest.raises(NotDifferentiableError, match="different outputs for the same arguments"):
         check_gradients(lambda x: (x * rng.random(), x), lambda x, dy: dy, [np.ones(3)])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_refuses_a_forward_without_a_number(bad):
+def test_nan_and_infinity_raise(bad):
     with pytest.raises(NotDifferentiableError, match="nan or infinity"):
         check_gradients(lambda x: (x * 0 + bad, x), lambda x, dy: dy, [np.ones(3)])
 
 
-def test_dicts_tuples_lists_none_and_integers(rng):
-    """Every container in and out; integers and None take no part; a None gradient stands for zero."""
+def test_nested_arguments_and_outputs(rng):
+    """Arguments and outputs are dicts, tuples and lists; integers and None are ignored; a None gradient is zero."""
     ids = np.asarray([1, 0, 1])
-    args = ({"w": rng.normal(size=(2, 4)), "spare": rng.normal(size=3)}, ids, None, [rng.normal(size=(3, 4))])
+    args = ({"w": rng.normal(size=(2, 4)), "unused": rng.normal(size=3)}, ids, None, [rng.normal(size=(3, 4))])
 
-    def forward(p, ids, nothing, extra):
-        rows = p["w"][ids] * extra[0]
-        return {"rows": rows, "count": ids, "none": None, "more": (rows**2,)}, (p, ids, extra, rows)
+    def forward(p, ids, none, scale):
+        rows = p["w"][ids] * scale[0]
+        return {"rows": rows, "ids": ids, "none": None, "squares": (rows**2,)}, (p, ids, scale, rows)
 
     def backward(tape, u):
-        p, ids, extra, rows = tape
+        p, ids, scale, rows = tape
         assert u["none"] is None
-        d = u["rows"] + 2 * rows * u["more"][0]
+        d = u["rows"] + 2 * rows * u["squares"][0]
         dw = np.zeros_like(p["w"])
-        np.add.at(dw, ids, d * extra[0])
-        return {"w": dw, "spare": None}, None, None, [d * p["w"][ids]]
+        np.add.at(dw, ids, d * scale[0])
+        return {"w": dw, "unused": None}, None, None, [d * p["w"][ids]]
 
-    worst = check_gradients(forward, backward, args, names=["p", "ids", "nothing", "extra"])
-    assert worst.keys() == {"p['w']", "p['spare']", "extra[0]"}
+    worst = check_gradients(forward, backward, args, names=["p", "ids", "none", "scale"])
+    assert worst.keys() == {"p['w']", "p['unused']", "scale[0]"}
 
 
-def test_none_for_an_argument_with_influence_is_caught():
+def test_none_gradient_of_an_argument_with_influence_is_detected():
     with pytest.raises(GradientError, match="w: backward says 0,"):
         check_gradients(lambda x, w: (x * w, w), lambda w, dy: (dy * w, None), [np.ones(2)] * 2, names=["x", "w"])
 
 
-WRONG_FORMS = {
+WRONG_STRUCTURES = {
     "shape": (lambda dx: dx[None], "must have shape"),
     "dtype": (lambda dx: dx.astype("float32"), "dtype float64"),
     "number of gradients": (lambda dx: (dx, dx), "must be an array, found tuple"),
@@ -164,39 +164,39 @@ WRONG_FORMS = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG_FORMS)
-def test_gradients_of_the_wrong_form(case):
-    spoil, message = WRONG_FORMS[case]
-    inner = case == "missing key"
-    forward = (lambda p: (p["w"] * 2, None)) if inner else (lambda x: (x * 2, None))
+@pytest.mark.parametrize("case", WRONG_STRUCTURES)
+def test_gradients_of_wrong_structure_raise(case):
+    change, message = WRONG_STRUCTURES[case]
+    nested = case == "missing key"
+    forward = (lambda p: (p["w"] * 2, None)) if nested else (lambda x: (x * 2, None))
     with pytest.raises(GradientError, match=message):
-        check_gradients(forward, lambda tape, dy: spoil(2 * dy), [{"w": np.ones(3)} if inner else np.ones(3)])
+        check_gradients(forward, lambda tape, dy: change(2 * dy), [{"w": np.ones(3)} if nested else np.ones(3)])
 
 
-def test_a_gradient_too_many():
+def test_too_many_gradients_raise():
     with pytest.raises(GradientError, match="3 gradients for 2 arguments"):
         check_gradients(lambda x, w: (x * w, None), lambda tape, dy: (dy, dy, dy), [np.ones(3)] * 2)
 
 
-def test_a_scalar_gradient_for_an_array_is_named():
+def test_scalar_gradient_of_an_array_raises():
     with pytest.raises(GradientError, match="x: its gradient must be an array"):
         check_gradients(lambda x: (x * 2, None), lambda tape, dy: 2.0, [np.ones(3)], names=["x"])
 
 
-def test_nothing_to_check():
+def test_arguments_without_floats_raise():
     with pytest.raises(xprnn.InputError, match="no argument of a floating dtype"):
         check_gradients(lambda x: (x, x), lambda x, dy: dy, [np.arange(3)])
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-def test_scale_does_not_matter(rng, scale):
+def test_result_does_not_depend_on_the_scale(rng, scale):
     forward, backward = elementwise(lambda x: scale * np.sin(x), lambda x: scale * np.cos(x))
     assert check_gradients(forward, backward, [rng.normal(size=8)])["args[0]"] < 1e-8
     with pytest.raises(GradientError):
         check_gradients(forward, lambda x, dy: 1.001 * backward(x, dy), [rng.normal(size=8)])
 
 
-def test_the_rng_decides_the_directions(rng):
+def test_directions_depend_on_rng(rng):
     forward, backward = elementwise(np.sin, lambda x: np.cos(x) * (1 + 1e-9))
     runs = [
         check_gradients(forward, backward, [np.ones(5)], rng=np.random.default_rng(k))["args[0]"] for k in (1, 1, 2)
@@ -205,12 +205,12 @@ def test_the_rng_decides_the_directions(rng):
 
 
 @pytest.mark.parametrize("shape", [(0,), (), (3, 0)])
-def test_empty_and_zero_dimensional_arguments(shape):
+def test_empty_and_zero_dimensional_arguments_pass(shape):
     assert check_gradients(*elementwise(np.sin, np.cos), [np.full(shape, 0.3)])["args[0]"] < 1e-8
 
 
-def test_a_device_without_float64_is_refused():
-    pytest.importorskip("array_api_strict")
+@pytest.mark.needs("array_api_strict")
+def test_device_without_float64_raises():
     xp = Backend.STRICT_NO_FLOAT64
-    with xp.forbid_host_conversion(), pytest.raises(xprnn.InputError, match="float64 is not to be had"):
+    with xp.forbid_host_conversion(), pytest.raises(xprnn.InputError, match="float64 is not available"):
         check_gradients_on(xp, lambda x: (x, x), lambda x, dy: dy, [xp.asarray([1.0, 2.0])])

@@ -124,7 +124,7 @@ class SparseGradient:
         return self._class_major(_with_rows(namespace(table), self._class_major(table), self.indices, rows))
 
     def _class_major(self, table: Array) -> Array:
-        """Return the table with classes along axis 0, transposed if necessary; its own inverse."""
+        """Return the table with classes along axis 0, transposed if necessary; this is also the inverse."""
         return namespace(table).permute_dims(table, (1, 0)) if self.axis else table
 
     def _scatter_rows(self, positions: Array, count: int) -> Array:
