@@ -1,17 +1,19 @@
-"""Networks from elsewhere and back: torch, Keras, ONNX.
+"""Conversion of trained networks: from torch, Keras and ONNX, and to torch and ONNX.
 
-Every `from_...(source, like=array)` returns `model, params`, as `xprnn.load` does. What comes back has one rule:
+Every `from_...(source, like=array)` returns `model, params`, like `xprnn.load`. The source decides the type of `model`:
 
-- A source that is one recurrent layer (or one stack of layers of the same kind, as torch's `num_layers`) is that layer:
-  RNN, LSTM or GRU, its parameters under its own names.
-- A source with parts around it is a Sequential, in the order in which they run, under the source's own names.
-- An ONNX graph that is neither is a Graph, which runs on every array library and says why it does not learn.
+- One recurrent layer, or one stack of layers of the same kind (torch's `num_layers`), becomes that layer: an RNN, LSTM
+  or GRU. The parameters have the layer's names.
+- Several layers become a Sequential, in the order in which they run, under the source's names.
+- Any other ONNX graph becomes a Graph. A Graph runs on every array library but cannot be trained: `backward` raises an
+  error with the reason.
 
-`like` gives array library, dtype and device; without it the parameters are NumPy arrays in the source's dtype.
-What a system has and the other cannot say is refused, all reasons at once, before anything runs.
+`like` selects the array library, dtype and device of the parameters. Without it they are NumPy arrays in the source's
+dtype. If a network cannot be represented in the target system, the converter raises one InputError with all reasons
+and converts nothing.
 
-`conventions` holds the gate orders and layouts, and nothing else does. The optional libraries are imported by the
-function that needs them: importing this room imports none.
+The module `conventions` is the only place that defines gate orders and weight layouts. Each function imports the
+optional library that it needs, so importing this package imports no optional library.
 """
 
 from xprnn.interop.keras.api import from_keras

@@ -1,4 +1,4 @@
-"""The parts of a network from elsewhere: what each may be, in which order they run, and the model they make."""
+"""Assembly of converted layers: infer their execution order, and build the layer or Sequential and its parameters."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = [
     "raise_all",
 ]
 
-MAX_ORDERED_LAYERS = 7  # parts whose order is looked for; with more, there are too many orders to try
+MAX_ORDERED_LAYERS = 7  # 7! = 5040 orders are tried at most; with more layers the order is not searched
 
 
 class LazyArray(NamedTuple):
-    """One array of a source: its shape and dtype first, its numbers when they are asked for."""
+    """One array of a source: its shape and dtype are known at once, `read` loads its data."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -32,15 +32,18 @@ class LazyArray(NamedTuple):
 
 
 class NamedLayer(NamedTuple):
-    """A named part: the layers it may be (shapes alone cannot always tell) and its arrays, under the layers' names."""
+    """One layer of a source: its name, the xprnn layers it may be, and its arrays under xprnn's parameter names.
 
-    name: str  # "" for a source that is one part
+    There are several candidates if the shapes fit several layers: an Embedding and a Linear without bias.
+    """
+
+    name: str  # "" if the source is a single layer
     candidates: tuple[Any, ...]
     arrays: dict[str, LazyArray]
 
 
 def raise_all(where: str, problems: Sequence[str]) -> None:
-    """Raise InputError if there are problems, with all of them.
+    """Raise one InputError that lists the problems (the first 20 and a count of the rest); return if there are none.
 
     >>> raise_all("from_torch", ["a", "b"])
     Traceback (most recent call last):
@@ -51,112 +54,132 @@ def raise_all(where: str, problems: Sequence[str]) -> None:
         raise InputError(f"{where}: {'; '.join(problems[:20])}{more}")
 
 
-def _in_features(layer: Any, given: int | None) -> int | None:
-    """Features that a layer takes; 0 for an Embedding, which takes integers and must stand first."""
+def _in_features(layer: Any, width: int | None) -> int | None:
+    """Input features of a layer; `width` if it accepts any number; 0 for an Embedding, which can only come first."""
     if isinstance(layer, Embedding):
         return 0
     if isinstance(layer, (ActivationLayer, Softmax)):
-        return given
+        return width
     return int(layer.in_features if isinstance(layer, Linear) else layer.input_size)
 
 
-def _out_features(layer: Any, given: int | None) -> int | None:
+def _out_features(layer: Any, width: int | None) -> int | None:
+    """Output features of a layer that receives `width` input features."""
     if isinstance(layer, Embedding):
         return layer.embedding_dim
     if isinstance(layer, (ActivationLayer, Softmax)):
-        return given
+        return width
     return int(layer.out_features if isinstance(layer, Linear) else layer.output_size)
 
 
-def _matching_candidates(part: NamedLayer, width: int | None) -> Iterator[tuple[Any, int | None]]:
-    """What the part can be behind so many features, None for the beginning, and the features it gives out."""
-    for layer in part.candidates:
+def _matching_candidates(source: NamedLayer, width: int | None) -> Iterator[tuple[Any, int | None]]:
+    """Yield each candidate that accepts `width` input features (None: any number), with its output features."""
+    for layer in source.candidates:
         if width is None or _in_features(layer, width) == width:
             yield layer, _out_features(layer, width)
 
 
-def _chains_in_order(parts: Sequence[NamedLayer], width: int | None) -> Iterator[list[tuple[NamedLayer, Any]]]:
-    """Every way to run the parts in the order given, each on what the one before gives out."""
-    if not parts:
+def _chains_in_order(sources: Sequence[NamedLayer], width: int | None) -> Iterator[list[tuple[NamedLayer, Any]]]:
+    """Yield each choice of candidates for which the layers, in the order of `sources`, fit one another's widths."""
+    if not sources:
         yield []
         return
-    for layer, out in _matching_candidates(parts[0], width):
-        for rest in _chains_in_order(parts[1:], out):
-            yield [(parts[0], layer), *rest]
+    for layer, out in _matching_candidates(sources[0], width):
+        for rest in _chains_in_order(sources[1:], out):
+            yield [(sources[0], layer), *rest]
 
 
-def _chains_in_any_order(parts: Sequence[NamedLayer], width: int | None) -> Iterator[list[tuple[NamedLayer, Any]]]:
-    """The same in every order."""
-    if not parts:
+def _chains_in_any_order(sources: Sequence[NamedLayer], width: int | None) -> Iterator[list[tuple[NamedLayer, Any]]]:
+    """Yield each order of the layers, and choice of candidates, for which the layers fit one another's widths."""
+    if not sources:
         yield []
         return
-    for k, part in enumerate(parts):
-        for layer, out in _matching_candidates(part, width):
-            for rest in _chains_in_any_order([*parts[:k], *parts[k + 1 :]], out):
-                yield [(part, layer), *rest]
+    for k, source in enumerate(sources):
+        for layer, out in _matching_candidates(source, width):
+            for rest in _chains_in_any_order([*sources[:k], *sources[k + 1 :]], out):
+                yield [(source, layer), *rest]
 
 
-def _format_layers(parts: Sequence[NamedLayer]) -> str:
-    def one(layer: Any) -> str:
+def _format_layers(sources: Sequence[NamedLayer]) -> str:
+    def widths(layer: Any) -> str:
         if isinstance(layer, (ActivationLayer, Softmax)):
             return type(layer).__name__
         return f"{type(layer).__name__} {_in_features(layer, None) or 'integers'} -> {_out_features(layer, None)}"
 
-    return ", ".join(f"{part.name} ({' or '.join(one(layer) for layer in part.candidates)})" for part in parts)
+    return ", ".join(
+        f"{source.name} ({' or '.join(widths(layer) for layer in source.candidates)})" for source in sources
+    )
 
 
 def infer_order(
     where: str, layers: Sequence[NamedLayer], order: Sequence[str] | None, ignore_source_order: bool
 ) -> list[tuple[NamedLayer, Any]]:
-    """The parts in the order in which they run, and the one layer that each is.
+    """Put the layers in the order in which they run, and choose one candidate for each.
 
-    The order of the source is taken if the widths agree with it; else, and where a file has sorted its names, the only
-    order that they do agree with.
+    An explicit `order` is used as it is. Otherwise the source's order is used if the widths of adjacent layers match.
+    If they do not, or if `ignore_source_order`, all orders are tried, and exactly one must match.
 
     Args:
-        where: for errors.
-        parts: in the source's order.
-        order: their names as the caller says they run, or None.
-        sorted_: whether the source's order says nothing.
+        where: prefix of error messages.
+        layers: in the source's order.
+        order: the layers' names in execution order, from the caller, or None.
+        ignore_source_order: True if the source's order carries no information, as in a file with sorted names.
+
+    Returns:
+        Pairs (source layer, chosen candidate) in execution order.
 
     Raises:
-        InputError: no order fits, or several do; says what each part takes and gives.
+        InputError: no order fits, or several do; the message lists the input and output widths of each layer.
     """
     if order is not None:
-        named = {part.name: part for part in layers}
-        if list(named) == [""]:
-            raise InputError(f"{where}: there is one layer, and so no order to give: leave order out")
-        if sorted(order) != sorted(named):
-            raise InputError(f"{where}: order must name {', '.join(named)}, found {', '.join(map(str, order))}")
-        layers, ignore_source_order = [named[name] for name in order], False
-    found = [] if ignore_source_order and len(layers) > 1 else _first_two(_chains_in_order(layers, None))
-    if not found and order is None and len(layers) <= MAX_ORDERED_LAYERS and all(part.arrays for part in layers):
-        found = _first_two(_chains_in_any_order(layers, None))
-    if len(found) == 1:
-        return found[0]
-    reason = "more than one order or reading of the parts fits" if found else "no order of the parts fits their widths"
-    hint = "" if order else "; say order=[names as they run], or give the module"
+        by_name = {source.name: source for source in layers}
+        if list(by_name) == [""]:
+            raise InputError(f"{where}: the source is a single layer: leave order out")
+        if sorted(order) != sorted(by_name):
+            raise InputError(f"{where}: order must name {', '.join(by_name)}, found {', '.join(map(str, order))}")
+        layers, ignore_source_order = [by_name[name] for name in order], False
+    chains = [] if ignore_source_order and len(layers) > 1 else _first_two(_chains_in_order(layers, None))
+    if not chains and order is None and len(layers) <= MAX_ORDERED_LAYERS and all(source.arrays for source in layers):
+        chains = _first_two(_chains_in_any_order(layers, None))
+    if len(chains) == 1:
+        return chains[0]
+    reason = "more than one order or type of the layers fits" if chains else "no order of the layers fits their widths"
+    hint = "" if order else "; pass order=[names in execution order], or pass the module"
     raise InputError(f"{where}: {reason}: {_format_layers(layers)}{hint}")
 
 
 def _first_two(chains: Iterator[list[tuple[NamedLayer, Any]]]) -> list[list[tuple[NamedLayer, Any]]]:
-    """The first two."""
+    """Return at most two chains: two are enough to show that the order is ambiguous."""
     return [chain for chain, _ in zip(chains, range(2), strict=False)]
 
 
 def assemble(where: str, layers: Sequence[tuple[NamedLayer, Any]], like: Array | None) -> tuple[Any, Params]:
-    """The model and its parameters: the layer itself if it is alone and has no name, else a Sequential."""
-    dtypes = {entry.dtype for part, _ in layers for entry in part.arrays.values()}
+    """Build the model and its parameters.
+
+    Args:
+        where: prefix of error messages.
+        layers: pairs (source layer, chosen candidate) in execution order, as from `infer_order`.
+        like: array library, dtype and device of the parameters; None: NumPy, in the source's dtype.
+
+    Returns:
+        model, params. A single layer with the name "" is returned as it is; otherwise the model is a Sequential.
+
+    Raises:
+        InputError: the arrays have different dtypes and `like` is None.
+    """
+    dtypes = {array.dtype for source, _ in layers for array in source.arrays.values()}
     if like is None and len(dtypes) > 1:
         raise InputError(
-            f"{where}: its arrays are {' and '.join(sorted(dtypes))}: say like=array, whose dtype all take"
+            f"{where}: its arrays are {' and '.join(sorted(dtypes))}: pass like=array to convert all to one dtype"
         )
 
-    def taken(entry: LazyArray) -> Array:
-        return entry.read() if like is None else to_like(where, entry.read(), like)
+    def load(array: LazyArray) -> Array:
+        return array.read() if like is None else to_like(where, array.read(), like)
 
     if len(layers) == 1 and not layers[0][0].name:
-        ((part, layer),) = layers
-        return layer, {name: taken(part.arrays[name]) for name in layer.shapes()}
-    model = Sequential(**{part.name: layer for part, layer in layers})
-    return model, {f"{part.name}.{key}": taken(part.arrays[key]) for part, layer in layers for key in layer.shapes()}
+        ((source, layer),) = layers
+        return layer, {name: load(source.arrays[name]) for name in layer.shapes()}
+    model = Sequential(**{source.name: layer for source, layer in layers})
+    return model, {
+        f"{source.name}.{key}": load(source.arrays[key]) for source, layer in layers for key in layer.shapes()
+    }

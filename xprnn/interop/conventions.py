@@ -1,13 +1,14 @@
-"""Gate orders and layouts of every system, in one table, and the functions that go from one to another and back.
+"""Gate orders and weight layouts of torch, Keras and ONNX in one table, and conversion of arrays between them.
 
-Inside, everything is torch's: the arrays of one layer in one direction are
+xprnn uses torch's conventions. The arrays of one layer in one direction are
 
     weight_ih (G*H, D)   weight_hh (G*H, H)   bias_ih, bias_hh (G*H)   weight_pi, weight_pf, weight_po (H)
 
-with gates in the order i,f,g,o (LSTM) and r,z,n (GRU). Cells go by their own names: elman, lstm, gru, gru_reset_before.
-Arrays here are NumPy's: parameters are converted on the host, once. States and sequences are of any library.
+with gates in the order i,f,g,o (LSTM) and r,z,n (GRU). The names of the cells are elman, lstm, gru, gru_reset_before.
+Parameters are NumPy arrays: they are converted once, on the host. States and sequences may be arrays of any library.
 
-Sources: torch.nn's documentation; keras.layers' (kernel, recurrent_kernel, bias); the ONNX operators RNN, LSTM, GRU.
+Sources: the documentation of torch.nn.RNN, LSTM, GRU; of keras.layers.SimpleRNN, LSTM, GRU (kernel, recurrent_kernel,
+bias); of the ONNX operators RNN, LSTM, GRU.
 """
 
 from __future__ import annotations
@@ -35,16 +36,17 @@ __all__ = [
 
 
 class Convention(NamedTuple):
-    """How one system writes the arrays of one layer in one direction, gates in torch's letters (ONNX's and Keras's
-    c and h of the candidates are g and n here).
+    """Array names, gate orders and layouts of one framework, for one layer in one direction.
+
+    Gates have torch's letters: the candidate gates that ONNX and Keras call c (LSTM) and h (GRU) are g and n here.
 
     Args:
-        names: what the system calls the input weights, recurrent weights, biases and peepholes.
-        gates: cell -> its order of gates.
-        biases: cell -> "two" (one for each product), "joined" (b_ih and b_hh in one vector), "rows" (in two rows) or
-            "summed" (b_ih + b_hh, which no one can tell apart again).
-        columns: weights are (D, G*H), used as x K, instead of (G*H, D).
-        peepholes: the order of the gates that look at the cell, "" where the system has none.
+        names: the framework's names of the input weights, recurrent weights, biases and peepholes.
+        gate_orders: cell -> its gates, in the order of their blocks.
+        bias_layouts: cell -> "two" (b_ih and b_hh are two arrays), "joined" (concatenated), "rows" (two rows of one
+            array) or "summed" (only b_ih + b_hh is stored).
+        transposed_weights: True if weights are (D, G*H), used as x @ K; False if they are (G*H, D).
+        peephole_order: the gates with peephole weights, in the order of their blocks; "" if the framework has none.
     """
 
     names: tuple[str, str, str, str]
@@ -87,64 +89,71 @@ CONVENTIONS = {
 
 
 def gate_order(cell: str, source: str, target: str) -> list[int]:
-    """Which block of `source` stands at each place of `target`.
+    """Return, for each gate block of framework `target`, the index of that block in framework `source`.
 
     >>> gate_order("lstm", "torch", "onnx"), gate_order("lstm", "onnx", "torch"), gate_order("gru", "keras", "torch")
     ([0, 3, 1, 2], [0, 2, 3, 1], [1, 0, 2])
     """
-    have = CONVENTIONS[source].gate_orders[cell]
-    return [have.index(gate) for gate in CONVENTIONS[target].gate_orders[cell]]
+    source_order = CONVENTIONS[source].gate_orders[cell]
+    return [source_order.index(gate) for gate in CONVENTIONS[target].gate_orders[cell]]
 
 
 def reorder(array: Any, order: Sequence[int], axis: int = 0) -> Any:
-    """The equal blocks of `array` along `axis`, in another order.
+    """Split `array` into blocks of equal size along `axis`, and concatenate them in the order of the given indices.
 
     >>> reorder(np.arange(6), [1, 0, 2])
     array([2, 3, 0, 1, 4, 5])
     """
     if array.shape[axis] % len(order):
-        raise InputError(f"gates: axis {axis} of shape {tuple(array.shape)} is not {len(order)} blocks of one size")
+        raise InputError(f"gates: axis {axis} of shape {tuple(array.shape)} is not {len(order)} blocks of equal size")
     blocks = np.split(array, len(order), axis)
     return np.concatenate([blocks[k] for k in order], axis)
 
 
 def to_framework(framework: str, cell: str, params: Params) -> dict[str, Any]:
-    """The arrays of one layer in one direction as `system` has them.
+    """Convert the parameters of one layer in one direction to the arrays of `framework`.
 
     Args:
-        system: "torch", "keras" or "onnx".
-        cell: its name: elman, lstm, gru, gru_reset_before.
-        own: weight_ih (G*H, D), weight_hh (G*H, H), and, where they exist, bias_ih, bias_hh (G*H) and weight_pi,
-            weight_pf, weight_po (H): NumPy arrays.
+        framework: "torch", "keras" or "onnx".
+        cell: elman, lstm, gru or gru_reset_before.
+        params: NumPy arrays weight_ih (G*H, D), weight_hh (G*H, H) and, if the layer has them, bias_ih, bias_hh (G*H)
+            and weight_pi, weight_pf, weight_po (H).
 
     Returns:
         keras: kernel (D, G*H), recurrent_kernel (H, G*H), bias (G*H) or (2, G*H). onnx: W (G*H, D), R (G*H, H),
-        B (2*G*H), P (3*H), to be stacked for the directions. Biases and peepholes only where `own` has them.
+        B (2*G*H), P (3*H), each without ONNX's leading axis of directions. Biases and peepholes are returned only if
+        `params` has them.
 
     Raises:
-        InputError: something the system has no place for.
+        InputError: `params` has an array that the framework cannot represent.
 
-    >>> own = {"weight_ih": np.ones((3, 2)), "weight_hh": np.ones((3, 1)), "bias_ih": np.arange(3.0),
-    ...        "bias_hh": np.zeros(3)}
-    >>> to_framework("keras", "gru", own)["bias"][0]
+    >>> params = {"weight_ih": np.ones((3, 2)), "weight_hh": np.ones((3, 1)), "bias_ih": np.arange(3.0),
+    ...           "bias_hh": np.zeros(3)}
+    >>> to_framework("keras", "gru", params)["bias"][0]
     array([1., 0., 2.])
     """
     if framework == "torch":
         return dict(params)
-    there, order = CONVENTIONS[framework], gate_order(cell, "torch", framework)
-    known = {"weight_ih", "weight_hh", "bias_ih", "bias_hh", *(f"weight_p{gate}" for gate in there.peephole_order)}
-    if strangers := sorted(params.keys() - known):
-        raise InputError(f"{framework}: its {cell} has no place for {', '.join(strangers)}")
-    out = {}
-    for name, key in zip(there.names, ("weight_ih", "weight_hh"), strict=False):
+    convention, order = CONVENTIONS[framework], gate_order(cell, "torch", framework)
+    accepted = {
+        "weight_ih",
+        "weight_hh",
+        "bias_ih",
+        "bias_hh",
+        *(f"weight_p{gate}" for gate in convention.peephole_order),
+    }
+    if unknown := sorted(params.keys() - accepted):
+        raise InputError(f"{framework}: {cell} cannot have {', '.join(unknown)}")
+    arrays = {}
+    for array_name, key in zip(convention.names, ("weight_ih", "weight_hh"), strict=False):
         weight = reorder(params[key], order)
-        out[name] = np.ascontiguousarray(weight.T) if there.transposed_weights else weight
+        arrays[array_name] = np.ascontiguousarray(weight.T) if convention.transposed_weights else weight
     if "bias_ih" in params:
-        pair = [reorder(params[key], order) for key in ("bias_ih", "bias_hh")]
-        out[there.names[2]] = _JOIN_BIASES[there.bias_layouts[cell]](pair)
+        biases = [reorder(params[key], order) for key in ("bias_ih", "bias_hh")]
+        arrays[convention.names[2]] = _JOIN_BIASES[convention.bias_layouts[cell]](biases)
     if any(key.startswith("weight_p") for key in params):
-        out[there.names[3]] = np.concatenate([params[f"weight_p{gate}"] for gate in there.peephole_order])
-    return out
+        arrays[convention.names[3]] = np.concatenate([params[f"weight_p{gate}"] for gate in convention.peephole_order])
+    return arrays
 
 
 _JOIN_BIASES: dict[str, Callable[[Any], Any]] = {
@@ -160,48 +169,53 @@ _SPLIT_BIASES: dict[str, Callable[[Any], Any]] = {
 
 
 def from_framework(framework: str, cell: str, arrays: Mapping[str, Any]) -> Params:
-    """The inverse of `to_framework`; a summed bias becomes bias_ih, beside a bias_hh of zeros.
+    """Convert the arrays of `framework` to xprnn's parameters: the inverse of `to_framework`.
 
-    >>> own = from_framework("onnx", "lstm", {"W": np.asarray([[0.0], [1.0], [2.0], [3.0]]), "R": np.zeros((4, 1))})
-    >>> own["weight_ih"].ravel()
+    If the framework stores only the sum of both biases, the sum becomes bias_ih, and bias_hh is zero.
+
+    Raises:
+        InputError: `arrays` has a name that the framework does not use.
+
+    >>> params = from_framework("onnx", "lstm", {"W": np.asarray([[0.0], [1.0], [2.0], [3.0]]), "R": np.zeros((4, 1))})
+    >>> params["weight_ih"].ravel()
     array([0., 2., 3., 1.])
     """
     if framework == "torch":
         return dict(arrays)
-    there, order = CONVENTIONS[framework], gate_order(cell, framework, "torch")
-    if strangers := sorted(arrays.keys() - set(there.names)):
-        raise InputError(f"{framework}: a {cell} has no {', '.join(strangers)}")
-    own = {}
-    for name, key in zip(there.names, ("weight_ih", "weight_hh"), strict=False):
-        own[key] = reorder(arrays[name].T if there.transposed_weights else arrays[name], order)
-    if there.names[2] in arrays:
-        pair = _SPLIT_BIASES[there.bias_layouts[cell]](arrays[there.names[2]])
-        own |= {key: reorder(bias, order) for key, bias in zip(("bias_ih", "bias_hh"), pair, strict=True)}
-    if there.peephole_order and there.names[3] in arrays:
-        parts = np.split(arrays[there.names[3]], len(there.peephole_order))
-        found = dict(zip(there.peephole_order, parts, strict=True))
-        own |= {f"weight_p{gate}": found[gate] for gate in CONVENTIONS["torch"].peephole_order}
-    return own
+    convention, order = CONVENTIONS[framework], gate_order(cell, framework, "torch")
+    if unknown := sorted(arrays.keys() - set(convention.names)):
+        raise InputError(f"{framework}: {cell} has no {', '.join(unknown)}")
+    params = {}
+    for array_name, key in zip(convention.names, ("weight_ih", "weight_hh"), strict=False):
+        params[key] = reorder(arrays[array_name].T if convention.transposed_weights else arrays[array_name], order)
+    if convention.names[2] in arrays:
+        biases = _SPLIT_BIASES[convention.bias_layouts[cell]](arrays[convention.names[2]])
+        params |= {key: reorder(bias, order) for key, bias in zip(("bias_ih", "bias_hh"), biases, strict=True)}
+    if convention.peephole_order and convention.names[3] in arrays:
+        blocks = np.split(arrays[convention.names[3]], len(convention.peephole_order))
+        by_gate = dict(zip(convention.peephole_order, blocks, strict=True))
+        params |= {f"weight_p{gate}": by_gate[gate] for gate in CONVENTIONS["torch"].peephole_order}
+    return params
 
 
 def split_directions(xp: Namespace, y: Array, num_directions: int) -> Array:
-    """ONNX's Y of layout 0, (T, directions, N, H), for our y (T, N, directions*H).
+    """Return ONNX's Y of layout 0, (T, directions, N, H), for xprnn's y (T, N, directions*H).
 
     >>> split_directions(np, np.zeros((5, 2, 6)), 2).shape
     (5, 2, 2, 3)
     """
-    steps, n, width = y.shape
-    return xp.permute_dims(xp.reshape(y, (steps, n, num_directions, width // num_directions)), (0, 2, 1, 3))
+    time, batch, width = y.shape
+    return xp.permute_dims(xp.reshape(y, (time, batch, num_directions, width // num_directions)), (0, 2, 1, 3))
 
 
 def merge_directions(xp: Namespace, y: Array) -> Array:
-    """Our y (T, N, directions*H) for ONNX's Y of layout 0.
+    """Return xprnn's y (T, N, directions*H) for ONNX's Y of layout 0, (T, directions, N, H).
 
     >>> merge_directions(np, np.zeros((5, 2, 7, 3))).shape
     (5, 7, 6)
     """
-    steps, directions, n, width = y.shape
-    return xp.reshape(xp.permute_dims(y, (0, 2, 1, 3)), (steps, n, directions * width))
+    time, directions, batch, width = y.shape
+    return xp.reshape(xp.permute_dims(y, (0, 2, 1, 3)), (time, batch, directions * width))
 
 
 def swap_leading_axes(xp: Namespace, a: Array) -> Array:
@@ -214,20 +228,31 @@ def swap_leading_axes(xp: Namespace, a: Array) -> Array:
 
 
 def flatten_states(state: Any) -> list[Array]:
-    """Keras's states, h and then c of each layer and direction, each (N, H), for ours: (L*directions, N, H) or a pair.
+    """Return Keras's list of states for xprnn's state.
+
+    Args:
+        state: (L*directions, N, H), or for an LSTM a pair (h, c) of such arrays.
+
+    Returns:
+        For each layer and direction h, and for an LSTM then c: arrays (N, H).
 
     >>> [a.shape for a in flatten_states((np.zeros((2, 5, 3)), np.zeros((2, 5, 3))))]
     [(5, 3), (5, 3), (5, 3), (5, 3)]
     """
-    parts = state if isinstance(state, (tuple, list)) else (state,)
-    return [part[k, ...] for k in range(parts[0].shape[0]) for part in parts]
+    states = state if isinstance(state, (tuple, list)) else (state,)
+    return [s[k, ...] for k in range(states[0].shape[0]) for s in states]
 
 
 def unflatten_states(xp: Namespace, states: Sequence[Array], states_per_cell: int) -> Any:
-    """The inverse of `flatten_states`; `count` is the number of the cell's states: 2 for the LSTM, else 1.
+    """Return xprnn's state for Keras's list of states: the inverse of `flatten_states`.
+
+    Args:
+        xp: namespace of the arrays.
+        states: arrays (N, H), for each layer and direction `states_per_cell` of them.
+        states_per_cell: 2 for an LSTM (h and c), else 1.
 
     >>> [a.shape for a in unflatten_states(np, [np.zeros((5, 3))] * 4, 2)]
     [(2, 5, 3), (2, 5, 3)]
     """
-    parts = tuple(xp.stack(states[i::states_per_cell]) for i in range(states_per_cell))
-    return parts[0] if states_per_cell == 1 else parts
+    stacked = tuple(xp.stack(states[i::states_per_cell]) for i in range(states_per_cell))
+    return stacked[0] if states_per_cell == 1 else stacked

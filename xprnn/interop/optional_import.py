@@ -13,10 +13,10 @@ __all__ = [
 
 
 def require_package(where: str, package: str, extra: str, *modules: str) -> Any:
-    """An optional package, with these of its modules.
+    """Import an optional package and the named submodules, and return the package.
 
     Raises:
-        InputError: it is not installed; says which extra to install.
+        InputError: the package is not installed; the message names the extra to install.
     """
     try:
         for name in modules:

@@ -82,7 +82,7 @@ def test_cells_say_why_they_do_not_take_the_others(keras, name):
     L = keras.layers
     theirs = keras.Sequential([L.Input((None, D)), L.SimpleRNN(3, activation=name)])
     with pytest.raises(
-        xprnn.InputError, match=f"activation {name!r} has no counterpart in a cell, which keeps outputs"
+        xprnn.InputError, match=f"activation {name!r} is not supported in a recurrent layer: its derivative cannot"
     ):
         xprnn.from_keras(theirs)
 

@@ -86,16 +86,16 @@ def virtual(group, name):
 
 
 ARRAYS = {
-    "external link": (lambda g, n: g.__setitem__(n, h5py.ExternalLink("other.h5", "/x")), "is a ExternalLink"),
+    "external link": (lambda g, n: g.__setitem__(n, h5py.ExternalLink("other.h5", "/x")), "is a ExternalLink: links to other objects or files are not followed"),
     "soft link": (lambda g, n: g.__setitem__(n, h5py.SoftLink(f"/{LSTM}/1")), "is a SoftLink"),
-    "virtual": (virtual, "expected a plain array"),
+    "virtual": (virtual, "expected a contiguous array"),
     "external storage": (
         lambda g, n: g.create_dataset(n, (3, 16), "f8", external=[("/etc/hostname", 0, 384)]),
-        "expected a plain array",
+        "expected a contiguous array",
     ),
     "chunks": (
         lambda g, n: g.create_dataset(n, (3, 16), "f8", chunks=(1, 16), compression="gzip"),
-        "expected a plain array",
+        "expected a contiguous array",
     ),
     "references": (lambda g, n: g.create_dataset(n, (3, 16), h5py.ref_dtype), "expected float16, float32 or float64"),
     "strings": (lambda g, n: g.create_dataset(n, (3, 16), h5py.string_dtype()), "expected float16, float32 or float64"),
@@ -167,14 +167,14 @@ CONFIGS = {
     "units huge": (option("units", 10**30), "expected shape"),
     "units text": (option("units", "4"), "units must be an integer >= 1, found '4'"),
     "flag": (option("go_backwards", "no"), "go_backwards must be true or false, found 'no'"),
-    "activation": (option("activation", "no_such"), "activation 'no_such' has no counterpart"),
-    "activation list": (option("activation", ["tanh"]), "activation \"['tanh']\" has no counterpart"),
-    "code": (option("activation", CODE), "(function) is not a layer of Keras's own, and code is never run"),
-    "lambda": (lambda c: layer(c).update(class_name="Lambda"), "(Lambda): has no counterpart here"),
-    "registered": (lambda c: layer(c).update(registered_name="mine>LSTM"), "mine>LSTM) is not a layer of Keras's own"),
-    "module": (lambda c: layer(c).update(module="os"), "is not a layer of Keras's own, and code is never run"),
+    "activation": (option("activation", "no_such"), "activation 'no_such' has no equivalent"),
+    "activation list": (option("activation", ["tanh"]), "activation \"['tanh']\" has no equivalent"),
+    "code": (option("activation", CODE), "(function) is not a Keras layer; user-defined code is never run"),
+    "lambda": (lambda c: layer(c).update(class_name="Lambda"), "(Lambda): has no equivalent in xprnn"),
+    "registered": (lambda c: layer(c).update(registered_name="mine>LSTM"), "mine>LSTM) is not a Keras layer"),
+    "module": (lambda c: layer(c).update(module="os"), "is not a Keras layer; user-defined code is never run"),
     "no list": (lambda c: c["config"].__setitem__("layers", {}), "has no list of layers"),
-    "empty": (lambda c: c["config"].__setitem__("layers", []), "nothing in it computes anything"),
+    "empty": (lambda c: c["config"].__setitem__("layers", []), "has no layer that computes anything"),
     "not layers": (lambda c: c["config"].__setitem__("layers", [1, None, {}]), "expected a layer's class_name and con"),
     "a list": (lambda c: [c], "expected the architecture of a model"),
     "deep": (nested, "expected a Sequential or a functional model"),
@@ -200,7 +200,7 @@ def test_chains_that_go_round(tmp_path):
         first[0] = gru["name"]
 
     path = with_config(tmp_path / "m.keras", round_and_round, "pair_with_states")
-    refused(path, "a chain runs from the input to the output, through every layer once")
+    refused(path, "expected a chain from the input to the output in which every layer occurs once")
 
 
 def test_a_mask_that_is_another_one(tmp_path):
@@ -209,7 +209,7 @@ def test_a_mask_that_is_another_one(tmp_path):
         op["inbound_nodes"][0]["args"][1] = 5.0
 
     path = with_config(tmp_path / "m.keras", other_value, "pair_with_states")
-    refused(path, "is given a mask that no Masking or Embedding before it makes")
+    refused(path, "its mask argument is not the mask of the Masking or Embedding before it")
 
 
 def written(path, data):
@@ -237,10 +237,10 @@ def flipped(path):
 
 
 ARCHIVES = {
-    "bomb": (bomb, "not unpacked"),
+    "bomb": (bomb, "the maximum ratio is 100"),
     "twice": (twice, "expected one config.json in the archive, found 2"),
     "a flipped bit": (flipped, "damaged"),
-    "bzip2": (lambda p: zipped(p, members(), zipfile.ZIP_BZIP2), "compressed in a way that Keras doesn't use"),
+    "bzip2": (lambda p: zipped(p, members(), zipfile.ZIP_BZIP2), "has compression method 12, which Keras does not use"),
     "no weights": (
         lambda p: zipped(p, {"config.json": members()["config.json"]}),
         "expected one model.weights.h5 in the archive, found 0",
@@ -264,13 +264,13 @@ def test_a_compressed_archive_is_fine(tmp_path):
 
 def test_use(tmp_path, monkeypatch):
     weights = FILES / "lstm_stack.weights.h5"
-    refused(weights, "holds the weights of dense, dropout, lstm, lstm_1 and not how they are built", "config=")
-    refused(weights, "config must be what model.to_json() says", config=tmp_path / "none.json")
+    refused(weights, "contains the weights of dense, dropout, lstm, lstm_1, but not the architecture", "config=")
+    refused(weights, "config must be the result of model.to_json()", config=tmp_path / "none.json")
     refused(weights, "expected the architecture of a model", config={"a": 1})
     refused(weights, "config: expected an architecture as JSON", config="{")
     refused(
         FILES / "lstm_alone.keras",
-        "has an architecture of its own: leave config out",
+        "the architecture is read from the .keras file: leave config out",
         config=(FILES / "lstm_stack.json").read_text(),
     )
     refused(None, "from_keras: expected a path, found NoneType")

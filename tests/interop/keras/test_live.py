@@ -170,7 +170,7 @@ def test_what_has_no_counterpart_is_named_all_at_once(keras):
     )
     with pytest.raises(xprnn.InputError) as error:
         xprnn.from_keras(theirs)
-    for part in (r"(Conv1D): has no counterpart", "activation 'gelu'", "mine>Dense", "(Lambda): has no counterpart"):
+    for part in ("(Conv1D): has no equivalent", "activation 'gelu'", "mine>Dense", "(Lambda): has no equivalent"):
         assert part in str(error.value)
 
 
@@ -185,11 +185,11 @@ def test_graphs_that_are_no_chain(keras):
     mask = keras.Input((None,), dtype="bool")
     given = keras.Model([x, mask], L.GRU(2)(x, mask=mask))
     for model, message in (
-        (twice, "is called 2 times"),
-        (added, "takes something else than the one output"),
+        (twice, "is called 2 times, expected once"),
+        (added, "expected the first output of one layer as its input"),
         (seeded, "initial state"),
-        (given, "a chain has one input"),
-        (keras.Model(x, [h, y]), "a chain has one input"),
+        (given, "expected one input"),
+        (keras.Model(x, [h, y]), "expected one input"),
     ):
         with pytest.raises(xprnn.InputError, match=message):
             xprnn.from_keras(model)

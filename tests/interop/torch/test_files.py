@@ -57,7 +57,7 @@ def test_names_in_a_file_are_sorted_and_their_order_says_nothing(tmp_path, rng):
     same(params, arrays)
     square = {f"{n}.weight_{k}h_l0": rng.normal(size=(12, 4)) for n in "ab" for k in "ih"}
     safetensors.numpy.save_file(square, tmp_path / "s.safetensors")
-    with pytest.raises(InputError, match=r"more than one order .* fits: a \(GRU 4 -> 4\), b .*say order="):
+    with pytest.raises(InputError, match=r"more than one order .* fits: a \(GRU 4 -> 4\), b .*pass order="):
         xprnn.from_torch(tmp_path / "s.safetensors")
     assert list(xprnn.from_torch(tmp_path / "s.safetensors", order="ba")[0].layers) == ["b", "a"]
 
@@ -128,7 +128,7 @@ def test_tensors_larger_than_their_file(tmp_path, kind):
     import torch
 
     torch.save({"weight": hostile_tensors()[kind]}, tmp_path / "m.pt")
-    with pytest.raises(InputError, match=r"weight is no plain tensor|weights-only loader"):
+    with pytest.raises(InputError, match=r"weight is not a dense tensor|weights-only loader"):
         xprnn.from_torch(tmp_path / "m.pt")
 
 
@@ -138,7 +138,7 @@ def test_what_is_no_state_dict_of_torch(tmp_path):
 
     path = tmp_path / "m.pt"
     torch.save(torch.nn.GRU(3, 4), path)
-    with pytest.raises(InputError, match=r"weights-only loader reads .*torch\.save\(model\.state_dict\(\), path\)"):
+    with pytest.raises(InputError, match=r"weights-only loader cannot read .*torch\.save\(model\.state_dict\(\), path\)"):
         xprnn.from_torch(path)
     torch.save(torch.nn.GRU(3, 4).state_dict(), path, _use_new_zipfile_serialization=False)
     with pytest.raises(InputError, match=r"not written by torch\.save of torch 1\.6 or newer"):
@@ -147,7 +147,7 @@ def test_what_is_no_state_dict_of_torch(tmp_path):
     with pytest.raises(InputError, match="expected a state_dict, found list"):
         xprnn.from_torch(path)
     torch.save({"epoch": 3}, path)
-    with pytest.raises(InputError, match=r"expected a state_dict, names and arrays, found 'epoch' \(int\)"):
+    with pytest.raises(InputError, match=r"expected a state_dict \(name -> array\), found 'epoch' \(int\)"):
         xprnn.from_torch(path)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("m/data.pkl", bytes(10**7))

@@ -47,13 +47,13 @@ REFUSED = {
     "peepholes": (xprnn.LSTM(3, 4, cell=xprnn.cells.lstm(peepholes=True)), "torch has no cell lstm .*peepholes=True"),
     "sizes": (xprnn.LSTM(3, (4, 2), 2), r"one hidden_size for all layers, found \[4, 2\]"),
     "state": (xprnn.LSTM(3, 4, learned_state=True), "no learned_state"),
-    "reverse": (xprnn.LSTM(3, 4, reverse=True), "no reverse alone"),
+    "reverse": (xprnn.LSTM(3, 4, reverse=True), "no reverse=True without bidirectional"),
     "nonlinearity": (xprnn.RNN(3, 4, nonlinearity="softsign"), "no cell elman f=softsign"),
     "both": (
         xprnn.Sequential(
             a=xprnn.GRU(3, 4, reset_after=False), b=xprnn.ContextShift(2), c=xprnn.RNN(4, 4, reverse=True)
         ),
-        "a: torch has no cell gru_reset_before; b: torch.nn has nothing that Around .*; c: torch's layers have no rev",
+        "a: torch has no cell gru_reset_before; b: torch.nn has no equivalent of ContextShift; c: torch has no reverse=True",
     ),
     "activation": (xprnn.ActivationLayer(xprnn.activation("hardsigmoid")), "torch.nn has no activation hardsigmoid"),
     "two constants": (xprnn.ActivationLayer(xprnn.activation("leakyrelu", 0.1, 0.3)), "no activation leakyrelu"),

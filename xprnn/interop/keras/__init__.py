@@ -1,1 +1,1 @@
-"""Models from Keras 3: .keras and .weights.h5 files, live models."""
+"""Conversion of Keras 3 models to xprnn: .keras files, .weights.h5 files and live models."""

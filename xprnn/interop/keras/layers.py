@@ -1,15 +1,15 @@
-"""What each Keras layer is here: a recurrent layer, a Linear, an Embedding, and the small parts for Keras's customs.
+"""Conversion of one Keras layer to one or more xprnn layers.
 
-    Keras                                   here, batch-first
+    Keras                                   xprnn, batch-first
     SimpleRNN, LSTM, GRU, RNN(cell)         RNN, LSTM, GRU; reverse=True for go_backwards
-      masked, return_sequences              Hold behind it, unless zero_output_for_mask
-      go_backwards, return_sequences        Flip behind it: Keras gives outputs in the order of the walk
-      return_sequences=False                Last behind it
-    Bidirectional                           bidirectional=True; Merge behind it; masked steps are 0, as there
-    Masking, Embedding(mask_zero)           Masking before what it masks
-    Dense, Activation, Softmax, ReLU, ...   Linear, Apply, Softmax
+      with a mask, return_sequences         then HoldLastOutput, unless zero_output_for_mask
+      go_backwards, return_sequences        then ReverseTime: Keras returns the outputs in the order of computation
+      return_sequences=False                then LastStep
+    Bidirectional                           bidirectional=True, then MergeDirections; outputs of masked steps are 0
+    Masking, Embedding(mask_zero)           Masking, before the Embedding
+    Dense, Activation, Softmax, ReLU, ...   Linear, ActivationLayer, Softmax
 
-Source: keras.layers (documentation and the behaviour of their own calls).
+Source: keras.layers (the documentation, and the behaviour of the layers' `call`).
 """
 
 from __future__ import annotations
@@ -53,18 +53,18 @@ IGNORED_LAYERS = (
 
 
 class ChainPosition(NamedTuple):
-    """What a layer finds at its place in the chain: whether a mask comes with its input, and whether it is the last."""
+    """The position of a layer in the chain: has_mask if its input has a mask, is_last if it is the last layer."""
 
     has_mask: bool
     is_last: bool
 
 
 def _activation_layers(name: str, value: Any) -> LayerList:
-    """The part that an activation behind a Dense is, or none."""
+    """Return the layer for the `activation` of a Dense or Activation; an empty list for the identity."""
     if value in ("softmax", "log_softmax"):
         return [_stateless_layer(name, Softmax(log=value == "log_softmax"))]
-    found = parse_activation(value)
-    return [] if found == activation("identity") else [_stateless_layer(name, ActivationLayer(found))]
+    f = parse_activation(value)
+    return [] if f == activation("identity") else [_stateless_layer(name, ActivationLayer(f))]
 
 
 def _stateless_layer(name: str, layer: Any) -> tuple[NamedLayer, Any]:
@@ -72,7 +72,7 @@ def _stateless_layer(name: str, layer: Any) -> tuple[NamedLayer, Any]:
 
 
 class _KerasCellSpec(NamedTuple):
-    """A recurrent cell of one direction: its kind (SimpleRNN, LSTM, GRU), its options, where its arrays stand."""
+    """A recurrent cell in one direction: layer class (SimpleRNN, LSTM, GRU), options, and path in the weights file."""
 
     layer_class: str
     config: dict[str, Any]
@@ -80,211 +80,228 @@ class _KerasCellSpec(NamedTuple):
 
 
 def _cell_specs(spec: KerasLayerSpec) -> Iterator[_KerasCellSpec]:
-    """The cell of a recurrent layer, or those of an RNN(StackedRNNCells), from below."""
+    """Yield the cell of a recurrent layer, or each cell of an RNN(StackedRNNCells), first layer first."""
     if spec.class_name != "RNN":
         yield _KerasCellSpec(spec.class_name, spec.config, f"{spec.h5_path}/cell")
         return
-    inner = parse_layer_spec(spec.config.get("cell"), f"{spec.h5_path}/cell")
-    cells = [inner]
-    if inner.class_name == "StackedRNNCells":
+    cell = parse_layer_spec(spec.config.get("cell"), f"{spec.h5_path}/cell")
+    cells = [cell]
+    if cell.class_name == "StackedRNNCells":
         counts: dict[str, int] = {}
         cells = []
-        for entry in inner.config.get("cells") or []:
-            one = parse_layer_spec(entry, "")
-            number = counts[one.class_name] = counts.get(one.class_name, -1) + 1
+        for entry in cell.config.get("cells") or []:
+            cell_spec = parse_layer_spec(entry, "")
+            index = counts[cell_spec.class_name] = counts.get(cell_spec.class_name, -1) + 1
             cells.append(
-                one._replace(
-                    h5_path=f"{inner.h5_path}/cells/{to_snake_case(one.class_name)}{f'_{number}' if number else ''}"
+                cell_spec._replace(
+                    h5_path=f"{cell.h5_path}/cells/{to_snake_case(cell_spec.class_name)}{f'_{index}' if index else ''}"
                 )
             )
-    for one in cells:
-        if one.class_name not in ("SimpleRNNCell", "LSTMCell", "GRUCell"):
-            raise InputError(f"its cell is a {one.class_name}, not a SimpleRNNCell, LSTMCell or GRUCell")
-        yield _KerasCellSpec(one.class_name.removesuffix("Cell"), one.config, one.h5_path)
+    for cell_spec in cells:
+        if cell_spec.class_name not in ("SimpleRNNCell", "LSTMCell", "GRUCell"):
+            raise InputError(f"expected a SimpleRNNCell, LSTMCell or GRUCell, found {cell_spec.class_name}")
+        yield _KerasCellSpec(cell_spec.class_name.removesuffix("Cell"), cell_spec.config, cell_spec.h5_path)
 
 
-def _build_recurrent(cell: _KerasCellSpec, width: int, **how: Any) -> tuple[Any, str]:
-    """The layer and its cell's name."""
-    o = cell.config
+def _build_recurrent(cell: _KerasCellSpec, input_size: int, **options: Any) -> tuple[Any, str]:
+    """Return the xprnn layer and the name of its cell in `conventions`."""
+    config = cell.config
     sizes: dict[str, Any] = {
-        "input_size": width,
-        "hidden_size": parse_positive_int(o),
-        "bias": parse_bool(o, "use_bias", True),
+        "input_size": input_size,
+        "hidden_size": parse_positive_int(config),
+        "bias": parse_bool(config, "use_bias", True),
         "batch_first": True,
     }
-    f = parse_cell_activation(o, "activation", "tanh")
+    f = parse_cell_activation(config, "activation", "tanh")
     if cell.layer_class == "SimpleRNN":
-        return RNN(**sizes, nonlinearity=f, **how), "elman"
-    gate = parse_cell_activation(o, "recurrent_activation", "sigmoid")
-    usual = (gate, f) == (activation("sigmoid"), activation("tanh"))
+        return RNN(**sizes, nonlinearity=f, **options), "elman"
+    gate = parse_cell_activation(config, "recurrent_activation", "sigmoid")
+    has_default_activations = (gate, f) == (activation("sigmoid"), activation("tanh"))
     if cell.layer_class == "LSTM":
-        return LSTM(**sizes, **how, cell=None if usual else lstm(gate, f, f)), "lstm"
-    after = parse_bool(o, "reset_after", True)
-    make, name = (gru, "gru") if after else (gru_reset_before, "gru_reset_before")
-    return GRU(**sizes, **how, reset_after=after, cell=None if usual else make(gate, f)), name
+        return LSTM(**sizes, **options, cell=None if has_default_activations else lstm(gate, f, f)), "lstm"
+    reset_after = parse_bool(config, "reset_after", True)
+    make_cell, name = (gru, "gru") if reset_after else (gru_reset_before, "gru_reset_before")
+    return GRU(
+        **sizes, **options, reset_after=reset_after, cell=None if has_default_activations else make_cell(gate, f)
+    ), name
 
 
 _NUM_GATES = {"SimpleRNN": 1, "LSTM": 4, "GRU": 3}
 
 
 def _cell_arrays(arrays: WeightsFile, cell: _KerasCellSpec) -> list[LazyArray]:
-    """kernel, recurrent_kernel and bias, their shapes checked."""
-    h = parse_positive_int(cell.config)
-    wide = _NUM_GATES[cell.layer_class] * h
-    shapes: list[tuple[int | None, ...]] = [(None, wide), (h, wide)]
+    """Return kernel, recurrent_kernel and, with use_bias, bias, after a check of their shapes."""
+    hidden_size = parse_positive_int(cell.config)
+    gate_rows = _NUM_GATES[cell.layer_class] * hidden_size
+    shapes: list[tuple[int | None, ...]] = [(None, gate_rows), (hidden_size, gate_rows)]
     if parse_bool(cell.config, "use_bias", True):
-        rows = cell.layer_class == "GRU" and parse_bool(cell.config, "reset_after", True)
-        shapes.append((2, wide) if rows else (wide,))
+        has_two_biases = cell.layer_class == "GRU" and parse_bool(cell.config, "reset_after", True)
+        shapes.append((2, gate_rows) if has_two_biases else (gate_rows,))
     return arrays.variables(cell.h5_path, *shapes)
 
 
-def _convert_params(entries: list[LazyArray], name: str, end: str) -> dict[str, LazyArray]:
-    """Our parameters of one direction, made of Keras's when they are read."""
+def _convert_params(keras_arrays: list[LazyArray], cell_name: str, suffix: str) -> dict[str, LazyArray]:
+    """Return xprnn's parameters of one direction; Keras's arrays are read and converted on the first `read`."""
 
-    def converted() -> Any:
+    def convert() -> Any:
         keys = ("kernel", "recurrent_kernel", "bias")
-        return from_framework("keras", name, {k: e.read() for k, e in zip(keys, entries, strict=False)})
+        return from_framework(
+            "keras", cell_name, {k: array.read() for k, array in zip(keys, keras_arrays, strict=False)}
+        )
 
-    d, wide = entries[0].shape
-    shapes: dict[str, tuple[int, ...]] = {"weight_ih": (wide, d), "weight_hh": (wide, entries[1].shape[0])}
-    shapes |= {"bias_ih": (wide,), "bias_hh": (wide,)} if len(entries) == 3 else {}
-    made: dict[str, Any] = {}
+    input_size, gate_rows = keras_arrays[0].shape
+    shapes: dict[str, tuple[int, ...]] = {
+        "weight_ih": (gate_rows, input_size),
+        "weight_hh": (gate_rows, keras_arrays[1].shape[0]),
+    }
+    shapes |= {"bias_ih": (gate_rows,), "bias_hh": (gate_rows,)} if len(keras_arrays) == 3 else {}
+    converted_params: dict[str, Any] = {}
 
     def reader(key: str) -> Callable[[], Any]:
         def read() -> Any:
-            if key not in made:
-                made.update(converted())
-            return made.pop(key)
+            if key not in converted_params:
+                converted_params.update(convert())
+            return converted_params.pop(key)
 
         return read
 
-    dtype = " and ".join(sorted({e.dtype for e in entries}))
-    return {f"{key}{end}": LazyArray(shape, dtype, reader(key)) for key, shape in shapes.items()}
+    dtype = " and ".join(sorted({array.dtype for array in keras_arrays}))
+    return {f"{key}{suffix}": LazyArray(shape, dtype, reader(key)) for key, shape in shapes.items()}
 
 
-def _convert_recurrent(spec: KerasLayerSpec, arrays: WeightsFile, flow: ChainPosition) -> tuple[LayerList, bool]:
-    """A layer in one direction, and what stands behind it."""
-    o = spec.config
+def _convert_recurrent(spec: KerasLayerSpec, arrays: WeightsFile, position: ChainPosition) -> tuple[LayerList, bool]:
+    """Convert a layer in one direction; return its layers, and True if their output has a mask."""
+    config = spec.config
     cells = list(_cell_specs(spec))
-    back, sequences = parse_bool(o, "go_backwards"), parse_bool(o, "return_sequences")
-    zero, made = parse_bool(o, "zero_output_for_mask") and flow.has_mask, LayerList()
+    go_backwards, return_sequences = parse_bool(config, "go_backwards"), parse_bool(config, "return_sequences")
+    zero_masked, layers = parse_bool(config, "zero_output_for_mask") and position.has_mask, LayerList()
     for k, cell in enumerate(cells):
-        entries = _cell_arrays(arrays, cell)
-        layer, name = _build_recurrent(cell, entries[0].shape[0], reverse=back)
-        own = _convert_params(entries, name, "_l0")
-        made.append((NamedLayer(spec.name if len(cells) == 1 else f"{spec.name}_cell_{k}", (layer,), own), layer))
-    if not made:
-        raise InputError("it has no cells")
-    walk = "reverse" if back else "forward"
-    if not sequences:
-        made.append(
-            _stateless_layer(f"{spec.name}_last", LastStep(batch_first=True, direction=walk, valid_only=not zero))
+        keras_arrays = _cell_arrays(arrays, cell)
+        layer, cell_name = _build_recurrent(cell, keras_arrays[0].shape[0], reverse=go_backwards)
+        params = _convert_params(keras_arrays, cell_name, "_l0")
+        layers.append((NamedLayer(spec.name if len(cells) == 1 else f"{spec.name}_cell_{k}", (layer,), params), layer))
+    if not layers:
+        raise InputError("StackedRNNCells has no cells")
+    direction = "reverse" if go_backwards else "forward"
+    if not return_sequences:
+        layers.append(
+            _stateless_layer(
+                f"{spec.name}_last", LastStep(batch_first=True, direction=direction, valid_only=not zero_masked)
+            )
         )
-        return made, False
-    if flow.has_mask and not zero:
-        made.append(_stateless_layer(f"{spec.name}_hold", HoldLastOutput(batch_first=True, direction=walk)))
-    if back:
-        made.append(_stateless_layer(f"{spec.name}_order", ReverseTime(batch_first=True, reverse_mask=False)))
-    return made, flow.has_mask
+        return layers, False
+    if position.has_mask and not zero_masked:
+        layers.append(_stateless_layer(f"{spec.name}_hold", HoldLastOutput(batch_first=True, direction=direction)))
+    if go_backwards:
+        layers.append(_stateless_layer(f"{spec.name}_order", ReverseTime(batch_first=True, reverse_mask=False)))
+    return layers, position.has_mask
 
 
 _COMMON_OPTIONS = ("units", "activation", "recurrent_activation", "use_bias", "reset_after", "return_sequences")
 
 
-def _convert_bidirectional(spec: KerasLayerSpec, arrays: WeightsFile, flow: ChainPosition) -> tuple[LayerList, bool]:
-    """Both directions of one layer, and how they are put into one."""
-    ways = [
+def _convert_bidirectional(
+    spec: KerasLayerSpec, arrays: WeightsFile, position: ChainPosition
+) -> tuple[LayerList, bool]:
+    """Convert a Bidirectional; return the recurrent layer with LastStep and MergeDirections as needed."""
+    direction_specs = [
         parse_layer_spec(spec.config.get(option), f"{spec.h5_path}/{option.removesuffix('_layer')}_layer")
         for option in ("layer", "backward_layer")
     ]
-    ways[0] = ways[0]._replace(h5_path=f"{spec.h5_path}/forward_layer")
+    direction_specs[0] = direction_specs[0]._replace(h5_path=f"{spec.h5_path}/forward_layer")
     cells = []
-    for way, back in zip(ways, (False, True), strict=True):
-        found = list(_cell_specs(way))
+    for direction, is_backward in zip(direction_specs, (False, True), strict=True):
+        direction_cells = list(_cell_specs(direction))
         if (
-            way.class_name not in (*_NUM_GATES, "RNN")
-            or len(found) != 1
-            or parse_bool(way.config, "go_backwards") != back
+            direction.class_name not in (*_NUM_GATES, "RNN")
+            or len(direction_cells) != 1
+            or parse_bool(direction.config, "go_backwards") != is_backward
         ):
-            raise InputError("expected a SimpleRNN, LSTM or GRU forward and the same backward")
-        cells.append(found[0])
-    both = [(cell.layer_class, *(cell.config.get(key) for key in _COMMON_OPTIONS[:-1])) for cell in cells]
-    sequences = [parse_bool(way.config, "return_sequences") for way in ways]
-    if both[0] != both[1] or sequences[0] != sequences[1]:
-        raise InputError("its two directions are of different kinds")
-    entries = [_cell_arrays(arrays, cell) for cell in cells]
-    layer, name = _build_recurrent(cells[0], entries[0][0].shape[0], bidirectional=True)
-    own = _convert_params(entries[0], name, "_l0") | _convert_params(entries[1], name, "_l0_reverse")
-    made: LayerList = [(NamedLayer(spec.name, (layer,), own), layer)]
-    if not sequences[0]:
-        made.append(_stateless_layer(f"{spec.name}_last", LastStep(batch_first=True, direction="both")))
+            raise InputError(
+                "expected a SimpleRNN, LSTM or GRU as layer, and the same with go_backwards as backward_layer"
+            )
+        cells.append(direction_cells[0])
+    cell_options = [(cell.layer_class, *(cell.config.get(key) for key in _COMMON_OPTIONS[:-1])) for cell in cells]
+    return_sequences = [parse_bool(direction.config, "return_sequences") for direction in direction_specs]
+    if cell_options[0] != cell_options[1] or return_sequences[0] != return_sequences[1]:
+        raise InputError("the two directions must have the same class and options")
+    keras_arrays = [_cell_arrays(arrays, cell) for cell in cells]
+    layer, cell_name = _build_recurrent(cells[0], keras_arrays[0][0].shape[0], bidirectional=True)
+    params = _convert_params(keras_arrays[0], cell_name, "_l0") | _convert_params(
+        keras_arrays[1], cell_name, "_l0_reverse"
+    )
+    layers: LayerList = [(NamedLayer(spec.name, (layer,), params), layer)]
+    if not return_sequences[0]:
+        layers.append(_stateless_layer(f"{spec.name}_last", LastStep(batch_first=True, direction="both")))
     mode = spec.config.get("merge_mode", "concat")
-    if mode is None and not flow.is_last:
-        raise InputError("merge_mode=None gives two outputs, which only the last layer of a chain can")
+    if mode is None and not position.is_last:
+        raise InputError("merge_mode=None returns two outputs, which is supported only in the last layer of a chain")
     if mode != "concat":
-        made.append(
+        layers.append(
             _stateless_layer(f"{spec.name}_merge", MergeDirections(layer.hidden_size, "pair" if mode is None else mode))
         )
-    return made, flow.has_mask and sequences[0]
+    return layers, position.has_mask and return_sequences[0]
 
 
-def _convert_masking(spec: KerasLayerSpec, arrays: WeightsFile, flow: ChainPosition) -> tuple[LayerList, bool]:
-    if flow.has_mask:
-        raise InputError("a mask over a mask: Keras would forget the first one")
+def _convert_masking(spec: KerasLayerSpec, arrays: WeightsFile, position: ChainPosition) -> tuple[LayerList, bool]:
+    if position.has_mask:
+        raise InputError("the input already has a mask: Keras would discard that mask")
     return [_stateless_layer(spec.name, Masking(parse_float(spec.config, "mask_value", default=0.0)))], True
 
 
-def _convert_embedding(spec: KerasLayerSpec, arrays: WeightsFile, flow: ChainPosition) -> tuple[LayerList, bool]:
+def _convert_embedding(spec: KerasLayerSpec, arrays: WeightsFile, position: ChainPosition) -> tuple[LayerList, bool]:
     _reject_quantized(spec)
     layer = Embedding(parse_positive_int(spec.config, "input_dim"), parse_positive_int(spec.config, "output_dim"))
-    (entry,) = arrays.variables(spec.h5_path, (layer.num_embeddings, layer.embedding_dim))
-    zero = parse_bool(spec.config, "mask_zero")
-    made = [_stateless_layer(f"{spec.name}_mask", Masking(0))] if zero else []
-    return [*made, (NamedLayer(spec.name, (layer,), {"weight": entry}), layer)], zero
+    (weight,) = arrays.variables(spec.h5_path, (layer.num_embeddings, layer.embedding_dim))
+    mask_zero = parse_bool(spec.config, "mask_zero")
+    masking = [_stateless_layer(f"{spec.name}_mask", Masking(0))] if mask_zero else []
+    return [*masking, (NamedLayer(spec.name, (layer,), {"weight": weight}), layer)], mask_zero
 
 
-def _convert_dense(spec: KerasLayerSpec, arrays: WeightsFile, flow: ChainPosition) -> tuple[LayerList, bool]:
+def _convert_dense(spec: KerasLayerSpec, arrays: WeightsFile, position: ChainPosition) -> tuple[LayerList, bool]:
     _reject_quantized(spec)
-    out, bias = parse_positive_int(spec.config), parse_bool(spec.config, "use_bias", True)
-    kernel, *others = arrays.variables(spec.h5_path, *[(None, out), (out,)][: 1 + bias])
-    layer = Linear(kernel.shape[0], out, bias)
+    out_features, bias = parse_positive_int(spec.config), parse_bool(spec.config, "use_bias", True)
+    kernel, *biases = arrays.variables(spec.h5_path, *[(None, out_features), (out_features,)][: 1 + bias])
+    layer = Linear(kernel.shape[0], out_features, bias)
 
     def weight() -> Any:
         return kernel.read().T.copy()
 
-    own = {"weight": LazyArray(kernel.shape[::-1], kernel.dtype, weight)}
-    made: LayerList = [(NamedLayer(spec.name, (layer,), own | dict(zip(["bias"], others, strict=False))), layer)]
-    return made + _activation_layers(f"{spec.name}_activation", spec.config.get("activation")), flow.has_mask
+    params = {"weight": LazyArray(kernel.shape[::-1], kernel.dtype, weight)}
+    layers: LayerList = [(NamedLayer(spec.name, (layer,), params | dict(zip(["bias"], biases, strict=False))), layer)]
+    return layers + _activation_layers(f"{spec.name}_activation", spec.config.get("activation")), position.has_mask
 
 
 def _reject_quantized(spec: KerasLayerSpec) -> None:
     for name in ("quantization_config", "lora_rank"):
         if spec.config.get(name):
-            raise InputError(f"{name} has no counterpart here")
+            raise InputError(f"{name} has no equivalent in xprnn")
 
 
-def _convert_activation(spec: KerasLayerSpec, arrays: WeightsFile, flow: ChainPosition) -> tuple[LayerList, bool]:
+def _convert_activation(spec: KerasLayerSpec, arrays: WeightsFile, position: ChainPosition) -> tuple[LayerList, bool]:
     if spec.class_name == "Softmax":
-        if spec.config.get("axis", -1) != -1 or flow.has_mask:
-            raise InputError("only softmax along the last axis without a mask has a counterpart here")
-        return [_stateless_layer(spec.name, Softmax())], flow.has_mask
+        if spec.config.get("axis", -1) != -1 or position.has_mask:
+            raise InputError("only a softmax along the last axis without a mask has an equivalent in xprnn")
+        return [_stateless_layer(spec.name, Softmax())], position.has_mask
     if spec.class_name == "Activation":
-        return _activation_layers(spec.name, spec.config.get("activation")), flow.has_mask
-    return [_stateless_layer(spec.name, ActivationLayer(parse_activation_layer(spec)))], flow.has_mask
+        return _activation_layers(spec.name, spec.config.get("activation")), position.has_mask
+    return [_stateless_layer(spec.name, ActivationLayer(parse_activation_layer(spec)))], position.has_mask
 
 
-def _convert_time_distributed(spec: KerasLayerSpec, arrays: WeightsFile, flow: ChainPosition) -> tuple[LayerList, bool]:
-    """TimeDistributed: of layers that act on the last axis alone it changes nothing."""
+def _convert_time_distributed(
+    spec: KerasLayerSpec, arrays: WeightsFile, position: ChainPosition
+) -> tuple[LayerList, bool]:
+    """Convert the inner layer: it acts on the last axis only, so TimeDistributed has no effect on it."""
     inner = parse_layer_spec(spec.config.get("layer"), f"{spec.h5_path}/layer")
     if inner.class_name not in ("Dense", "Activation", "ReLU", "LeakyReLU", "ELU", *IGNORED_LAYERS):
-        raise InputError(f"TimeDistributed of a {inner.class_name} has no counterpart here")
-    return convert_layer(inner._replace(name=spec.name), arrays, flow)
+        raise InputError(f"TimeDistributed of a {inner.class_name} has no equivalent in xprnn")
+    return convert_layer(inner._replace(name=spec.name), arrays, position)
 
 
 _CONVERTERS: dict[str, Callable[[KerasLayerSpec, WeightsFile, ChainPosition], tuple[LayerList, bool]]] = {
     **dict.fromkeys(("SimpleRNN", "LSTM", "GRU", "RNN"), _convert_recurrent),
     **dict.fromkeys(("Activation", "ReLU", "LeakyReLU", "ELU", "Softmax"), _convert_activation),
-    **dict.fromkeys(IGNORED_LAYERS, lambda spec, arrays, flow: ([], flow.has_mask)),
+    **dict.fromkeys(IGNORED_LAYERS, lambda spec, arrays, position: ([], position.has_mask)),
     "Bidirectional": _convert_bidirectional,
     "Masking": _convert_masking,
     "Embedding": _convert_embedding,
@@ -294,11 +311,19 @@ _CONVERTERS: dict[str, Callable[[KerasLayerSpec, WeightsFile, ChainPosition], tu
 
 
 def convert_layer(spec: KerasLayerSpec, weights_file: WeightsFile, position: ChainPosition) -> tuple[LayerList, bool]:
-    """The parts that a layer is, and whether a mask goes on behind it.
+    """Convert one Keras layer.
+
+    Args:
+        spec: the Keras layer.
+        weights_file: the arrays of the model.
+        position: the position of the layer in the chain.
+
+    Returns:
+        layers, has_mask: the equivalent xprnn layers in execution order, and True if their output has a mask.
 
     Raises:
-        InputError: a layer without a counterpart here, or arrays that are not its own.
+        InputError: xprnn has no equivalent of the layer, or the layer's arrays do not fit its options.
     """
     if spec.class_name not in _CONVERTERS:
-        raise InputError("has no counterpart here")
+        raise InputError("has no equivalent in xprnn")
     return _CONVERTERS[spec.class_name](spec, weights_file, position)

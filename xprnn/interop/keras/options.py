@@ -1,4 +1,4 @@
-"""What a Keras configuration says, read with care: numbers, flags, activations."""
+"""Validated reading of options of a Keras configuration: numbers, booleans, activations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = [
     "parse_positive_int",
 ]
 
-# Keras's name -> ours, with the constants that Keras means.
+# Keras's name -> arguments of xprnn's `activation`: the name and Keras's constants.
 _ACTIVATIONS: dict[str, tuple[Any, ...]] = {
     "linear": ("identity",),
     "tanh": ("tanh",),
@@ -50,7 +50,11 @@ _ACTIVATIONS: dict[str, tuple[Any, ...]] = {
 
 
 def parse_activation(value: Any) -> Activation:
-    """An activation that a configuration names."""
+    """Return the xprnn activation for an `activation` option: a name, the config of an activation layer, or None.
+
+    Raises:
+        InputError: xprnn has no equivalent activation.
+    """
     if isinstance(value, dict):
         inner = parse_layer_spec(value, "")
         if inner.class_name in ("ReLU", "LeakyReLU", "ELU"):
@@ -59,55 +63,61 @@ def parse_activation(value: Any) -> Activation:
     if value is None:
         value = "linear"
     if not isinstance(value, str) or value not in _ACTIVATIONS:
-        raise InputError(f"activation {str(value)[:40]!r} has no counterpart here, only {', '.join(_ACTIVATIONS)} have")
+        raise InputError(
+            f"activation {str(value)[:40]!r} has no equivalent in xprnn, expected one of {', '.join(_ACTIVATIONS)}"
+        )
     return activation(*_ACTIVATIONS[value])
 
 
 def parse_cell_activation(config: dict[str, Any], name: str, default: str) -> Activation:
-    """The activation of a recurrent layer, which must be told from its output."""
+    """Return the activation of a recurrent layer.
+
+    Raises:
+        InputError: its derivative cannot be computed from its output, which is all that a cell saves for backward.
+    """
     value = config.get(name, default)
-    found = parse_activation(value)
-    if found.from_input:
+    f = parse_activation(value)
+    if f.from_input:
         raise InputError(
-            f"{name} {value!r} has no counterpart in a cell, which keeps outputs: one does not tell its slope"
+            f"{name} {value!r} is not supported in a recurrent layer: its derivative cannot be computed from its output"
         )
-    return found
+    return f
 
 
 def parse_float(config: dict[str, Any], *names: str, default: float) -> float:
-    """The first of these options that is there; older files have older names."""
-    found: Any = next((config[n] for n in names if n in config), default)
-    if isinstance(found, bool) or not isinstance(found, (int, float)):
-        raise InputError(f"{names[0]} must be a number, found {found!r}")
-    return float(found)
+    """Return the first of the named options that is present (older files have older names), else the default."""
+    value: Any = next((config[n] for n in names if n in config), default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(f"{names[0]} must be a number, found {value!r}")
+    return float(value)
 
 
 def parse_activation_layer(spec: KerasLayerSpec) -> Activation:
-    """ReLU, LeakyReLU and ELU, the layers."""
-    o = spec.config
+    """Return the activation of a ReLU, LeakyReLU or ELU layer."""
+    config = spec.config
     if spec.class_name == "ELU":
-        return activation("elu", parse_float(o, "alpha", default=1.0))
+        return activation("elu", parse_float(config, "alpha", default=1.0))
     if spec.class_name == "LeakyReLU":
-        return activation("leakyrelu", parse_float(o, "negative_slope", "alpha", default=0.3))
-    slope = parse_float(o, "negative_slope", default=0.0)
-    if o.get("max_value") == 6 and not o.get("threshold", 0) and not slope:
+        return activation("leakyrelu", parse_float(config, "negative_slope", "alpha", default=0.3))
+    slope = parse_float(config, "negative_slope", default=0.0)
+    if config.get("max_value") == 6 and not config.get("threshold", 0) and not slope:
         return activation("relu6")
-    if o.get("max_value") is not None or o.get("threshold", 0):
-        raise InputError("a max_value (but 6) or threshold has no counterpart here")
+    if config.get("max_value") is not None or config.get("threshold", 0):
+        raise InputError("max_value must be None or 6, and threshold 0, to have an equivalent in xprnn")
     return activation("leakyrelu", slope) if slope else activation("relu")
 
 
 def parse_positive_int(config: dict[str, Any], name: str = "units") -> int:
-    """An integer >= 1."""
-    found = config.get(name)
-    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-        raise InputError(f"{name} must be an integer >= 1, found {found!r}")
-    return found
+    """Return the named option, an integer >= 1."""
+    value = config.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{name} must be an integer >= 1, found {value!r}")
+    return value
 
 
 def parse_bool(config: dict[str, Any], name: str, default: bool = False) -> bool:
-    """True or False."""
-    found = config.get(name, default)
-    if not isinstance(found, bool):
-        raise InputError(f"{name} must be true or false, found {found!r}")
-    return found
+    """Return the named option, True or False."""
+    value = config.get(name, default)
+    if not isinstance(value, bool):
+        raise InputError(f"{name} must be true or false, found {value!r}")
+    return value

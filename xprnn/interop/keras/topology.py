@@ -1,8 +1,8 @@
-"""A Keras architecture as a chain of layers: Sequential, nested ones, and functional models that are a chain.
+"""Flattening of a Keras architecture to a list of layers: Sequentials, functional models that are a chain, nested ones.
 
-Only names and numbers are read here; what each layer means is the matter of `keras_layers`.
+This module reads only the structure. `xprnn.interop.keras.layers` interprets the options of each layer.
 
-Sources: the configurations that keras.Model.to_json writes, keras.saving (how layers are called in a weights file).
+Sources: the configurations that keras.Model.to_json writes; keras.saving (the paths of layers in a weights file).
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _MAX_DEPTH = 20
 
 
 class KerasLayerSpec(NamedTuple):
-    """One layer: its Keras class, its name, its configuration, and where its arrays stand in a weights file."""
+    """One Keras layer: class, name, configuration, and the path of its arrays in the weights file."""
 
-    class_name: str  # "" where it is not Keras's own, which has been said
+    class_name: str  # "" for a class that is not part of Keras, which is already reported as a problem
     name: str
     config: dict[str, Any]
     h5_path: str
 
 
 def to_snake_case(name: str) -> str:
-    """A class name as it stands in the paths of a weights file.
+    """Return a class name as it is written in the paths of a weights file.
 
     >>> [to_snake_case(name) for name in ("LSTM", "SimpleRNN", "StackedRNNCells", "TimeDistributed")]
     ['lstm', 'simple_rnn', 'stacked_rnn_cells', 'time_distributed']
@@ -39,39 +39,41 @@ def to_snake_case(name: str) -> str:
 
 
 def parse_layer_spec(entry: Any, h5_path: str) -> KerasLayerSpec:
-    """The layer or cell that an entry of a configuration describes.
+    """Parse the entry of a configuration that describes a layer or cell.
 
     Raises:
-        InputError: no such description, or a class that is not Keras's own: its code is not run.
+        InputError: the entry has no class_name and config, or the class is not part of Keras (its code is never run).
     """
     if not isinstance(entry, dict):
         raise InputError("expected a layer's class_name and config")
-    kind, home, own = entry.get("class_name"), str(entry.get("module", "keras")), entry.get("registered_name")
-    options = entry.get("config")
-    name = str(options.get("name", kind) if isinstance(options, dict) else kind)[:80]
-    if not isinstance(kind, str) or home.partition(".")[0] != "keras" or own not in (None, kind):
-        raise InputError(f"{name} ({own or kind}) is not a layer of Keras's own, and code is never run")
-    if not isinstance(options, dict):
+    class_name, registered_name, config = (entry.get(key) for key in ("class_name", "registered_name", "config"))
+    package = str(entry.get("module", "keras")).partition(".")[0]
+    name = str(config.get("name", class_name) if isinstance(config, dict) else class_name)[:80]
+    if not isinstance(class_name, str) or package != "keras" or registered_name not in (None, class_name):
+        raise InputError(
+            f"{name} ({registered_name or class_name}) is not a Keras layer; user-defined code is never run"
+        )
+    if not isinstance(config, dict):
         raise InputError(f"{name}: expected a layer's class_name and config")
-    return KerasLayerSpec(kind, name, options, h5_path)
+    return KerasLayerSpec(class_name, name, config, h5_path)
 
 
 def linear_topology(config: dict[str, Any], problems: list[str]) -> list[KerasLayerSpec]:
-    """The layers of a model in the order in which they run; nested models are opened.
+    """Return the layers of a model in execution order, with those of nested models in place of the nested models.
 
     Args:
-        config: as `model.to_json()` says.
-        problems: what has no place in a chain is added here.
+        config: the architecture, as from `model.to_json()`.
+        problems: a message is appended for each layer or call that cannot be part of a chain.
     """
-    found: list[KerasLayerSpec] = []
-    _flatten_model(config, "", "", found, problems, 0)
-    return found
+    specs: list[KerasLayerSpec] = []
+    _flatten_model(config, "", "", specs, problems, 0)
+    return specs
 
 
 def _flatten_model(
-    entry: Any, path: str, lead: str, found: list[KerasLayerSpec], problems: list[str], depth: int
+    entry: Any, path: str, prefix: str, specs: list[KerasLayerSpec], problems: list[str], depth: int
 ) -> None:
-    """Append the layers of a model whose arrays stand under `path`, their names behind `lead`."""
+    """Append the layers of a model to `specs`; its arrays are under `path`, `prefix` is prepended to the names."""
     try:
         model = parse_layer_spec(entry, path)
         if model.class_name not in MODEL_CLASSES or depth > _MAX_DEPTH:
@@ -82,20 +84,23 @@ def _flatten_model(
     except InputError as error:
         problems.append(str(error))
         return
-    for entry_, spec in layers:
+    for layer_entry, spec in layers:
         if spec.class_name in MODEL_CLASSES:
-            _flatten_model(entry_, spec.h5_path, f"{lead}{spec.name}_", found, problems, depth + 1)
+            _flatten_model(layer_entry, spec.h5_path, f"{prefix}{spec.name}_", specs, problems, depth + 1)
         elif spec.class_name != "InputLayer":
-            found.append(spec._replace(name=lead + spec.name))
+            specs.append(spec._replace(name=prefix + spec.name))
 
 
 def _layer_specs(model: KerasLayerSpec, path: str, problems: list[str]) -> list[tuple[Any, KerasLayerSpec]]:
-    """Every layer with its path: classes are counted in the order in which a model has its layers."""
+    """Return (entry, spec) of every layer of a model.
+
+    The path of a layer in the weights file is its class name, with a suffix that counts the layers of that class.
+    """
     entries = model.config.get("layers")
     if not isinstance(entries, list):
         raise InputError(f"{model.name} ({model.class_name}) has no list of layers")
     counts: dict[str, int] = {}
-    out = []
+    specs = []
     for entry in entries:
         if _is_operation(entry):
             continue
@@ -105,10 +110,10 @@ def _layer_specs(model: KerasLayerSpec, path: str, problems: list[str]) -> list[
             problems.append(str(error))
             spec = KerasLayerSpec("", str(entry.get("name")) if isinstance(entry, dict) else "", {}, "")
         key = to_snake_case(spec.class_name)
-        number, counts[key] = counts.get(key, 0), counts.get(key, 0) + 1
-        where = f"{path}/layers/{key}" if path else f"layers/{key}"
-        out.append((entry, spec._replace(h5_path=f"{where}_{number}" if number else where)))
-    return out
+        index, counts[key] = counts.get(key, 0), counts.get(key, 0) + 1
+        base_path = f"{path}/layers/{key}" if path else f"layers/{key}"
+        specs.append((entry, spec._replace(h5_path=f"{base_path}_{index}" if index else base_path)))
+    return specs
 
 
 def _is_operation(entry: Any) -> bool:
@@ -116,7 +121,7 @@ def _is_operation(entry: Any) -> bool:
 
 
 class _TensorRef(NamedTuple):
-    """Where a tensor comes from: which output of which call of which layer."""
+    """The origin of a tensor: layer name, index of the call of the layer, index of the output of the call."""
 
     layer: str
     node: int
@@ -124,89 +129,98 @@ class _TensorRef(NamedTuple):
 
 
 def _tensor_refs(value: Any) -> list[_TensorRef]:
-    """All tensors in an argument, or in the lists of a model's inputs and outputs."""
+    """Collect all tensor references in a call's argument, or in the lists of a model's inputs and outputs."""
     if isinstance(value, dict):
         if value.get("class_name") == "__keras_tensor__":
             return _tensor_refs(value.get("config", {}).get("keras_history"))
-        return [t for v in value.values() for t in _tensor_refs(v)]
+        return [ref for item in value.values() for ref in _tensor_refs(item)]
     if not isinstance(value, list):
         return []
-    if len(value) == 3 and isinstance(value[0], str) and all(isinstance(v, int) for v in value[1:]):
+    if len(value) == 3 and isinstance(value[0], str) and all(isinstance(item, int) for item in value[1:]):
         return [_TensorRef(*value)]
-    return [t for v in value for t in _tensor_refs(v)]
+    return [ref for item in value for ref in _tensor_refs(item)]
 
 
 def _topological_order(
-    options: dict[str, Any], layers: list[tuple[Any, KerasLayerSpec]], problems: list[str]
+    config: dict[str, Any], layers: list[tuple[Any, KerasLayerSpec]], problems: list[str]
 ) -> list[tuple[Any, KerasLayerSpec]]:
-    """The layers of a functional model from its input to its output, if they are one chain."""
-    known = {str(entry.get("name", spec.name)): (entry, spec) for entry, spec in layers}
-    graph = _CallGraph({str(e.get("name")): e for e in options["layers"] if isinstance(e, dict)})
-    inputs, outputs = _tensor_refs(options.get("input_layers")), _tensor_refs(options.get("output_layers"))
+    """Return the layers of a functional model from its input to its output.
+
+    Raises:
+        InputError: the layers do not form a single chain.
+    """
+    by_name = {str(entry.get("name", spec.name)): (entry, spec) for entry, spec in layers}
+    graph = _CallGraph({str(entry.get("name")): entry for entry in config["layers"] if isinstance(entry, dict)})
+    inputs, outputs = _tensor_refs(config.get("input_layers")), _tensor_refs(config.get("output_layers"))
     if len(inputs) != 1 or not outputs or outputs[0].output:
-        raise InputError(f"a chain has one input and a layer's output first, found {len(inputs)} and {outputs[:1]}")
+        raise InputError(
+            f"expected one input, and as first output the first output of a layer, found {len(inputs)} inputs and "
+            f"{outputs[:1]}"
+        )
     chain: list[str] = []
-    at = outputs[0].layer
-    while at != inputs[0].layer:
-        if at not in known or at in chain:
-            raise InputError(f"{at}: a chain runs from the input to the output, through every layer once")
-        chain.append(at)
-        at = graph.input_layer(at, problems)
+    name = outputs[0].layer
+    while name != inputs[0].layer:
+        if name not in by_name or name in chain:
+            raise InputError(f"{name}: expected a chain from the input to the output in which every layer occurs once")
+        chain.append(name)
+        name = graph.input_layer(name, problems)
     chain.reverse()
-    extra = [t.layer for t in outputs[1:] if t.layer not in chain or t.output == 0]
-    extra += [name for name in known if name not in chain and known[name][1].class_name != "InputLayer"]
-    if extra:
-        problems.append(f"{', '.join(dict.fromkeys(extra))}: not on the chain from the input to the first output")
-    graph.check_masks(inputs[0].layer, [known[name][1] for name in chain], chain, problems)
-    return [known[name] for name in chain]
+    unused = [ref.layer for ref in outputs[1:] if ref.layer not in chain or ref.output == 0]
+    unused += [name for name in by_name if name not in chain and by_name[name][1].class_name != "InputLayer"]
+    if unused:
+        problems.append(f"{', '.join(dict.fromkeys(unused))}: not in the chain from the input to the first output")
+    graph.check_masks(inputs[0].layer, [by_name[name][1] for name in chain], chain, problems)
+    return [by_name[name] for name in chain]
 
 
 class _CallGraph:
-    """The calls in a functional model."""
+    """The calls of layers in a functional model."""
 
     def __init__(self, entries: dict[str, Any]) -> None:
         self.raw_configs = entries
-        self.masks: dict[str, _TensorRef] = {}  # layer -> the mask that its call was given
+        self.masks: dict[str, _TensorRef] = {}  # layer name -> the mask argument of its call
 
     def _call_arguments(self, name: str) -> tuple[list[Any], dict[str, Any]]:
         nodes = self.raw_configs[name].get("inbound_nodes")
         if not isinstance(nodes, list) or len(nodes) != 1:
             count = len(nodes) if isinstance(nodes, list) else 0
-            raise InputError(f"{name} is called {count} times: each layer of a chain is called once")
+            raise InputError(f"{name} is called {count} times, expected once")
         node = nodes[0]
         if not isinstance(node, dict) or not isinstance(node.get("args"), list):
-            raise InputError(f"{name}: its calls are not written as Keras 3 does")
+            raise InputError(f"{name}: inbound_nodes does not have the format of Keras 3")
         return node["args"], node.get("kwargs") or {}
 
     def input_layer(self, name: str, problems: list[str]) -> str:
-        """The layer whose output this one takes."""
+        """Return the name of the layer whose output the named layer receives, and record the mask of the call."""
         args, kwargs = self._call_arguments(name)
         first, others = _tensor_refs(args[:1]), _tensor_refs(args[1:])
         masks = _tensor_refs(kwargs.get("mask"))
-        others += _tensor_refs({k: v for k, v in kwargs.items() if k != "mask"})
+        others += _tensor_refs({key: value for key, value in kwargs.items() if key != "mask"})
         if len(first) != 1 or first[0].output:
-            raise InputError(f"{name} takes something else than the one output of a layer")
+            raise InputError(f"{name}: expected the first output of one layer as its input")
         if others:
-            problems.append(f"{name} takes {', '.join(t.layer for t in others)} beside its input (an initial state?)")
+            problems.append(
+                f"{name} receives {', '.join(ref.layer for ref in others)} in addition to its input (an initial state?)"
+            )
         if masks:
             self.masks[name] = masks[0]
         return first[0].layer
 
-    def check_masks(self, start: str, specs: list[KerasLayerSpec], chain: list[str], problems: list[str]) -> None:
-        """A mask that stands in the graph must be the one that a layer of the chain makes of its input."""
-        makers: list[tuple[str, float]] = []
-        before = start
+    def check_masks(self, model_input: str, specs: list[KerasLayerSpec], chain: list[str], problems: list[str]) -> None:
+        """Append a problem for each mask argument that is not the mask of the last Masking or Embedding before it."""
+        mask_sources: list[tuple[str, float]] = []
+        input_name = model_input
         for name, spec in zip(chain, specs, strict=True):
-            if name in self.masks and self._mask_source(self.masks[name].layer) not in makers[-1:]:
-                problems.append(f"{name} is given a mask that no Masking or Embedding before it makes")
+            if name in self.masks and self._mask_source(self.masks[name].layer) not in mask_sources[-1:]:
+                problems.append(f"{name}: its mask argument is not the mask of the Masking or Embedding before it")
             if spec.class_name == "Masking":
-                makers.append((before, spec.config.get("mask_value", 0.0)))
+                mask_sources.append((input_name, spec.config.get("mask_value", 0.0)))
             elif spec.class_name == "Embedding" and spec.config.get("mask_zero"):
-                makers.append((before, 0))
-            before = name
+                mask_sources.append((input_name, 0))
+            input_name = name
 
     def _mask_source(self, name: str) -> tuple[str, float] | None:
-        """(layer, value) of a mask `any(output != value)`, or None for another one."""
+        """Return (layer, value) if a mask is `any(output of layer != value)`, else None."""
         entry = self.raw_configs.get(name, {})
         if entry.get("class_name") == "Any":
             name = _tensor_refs(self._call_arguments(name)[0])[0].layer

@@ -1,1 +1,1 @@
-"""Models from torch and to torch: modules, state_dicts, .safetensors and .pt files."""
+"""Conversion of torch modules, state_dicts, .safetensors and .pt files to models, and of models to state_dicts."""

@@ -1,4 +1,4 @@
-"""torch's networks in and out: modules, state_dicts and their files, and state_dicts for modules of torch.nn.
+"""`from_torch` and `to_torch`: conversion between torch's modules, state_dicts or files and xprnn's models.
 
 Sources: the documentation of torch.nn.RNN, LSTM, GRU (gates, shapes, names), and torch's notes on serialization.
 """
@@ -34,31 +34,37 @@ def from_torch(
     batch_first: bool | None = None,
     order: Sequence[str] | None = None,
 ) -> tuple[Any, Params]:
-    """A network that torch has trained, as a model of xprnn and its parameters.
+    """Convert a trained torch network to an xprnn model and its parameters.
 
-    Read are nn.RNN, LSTM (with proj_size), GRU, their cells (as a layer of one), nn.Embedding, nn.Linear and the
-    activations, one behind the other; nn.Dropout and nn.Identity are left out. A module that holds them may be any: its
-    parts are taken to run in the order of their definition if their widths allow it, else in the only order that they
-    do. Where it has a `forward` of its own, both are run once on a few random numbers, (T,N,D) = (3,2,D), and compared;
-    where that cannot be run, a UserWarning says so. In a state_dict no activation can be seen: compare outputs
-    once. Linear is applied to every step. Weights that are shared (tied) become two.
+    Supported are chains of nn.RNN, LSTM (with proj_size), GRU, RNNCell, LSTMCell and GRUCell (each cell becomes a layer
+    with num_layers=1), nn.Embedding, nn.Linear and the activations of torch.nn. nn.Dropout and nn.Identity are dropped.
+    The layers may be submodules of any module.
+
+    The layers are assumed to run in the order of their definition, if their widths match in that order; otherwise in
+    the only order in which they match. If the module's class defines `forward`, the module and the converted model are
+    both run once on random input (T,N,D) = (3,2,D), and their outputs are compared. If the module cannot be run on that
+    input, a UserWarning says that the outputs were not compared.
+
+    A state_dict contains no activations between layers: compare the outputs once. A Linear is applied to every time
+    step. A weight that two layers share (tied weights) becomes two independent parameters.
 
     Args:
-        source: an nn.Module; a state_dict, name -> torch tensor or NumPy array; or the path of a `.safetensors`, `.pt`
-            or `.pth` file (the last two need torch, and are read by its weights-only loader).
-        like: array library, dtype and device of the parameters; None: NumPy, in the source's dtype (bfloat16, which
-            NumPy has not, becomes float32).
-        nonlinearity: "tanh" or "relu", for an nn.RNN whose state_dict is given: it does not say. None: tanh.
-        batch_first: of the recurrent layers of a state_dict. None: False, torch's default.
-        order: names of the parts as they run, where widths leave more than one order.
+        source: an nn.Module; a state_dict (name -> torch tensor or NumPy array); or the path of a `.safetensors`, `.pt`
+            or `.pth` file. `.pt` and `.pth` files need torch and are read by its weights-only loader.
+        like: an array that selects array library, dtype and device of the parameters. None: NumPy arrays in the
+            source's dtype (bfloat16 becomes float32, because NumPy has no bfloat16).
+        nonlinearity: "tanh" or "relu", for the nn.RNN layers of a state_dict, which does not record it. None: "tanh".
+        batch_first: for the recurrent layers of a state_dict, which does not record it. None: False, torch's default.
+        order: the layers' names in execution order. Needed if the widths match in more than one order.
 
     Returns:
-        model, params. An RNN, LSTM or GRU without a name before its parameters is that layer; anything else is a
-        Sequential of the source's names. Parameters keep their names ("rnn.weight_ih_l0"); a cell's gain "_l0".
+        model, params. If the parameter names have no prefix, the model is a single layer. Otherwise it is a Sequential
+        under the source's names. Parameters keep their names ("rnn.weight_ih_l0"); those of an RNNCell, LSTMCell or
+        GRUCell get the suffix "_l0".
 
     Raises:
-        InputError: modules or arrays that have no place here, all of them; parts that fit no order, or several; a
-            module whose forward does something else between its parts.
+        InputError: modules or arrays without an equivalent in xprnn (all are listed); layers that match in no order or
+            in several; a module whose outputs differ from those of its layers run one after the other.
 
     >>> import numpy as np
     >>> trained = {"rnn.weight_ih_l0": np.ones((8, 3)), "rnn.weight_hh_l0": np.ones((8, 2))}
@@ -71,13 +77,13 @@ def from_torch(
         resolve_namespace(where, {}, {"like": like})
     if _is_module(source):
         if nonlinearity is not None or batch_first is not None:
-            raise InputError(f"{where}: a module says its nonlinearity and batch_first itself: leave them out")
-        parts = _layers_from_module(where, source)
-        arranged = infer_order(where, parts, order, False)
-        check_forward(where, source, *assemble(where, arranged, np.zeros(0)), arranged[0][1])
-        return assemble(where, arranged, like)
+            raise InputError(f"{where}: nonlinearity and batch_first are read from the module: leave them out")
+        module_layers = _layers_from_module(where, source)
+        layers = infer_order(where, module_layers, order, False)
+        check_forward(where, source, *assemble(where, layers, np.zeros(0)), layers[0][1])
+        return assemble(where, layers, like)
     if isinstance(source, Mapping):
-        entries, sorted_ = lazy_arrays(where, source), False
+        arrays, ignore_source_order = lazy_arrays(where, source), False
     else:
         if not isinstance(source, (str, os.PathLike)):
             raise InputError(
@@ -85,14 +91,14 @@ def from_torch(
             )
         path = as_path(where, source)
         where = f"{where} {path}"
-        entries, sorted_ = read_weight_file("from_torch", path)
+        arrays, ignore_source_order = read_weight_file("from_torch", path)
     if nonlinearity not in (None, "tanh", "relu"):
         raise InputError(f"{where}: nonlinearity must be 'tanh' or 'relu', found {nonlinearity!r}")
     hints: dict[str, Any] = {"nonlinearity": nonlinearity or "tanh", "batch_first": batch_first or False}
-    arranged = infer_order(where, layers_from_state_dict(where, entries, **hints), order, sorted_)
-    if nonlinearity is not None and not any(isinstance(layer, RNN) for _, layer in arranged):
-        raise InputError(f"{where}: nonlinearity is that of an nn.RNN, and there is none: leave it out")
-    return assemble(where, arranged, like)
+    layers = infer_order(where, layers_from_state_dict(where, arrays, **hints), order, ignore_source_order)
+    if nonlinearity is not None and not any(isinstance(layer, RNN) for _, layer in layers):
+        raise InputError(f"{where}: nonlinearity applies to nn.RNN only, and the source has none: leave it out")
+    return assemble(where, layers, like)
 
 
 def _is_module(source: Any) -> bool:
@@ -101,35 +107,35 @@ def _is_module(source: Any) -> bool:
 
 
 def _layers_from_module(where: str, module: Any) -> list[NamedLayer]:
-    """The parts in the order of their definition; each array of the state_dict belongs to one of them."""
-    entries = lazy_arrays(where, module.state_dict())
+    """Convert the leaf modules in the order of their definition; every array of the state_dict must belong to one."""
+    arrays = lazy_arrays(where, module.state_dict())
     problems: list[str] = []
-    parts, seen = [], set()
+    layers, used = [], set()
     for path, leaf in _leaf_modules(module, ""):
-        lead = f"{path}." if path else ""
-        own = {key: entries[lead + key] for key in leaf.state_dict()}
-        seen |= {lead + key for key in own}
+        prefix = f"{path}." if path else ""
+        leaf_arrays = {key: arrays[prefix + key] for key in leaf.state_dict()}
+        used |= {prefix + key for key in leaf_arrays}
         try:
-            parts.append(_named_layer(path, leaf, own))
+            layers.append(_named_layer(path, leaf, leaf_arrays))
         except InputError as error:
-            problems.append(f"{path or 'it'} ({type(leaf).__name__}): {error}")
-    problems += [f"{key} belongs to no part" for key in entries if key not in seen]
+            problems.append(f"{path or 'the module'} ({type(leaf).__name__}): {error}")
+    problems += [f"{key} belongs to no supported layer" for key in arrays if key not in used]
     raise_all(where, problems)
-    if not parts:
+    if not layers:
         raise InputError(f"{where}: expected a module with recurrent layers, found {type(module).__name__} without any")
-    return parts
+    return layers
 
 
-def _named_layer(path: str, leaf: Any, own: dict[str, LazyArray]) -> NamedLayer:
+def _named_layer(path: str, leaf: Any, arrays: dict[str, LazyArray]) -> NamedLayer:
     layer = layer_from_module(leaf)
-    end = "_l0" if isinstance(leaf, sys.modules["torch"].nn.RNNCellBase) else ""
-    own = {f"{key}{end}": entry for key, entry in own.items()}
-    check_shapes(own, layer)
-    return NamedLayer(path, (layer,), own)
+    suffix = "_l0" if isinstance(leaf, sys.modules["torch"].nn.RNNCellBase) else ""
+    arrays = {f"{key}{suffix}": array for key, array in arrays.items()}
+    check_shapes(arrays, layer)
+    return NamedLayer(path, (layer,), arrays)
 
 
 def _leaf_modules(module: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Each module that has no modules inside, or is a layer; a shared one once."""
+    """Yield (path, module) of each module without submodules and of each recurrent module; a shared module once."""
     children = [(name, child) for name, child in module.named_children() if not _is_ignored(child)]
     if not children or _is_recurrent(module):
         yield path, module
@@ -148,42 +154,48 @@ def _is_recurrent(module: Any) -> bool:
 
 
 class TorchExport(NamedTuple):
-    """What torch needs to go on: parameters, and how to make the modules that take them."""
+    """The result of `to_torch`: parameters, and the arguments from which torch.nn builds the modules for them."""
 
     state_dict: dict[str, Any]
     constructor: Any
 
 
 def to_torch(model: Any, params: Params) -> TorchExport:
-    """A model and its parameters for torch.
+    """Convert a model and its parameters to a torch state_dict and the constructor arguments of torch.nn modules.
+
+    With `state_dict, (name, arguments) = to_torch(layer, params)`, build the torch module with
+    `module = getattr(torch.nn, name)(**arguments)` and load the parameters with `module.load_state_dict(state_dict)`.
 
     Args:
-        model: RNN, LSTM, GRU (or a Recurrent with one of their cells), Linear, Embedding, Apply, Softmax,
-            or a Sequential of them.
-        params: its parameters, of any array library.
+        model: RNN, LSTM, GRU (or a Recurrent with one of their cells), Linear, Embedding, ActivationLayer, Softmax,
+            or a Sequential of these.
+        params: the model's parameters, arrays of any library.
 
     Returns:
-        TorchExport(state_dict, constructor). state_dict: name -> torch tensor, copies in params' dtype. constructor: for a
-        layer the name of its class in torch.nn and its arguments, dtype included; for a Sequential a dict from
-        the names of its parts to such pairs, to be run one behind the other.
+        TorchExport(state_dict, constructor). state_dict: name -> torch tensor, a copy in the dtype of params.
+        constructor: for a layer the pair (class name in torch.nn, dict of arguments, dtype included); for a Sequential
+        a dict from layer name to such a pair, in execution order.
 
     Raises:
-        InputError: torch is not installed; params are not the model's; or torch has no such layer, with all reasons.
-
-    With `state_dict, (name, arguments) = to_torch(layer, params)`, the module is
-    `getattr(torch.nn, name)(**arguments)`, and its `load_state_dict(state_dict)` takes the rest.
+        InputError: torch is not installed; params do not fit the model; or torch cannot represent the model (all
+            reasons are listed).
 
     >>> import xprnn
     >>> to_torch(xprnn.GRU(3, 4, reset_after=False, learned_state=True), {})
     Traceback (most recent call last):
-    xprnn.arrays.namespace.InputError: to_torch: torch has no cell gru_reset_before; torch's layers have no learned_state
+    xprnn.arrays.namespace.InputError: to_torch: torch has no cell gru_reset_before; torch has no learned_state
     """
     where = "to_torch"
     if isinstance(model, type) or not hasattr(model, "shapes"):
         raise InputError(f"{where}: model must be a layer or Sequential, found {type(model).__name__}")
-    parts = model.layers if isinstance(model, Sequential) else {"": model}
+    layers = model.layers if isinstance(model, Sequential) else {"": model}
     raise_all(
-        where, [f"{name}: {why}" if name else why for name, part in parts.items() for why in unsupported_reasons(part)]
+        where,
+        [
+            f"{name}: {reason}" if name else reason
+            for name, layer in layers.items()
+            for reason in unsupported_reasons(layer)
+        ],
     )
     check_params(where, params, model.shapes())
     resolve_namespace(where, dict(params))
@@ -191,8 +203,8 @@ def to_torch(model: Any, params: Params) -> TorchExport:
     torch = require_torch(where)
     tensors = {name: _to_tensor(torch, array) for name, array in params.items()}
     dtype = next(iter(tensors.values())).dtype
-    made = {name: constructor(part, dtype) for name, part in parts.items()}
-    return TorchExport(tensors, made if isinstance(model, Sequential) else made[""])
+    constructors = {name: constructor(layer, dtype) for name, layer in layers.items()}
+    return TorchExport(tensors, constructors if isinstance(model, Sequential) else constructors[""])
 
 
 def _to_tensor(torch: Any, array: Array) -> Any:

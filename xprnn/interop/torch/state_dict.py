@@ -1,4 +1,4 @@
-"""What layers a state_dict is of, from its names and shapes alone."""
+"""Inference of layers from the parameter names and shapes of a state_dict."""
 
 from __future__ import annotations
 
@@ -28,99 +28,101 @@ LazyArrays = dict[str, LazyArray]
 def layers_from_state_dict(
     where: str, arrays: Mapping[str, LazyArray], *, nonlinearity: str = "tanh", batch_first: bool = False
 ) -> Any:
-    """The parts of a state_dict, in its order.
+    """Infer the layers of a state_dict, in the order of its keys.
 
     Args:
-        where: for errors.
-        entries: state_dict name -> array; torch's names, with or without the path of the module before them.
-        nonlinearity, batch_first: what names and shapes do not tell.
+        where: prefix of error messages.
+        arrays: torch's parameter name -> array; the name may have the path of the module as a prefix.
+        nonlinearity: of RNN layers; the names and shapes do not determine it.
+        batch_first: of recurrent layers; the names and shapes do not determine it.
 
     Returns:
-        A list of Part. One that may be an Embedding or a Linear without bias names both.
+        A list of NamedLayer. A matrix without bias may be an Embedding or a Linear: it has both as candidates.
 
     Raises:
-        InputError: names, shapes or dtypes that belong to no layer, all of them.
+        InputError: names, shapes or dtypes that fit no supported layer; the message lists them.
     """
     groups: dict[str, LazyArrays] = {}
     problems = []
-    for key, entry in arrays.items():
+    for key, array in arrays.items():
         match = _RECURRENT_KEY.fullmatch(key) or _WEIGHT_OR_BIAS_KEY.fullmatch(key)
-        if match is None or entry.dtype not in _FLOAT_DTYPES:
-            problems.append(f"{key[:200]} {entry.shape} {entry.dtype} belongs to no layer known here")
+        if match is None or array.dtype not in _FLOAT_DTYPES:
+            problems.append(f"{key[:200]} {array.shape} {array.dtype} belongs to no supported layer")
             continue
-        kind = match["name"] + (match.groupdict().get("end") or "")
-        groups.setdefault(match["part"] or "", {})[kind] = entry
-    parts = []
+        parameter = match["name"] + (match.groupdict().get("end") or "")
+        groups.setdefault(match["part"] or "", {})[parameter] = array
+    layers = []
     for name, group in groups.items():
         try:
-            parts.append(_named_layer(name, group, nonlinearity, batch_first))
+            layers.append(_named_layer(name, group, nonlinearity, batch_first))
         except InputError as error:
             problems.append(f"{name}: {error}" if name else str(error))
     raise_all(where, problems)
-    if not parts:
+    if not layers:
         raise InputError(f"{where}: expected the parameters of a network, found no array")
-    return parts
+    return layers
 
 
-def _named_layer(name: str, group: LazyArrays, nonlinearity: str, batch_first: bool) -> NamedLayer:
-    if any(key.startswith(("weight_", "bias_")) for key in group):
-        bare = [key for key in group if "_l" not in key]
-        if len(bare) == len(group):  # RNNCell, LSTMCell, GRUCell
-            group = {f"{key}_l0": entry for key, entry in group.items()}
-        elif bare:
-            raise InputError(f"{', '.join(bare)} stand beside {next(key for key in group if key not in bare)}")
-        return NamedLayer(name, (_recurrent_layer(group, nonlinearity, batch_first),), group)
-    if "weight" not in group or len(group["weight"].shape) != 2:
-        raise InputError(f"a weight of two axes is needed beside {', '.join(group)}")
-    rows, columns = group["weight"].shape
-    layers: tuple[Any, ...] = (Embedding(rows, columns), Linear(columns, rows, bias="bias" in group))
-    if "bias" in group:
-        layers = layers[1:]
+def _named_layer(name: str, arrays: LazyArrays, nonlinearity: str, batch_first: bool) -> NamedLayer:
+    if any(key.startswith(("weight_", "bias_")) for key in arrays):
+        cell_keys = [key for key in arrays if "_l" not in key]
+        if len(cell_keys) == len(arrays):  # RNNCell, LSTMCell, GRUCell
+            arrays = {f"{key}_l0": array for key, array in arrays.items()}
+        elif cell_keys:
+            layer_key = next(key for key in arrays if key not in cell_keys)
+            raise InputError(f"found {', '.join(cell_keys)} (of a cell) and {layer_key} (of a layer)")
+        return NamedLayer(name, (_recurrent_layer(arrays, nonlinearity, batch_first),), arrays)
+    if "weight" not in arrays or len(arrays["weight"].shape) != 2:
+        raise InputError(f"expected a weight with two axes, found {', '.join(arrays)}")
+    rows, columns = arrays["weight"].shape
+    candidates: tuple[Any, ...] = (Embedding(rows, columns), Linear(columns, rows, bias="bias" in arrays))
+    if "bias" in arrays:
+        candidates = candidates[1:]
     elif "emb" in name.lower():
-        layers = layers[:1]
-    for layer in layers:
-        check_shapes(group, layer)
-    return NamedLayer(name, layers, group)
+        candidates = candidates[:1]
+    for layer in candidates:
+        check_shapes(arrays, layer)
+    return NamedLayer(name, candidates, arrays)
 
 
-def _recurrent_layer(group: LazyArrays, nonlinearity: str, batch_first: bool) -> Any:
+def _recurrent_layer(arrays: LazyArrays, nonlinearity: str, batch_first: bool) -> Any:
     for key in ("weight_ih_l0", "weight_hh_l0", "weight_hr_l0"):
-        if key not in group and key != "weight_hr_l0":
-            raise InputError(f"{key} is missing beside {', '.join(group)}"[:300])
-        if key in group and len(group[key].shape) != 2:
-            raise InputError(f"{key} must have two axes, found shape {group[key].shape}")
-    rows, columns = group["weight_hh_l0"].shape
-    projected = "weight_hr_l0" in group
-    hidden = group["weight_hr_l0"].shape[1] if projected else columns
-    gates = rows // hidden if hidden else 0
-    if gates * hidden != rows or gates not in ((4,) if projected else _LAYER_BY_GATE_COUNT):
-        raise InputError(f"weight_hh_l0 {(rows, columns)} is that of no RNN (H, H), GRU (3H, H) or LSTM (4H, H)")
-    extra: dict[str, Any] = {1: {"nonlinearity": nonlinearity}}.get(gates, {})
-    layers = 1 + max(int(key.partition("_l")[2].partition("_")[0]) for key in group)
-    if layers > len(group):
-        raise InputError(f"layers are missing: there is a layer {layers - 1} but only {len(group)} arrays")
-    layer = _LAYER_BY_GATE_COUNT[gates](
-        group["weight_ih_l0"].shape[1],
+        if key not in arrays and key != "weight_hr_l0":
+            raise InputError(f"{key} is missing, found {', '.join(arrays)}"[:300])
+        if key in arrays and len(arrays[key].shape) != 2:
+            raise InputError(f"{key} must have two axes, found shape {arrays[key].shape}")
+    rows, columns = arrays["weight_hh_l0"].shape
+    has_projection = "weight_hr_l0" in arrays
+    hidden = arrays["weight_hr_l0"].shape[1] if has_projection else columns
+    gate_count = rows // hidden if hidden else 0
+    if gate_count * hidden != rows or gate_count not in ((4,) if has_projection else _LAYER_BY_GATE_COUNT):
+        raise InputError(f"weight_hh_l0 {(rows, columns)} fits no RNN (H, H), GRU (3H, H) or LSTM (4H, H)")
+    options: dict[str, Any] = {1: {"nonlinearity": nonlinearity}}.get(gate_count, {})
+    num_layers = 1 + max(int(key.partition("_l")[2].partition("_")[0]) for key in arrays)
+    if num_layers > len(arrays):
+        raise InputError(f"layers are missing: there is a layer {num_layers - 1} but only {len(arrays)} arrays")
+    layer = _LAYER_BY_GATE_COUNT[gate_count](
+        arrays["weight_ih_l0"].shape[1],
         hidden,
-        layers,
-        bias=any(key.startswith("bias") for key in group),
+        num_layers,
+        bias=any(key.startswith("bias") for key in arrays),
         batch_first=batch_first,
-        bidirectional=any(key.endswith("_reverse") for key in group),
-        **extra,
-        **({"proj_size": columns} if projected else {}),
+        bidirectional=any(key.endswith("_reverse") for key in arrays),
+        **options,
+        **({"proj_size": columns} if has_projection else {}),
     )
-    check_shapes(group, layer)
+    check_shapes(arrays, layer)
     return layer
 
 
 def check_shapes(arrays: LazyArrays, layer: Any) -> None:
-    """Raise InputError unless the arrays are those of the layer, in names and shapes; says all that is wrong."""
+    """Raise one InputError that lists every array whose name or shape differs from the layer's parameters."""
     shapes = layer.shapes()
     problems = [f"{key} is missing" for key in shapes if key not in arrays]
-    problems += [f"{key} has no place in it" for key in arrays if key not in shapes]
+    problems += [f"{key} is not a parameter of the layer" for key in arrays if key not in shapes]
     problems += [
         f"{key} must have shape {shape}, found {arrays[key].shape}"
         for key, shape in shapes.items()
         if key in arrays and arrays[key].shape != shape
     ]
-    raise_all(f"taken for {layer!r}", problems)
+    raise_all(f"inferred {layer!r}", problems)
