@@ -1,8 +1,11 @@
-"""Files that lie, made from good ones, and the readers that must not believe them.
+"""Fuzzer for xprnn's file readers: corrupts valid files and reads them with every reader for their format.
 
-The tests take a few; `python tests/support/corrupt_files.py --minutes 5` tries as many as there is time for, under a limit on
-memory. A reader may return something or raise an InputError of one line; all else is a bug, and printed with the seed
-that makes it again.
+A reader may return a result or raise an InputError with a message of one line. Any other error is a bug, and is printed
+with the seed that reproduces it. Memory is limited to 256 MiB beyond what the imports use.
+
+The tests run a few examples. For a longer run, from the root of the repository (`--help` lists the options):
+
+    PYTHONPATH=tests python -m support.corrupt_files --minutes 5
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from xprnn.io import archive
 from xprnn.layers import model_file
 
 KERAS_FILES = DATA / "keras_files"
-MEMORY_HEADROOM = 256 << 20  # bytes of address space beyond what the imports took
+MEMORY_HEADROOM = 256 << 20  # bytes of address space beyond what the imports use
 BOUNDARY_NUMBERS = [
     0,
     1,
@@ -56,45 +59,46 @@ ODD_VALUES = [None, True, "", "F64", "O", "lstm", "tanh", [], {}, [[]], [2**62, 
 
 
 def sample_model() -> Any:
+    """A model whose configuration has many options, so that there is much to corrupt."""
     cell = xprnn.cells.lstm(peepholes=True, gate=xprnn.activation("hardsigmoid", 0.3, 0.4))
     rnn = xprnn.LSTM(3, (4, 2), 2, bidirectional=True, cell=cell, learned_state=True)
     return xprnn.Sequential(emb=xprnn.Embedding(5, 3), rnn=rnn, head=xprnn.Linear(4, 5))
 
 
 def valid_files(folder: Path) -> dict[str, bytes]:
-    """The content of one good file of each kind; "NAME.suffix" says which readers it is for."""
-    made = sample_model()
-    params = made.init(np.random.default_rng(0), like=np.zeros(1, np.float32))
-    plain = {k: np.ascontiguousarray(a) for k, a in params.items()}
+    """Return name -> content of one valid file per format; the suffix selects the readers (see `readers_for`)."""
+    model = sample_model()
+    params = model.init(np.random.default_rng(0), like=np.zeros(1, np.float32))
+    arrays = {k: np.ascontiguousarray(a) for k, a in params.items()}
     layer = xprnn.LSTM(3, 4, 2)
-    weights = layer.init(np.random.default_rng(0), like=np.zeros(1, np.float32))
-    for ending in (".safetensors", ".npz"):
-        xprnn.save(folder / f"ours{ending}", made, plain, {"vocabulary": "abc"})
-        xprnn.save_state(folder / f"state{ending}", (np.ones((2, 3)), {"a": np.zeros(4)}))
-    theirs = {f"rnn.{k}": a for k, a in weights.items()} | {"head.weight": np.ones((5, 4), np.float32)}
-    (folder / "theirs.safetensors").write_bytes(safetensors.numpy.save(theirs))
-    short = _safetensors({"emb.weight": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}}, bytes(12))
-    (folder / "short.safetensors").write_bytes(short)
+    lstm_params = layer.init(np.random.default_rng(0), like=np.zeros(1, np.float32))
+    for suffix in (".safetensors", ".npz"):
+        xprnn.save(folder / f"xprnn_model{suffix}", model, arrays, {"vocabulary": "abc"})
+        xprnn.save_state(folder / f"state{suffix}", (np.ones((2, 3)), {"a": np.zeros(4)}))
+    torch_style = {f"rnn.{k}": a for k, a in lstm_params.items()} | {"head.weight": np.ones((5, 4), np.float32)}
+    (folder / "torch_style.safetensors").write_bytes(safetensors.numpy.save(torch_style))
+    bfloat16 = _safetensors({"emb.weight": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}}, bytes(12))
+    (folder / "bfloat16.safetensors").write_bytes(bfloat16)
     if importlib.util.find_spec("h5py"):
-        for name, stem in (("keras.keras", "stacked_cells.keras"), ("keras.h5", "lstm_stack.weights.h5")):
-            (folder / name).write_bytes((KERAS_FILES / stem).read_bytes())
+        for name, source in (("keras.keras", "stacked_cells.keras"), ("keras.h5", "lstm_stack.weights.h5")):
+            (folder / name).write_bytes((KERAS_FILES / source).read_bytes())
     if "torch" in sys.modules:
         import torch
 
-        torch.save({k: torch.tensor(a) for k, a in theirs.items()}, folder / "theirs.pt")
+        torch.save({k: torch.tensor(a) for k, a in torch_style.items()}, folder / "torch_style.pt")
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def readers_for(name: str) -> list[Callable[[Path], Any]]:
-    """What is tried on a file made from this one."""
-    ours = [xprnn.load, xprnn.load_state, model_file.load_metadata, archive.read_arrays]
+    """Return the readers to run on a corrupted copy of the file with this name."""
+    xprnn_readers = [xprnn.load, xprnn.load_state, model_file.load_metadata, archive.read_arrays]
     if name.endswith(".pt"):
         return [xprnn.from_torch]
     if name.endswith(".keras"):
         return [xprnn.from_keras]
     if name.endswith(".h5"):
         return [partial(xprnn.from_keras, config=KERAS_FILES / "lstm_stack.json")]
-    return [*ours, xprnn.from_torch] if name.endswith(".safetensors") else ours
+    return [*xprnn_readers, xprnn.from_torch] if name.endswith(".safetensors") else xprnn_readers
 
 
 def _safetensors(header: Any, data: bytes) -> bytes:
@@ -102,114 +106,115 @@ def _safetensors(header: Any, data: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
-def replace_random_value(tree: Any, r: random.Random) -> Any:
-    """A copy of nested data with one value in it replaced by a number or another thing."""
-    if isinstance(tree, dict) and tree and r.random() < 0.9:
-        key = r.choice(sorted(tree))
-        if r.random() < 0.1:
+def replace_random_value(tree: Any, rng: random.Random) -> Any:
+    """Copy nested data, with one random value replaced by another value or removed."""
+    if isinstance(tree, dict) and tree and rng.random() < 0.9:
+        key = rng.choice(sorted(tree))
+        if rng.random() < 0.1:
             return {k: v for k, v in tree.items() if k != key}
-        return {**tree, key: replace_random_value(tree[key], r)}
-    if isinstance(tree, list) and tree and r.random() < 0.8:
-        place = r.randrange(len(tree))
-        return [*tree[:place], replace_random_value(tree[place], r), *tree[place + 1 :]]
-    return r.choice([*BOUNDARY_NUMBERS, *ODD_VALUES])
+        return {**tree, key: replace_random_value(tree[key], rng)}
+    if isinstance(tree, list) and tree and rng.random() < 0.8:
+        index = rng.randrange(len(tree))
+        return [*tree[:index], replace_random_value(tree[index], rng), *tree[index + 1 :]]
+    return rng.choice([*BOUNDARY_NUMBERS, *ODD_VALUES])
 
 
-def _corrupt_json(text: str, r: random.Random) -> str:
-    if r.random() < 0.02:
+def _corrupt_json(text: str, rng: random.Random) -> str:
+    if rng.random() < 0.02:
         return "[" * 100_000
-    return json.dumps(replace_random_value(json.loads(text), r))
+    return json.dumps(replace_random_value(json.loads(text), rng))
 
 
-def corrupt_header(content: bytes, r: random.Random) -> bytes:
-    """A `.safetensors` file whose header lies, its checksum made to fit."""
+def corrupt_header(content: bytes, rng: random.Random) -> bytes:
+    """Return a `.safetensors` file with a corrupted header and a checksum that matches it."""
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
-    about = header.get("__metadata__", {})
-    if about and r.random() < 0.7:
-        text = _corrupt_json(about[archive.FORMAT], r)
-        about = {archive.FORMAT: text, "xprnn.crc32": str(zlib.crc32(text.encode()))}
-        return _safetensors({**header, "__metadata__": about}, content[8 + length :])
-    return _safetensors(replace_random_value(header, r), content[8 + length :])
+    metadata = header.get("__metadata__", {})
+    if metadata and rng.random() < 0.7:
+        text = _corrupt_json(metadata[archive.FORMAT], rng)
+        metadata = {archive.FORMAT: text, "xprnn.crc32": str(zlib.crc32(text.encode()))}
+        return _safetensors({**header, "__metadata__": metadata}, content[8 + length :])
+    return _safetensors(replace_random_value(header, rng), content[8 + length :])
 
 
-def corrupt_zip(content: bytes, r: random.Random) -> bytes:
-    """A zip file with one member changed, its checksum made to fit."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(out, "w") as new:
+def corrupt_zip(content: bytes, rng: random.Random) -> bytes:
+    """Return a zip file with one corrupted member and checksums that match."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(buffer, "w") as new:
         names = old.namelist()
-        chosen = r.choice(names)
+        chosen = rng.choice(names)
         for name in names:
             data = old.read(name)
             if name == chosen:
-                data = _corrupt_member(name, data, r) if r.random() < 0.7 else corrupt_bytes(data, r)
-            kind = zipfile.ZIP_DEFLATED if r.random() < 0.02 else zipfile.ZIP_STORED
-            new.writestr(name, data, kind)
-    return out.getvalue()
+                data = _corrupt_member(name, data, rng) if rng.random() < 0.7 else corrupt_bytes(data, rng)
+            compression = zipfile.ZIP_DEFLATED if rng.random() < 0.02 else zipfile.ZIP_STORED
+            new.writestr(name, data, compression)
+    return buffer.getvalue()
 
 
-def _corrupt_member(name: str, data: bytes, r: random.Random) -> bytes:
+def _corrupt_member(name: str, data: bytes, rng: random.Random) -> bytes:
     if name.endswith(".json"):
-        return _corrupt_json(data.decode(), r).encode()
-    return _corrupt_npy(data, r) if name.endswith(".npy") else corrupt_bytes(data, r)
+        return _corrupt_json(data.decode(), rng).encode()
+    return _corrupt_npy(data, rng) if name.endswith(".npy") else corrupt_bytes(data, rng)
 
 
-def _corrupt_npy(data: bytes, r: random.Random) -> bytes:
-    shape = tuple(n for n in (r.choice(BOUNDARY_NUMBERS) for _ in range(r.randrange(4))))
-    about = {
-        "descr": r.choice(["<f4", ">f8", "|O", "|u1", "<i8", "<U9999999", "|V0", ["a"]]),
-        "fortran_order": r.random() < 0.5,
+def _corrupt_npy(data: bytes, rng: random.Random) -> bytes:
+    shape = tuple(n for n in (rng.choice(BOUNDARY_NUMBERS) for _ in range(rng.randrange(4))))
+    header = {
+        "descr": rng.choice(["<f4", ">f8", "|O", "|u1", "<i8", "<U9999999", "|V0", ["a"]]),
+        "fortran_order": rng.random() < 0.5,
     }
-    text = repr({**about, "shape": r.choice([shape, shape[:1] * 40, None, -1])}).encode()
-    version = r.choice([b"\1\0", b"\1\0", b"\2\0", b"\3\0", b"\x09\0"])
-    length = r.choice([len(text), 0, 65535])
-    size = struct.pack("<H", length) if version == b"\1\0" else struct.pack("<I", r.choice([length, 2**32 - 1]))
+    text = repr({**header, "shape": rng.choice([shape, shape[:1] * 40, None, -1])}).encode()
+    version = rng.choice([b"\1\0", b"\1\0", b"\2\0", b"\3\0", b"\x09\0"])
+    length = rng.choice([len(text), 0, 65535])
+    size = struct.pack("<H", length) if version == b"\1\0" else struct.pack("<I", rng.choice([length, 2**32 - 1]))
     body = data[10 + struct.unpack("<H", data[8:10])[0] :]
-    if data.startswith(b"\x93NUMPY") and r.random() < 0.5 and b"{" in body[:1]:  # our own header, as JSON in bytes
-        changed = np.frombuffer(_corrupt_json(body.decode(), r).encode(), np.uint8)
-        out = io.BytesIO()
-        np.lib.format.write_array(out, changed)
-        return out.getvalue()
+    # xprnn stores the model configuration in an .npz file as JSON in an array of uint8.
+    if data.startswith(b"\x93NUMPY") and rng.random() < 0.5 and b"{" in body[:1]:
+        changed = np.frombuffer(_corrupt_json(body.decode(), rng).encode(), np.uint8)
+        buffer = io.BytesIO()
+        np.lib.format.write_array(buffer, changed)
+        return buffer.getvalue()
     return b"\x93NUMPY" + version + size + text + body
 
 
-def corrupt_bytes(content: bytes, r: random.Random) -> bytes:
-    """Cut short, with bits flipped, numbers written over, or pieces moved."""
+def corrupt_bytes(content: bytes, rng: random.Random) -> bytes:
+    """Truncate the content, flip bits, overwrite a number, or delete, rotate or insert bytes."""
     if not content:
-        return b"\0" * r.randrange(9)
-    a, b = sorted(r.randrange(len(content) + 1) for _ in range(2))
-    match r.randrange(6):
+        return b"\0" * rng.randrange(9)
+    a, b = sorted(rng.randrange(len(content) + 1) for _ in range(2))
+    match rng.randrange(6):
         case 0:
             return content[:a]
         case 1:
             flipped = bytearray(content)
-            for _ in range(r.randrange(1, 9)):
-                flipped[r.randrange(len(content))] ^= 1 << r.randrange(8)
+            for _ in range(rng.randrange(1, 9)):
+                flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
             return bytes(flipped)
         case 2:
-            number = struct.pack(r.choice(["<Q", "<I", ">I", "<H"]), r.choice([0, 1, 255, 2**15, 2**16 - 1]))
-            number = r.choice([number, b"\xff" * len(number), b"\x7f" + b"\xff" * (len(number) - 1)])
+            number = struct.pack(rng.choice(["<Q", "<I", ">I", "<H"]), rng.choice([0, 1, 255, 2**15, 2**16 - 1]))
+            number = rng.choice([number, b"\xff" * len(number), b"\x7f" + b"\xff" * (len(number) - 1)])
             return content[:a] + number + content[a + len(number) :]
         case 3:
             return content[:a] + content[b:]
         case 4:
             return content[:b] + content[a:]
         case _:
-            return content[:a] + r.randbytes(r.randrange(1, 64)) + content[a:]
+            return content[:a] + rng.randbytes(rng.randrange(1, 64)) + content[a:]
 
 
-def corrupt_file(name: str, content: bytes, r: random.Random) -> bytes:
-    """A bad file made from a good one."""
-    if r.random() < 0.6 and not name.endswith(".h5"):
-        return corrupt_header(content, r) if name.endswith(".safetensors") else corrupt_zip(content, r)
-    return corrupt_bytes(content, r)
+def corrupt_file(name: str, content: bytes, rng: random.Random) -> bytes:
+    """Corrupt the content of a valid file in a random manner that suits its format."""
+    if rng.random() < 0.6 and not name.endswith(".h5"):
+        return corrupt_header(content, rng) if name.endswith(".safetensors") else corrupt_zip(content, rng)
+    return corrupt_bytes(content, rng)
 
 
 def read_with_all(path: Path, name: str) -> Iterator[str]:
-    """Read the file in every way; yields what came of each: "read" or the error's text.
+    """Run every reader for the file; yield "read" or the text of the InputError for each.
 
     Raises:
-        AssertionError: an error of more than a line.
+        AssertionError: the text has more than one line, or 5000 characters or more.
     """
     for read in readers_for(name):
         try:
@@ -223,38 +228,38 @@ def read_with_all(path: Path, name: str) -> Iterator[str]:
 
 
 def limit_memory() -> None:
-    """From here on, at most HEADROOM more than now."""
+    """Limit the address space of this process to its present size plus MEMORY_HEADROOM (Linux only)."""
     try:
         import resource
     except ImportError:  # Windows
         return
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else 0
     if pages:
-        most = pages * resource.getpagesize() + MEMORY_HEADROOM
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        limit = pages * resource.getpagesize() + MEMORY_HEADROOM
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def main() -> int:
-    """Fuzz until there is a bug, or the time is over."""
+    """Run the fuzzer until it finds a bug or the time or the number of examples is used up."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--examples", type=int, help="for each kind of file, instead of minutes")
+    parser.add_argument("--examples", type=int, help="number of seeds, each for every file; replaces --minutes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", metavar="ENDING", help="files whose names end so")
-    parser.add_argument("--no-torch", action="store_true", help="do not import it")
+    parser.add_argument("--only", default="", metavar="SUFFIX", help="only files with this suffix")
+    parser.add_argument("--no-torch", action="store_true", help="do not import torch, and skip .pt files")
     args = parser.parse_args()
     if not args.no_torch:
         with suppress(ImportError):
-            import torch  # noqa: F401 (its files are tried where it is there)
-    with tempfile.TemporaryDirectory() as place:
-        folder, count, refused, start = Path(place), 0, 0, time.monotonic()
-        good = {name: content for name, content in valid_files(folder).items() if name.endswith(args.only)}
-        for name in good:
+            import torch  # noqa: F401 (valid_files adds a .pt file if torch is imported)
+    with tempfile.TemporaryDirectory() as folder_name:
+        folder, count, refused, start = Path(folder_name), 0, 0, time.monotonic()
+        valid = {name: content for name, content in valid_files(folder).items() if name.endswith(args.only)}
+        for name in valid:
             assert "read" in set(read_with_all(folder / name, name)), name
         limit_memory()
         seed = args.seed
         while seed < args.seed + args.examples if args.examples else time.monotonic() < start + 60 * args.minutes:
-            for name, content in good.items():
+            for name, content in valid.items():
                 path = folder / f"bad{Path(name).suffix}"
                 path.write_bytes(corrupt_file(name, content, random.Random(f"{name} {seed}")))
                 try:

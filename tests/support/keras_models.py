@@ -1,4 +1,7 @@
-"""The Keras models that tests and tests/data/record_keras.py share, and what both do with them."""
+"""Keras models with random weights and inputs, their outputs and gradients, and the comparison with xprnn.
+
+The tests and tests/data/record_keras.py use the same models.
+"""
 
 from __future__ import annotations
 
@@ -14,42 +17,42 @@ N, T, D, V = 3, 5, 3, 6
 
 
 def build_model(keras: Any, name: str) -> Any:
-    """The model of this name, its weights not yet drawn."""
+    """Build the model with this name, one of MODEL_NAMES."""
     L = keras.layers
-    rows, ids = L.Input((None, D)), L.Input((None,), dtype="int32")
-    one = {
-        "simple_rnn_last": lambda: [rows, L.SimpleRNN(4), L.Dense(2)],
-        "lstm_alone": lambda: [rows, L.LSTM(4, return_sequences=True, use_bias=False)],
+    sequence_input, id_input = L.Input((None, D)), L.Input((None,), dtype="int32")
+    sequential_layers = {
+        "simple_rnn_last": lambda: [sequence_input, L.SimpleRNN(4), L.Dense(2)],
+        "lstm_alone": lambda: [sequence_input, L.LSTM(4, return_sequences=True, use_bias=False)],
         "lstm_stack": lambda: [
-            rows,
+            sequence_input,
             L.LSTM(4, return_sequences=True, recurrent_activation="hard_sigmoid"),
             L.Dropout(0.5),
             L.LSTM(3, return_sequences=True),
             L.Dense(2, activation="softmax"),
         ],
         "gru_masked_backwards": lambda: [
-            rows,
+            sequence_input,
             L.Masking(),
             L.GRU(4, return_sequences=True, go_backwards=True),
             L.GRU(3, reset_after=False, return_sequences=True, activation="softsign"),
             L.TimeDistributed(L.Dense(2, activation="elu")),
         ],
         "bidirectional": lambda: [
-            ids,
+            id_input,
             L.Embedding(V, D, mask_zero=True),
             L.Bidirectional(L.LSTM(3, return_sequences=True)),
             L.Bidirectional(L.GRU(2), merge_mode="mul"),
             L.Dense(2, activation="tanh"),
         ],
         "masks_go_on": lambda: [
-            rows,
+            sequence_input,
             L.Masking(),
             L.Bidirectional(L.GRU(3, return_sequences=True), merge_mode="ave"),
             L.LSTM(2, return_sequences=True, zero_output_for_mask=True, activation="leaky_relu"),
             L.Dense(2, activation="log_softmax"),
         ],
         "stacked_cells": lambda: [
-            rows,
+            sequence_input,
             L.Masking(),
             L.RNN(
                 L.StackedRNNCells([L.LSTMCell(3), L.GRUCell(2), L.SimpleRNNCell(4), L.GRUCell(3)]),
@@ -60,13 +63,13 @@ def build_model(keras: Any, name: str) -> Any:
             L.LSTM(2, go_backwards=True),
         ],
     }
-    if name in one:
-        return keras.Sequential(one[name]())
+    if name in sequential_layers:
+        return keras.Sequential(sequential_layers[name]())
     assert name == "pair_with_states"
-    masked = L.Masking(-1.0)(rows)
-    held, state = L.GRU(3, return_sequences=True, return_state=True)(masked)
-    pair = L.Bidirectional(L.SimpleRNN(2, return_sequences=True), merge_mode=None)(held)
-    return keras.Model(rows, [*pair, state])
+    masked = L.Masking(-1.0)(sequence_input)
+    y, state = L.GRU(3, return_sequences=True, return_state=True)(masked)
+    both_directions = L.Bidirectional(L.SimpleRNN(2, return_sequences=True), merge_mode=None)(y)
+    return keras.Model(sequence_input, [*both_directions, state])
 
 
 MODEL_NAMES = (
@@ -82,98 +85,98 @@ MODEL_NAMES = (
 
 
 def set_dtype(keras: Any, dtype: str) -> None:
-    """Let Keras make and compute everything in this dtype."""
+    """Set the dtype of all Keras variables and computations."""
     from keras.src.backend.common import dtypes
 
-    # On JAX some of its operations round float64 to float32, by this table; float64 proves 1e-10.
+    # With this table, some Keras operations on JAX round float64 to float32, but the tests compare to 1e-10.
     dtypes.BIT64_TO_BIT32_DTYPE["float64"] = "float64"
     keras.config.set_floatx(dtype)
     keras.config.set_dtype_policy(dtype)
 
 
 def random_inputs(rng: np.random.Generator, name: str, dtype: str) -> Any:
-    """Numbers, or ids, with holes and whole rows of padding."""
-    skipped = np.array([[0, 0, 1, 1, 0], [1, 0, 1, 0, 1], [1, 1, 1, 1, 1]], bool)
+    """Random inputs of a model, with masked steps in the middle of a row and a row that is completely masked."""
+    masked = np.array([[0, 0, 1, 1, 0], [1, 0, 1, 0, 1], [1, 1, 1, 1, 1]], bool)
     if name == "bidirectional":
-        return np.where(skipped, 0, rng.integers(1, V, size=(N, T))).astype("int32")
-    value = -1.0 if name == "pair_with_states" else 0.0
-    return np.where(skipped[..., None], value, rng.normal(size=(N, T, D))).astype(dtype)
+        return np.where(masked, 0, rng.integers(1, V, size=(N, T))).astype("int32")
+    mask_value = -1.0 if name == "pair_with_states" else 0.0
+    return np.where(masked[..., None], mask_value, rng.normal(size=(N, T, D))).astype(dtype)
 
 
 def randomize_weights(rng: np.random.Generator, model: Any) -> None:
-    """Random weights, biases included."""
+    """Assign random numbers to all weights and biases."""
     for variable in model.trainable_variables:
         variable.assign((0.6 * rng.normal(size=variable.shape)).astype(variable.dtype))
 
 
 def flatten(tree: Any) -> list[Any]:
-    """The arrays of nested tuples, lists and dicts in order."""
+    """Return the arrays of nested tuples, lists and dicts, in order."""
     if isinstance(tree, dict):
         return [a for v in tree.values() for a in flatten(v)]
     return [a for v in tree for a in flatten(v)] if isinstance(tree, (tuple, list)) else [tree]
 
 
-def assert_same_gradients(got: dict[str, Any], want: dict[str, Any], rtol: float) -> None:
-    """Hold our gradients to Keras's; where Keras has one bias, both of ours have its gradient."""
-    assert got.keys() == want.keys()
-    for name, gradient in want.items():
-        twin = name.replace("bias_hh", "bias_ih")
-        expected = want[twin] if not np.any(gradient) else gradient
-        np.testing.assert_allclose(got[name], expected, rtol=rtol, atol=rtol, err_msg=name)
+def assert_same_gradients(gradients: dict[str, Any], expected: dict[str, Any], rtol: float) -> None:
+    """Compare gradients with those of Keras; where Keras has one bias, bias_ih and bias_hh both have its gradient."""
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        ih_name = name.replace("bias_hh", "bias_ih")
+        reference = expected[ih_name] if not np.any(gradient) else gradient
+        np.testing.assert_allclose(gradients[name], reference, rtol=rtol, atol=rtol, err_msg=name)
 
 
 def outputs_and_gradients(model: Any, params: Any, x: Any, dy: list[Any]) -> tuple[list[Any], Any]:
-    """Outputs (the state of a GRU that returns it among them) and gradients of <outputs, dy>."""
+    """Return the outputs (for pair_with_states with the final state of the GRU) and the gradients of <outputs, dy>."""
     y, state, tape = model.forward(params, x)
     if not isinstance(y, tuple):
         return [y], model.backward(tape, dy[0])
-    key = next(iter(state))
-    dstate = {k: None if k != key else dy[2][None] for k in state}
-    return [*y, state[key][0]], model.backward(tape, (dy[0], dy[1]), dstate)
+    layer_name = next(iter(state))
+    dstate = {k: None if k != layer_name else dy[2][None] for k in state}
+    return [*y, state[layer_name][0]], model.backward(tape, (dy[0], dy[1]), dstate)
 
 
-def assert_matches_keras(model: Any, params: Any, numbers: Any, rtol: float) -> None:
-    """The outputs and gradients that were recorded, or that Keras gives now."""
-    count = len([k for k in numbers if k.startswith("y")])
-    y, got = outputs_and_gradients(model, params, numbers["x"], [numbers[f"dy{k}"] for k in range(count)])
+def assert_matches_keras(model: Any, params: Any, recorded: Any, rtol: float) -> None:
+    """Compare outputs and gradients with the results of Keras, as from `keras_results`."""
+    count = len([k for k in recorded if k.startswith("y")])
+    y, gradients = outputs_and_gradients(model, params, recorded["x"], [recorded[f"dy{k}"] for k in range(count)])
     assert len(y) == count
-    for k, a in enumerate(y):
-        assert a.dtype == numbers[f"y{k}"].dtype
-        np.testing.assert_allclose(a, numbers[f"y{k}"], rtol=rtol, atol=rtol, err_msg=f"y{k}")
-    if "dx" in numbers:
-        np.testing.assert_allclose(got.dx, numbers["dx"], rtol=rtol, atol=rtol, err_msg="dx")
-    assert_same_gradients(got.dparams, {k[5:]: numbers[k] for k in numbers if k.startswith("grad.")}, rtol)
+    for k, output in enumerate(y):
+        assert output.dtype == recorded[f"y{k}"].dtype
+        np.testing.assert_allclose(output, recorded[f"y{k}"], rtol=rtol, atol=rtol, err_msg=f"y{k}")
+    if "dx" in recorded:
+        np.testing.assert_allclose(gradients.dx, recorded["dx"], rtol=rtol, atol=rtol, err_msg="dx")
+    assert_same_gradients(gradients.dparams, {k[5:]: recorded[k] for k in recorded if k.startswith("grad.")}, rtol)
 
 
 def keras_results(keras: Any, model: Any, x: Any, rng: np.random.Generator) -> dict[str, Any]:
-    """What Keras says: outputs, and by JAX's own differentiation every gradient, under our names."""
+    """Return x, Keras's outputs y0..., random cotangents dy0..., and gradients by jax.grad, under xprnn's names."""
     import jax
 
-    trained = [v.value for v in model.trainable_variables]
-    integer = x.dtype.kind == "i"
+    weights = [v.value for v in model.trainable_variables]
+    has_ids = x.dtype.kind == "i"
 
-    def outputs(trained: Any, x: Any) -> Any:
-        return flatten(model.stateless_call(trained, [v.value for v in model.non_trainable_variables], x)[0])
+    def outputs(weights: Any, x: Any) -> Any:
+        return flatten(model.stateless_call(weights, [v.value for v in model.non_trainable_variables], x)[0])
 
-    y = [np.asarray(a) for a in outputs(trained, x)]
-    dy = [rng.normal(size=a.shape).astype(a.dtype) for a in y]
+    y = [np.asarray(array) for array in outputs(weights, x)]
+    dy = [rng.normal(size=array.shape).astype(array.dtype) for array in y]
 
-    def paired(trained: Any, x: Any) -> Any:
-        return sum((a * c).sum() for a, c in zip(outputs(trained, x), dy, strict=True))
+    def pairing(weights: Any, x: Any) -> Any:
+        return sum((array * cotangent).sum() for array, cotangent in zip(outputs(weights, x), dy, strict=True))
 
-    dtrained, *dx = jax.grad(paired, argnums=(0,) if integer else (0, 1))(trained, x)
-    for variable, gradient in zip(model.trainable_variables, dtrained, strict=True):
+    dweights, *dx = jax.grad(pairing, argnums=(0,) if has_ids else (0, 1))(weights, x)
+    for variable, gradient in zip(model.trainable_variables, dweights, strict=True):
         variable.assign(gradient)
-    _, named = xprnn.from_keras(model)
-    for variable, value in zip(model.trainable_variables, trained, strict=True):
-        variable.assign(value)
-    found = {f"y{k}": a for k, a in enumerate(y)} | {f"dy{k}": a for k, a in enumerate(dy)} | {"x": x}
-    found |= {f"grad.{k}": a for k, a in named.items()}
-    return found | ({} if integer else {"dx": np.asarray(dx[0])})
+    _, gradients = xprnn.from_keras(model)
+    for variable, weight in zip(model.trainable_variables, weights, strict=True):
+        variable.assign(weight)
+    results = {f"y{k}": array for k, array in enumerate(y)} | {f"dy{k}": array for k, array in enumerate(dy)} | {"x": x}
+    results |= {f"grad.{k}": array for k, array in gradients.items()}
+    return results | ({} if has_ids else {"dx": np.asarray(dx[0])})
 
 
 def keras_on_jax():
-    """Keras on JAX, in float64."""
+    """Import Keras with the JAX backend and float64."""
     os.environ["KERAS_BACKEND"] = "jax"
     import jax
 

@@ -1,4 +1,4 @@
-"""Networks of torch, drawn by hypothesis, and modules such as people write around them."""
+"""torch modules for the tests: recurrent layers drawn by hypothesis, and user-defined modules that contain them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ property_settings = settings(
 
 @st.composite
 def recurrent_layers(draw):
-    """(the name of a class in torch.nn, its arguments)."""
+    """Strategy for (class name in torch.nn, constructor arguments)."""
     name = draw(st.sampled_from(["RNN", "LSTM", "GRU"]))
     hidden, layers = draw(st.integers(2, 4)), draw(st.integers(1, 3))
     arguments = {
@@ -32,6 +32,7 @@ def recurrent_layers(draw):
 
 
 def build_layer(name, arguments, seed=0):
+    """Build the layer in float64 with weights from the seed."""
     import torch
 
     torch.manual_seed(seed)
@@ -39,7 +40,7 @@ def build_layer(name, arguments, seed=0):
 
 
 def build_network(rnn, embedding=0, outputs=0, bias=True):
-    """A module such as people write: Embedding before, Linear behind, either left out where 0."""
+    """Build a user-defined module: Embedding, the recurrent layer, Dropout, Linear; 0 omits the Embedding or Linear."""
     import torch
 
     class Network(torch.nn.Module):

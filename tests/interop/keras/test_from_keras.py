@@ -1,4 +1,4 @@
-"""Files that Keras 3 wrote, read without it: outputs and gradients that Keras computed when they were recorded."""
+"""Recorded Keras 3 files are read without Keras: outputs and gradients equal the recorded results of Keras."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ FILES = DATA / "keras_files"
 STEMS = sorted(path.stem for path in FILES.glob("*.keras"))
 
 
-def numbers(stem):
-    with np.load(FILES / f"{stem}.npz") as found:
-        return dict(found)
+def recorded_results(stem):
+    with np.load(FILES / f"{stem}.npz") as file:
+        return dict(file)
 
 
 def test_every_model_is_recorded():
@@ -26,62 +26,66 @@ def test_every_model_is_recorded():
 
 
 @pytest.mark.parametrize("stem", STEMS)
-def test_outputs_and_gradients_are_those_of_keras(stem):
+def test_outputs_and_gradients_equal_keras(stem):
     model, params = xprnn.from_keras(FILES / f"{stem}.keras")
-    keras_models.assert_matches_keras(model, params, numbers(stem), 2e-6 if stem.endswith("float32") else 1e-10)
+    keras_models.assert_matches_keras(
+        model, params, recorded_results(stem), 2e-6 if stem.endswith("float32") else 1e-10
+    )
 
 
 @pytest.mark.parametrize("stem", STEMS)
-def test_on_every_array_library(xp, stem):
+def test_outputs_equal_keras_on_every_array_library(xp, stem):
     dtype = "float32" if stem.endswith("float32") else xp.float_dtypes[0]
-    found, like = numbers(stem), xp.asarray(np.zeros(1), dtype)
+    recorded, like = recorded_results(stem), xp.asarray(np.zeros(1), dtype)
     model, params = xprnn.from_keras(str(FILES / f"{stem}.keras"), like=like)
     xp.assert_like(params, like)
-    ids = found["x"].dtype.kind == "i"
-    y, _ = model(params, xp.asarray(found["x"], None if ids else dtype))
-    wanted = tuple(found[f"y{k}"] for k in range(2)) if isinstance(y, tuple) else found["y0"]
-    xp.assert_close(y, wanted, condition=200)
+    has_ids = recorded["x"].dtype.kind == "i"
+    y, _ = model(params, xp.asarray(recorded["x"], None if has_ids else dtype))
+    expected = tuple(recorded[f"y{k}"] for k in range(2)) if isinstance(y, tuple) else recorded["y0"]
+    xp.assert_close(y, expected, condition=200)
 
 
 @pytest.mark.parametrize("config", ["text", "dict", "json file", "keras file"])
-def test_weights_with_an_architecture_beside_them(config):
+def test_weights_file_with_each_kind_of_config(config):
     text = (FILES / "lstm_stack.json").read_text(encoding="utf-8")
-    given = {
+    config_argument = {
         "text": text,
         "dict": json.loads(text),
         "json file": FILES / "lstm_stack.json",
         "keras file": str(FILES / "lstm_stack.keras"),
     }[config]
-    model, params = xprnn.from_keras(FILES / "lstm_stack.weights.h5", config=given)
-    keras_models.assert_matches_keras(model, params, numbers("lstm_stack"), 1e-10)
+    model, params = xprnn.from_keras(FILES / "lstm_stack.weights.h5", config=config_argument)
+    keras_models.assert_matches_keras(model, params, recorded_results("lstm_stack"), 1e-10)
 
 
 @pytest.mark.parametrize("stem", STEMS)
-def test_files_of_our_own_and_fresh_weights(rng, tmp_path, stem):
+def test_converted_model_can_be_saved_and_initialized(rng, tmp_path, stem):
     model, params = xprnn.from_keras(FILES / f"{stem}.keras")
     xprnn.save(tmp_path / "m.safetensors", model, params)
-    again, read = xprnn.load(tmp_path / "m.safetensors")
-    assert again == model
-    keras_models.assert_matches_keras(again, read, numbers(stem), 2e-6 if stem.endswith("float32") else 1e-10)
-    fresh = model.init(rng, like=np.zeros(0))
-    assert {k: a.shape for k, a in fresh.items()} == {k: a.shape for k, a in params.items()}
+    loaded, loaded_params = xprnn.load(tmp_path / "m.safetensors")
+    assert loaded == model
+    keras_models.assert_matches_keras(
+        loaded, loaded_params, recorded_results(stem), 2e-6 if stem.endswith("float32") else 1e-10
+    )
+    initialized = model.init(rng, like=np.zeros(0))
+    assert {k: a.shape for k, a in initialized.items()} == {k: a.shape for k, a in params.items()}
 
 
-def test_one_layer_alone_is_that_layer(rng):
+def test_single_layer_is_not_wrapped_in_a_sequential(rng):
     model, params = xprnn.from_keras(FILES / "lstm_alone.keras")
     assert model == xprnn.LSTM(3, 4, bias=False, batch_first=True)
     assert params.keys() == {"weight_ih_l0", "weight_hh_l0"}
     x, state = rng.normal(size=(2, 4, 3)), None
-    whole, _ = model(params, x)
+    all_steps, _ = model(params, x)
     for t in range(4):
         y, state = model.step(params, x[:, t], state)
-        np.testing.assert_allclose(y, whole[:, t], rtol=1e-12)
+        np.testing.assert_allclose(y, all_steps[:, t], rtol=1e-12)
 
 
-def test_parts_have_keras_own_names():
+def test_layers_have_keras_names_and_suffixes():
     model, _ = xprnn.from_keras(FILES / "gru_masked_backwards.keras")
-    kinds = [type(part).__name__ for part in model.layers.values()]
-    assert kinds == [
+    classes = [type(layer).__name__ for layer in model.layers.values()]
+    assert classes == [
         "Masking",
         "GRU",
         "HoldLastOutput",
@@ -91,7 +95,7 @@ def test_parts_have_keras_own_names():
         "Linear",
         "ActivationLayer",
     ]
-    first, second = (part for part in model.layers.values() if isinstance(part, xprnn.GRU))
+    first, second = (layer for layer in model.layers.values() if isinstance(layer, xprnn.GRU))
     assert (first.reverse, first.reset_after, second.reverse, second.reset_after) == (True, True, False, False)
     names = list(model.layers)
     assert names[2] == f"{names[1]}_hold"
@@ -99,8 +103,7 @@ def test_parts_have_keras_own_names():
     assert names[-1] == f"{names[-2]}_activation"
 
 
-def test_it_trains(rng):
-    """What came from Keras goes on learning here."""
+def test_converted_model_trains(rng):
     model, params = xprnn.from_keras(FILES / "simple_rnn_last.keras")
     x, target = rng.normal(size=(8, 5, 3)), rng.normal(size=(8, 2))
     optimizer = xprnn.adam(0.03)

@@ -1,4 +1,4 @@
-"""Back to torch: what from_torch read comes back exactly; what torch cannot have is refused, all reasons at once."""
+"""`to_torch`: the round trip with `from_torch` is exact; unsupported models raise one error with all reasons."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ pytestmark = pytest.mark.needs("torch")
 FLOAT64 = np.zeros(0)
 
 
-def rebuilt(state_dict, constructor):
-    """torch's own modules with what to_torch gave."""
+def build_module(state_dict, constructor):
+    """Build the torch module from the result of `to_torch`, and load its state_dict."""
     import torch
 
     if isinstance(constructor, tuple):
@@ -30,19 +30,21 @@ def rebuilt(state_dict, constructor):
 
 @property_settings
 @given(recurrent_layers(), st.sampled_from([0, 7]), st.sampled_from([0, 5]))
-def test_there_and_back_is_exact(case, embedding, outputs):
+def test_round_trip_is_exact(case, embedding, outputs):
     name, arguments = case
     for source in (build_layer(name, arguments), build_network(build_layer(name, arguments), embedding, outputs)):
         model, params = xprnn.from_torch(source)
         state_dict, constructor = xprnn.to_torch(model, params)
-        module = rebuilt(state_dict, constructor)
-        again, read = xprnn.from_torch(module)
-        assert again == model
-        assert read.keys() == params.keys()
-        assert all(np.array_equal(read[k], params[k]) and read[k].dtype == np.float64 for k in params)
+        module = build_module(state_dict, constructor)
+        converted, converted_params = xprnn.from_torch(module)
+        assert converted == model
+        assert converted_params.keys() == params.keys()
+        assert all(
+            np.array_equal(converted_params[k], params[k]) and converted_params[k].dtype == np.float64 for k in params
+        )
 
 
-REFUSED = {
+UNSUPPORTED = {
     "reset": (xprnn.GRU(3, 4, reset_after=False), "torch has no cell gru_reset_before"),
     "peepholes": (xprnn.LSTM(3, 4, cell=xprnn.cells.lstm(peepholes=True)), "torch has no cell lstm .*peepholes=True"),
     "sizes": (xprnn.LSTM(3, (4, 2), 2), r"one hidden_size for all layers, found \[4, 2\]"),
@@ -53,7 +55,7 @@ REFUSED = {
         xprnn.Sequential(
             a=xprnn.GRU(3, 4, reset_after=False), b=xprnn.ContextShift(2), c=xprnn.RNN(4, 4, reverse=True)
         ),
-        "a: torch has no cell gru_reset_before; b: torch.nn has no equivalent of ContextShift; c: torch has no reverse=True",
+        "a: torch has no cell gru_reset_before; b: torch.nn has no equivalent of ContextShift; c: torch has no reverse",
     ),
     "activation": (xprnn.ActivationLayer(xprnn.activation("hardsigmoid")), "torch.nn has no activation hardsigmoid"),
     "two constants": (xprnn.ActivationLayer(xprnn.activation("leakyrelu", 0.1, 0.3)), "no activation leakyrelu"),
@@ -61,14 +63,14 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_torch_cannot_have(case):
-    model, message = REFUSED[case]
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_unsupported_models_raise(case):
+    model, message = UNSUPPORTED[case]
     with pytest.raises(InputError, match=message):
         xprnn.to_torch(model, {})
 
 
-def test_params_of_another_model_are_refused(rng):
+def test_params_of_another_model_raise(rng):
     layer = xprnn.GRU(3, 4)
     params = layer.init(rng, like=FLOAT64)
     with pytest.raises(InputError, match="to_torch: params: missing bias_ih_l0"):
