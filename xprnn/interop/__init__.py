@@ -4,8 +4,8 @@ Every `from_...(source, like=array)` returns `model, params`, like `xprnn.load`.
 
 - One recurrent layer, or one stack of layers of the same kind (torch's `num_layers`), becomes that layer: an RNN, LSTM
   or GRU. The parameters have the layer's names.
-- Several layers become a Sequential, in the order in which they run, under the source's names.
-- Any other ONNX graph becomes a Graph. A Graph runs on every array library but cannot be trained: `backward` raises an
+- Several layers become a Sequential, in execution order, under the source's names.
+- Any other ONNX graph becomes a GraphModel. It runs on every array library but cannot be trained: `backward` raises an
   error with the reason.
 
 `like` selects the array library, dtype and device of the parameters. Without it they are NumPy arrays in the source's

@@ -80,7 +80,7 @@ def _matching_candidates(source: NamedLayer, width: int | None) -> Iterator[tupl
 
 
 def _chains_in_order(sources: Sequence[NamedLayer], width: int | None) -> Iterator[list[tuple[NamedLayer, Any]]]:
-    """Yield each choice of candidates for which the layers, in the order of `sources`, fit one another's widths."""
+    """Yield each choice of candidates for which the widths of adjacent layers match, in the order of `sources`."""
     if not sources:
         yield []
         return
@@ -90,7 +90,7 @@ def _chains_in_order(sources: Sequence[NamedLayer], width: int | None) -> Iterat
 
 
 def _chains_in_any_order(sources: Sequence[NamedLayer], width: int | None) -> Iterator[list[tuple[NamedLayer, Any]]]:
-    """Yield each order of the layers, and choice of candidates, for which the layers fit one another's widths."""
+    """Yield each order of the layers and choice of candidates for which the widths of adjacent layers match."""
     if not sources:
         yield []
         return
@@ -114,14 +114,15 @@ def _format_layers(sources: Sequence[NamedLayer]) -> str:
 def infer_order(
     where: str, layers: Sequence[NamedLayer], order: Sequence[str] | None, ignore_source_order: bool
 ) -> list[tuple[NamedLayer, Any]]:
-    """Put the layers in the order in which they run, and choose one candidate for each.
+    """Put the layers in execution order, and choose one candidate for each.
 
     An explicit `order` is used as it is. Otherwise the source's order is used if the widths of adjacent layers match.
-    If they do not, or if `ignore_source_order`, all orders are tried, and exactly one must match.
+    If they do not, or if `ignore_source_order`, all orders are tried, and exactly one must match. The orders are tried
+    only if there are at most MAX_ORDERED_LAYERS layers, all of them with parameters.
 
     Args:
         where: prefix of error messages.
-        layers: in the source's order.
+        layers: the source's layers, in its order.
         order: the layers' names in execution order, from the caller, or None.
         ignore_source_order: True if the source's order carries no information, as in a file with sorted names.
 

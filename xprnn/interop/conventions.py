@@ -5,7 +5,7 @@ xprnn uses torch's conventions. The arrays of one layer in one direction are
     weight_ih (G*H, D)   weight_hh (G*H, H)   bias_ih, bias_hh (G*H)   weight_pi, weight_pf, weight_po (H)
 
 with gates in the order i,f,g,o (LSTM) and r,z,n (GRU). The names of the cells are elman, lstm, gru, gru_reset_before.
-Parameters are NumPy arrays: they are converted once, on the host. States and sequences may be arrays of any library.
+Parameters are converted as NumPy arrays, once, on the host. States and sequences may be arrays of any library.
 
 Sources: the documentation of torch.nn.RNN, LSTM, GRU; of keras.layers.SimpleRNN, LSTM, GRU (kernel, recurrent_kernel,
 bias); of the ONNX operators RNN, LSTM, GRU.

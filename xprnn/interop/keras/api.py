@@ -37,8 +37,8 @@ def from_keras(source: Any, like: Array | None = None, *, config: Any = None) ->
     output of the previous valid step (0 if there is none), or 0 with zero_output_for_mask. After go_backwards the mask
     is not reversed.
 
-    States follow xprnn's convention: a call returns them as its second result. This replaces return_state. For a layer
-    with stateful=True, pass the returned state to the next call. All computations use the dtype of the weights, also
+    A call of the model returns the states as its second result, with and without return_state. For a layer with
+    stateful=True, pass the returned state to the next call. All computations use the dtype of the weights, also
     if the Keras model computes in float16 under a mixed-precision policy.
 
     Args:

@@ -1,4 +1,4 @@
-"""Flattening of a Keras architecture to a list of layers: Sequentials, functional models that are a chain, nested ones.
+"""Flattening of a Keras architecture to a list of layers: Sequential, functional chains, and nested models.
 
 This module reads only the structure. `xprnn.interop.keras.layers` interprets the options of each layer.
 
@@ -59,7 +59,7 @@ def parse_layer_spec(entry: Any, h5_path: str) -> KerasLayerSpec:
 
 
 def linear_topology(config: dict[str, Any], problems: list[str]) -> list[KerasLayerSpec]:
-    """Return the layers of a model in execution order, with those of nested models in place of the nested models.
+    """Return the layers of a model in execution order; a nested model is replaced by its layers.
 
     Args:
         config: the architecture, as from `model.to_json()`.
