@@ -1,4 +1,4 @@
-"""What a compiled pass hands to its kernel: a table of numbers and addresses, and the arrays behind them."""
+"""Arguments of the compiled kernels: an int64 array of numbers and addresses, and the memory behind the addresses."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -31,32 +31,32 @@ __all__ = [
 ]
 
 
-_BLOCK_BYTES = 1 << 20  # of a block's projection, which should stay in the second-level cache
-_CACHE_ALIAS_STRIDE = 1 << 11  # rows so many bytes apart fall into the same few places of the first-level cache
-_BLOCK_ROWS = 256  # of a block whose weights' gradients are added up at once
+_BLOCK_BYTES = 1 << 20  # size limit of a forward block's projection, so that it stays in the L2 cache
+_CACHE_ALIAS_STRIDE = 1 << 11  # bytes: rows this far apart compete for the same few sets of the L1 cache
+_BLOCK_ROWS = 256  # rows of a backward block, whose contributions to the weight gradients are added at once
 
 
 class SavedForBackward(NamedTuple):
-    """What backward needs; arrays (T, N, .), rows in walking order."""
+    """Arrays that a forward pass saves for backward, (T, N, .) each, with rows in the order of `row_order`."""
 
     sources: KernelSources
     row_order: RowOrder
     x: Array
-    gates: Array | None  # the first saved values
-    extra_values: dict[str, Array]  # the other saved values
+    gates: Array | None  # G: the first saved values of the cell
+    extra_values: dict[str, Array]  # Vj: the other saved values
     states_before: State
     states_after: State
-    result: Any = None  # plain.py's record, where that wrote the tape
+    result: Any = None  # scan_plan.ForwardResult, if a plan ran the pass
 
 
 def panel_width(columns: int, itemsize: int) -> int:
-    """The width of a matrix with so many columns in panels."""
+    """Return the number of columns rounded up to whole vectors: the width of a matrix packed into panels."""
     lanes = compile_cache.vector_lanes(itemsize)
     return -(-columns // lanes) * lanes
 
 
 def projection_size(params: Params) -> int:
-    """P where h is projected, else 0."""
+    """Return the width P of a projected h, or 0."""
     return int(params["weight_hr"].shape[0]) if "weight_hr" in params else 0
 
 
@@ -66,110 +66,122 @@ WorkspaceSizes = tuple[dict[str, int], dict[str, int]]
 def forward_workspace(
     sources: KernelSources, shape: Sequence[int], itemsize: int, proj_size: int = 0
 ) -> WorkspaceSizes:
-    """What a forward kernel needs for rows of `shape` = (T, R, D, H, W): numbers, and sizes of memory by name.
+    """Compute the sizes that a forward kernel needs. forward_driver.py documents the names.
 
-    `projected` is P, where h is.
+    Args:
+        sources: the cell's kernels.
+        shape: (T, R, D, H, W), R the number of rows that the kernel processes.
+        itemsize: of the arrays, in bytes.
+        proj_size: width of the projected h, or 0.
+
+    Returns:
+        Scalar arguments by name, and the number of elements of each workspace array by name.
     """
-    count, rows, d, hidden, width = shape
-    cut, apart = sources.gate_groups.first_gates * hidden, sources.gate_groups.separate_recurrent
-    y = panel_width(cut, itemsize)
-    z = y + panel_width(width - cut, itemsize)
-    late = y * apart[0] + (z - y) * apart[1]
-    block = max(1, min(count, _BLOCK_BYTES // max(1, rows * z * itemsize)))
-    sizes = {"Q": d * z, "U": (proj_size or hidden) * z, "P": block * rows * z, "B": rows * late, "K": z, "L": late}
-    numbers, wide = {"cut": cut, "Y": y, "Z": z, "J": block}, panel_width(proj_size, itemsize)
+    T, R, D, H, W = shape
+    first_width, separate = sources.gate_groups.first_gates * H, sources.gate_groups.separate_recurrent
+    first_padded = panel_width(first_width, itemsize)
+    padded = first_padded + panel_width(W - first_width, itemsize)
+    recurrent_width = first_padded * separate[0] + (padded - first_padded) * separate[1]
+    block_steps = max(1, min(T, _BLOCK_BYTES // max(1, R * padded * itemsize)))
+    sizes = {"Q": D * padded, "U": (proj_size or H) * padded, "P": block_steps * R * padded}
+    sizes |= {"B": R * recurrent_width, "K": padded, "L": recurrent_width}
+    scalars = {"W0": first_width, "Wp0": first_padded, "Wp": padded, "block_steps": block_steps}
+    projection_stride = panel_width(proj_size, itemsize)
     if proj_size:
-        numbers |= {"HP": proj_size, "Hw": wide}
-        sizes |= {"UR": hidden * wide, "HN": rows * wide}
-    return numbers, sizes | {"O": wide}
+        scalars |= {"HP": proj_size, "projection_stride": projection_stride}
+        sizes |= {"UR": H * projection_stride, "HN": R * projection_stride}
+    return scalars, sizes | {"O": projection_stride}
 
 
 def backward_workspace(
     sources: KernelSources, shape: Sequence[int], itemsize: int, proj_size: int = 0
 ) -> WorkspaceSizes:
-    """The same for a backward kernel; B and O must be 0 before."""
-    count, n, d, hidden, width = shape
-    block = max(1, min(count, -(-_BLOCK_ROWS // max(1, n))))
-    rows, wide, inputs = block * n, panel_width(proj_size or hidden, itemsize), panel_width(d, itemsize)
-    edge, own = compile_cache.tile_size(itemsize), panel_width(hidden, itemsize)
-    sizes = {"B": n * wide, "O": edge + max(d, own, edge), "Q": width * inputs, "U": width * wide}
-    sizes |= {"LA": (width + 2 * compile_cache.tile_rows()) * rows, "LB": rows * max(inputs, own)}
-    apart = width + ALIGNMENT // itemsize * (d > 0 and width * itemsize % _CACHE_ALIAS_STRIDE == 0)
-    sizes |= dict.fromkeys(("X", "Y")[: (2 - sources.dx_is_dh) * (d > 0)], rows * apart)
-    numbers = {"J": block, "Hz": wide, "Xw": apart, "room": rows, "zeros": edge}
+    """Compute the sizes that a backward kernel needs, as `forward_workspace`. B and O must be zeroed by the caller."""
+    T, R, D, H, W = shape
+    block_steps = max(1, min(T, -(-_BLOCK_ROWS // max(1, R))))
+    capacity, h_padded, d_padded = block_steps * R, panel_width(proj_size or H, itemsize), panel_width(D, itemsize)
+    tile_size, tile_rows = compile_cache.tile_size(itemsize), compile_cache.tile_rows()
+    hidden_padded = panel_width(H, itemsize)
+    sizes = {"B": R * h_padded, "O": tile_size + max(D, hidden_padded, tile_size)}
+    sizes |= {"Q": W * d_padded, "U": W * h_padded}
+    sizes |= {"LA": (W + 2 * tile_rows) * capacity, "LB": capacity * max(d_padded, hidden_padded)}
+    x_stride = W + ALIGNMENT // itemsize * (D > 0 and W * itemsize % _CACHE_ALIAS_STRIDE == 0)
+    sizes |= dict.fromkeys(("X", "Y")[: (2 - sources.dx_is_dh) * (D > 0)], capacity * x_stride)
+    scalars = {"block_steps": block_steps, "Hp": h_padded, "X_stride": x_stride}
+    scalars |= {"capacity": capacity, "zeros": tile_size}
     if sources.gate_groups.has_pregates:
-        cut, sizes = sources.gate_groups.first_gates * hidden, sizes | {"DQ": n * wide}
-        numbers |= {"cut": cut, "half": -(-cut // compile_cache.tile_rows()) * compile_cache.tile_rows()}
+        first_width, sizes = sources.gate_groups.first_gates * H, sizes | {"DQ": R * h_padded}
+        scalars |= {"W0": first_width, "W0_packed": -(-first_width // tile_rows) * tile_rows}
     if proj_size:
-        sizes |= {"UR": proj_size * own, "DH": rows * proj_size, "DR": n * own, "SR": proj_size}
-        numbers |= {"HP": proj_size, "Hw": own}
-    return numbers, sizes
+        sizes |= {"UR": proj_size * hidden_padded, "DH": capacity * proj_size, "DR": R * hidden_padded}
+        sizes |= {"SR": proj_size}
+        scalars |= {"HP": proj_size, "projection_stride": hidden_padded}
+    return scalars, sizes
 
 
 class KernelArguments:
-    """The numbers and addresses that a kernel is called with, for all rows or for a part of them."""
+    """Arguments of a kernel by name, for the whole batch or for a range of its rows."""
 
     def __init__(self, entries: dict[str, int]) -> None:
         self.entries = entries
         self._row_strides: dict[str, int] = {}
         self._active_counts: Array | None = None
-        self._references: list[Array] = []  # while a kernel may read them
+        self._references: list[Array] = []  # arrays that must outlive the addresses in `entries`
 
     def set_pointer(self, name: str, address: int, stride: int = 0) -> None:
-        """Memory at this address; `stride` bytes from one row of the batch to the next."""
+        """Set an address. `stride` is the number of bytes between two rows of the batch, 0 if there are none."""
         self.entries[name] = address
         if stride:
             self._row_strides[name] = stride
 
     def set_input(self, name: str, a: Array, stride: int = 0, dtype: Any = None) -> None:
-        """An array to be read, in C order."""
+        """Set the address of an input array, copied if it is not C-contiguous."""
         a = contiguous(a) if dtype is None else np.ascontiguousarray(a, dtype)
         self.keep_alive(a)
         self.set_pointer(name, address(a), stride)
 
     def set_cotangent(self, k: int, d: Array, dtype: Any) -> None:
-        """What the caller sends into state k (T, N, H), where it is if the kernel can read its rows, or else a copy."""
+        """Set the caller's cotangent of state k (T, N, H), copied only if its rows are not contiguous."""
         item = dtype.itemsize
-        whole = d.dtype == dtype and d.strides[-1] == item and not (d.strides[0] % item or d.strides[1] % item)
-        d = d if whole else np.ascontiguousarray(d, dtype)
+        is_readable = d.dtype == dtype and d.strides[-1] == item and not (d.strides[0] % item or d.strides[1] % item)
+        d = d if is_readable else np.ascontiguousarray(d, dtype)
         self.keep_alive(d)
         self.set_pointer(f"I{k}", address(d), d.strides[1])
-        self.entries |= {f"a{k}": d.strides[0] // item, f"b{k}": d.strides[1] // item}
+        self.entries |= {f"I{k}_step_stride": d.strides[0] // item, f"I{k}_row_stride": d.strides[1] // item}
 
     def keep_alive(self, a: Array) -> None:
-        """Hold on to an array of which the kernel knows only the address."""
+        """Hold a reference to an array of which the kernel knows only the address."""
         self._references.append(a)
 
     def set_sizes(self, row_order: RowOrder, shape: tuple[int, ...]) -> None:
-        """What every pass is told: the sizes (T, N, H, W), and which rows take part in which step."""
-        count = shape[0]
+        """Set the sizes (T, N, H, W), the mask and the resets."""
         self.entries |= dict(zip("TNHW", shape, strict=True))
         if row_order.active is not None:
-            self._active_counts = np.zeros(count, np.int64)
+            self._active_counts = np.zeros(shape[0], np.int64)
             for t0, t1, k in row_order.step_runs:
                 self._active_counts[t0:t1] = k
-            self.entries["some"] = 1
+            self.entries["has_mask"] = 1
             self.set_input("active", row_order.active, 1)
         if row_order.reset is not None:
-            self.entries["resets"] = 1
+            self.entries["has_reset"] = 1
             self.set_input("reset", row_order.reset, 1)
 
     def for_rows(self, row_range: RowRange) -> dict[str, int]:
-        """The entries for these rows."""
-        at = {
-            name: self.entries[name] + row_range.start * step
-            for name, step in self._row_strides.items()
+        """Return the arguments for a range of rows."""
+        moved = {
+            name: self.entries[name] + row_range.start * stride
+            for name, stride in self._row_strides.items()
             if row_range.start
         }
         if self._active_counts is not None:
             counts = np.clip(self._active_counts - row_range.start, 0, row_range.size)
             self.keep_alive(counts)
-            at["counts"] = address(counts)
-        return {**self.entries, **at, "R": row_range.size}
+            moved["active_counts"] = address(counts)
+        return {**self.entries, **moved, "R": row_range.size}
 
 
 def bind_inputs(arguments: KernelArguments, params: Params, x: Array) -> Array:
-    """Into the table, x (T, N, D) and its weight; or, for integers, ids and the rows of W' they choose. Returns x."""
+    """Set x (T, N, D) and its weight; for integer x (T, N), ids and rows of W'. Return x in C order."""
     w = params["weight_ih"]
     arguments.entries["D"] = 0 if x.dtype.kind in "iu" else x.shape[2]
     if arguments.entries["D"]:
@@ -186,9 +198,13 @@ def bind_inputs(arguments: KernelArguments, params: Params, x: Array) -> Array:
 
 
 def bind_backward_inputs(arguments: KernelArguments, tape: Tape) -> tuple[Array | None, Array | None]:
-    """Into the table, x, the weights and where dx goes; for integers, where the gates' adjoints go instead."""
-    kept, params = tape.saved, tape.params
-    x, u = kept.x, params["weight_hh"]
+    """Set x and the weights, and allocate dx.
+
+    Returns:
+        (dx, None), or for integer x (None, cotangents of the gates (T, N, W)).
+    """
+    saved, params = tape.saved, tape.params
+    x, u = saved.x, params["weight_hh"]
     arguments.set_input("WH", u)
     if "weight_hr" in params:
         arguments.set_input("WR", params["weight_hr"])
@@ -198,7 +214,7 @@ def bind_backward_inputs(arguments: KernelArguments, tape: Tape) -> tuple[Array 
         arguments.set_pointer("DX", address(dx), x.shape[2] * u.itemsize)
         return dx, None
     arguments.entries["D"] = 0
-    dgates = [aligned_empty((*x.shape, u.shape[0]), u.dtype) for _ in range(2 - kept.sources.dx_is_dh)]
+    dgates = [aligned_empty((*x.shape, u.shape[0]), u.dtype) for _ in range(2 - saved.sources.dx_is_dh)]
     for name, a in zip("XY", dgates, strict=False):
         arguments.keep_alive(a)
         arguments.set_pointer(name, address(a), u.shape[0] * u.itemsize)
@@ -206,23 +222,30 @@ def bind_backward_inputs(arguments: KernelArguments, tape: Tape) -> tuple[Array 
 
 
 def launch(source: str, argument_names: Sequence[str], arguments: Mapping[str, int]) -> None:
-    """Run a kernel on the entries of its table; those that are missing are 0."""
+    """Run a kernel. Arguments that are not set are 0."""
     compile_cache.compile_kernel(source)(np.array([arguments.get(name, 0) for name in argument_names], np.int64))
 
 
 class Arena:
-    """Places in one piece of memory, each on a line of the cache; `clear`: the entries before this place start as 0."""
+    """Layout of several arrays in one allocation, each aligned to a cache line.
+
+    Args:
+        itemsize: of an element, in bytes.
+        sizes: number of elements of each array.
+        zeroed_before: the arrays before this one are zeroed in every new allocation.
+    """
 
     def __init__(self, itemsize: int, sizes: Mapping[str, int], zeroed_before: str = "") -> None:
-        self.offsets, self.byte_offsets, line, size = dict[str, int](), dict[str, int](), ALIGNMENT // itemsize, 0
-        for name, entries in sizes.items():
+        self.offsets, self.byte_offsets = dict[str, int](), dict[str, int]()
+        line, size = ALIGNMENT // itemsize, 0
+        for name, length in sizes.items():
             self.offsets[name], self.byte_offsets[name] = size, size * itemsize
-            size += -(-entries // line) * line
-        self.size = size + line  # to begin on a line, wherever it lies
+            size += -(-length // line) * line
+        self.size = size + line  # one more line, so that the first array can start at a cache line
         self.zeroed_size = self.offsets[zeroed_before] if zeroed_before else 0
 
     def view(self, memory: Array, base: int, name: str, shape: tuple[int, ...]) -> Array:
-        """The array in a place."""
+        """Return an array of the arena as a view; `base` elements of `memory` are skipped for alignment."""
         start, size = base + self.offsets[name], 1
         for n in shape:
             size *= n
@@ -230,15 +253,17 @@ class Arena:
 
 
 class PointerBinder(NamedTuple):
-    """How a pass's table comes from its pieces.
+    """Compiled function that checks a call's arrays and fills the kernel's arguments with their addresses.
 
-    fill(places, sizes, table, *fresh, *old, *pairs, *given): fresh pieces; pieces of an earlier pass; for each state
-    where its running value goes, and what it starts from, (1, N, H) both; arrays. Returns how many entries each fresh
-    piece skips, a byte for each, or -1 where a shape is another; raises TypeError for other dtypes or orders.
+    bind(pointer_sources, expected_sizes, arguments, *new arenas, *saved arenas, *state pairs, *arrays), where a state
+    pair is the array of the running state, and of its initial value, (1, N, H) both. It zeroes the first elements of
+    the new arenas and copies the initial states. It returns -1 if a shape is not the expected one. Otherwise byte i of
+    the result is the number of elements that new arena i skips for alignment. It raises TypeError for another dtype or
+    memory order.
     """
 
     bind: Callable[..., int]
-    pointer_sources: Array
+    pointer_sources: Array  # (2, arguments): which array an argument points into (0: none), and the offset or scalar
     expected_sizes: Array
     num_arguments: int
 
@@ -254,28 +279,30 @@ def make_binder(
     bits: int,
     state_shape: tuple[int, int] = (0, 0),
 ) -> PointerBinder:
-    """The table with these entries.
+    """Make the binder of a kernel.
 
     Args:
-        names: its entries; those that nothing below names are 0.
-        numbers: entries that are numbers.
-        fresh: pieces to be made, and what lies so many bytes behind the start of each.
-        rest: the same for pieces of an earlier pass, `old` of them; for each state's running value; for arrays.
-        begins: for each state where its first value goes, in entries of the first piece, and of the second for others.
-        shapes: of the arrays.
-        bits: of a number.
-        state: (N, H) of a state.
+        argument_names: names of the kernel's arguments. Those that nothing below sets are 0.
+        scalars: arguments that are numbers.
+        new_arenas: arenas that are allocated for every call, each with the byte offsets of its arguments.
+        array_offsets: byte offsets of arguments in the saved arenas, then in each running state, then in each array.
+        num_saved_arenas: number of arenas of an earlier pass, the first ones of `array_offsets`.
+        initial_state_offsets: where the initial value of each state is copied to: an element of the first new arena
+            for state 0, of the second for the others.
+        shapes: expected shapes of the arrays.
+        bits: 32 or 64, of a float.
+        state_shape: (N, H) of a state.
     """
-    where = np.zeros((2, len(argument_names)), np.int64)
-    where[1] = [scalars.get(name, 0) for name in argument_names]
-    for i, piece in enumerate((*(places for _, places in new_arenas), *array_offsets), 1):
-        for name, start in piece.items():
+    pointer_sources = np.zeros((2, len(argument_names)), np.int64)
+    pointer_sources[1] = [scalars.get(name, 0) for name in argument_names]
+    for i, offsets in enumerate((*(offsets for _, offsets in new_arenas), *array_offsets), 1):
+        for name, start in offsets.items():
             if name in argument_names:
                 j = argument_names.index(name)
-                assert not where[0, j]
-                where[:, j] = i, start
+                assert not pointer_sources[0, j]
+                pointer_sources[:, j] = i, start
     sizes = [
-        *(piece.zeroed_size for piece, _ in new_arenas),
+        *(arena.zeroed_size for arena, _ in new_arenas),
         *initial_state_offsets,
         *state_shape,
         *(n for shape in shapes for n in shape),
@@ -283,48 +310,50 @@ def make_binder(
     source, signature = _binder_source(
         len(new_arenas), num_saved_arenas, len(initial_state_offsets), tuple(map(len, shapes)), bits
     )
-    return PointerBinder(
-        compile_cache.compile_kernel(source, signature), where, np.array(sizes, np.int64), len(argument_names)
-    )
+    binder = compile_cache.compile_kernel(source, signature)
+    return PointerBinder(binder, pointer_sources, np.array(sizes, np.int64), len(argument_names))
 
 
 @lru_cache(maxsize=256)
-def _binder_source(fresh: int, old: int, states: int, ranks: tuple[int, ...], bits: int) -> tuple[str, str]:
-    """The function's source, and its signature."""
-    pieces, before = [f"m{i}" for i in range(fresh)], [f"o{i}" for i in range(old)]
-    pairs, given = [f"{c}{k}" for k in range(states) for c in "fs"], [f"a{i}" for i in range(len(ranks))]
-    names = ["places", "sizes", "table", *pieces, *before, *pairs, *given]
-    at = fresh + states + 2
-    fits = [f"{name}.shape == (1, sizes[{at - 2}], sizes[{at - 1}])" for name in pairs]
-    for name, rank in zip(given, ranks, strict=True):
-        fits += [f"{name}.shape[{i}] == sizes[{at + i}]" for i in range(rank)]
+def _binder_source(num_new: int, num_saved: int, num_states: int, ranks: tuple[int, ...], bits: int) -> tuple[str, str]:
+    """Print a binder's source and its numba signature."""
+    new, saved = [f"new{i}" for i in range(num_new)], [f"saved{i}" for i in range(num_saved)]
+    pairs = [f"{kind}{k}" for k in range(num_states) for kind in ("final", "initial")]
+    arrays = [f"array{i}" for i in range(len(ranks))]
+    names = ["pointer_sources", "sizes", "arguments", *new, *saved, *pairs, *arrays]
+    at = num_new + num_states + 2
+    checks = [f"{name}.shape == (1, sizes[{at - 2}], sizes[{at - 1}])" for name in pairs]
+    for name, rank in zip(arrays, ranks, strict=True):
+        checks += [f"{name}.shape[{i}] == sizes[{at + i}]" for i in range(rank)]
         at += rank
-    lines = [f"if not ({' and '.join(fits)}):", "    return -1", f"starts = np.empty({len(names) - 2}, np.int64)"]
+    lines = [f"if not ({' and '.join(checks)}):", "    return -1", f"starts = np.empty({len(names) - 2}, np.int64)"]
     lines += ["starts[0] = skips = 0"]
-    for i, name in enumerate((*pieces, *before)):
+    for i, name in enumerate((*new, *saved)):
         lines += [f"at = {name}.ctypes.data", f"skip = -at % {ALIGNMENT}", f"starts[{i + 1}] = at + skip"]
-        if i < fresh:
+        if i < num_new:
             lines += [f"skip //= {name}.itemsize", f"{name}[skip : skip + sizes[{i}]] = 0", f"skips += skip << {8 * i}"]
-    for i, name in enumerate((*pairs[::2], *given), fresh + old + 1):
+    for i, name in enumerate((*pairs[::2], *arrays), num_new + num_saved + 1):
         lines += [f"starts[{i}] = {name}.ctypes.data"]
-    lines += ["for j in range(table.size):", "    table[j] = places[1, j] + starts[places[0, j]]"]
-    for k in range(states):
-        start = f"(skips >> {8 * (k > 0)}) % 256 + sizes[{fresh + k}]"
+    lines += ["for j in range(arguments.size):"]
+    lines += ["    arguments[j] = pointer_sources[1, j] + starts[pointer_sources[0, j]]"]
+    for k in range(num_states):
+        start = f"(skips >> {8 * (k > 0)}) % 256 + sizes[{num_new + k}]"
         lines += [
-            f"first, at = s{k}[0], {start}",
-            "for r in range(len(first)):",
-            "    for j in range(first.shape[1]):",
+            f"initial, at = initial{k}[0], {start}",
+            "for r in range(len(initial)):",
+            "    for j in range(initial.shape[1]):",
         ]
-        lines += [f"        m{int(k > 0)}[at] = f{k}[0, r, j] = first[r, j]", "        at += 1"]
+        lines += [f"        new{int(k > 0)}[at] = final{k}[0, r, j] = initial[r, j]", "        at += 1"]
     text = "\n    ".join((f"def kernel({', '.join(names)}):", *lines, "return skips"))
     real = f"float{bits}"
-    kinds = ["int64[:, ::1]", "int64[::1]", "int64[::1]", *[f"{real}[::1]"] * fresh]
-    kinds += [f"Array({real}, 1, 'C', True)"] * old + [f"{real}[:, :, ::1]", f"Array({real}, 3, 'C', True)"] * states
+    kinds = ["int64[:, ::1]", "int64[::1]", "int64[::1]", *[f"{real}[::1]"] * num_new]
+    kinds += [f"Array({real}, 1, 'C', True)"] * num_saved
+    kinds += [f"{real}[:, :, ::1]", f"Array({real}, 3, 'C', True)"] * num_states
     kinds += [f"Array({real}, {n}, 'C', True)" for n in ranks]
     return f"{_BINDER_HEADER}{text}\n", f"int64({', '.join(kinds)})"
 
 
-_BINDER_HEADER = '''"""Written by xprnn: the table of a pass; it may be deleted at any time."""
+_BINDER_HEADER = '''"""Kernel arguments, printed by xprnn (a cache entry, safe to delete)"""
 import numpy as np
 
 

@@ -1,9 +1,9 @@
-"""Compiles printed kernels with numba and keeps the machine code in a folder, so that a later process starts at once.
+"""Compiles printed kernels with numba and caches the machine code on disk.
 
-The folder is XPRNN_CACHE, else `xprnn` in XDG_CACHE_HOME or ~/.cache. A kernel's file is named by a hash of its text,
-of the modules it is built from and of numba's version; next to it numba keeps the machine code for each kind of
-processor. Of processes that want a kernel at the same time, one compiles it. Where the folder can't be written, kernels
-are compiled afresh in each process.
+The cache directory is XPRNN_CACHE if set, else `xprnn` in XDG_CACHE_HOME or ~/.cache. The name of a kernel's file is a
+hash of its source, of the modules it imports and of numba's version. numba stores the machine code for each type of
+processor next to it. If several processes need the same kernel at the same time, one compiles it and the others wait.
+If the directory is not writable, each process compiles its kernels in memory.
 """
 
 import importlib.util
@@ -27,22 +27,20 @@ __all__ = [
     "vector_lanes",
 ]
 
-_PRIMITIVE_MODULES = (
-    "simd",
-    "matvec",
-    "gemm_tile",
-    "gemm",
-    "segment_sum",
-)  # the modules whose functions kernels are built from
+# Stems of the files in this directory that printed kernels import, directly or not: a change invalidates the cache.
+_PRIMITIVE_MODULES = ("simd", "matvec", "gemm_tile", "gemm", "segment_sum")
 _KERNEL_SIGNATURE = "void(int64[::1])"
 _GEMM_SIGNATURE = f"int64({', '.join(['int64'] * 12)})"
-_LOCK_TIMEOUT = 30.0  # seconds for another process to compile a kernel; after that it is compiled here, too
+_LOCK_TIMEOUT = 30.0  # seconds to wait for another process that compiles the same kernel
 _COMPILE_OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 
 
 @cache
 def numba_available() -> bool:
-    """Whether numba is installed and works; asked only when a kernel could run, because it imports numba."""
+    """Return True if numba can be imported and its JIT is enabled.
+
+    This imports numba: call it only when a kernel could run.
+    """
     if importlib.util.find_spec("numba") is None:
         return False
     try:
@@ -56,17 +54,17 @@ def numba_available() -> bool:
 
 @lru_cache(maxsize=1024)
 def can_compile(source: str, signature: str = _KERNEL_SIGNATURE) -> bool:
-    """Whether a kernel can be compiled; it is, and kept."""
+    """Compile a kernel; return False if numba or LLVM fails."""
     try:
         compile_kernel(source, signature)
-    except Exception:  # whatever LLVM or numba stumble over, there is a kernel that needs neither
+    except Exception:  # of any type from numba or LLVM; the caller then uses a kernel that needs neither
         return False
     return True
 
 
 @cache
 def can_compile_gemm(itemsize: int) -> bool:
-    """Whether the products for numbers of so many bytes can be compiled; they are, and kept."""
+    """Compile gemm.py's functions for floats of `itemsize` bytes; return False if numba or LLVM fails."""
     try:
         gemm_kernel(itemsize)
     except Exception:
@@ -75,10 +73,10 @@ def can_compile_gemm(itemsize: int) -> bool:
 
 
 def cache_dir() -> Path | None:
-    """Where kernels are kept; None if it can't be made."""
-    chosen, home = os.environ.get("XPRNN_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    """Create the cache directory and return it, or None if it is not writable."""
+    chosen, xdg_cache = os.environ.get("XPRNN_CACHE"), os.environ.get("XDG_CACHE_HOME")
     try:
-        path = Path(chosen) if chosen else (Path(home) if home else Path.home() / ".cache") / "xprnn"
+        path = Path(chosen) if chosen else (Path(xdg_cache) if xdg_cache else Path.home() / ".cache") / "xprnn"
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, RuntimeError):
         return None
@@ -87,8 +85,8 @@ def cache_dir() -> Path | None:
 
 @cache
 def _cache_salt() -> bytes:
-    """What a kernel depends on beside its own text."""
-    import importlib.metadata  # here, as below, because it takes every process's time that has no numba too
+    """Return what a kernel's machine code depends on besides its source."""
+    import importlib.metadata  # slow to import, and not needed without numba
 
     parts = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in _PRIMITIVE_MODULES]
     return b"".join(parts) + importlib.metadata.version("numba").encode()
@@ -96,7 +94,15 @@ def _cache_salt() -> bytes:
 
 @lru_cache(maxsize=1024)
 def compile_kernel(source: str, signature: str = _KERNEL_SIGNATURE) -> Callable[..., Any]:
-    """The machine code of a printed kernel: call it with a table of int64, or what one of its signatures says."""
+    """Compile a printed kernel.
+
+    Args:
+        source: a module that defines `kernel`.
+        signature: numba signatures, separated by semicolons. The default takes one int64 array.
+
+    Returns:
+        The compiled `kernel`.
+    """
     from numba import njit
 
     kernel: Callable[..., Any] = _compile_cached(source, partial(njit, signature.split(";"), **_COMPILE_OPTIONS))
@@ -109,18 +115,18 @@ def _compile_cached(source: str, compiler: Callable[..., Any]) -> Any:
         try:
             with _file_lock(path):
                 return compiler(cache=True)(_import_file(path).kernel)
-        except Exception:  # a damaged cache may fail in any way, and is only a cache
+        except Exception:  # a damaged cache file can raise any exception; compile in memory instead
             pass
     scope: dict[str, Any] = {}
-    exec(source, scope)  # printed by source.py and gemm.py, from a finite list of names
+    exec(source, scope)  # the source is printed by this package and contains no user input but repr(cell name)
     return compiler()(scope["kernel"])
 
 
 @contextmanager
 def _file_lock(path: Path) -> Iterator[None]:
-    """While no other process makes this kernel; the system lets go of a lock whose holder ends, however it ends.
+    """Hold the lock of a kernel's file while it is compiled. The system releases the lock when its process ends.
 
-    Without such locks (Windows, some network file systems) nobody waits, and a kernel may be compiled twice.
+    Where there are no such locks (Windows, some network file systems), two processes may compile the same kernel.
     """
     try:
         import fcntl
@@ -139,7 +145,7 @@ def _file_lock(path: Path) -> Iterator[None]:
 
 
 def _try_lock(fcntl: Any, lock: int) -> bool:
-    """Whether the lock is ours now, or there are none here."""
+    """Try to acquire the lock. Return True also if the file system has no locks."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -150,7 +156,7 @@ def _try_lock(fcntl: Any, lock: int) -> bool:
 
 
 def _import_file(path: Path) -> Any:
-    """The module, under a name by which numba finds it again."""
+    """Import the file under a fixed name, by which numba's cache refers to it."""
     name = f"xprnn_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -161,20 +167,20 @@ def _import_file(path: Path) -> Any:
 
 
 def _write_source(source: str) -> Path | None:
-    """The file that holds exactly this text, or None."""
+    """Write the source to its file in the cache, unless it is there. Return the path, or None if that fails."""
     import hashlib
     import tempfile
 
-    where = cache_dir()
-    if where is None:
+    directory = cache_dir()
+    if directory is None:
         return None
-    path = where / f"k{hashlib.sha256(source.encode() + _cache_salt()).hexdigest()[:24]}.py"
+    path = directory / f"k{hashlib.sha256(source.encode() + _cache_salt()).hexdigest()[:24]}.py"
     try:
         if path.exists() and path.read_text(encoding="utf-8") == source:
             return path
-        with tempfile.NamedTemporaryFile("w", dir=where, delete=False, encoding="utf-8") as file:
+        with tempfile.NamedTemporaryFile("w", dir=directory, delete=False, encoding="utf-8") as file:
             file.write(source)
-        Path(file.name).replace(path)  # another process sees all of it or nothing
+        Path(file.name).replace(path)  # atomic: another process never reads half a file
     except OSError:
         return None
     return path
@@ -182,7 +188,7 @@ def _write_source(source: str) -> Path | None:
 
 @cache
 def gemm_kernel(itemsize: int) -> Any:
-    """gemm.py's products for numbers of so many bytes; kernels call them by `address`."""
+    """Compile gemm.py's functions for floats of `itemsize` bytes. Kernels call them by `.address`."""
     from numba import cfunc
 
     from xprnn.kernels.jit import gemm
@@ -192,21 +198,21 @@ def gemm_kernel(itemsize: int) -> Any:
 
 
 def vector_lanes(itemsize: int) -> int:
-    """How many numbers of so many bytes a vector holds."""
+    """Return the number of floats of `itemsize` bytes that a SIMD vector holds."""
     from xprnn.kernels.jit import simd
 
     return int(simd.LANES32 if itemsize == 4 else simd.LANES64)
 
 
 def tile_rows() -> int:
-    """How many rows a product takes at once."""
+    """Return the number of rows of a matmul tile."""
     from xprnn.kernels.jit import gemm
 
     return int(gemm.TILE_ROWS)
 
 
 def tile_size(itemsize: int) -> int:
-    """How many numbers a product works out at once."""
+    """Return the number of elements of a matmul tile: rows times padded columns."""
     from xprnn.kernels.jit import gemm
 
     return tile_rows() * gemm.TILE_VECTORS * vector_lanes(itemsize)

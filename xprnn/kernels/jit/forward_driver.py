@@ -1,20 +1,28 @@
-"""Prints the source of a cell's compiled scan: the whole time loop, with the traced cell inside it.
+"""Prints the source of a cell's compiled forward scan: the whole time loop, with the traced cell inlined.
 
-A kernel is one function of one argument, a table of addresses and numbers: its type never depends on an array's, so it
-is compiled once for each cell and dtype. It walks R rows of a batch of N; steps are taken in blocks of J, so small that
-what belongs to a block stays in the cache. Each step is the recurrent product (`go` is the address of gemm.py's), then
-one loop over rows and units that does all of the cell's maths in one pass over memory. With W = G*H, `cut` = H times
-the gates of which only x + h is used, and Y, Z the widths of panels for these and for all gates, forward:
+A kernel is one function of one argument, an int64 array of addresses and numbers. Its type does not depend on the
+types of the arrays, so it is compiled once per cell and dtype. It processes R rows of a batch of N, in blocks of
+J = block_steps steps, small enough for a block's arrays to stay in the cache. Each step is the recurrent product
+(gemm_address is the function of gemm.py), then one loop over rows and units that evaluates the cell in one pass over
+memory.
 
-    A (T,N,D)  x, or, with D = 0, `ids` (T,N) of WI's rows           WI, WH, BI, BH  the parameters
-    Q, U       both weights in panels                                K (Z,), L (Z-Y,)  biases, L where h stays apart
-    P (J,R,Z)  a block's x W' + K, and then x W' + h U' + K          B (R,Z-Y)  h U' + L where it stays apart
-    G (T,N,W)  the first saved values; Vj (T,N,H) the others         pk (H,)  the cell's vectors
-    Ck (N,H)   the running state k                                   Ek (N,H)  where a reset leads
-    Mk (T,N,H) the states after each step                            Sk (T,N,H) before it, where a reset changes them
+The gates form two groups, see gate_groups.py. W = G*H is the width of all gates, W0 that of the first group; Wp and
+Wp0 are these widths padded to whole vectors. The arrays of the forward kernel are:
 
-back_source.py has the adjoint, early_source.py what early gates add to both, projected_source.py what a projected h
-adds.
+    A (T,N,D)   x; for integer x, D = 0 and `ids` (T,N) are rows of WI    WI, WH, BI, BH  the parameters
+    Q, U        both weights, packed into panels                          K (Wp,)  bias added to x W'
+    P (J,R,Wp)  a block's x W' + K, and then x W' + h U' + K              L (L.,)  bias of h U' stored in B
+    B (R,L.)    h U' + L of the groups whose h U' is stored apart         O        zeros, a start of products
+    G (T,N,W)   the first saved values; Vj (T,N,H) the others             pk (H,)  the cell's vectors
+    Ck (N,H)    the running state k                                       Ek (N,H) the reset state k
+    Mk (T,N,H)  state k after each step                                   Sk (T,N,H) state k before it, saved if reset
+
+`L.` is the width of the groups whose h U' is stored apart. `saved_stride` and `Mk_stride` are the numbers of elements
+between two steps of the saved arrays; they are 0 if no tape is recorded. In the loop over rows, q, h, x and g are the
+offsets of the row in (N,H) arrays, B, P and G.
+
+backward_driver.py prints the adjoint. pregates.py and hidden_projection.py print what pregates and a projected h add
+to both kernels.
 """
 
 from functools import lru_cache
@@ -33,119 +41,133 @@ __all__ = ["KernelSources", "kernel_sources"]
 
 
 class KernelSources(NamedTuple):
-    """A cell's kernels as text, and how to call them."""
+    """Source text of a cell's two kernels, and the names of their arguments."""
 
     forward: str
     backward: str
     forward_arguments: tuple[str, ...]
     backward_arguments: tuple[str, ...]
     gate_groups: GateGroups
-    saved_buffers: tuple[
-        str, ...
-    ]  # where each entry of `saved` is: Xk, Vj, Mk (after) or Sk (before); then what else is kept
-    dx_is_dh: bool  # dh is dx, gate by gate
+    # The buffer of each entry of the cell's `saved`: Xk (column block k of G), Vj, Mk (state after the step) or Sk
+    # (state before it); then the buffers that the kernels save for themselves.
+    saved_buffers: tuple[str, ...]
+    dx_is_dh: bool  # the cotangents of x and h are equal for every gate
 
     def __hash__(self) -> int:
-        return hash(self.forward)  # a text remembers its own
+        return hash(self.forward)  # Python caches the hash of a string
 
 
 @lru_cache(maxsize=256)
 def kernel_sources(cell: Cell, bits: int, projected: bool = False) -> KernelSources | None:
-    """The cell's kernels for float32 or float64, or None where it can't be traced; `projected`: h by weight_hr."""
+    """Print the kernels of a cell.
+
+    Args:
+        cell: the cell.
+        bits: 32 or 64, of a float.
+        projected: h is projected by weight_hr.
+
+    Returns:
+        The kernels, or None if the cell cannot be traced.
+    """
     try:
-        forward, halves, slots, values = _write_forward(cell, projected)
-        backward, same = write_backward(cell, slots, values, projected)
-    except Exception:  # whatever goes wrong with stand-ins, another kernel goes on, and says so if it was the cell
+        forward, gate_groups, buffers, num_pregate_values = _write_forward(cell, projected)
+        backward, dx_is_dh = write_backward(cell, buffers, num_pregate_values, projected)
+    except Exception:  # tracing runs user code; the reference scan runs it too and reports its errors
         return None
     texts = forward.source(cell.name, bits), backward.source(cell.name, bits)
-    return KernelSources(*texts, forward.argument_names, backward.argument_names, halves, slots, same)
+    return KernelSources(*texts, forward.argument_names, backward.argument_names, gate_groups, buffers, dx_is_dh)
 
 
 def _write_forward(cell: Cell, projected: bool) -> tuple[KernelWriter, GateGroups, tuple[str, ...], int]:
-    """The kernel, its gates' two groups, where all that is saved lies, and how much of it the early gates saved."""
-    early = pregates.pregate_trace(cell) if cell.pregates else None
-    new, saved, added = trace_step(cell, graph := TraceGraph())
-    halves = GateGroups(added, (False, True), has_pregates=False)
-    if early:
-        halves = GateGroups(cell.pregates, (not early.is_summed, added < cell.gates), has_pregates=True)
-    values = early.saved_buffers if early else ()
-    if projected and (early or "s0" in set().union(*(input_names(v) for v in (*new, *saved)))):
-        raise UntraceableError("a unit of an h that is projected")
-    slots, own = assign_buffers(cell, graph, new, saved, values, hidden_projection.UNPROJECTED if projected else "M0")
+    """Return the kernel, the gate groups, the saved buffers, and how many of these the pregates save."""
+    pregate = pregates.pregate_trace(cell) if cell.pregates else None
+    new, saved, summed_gates = trace_step(cell, graph := TraceGraph())
+    gate_groups = GateGroups(summed_gates, (False, True), has_pregates=False)
+    if pregate:
+        separate = (not pregate.is_summed, summed_gates < cell.gates)
+        gate_groups = GateGroups(cell.pregates, separate, has_pregates=True)
+    pregate_buffers = pregate.saved_buffers if pregate else ()
+    if projected and (pregate or "s0" in set().union(*(input_names(v) for v in (*new, *saved)))):
+        raise UntraceableError("an element of a projected h")
+    first_state_buffer = hidden_projection.UNPROJECTED if projected else "M0"
+    buffers, new_buffers = assign_buffers(cell, graph, new, saved, pregate_buffers, first_state_buffer)
     if projected:
-        own[hidden_projection.UNPROJECTED] = new[0]
-    kept = [pregates.GATED_STATE] if early else [hidden_projection.UNPROJECTED] if projected else []
-    spare = [slot for slot in (*values, *own, *kept) if slot[0] == "V"]
-    out = _prologue(cell, halves, list(dict.fromkeys(spare)), projected)
-    halves.emit_recurrent_product(out, 0, "C0, 0", out.h_width)
-    if early:
-        pregates.emit_pregates(out, halves, early, set().union(*(input_names(v) for v in (*new, *own.values()))))
-    halves.emit_recurrent_product(out, 1, f"{pregates.GATED_STATE}, t * v0" if early else "C0, 0", out.h_width)
-    _pointwise_loop(out, halves, own, new, kept)
-    return out, halves, (*values, *slots, *kept), len(values)
+        new_buffers[hidden_projection.UNPROJECTED] = new[0]
+    extra_buffers = [pregates.GATED_STATE] if pregate else [hidden_projection.UNPROJECTED] if projected else []
+    v_buffers = [name for name in (*pregate_buffers, *new_buffers, *extra_buffers) if name[0] == "V"]
+    out = _prologue(cell, gate_groups, list(dict.fromkeys(v_buffers)), projected)
+    gate_groups.emit_recurrent_product(out, 0, "C0, 0", out.h_width)
+    if pregate:
+        used = set().union(*(input_names(v) for v in (*new, *new_buffers.values())))
+        pregates.emit_pregates(out, gate_groups, pregate, used)
+    second_lhs = f"{pregates.GATED_STATE}, t * saved_stride" if pregate else "C0, 0"
+    gate_groups.emit_recurrent_product(out, 1, second_lhs, out.h_width)
+    _pointwise_loop(out, gate_groups, new_buffers, new, extra_buffers)
+    return out, gate_groups, (*pregate_buffers, *buffers, *extra_buffers), len(pregate_buffers)
 
 
-def _prologue(cell: Cell, halves: GateGroups, spare: list[str], projected: bool) -> KernelWriter:
-    """The kernel up to a step's first product."""
+def _prologue(cell: Cell, gate_groups: GateGroups, v_buffers: list[str], projected: bool) -> KernelWriter:
+    """Write the kernel up to the first recurrent product of a step."""
     states, vectors = range(len(cell.states)), range(len(cell.vectors))
     pointers = ["A", "WI", "WH", "BI", "BH", "Q", "U", "P", "B", "K", "L", "O", "G"]
-    pointers += [*(f"{c}{k}" for c in "CEMS" for k in states), *spare, *(f"p{k}" for k in vectors)]
-    numbers = [*SCALARS, "cut", "Y", "Z", "keep", "v0", *(f"m{k}" for k in states)]
+    pointers += [*(f"{c}{k}" for c in "CEMS" for k in states), *v_buffers, *(f"p{k}" for k in vectors)]
+    scalars = [*SCALARS, "W0", "Wp0", "Wp", "record_tape", "saved_stride", *(f"M{k}_stride" for k in states)]
     if projected:
-        numbers, pointers = [*numbers, "HP", "Hw"], [*pointers, "WR", "UR", "HN"]
-    out = KernelWriter(numbers, pointers, projected)
-    halves.emit_pack_weights(out)
+        scalars, pointers = [*scalars, "HP", "projection_stride"], [*pointers, "WR", "UR", "HN"]
+    out = KernelWriter(scalars, pointers, projected)
+    gate_groups.emit_pack_weights(out)
     if projected:
         hidden_projection.emit_pack_projection(out)
     out.emit_block_loop(forward=True)
-    halves.emit_input_projection(out)
-    out.emit_step_loop("(m - 1 - i if turned else i)")
-    out.add(3, "if resets:", "    for r in range(R):", "        if load(reset, t * N + r, ANY) != 0:")
+    gate_groups.emit_input_projection(out)
+    out.emit_step_loop("(m - 1 - i if reverse else i)")
+    out.add(3, "if has_reset:", "    for r in range(R):", "        if load(reset, t * N + r, ANY_SCOPE) != 0:")
     out.emit_unit_loop(
         6, [(k, out.store(f"C{k}", out.unit_index(k), out.load(f"E{k}", out.unit_index(k)))) for k in states]
     )
     _save_previous_states(out, states)
-    out.add(3, "z = (t - t0) * R * Z")
+    out.add(3, "z = (t - t0) * R * Wp")
     return out
 
 
 def _save_previous_states(out: KernelWriter, states: range) -> None:
-    """Of rows that may have been reset, the states before this step."""
-    copied = [out.load(f"C{k}", "j") for k in states]
-    seats = [out.store(f"S{k}", "t * v0 + j", value) for k, value in enumerate(copied)]
+    """Emit the stores of the states before this step, inside `if has_reset`."""
+    values = [out.load(f"C{k}", "j") for k in states]
+    stores = [out.store(f"S{k}", "t * saved_stride + j", value) for k, value in enumerate(values)]
     if out.h_width == "H":
         out.add(4, "for j in range(R * H):")
-        out.add(5, *seats)
+        out.add(5, *stores)
         return
-    out.add(
-        4,
-        f"for j in range(R * {out.h_width}):",
-        "    " + out.store("S0", f"t * N * {out.h_width} * keep + j", copied[0]),
-    )
-    if seats[1:]:
+    out.add(4, f"for j in range(R * {out.h_width}):")
+    out.add(5, out.store("S0", f"t * N * {out.h_width} * record_tape + j", values[0]))
+    if stores[1:]:
         out.add(4, "for j in range(R * H):")
-        out.add(5, *seats[1:])
+        out.add(5, *stores[1:])
 
 
 def _pointwise_loop(
-    out: KernelWriter, halves: GateGroups, own: dict[str, Any], new: tuple[Any, ...], kept: list[str]
+    out: KernelWriter,
+    gate_groups: GateGroups,
+    new_buffers: dict[str, Any],
+    new: tuple[Any, ...],
+    extra_buffers: list[str],
 ) -> None:
-    """The step's loop over rows and units, and what happens to rows that sit it out."""
+    """Emit the step's loop over rows and units, and the state updates of inactive rows."""
     states, projected = range(len(new)), out.h_width != "H"
     carried = [out.load(f"C{k}", out.unit_index(k)) for k in states]
-    carried[0] = f"{carried[0]} if keep else F(0.0)"
-    carry = [(k, out.store(f"M{k}", f"t * m{k} + {out.unit_index(k)}", value)) for k, value in enumerate(carried)]
-    nothing = [(1, out.store(name, "t * v0 + r * H + j", literal(0.0))) for name in kept]
-    out.emit_row_loop(halves.row_indices, [*nothing, *carry[1:]] if projected else carry)
-    body = ScalarCode(lambda name: halves.load_input(out, name))
-    named = [(slot, body.emit(value)) for slot, value in own.items()]
+    carried[0] = f"{carried[0]} if record_tape else F(0.0)"
+    carry = [(k, out.store(f"M{k}", f"t * M{k}_stride + {out.unit_index(k)}", v)) for k, v in enumerate(carried)]
+    zero_extra = [(1, out.store(name, "t * saved_stride + r * H + j", literal(0.0))) for name in extra_buffers]
+    out.emit_row_loop(gate_groups.row_indices, [*zero_extra, *carry[1:]] if projected else carry)
+    body = ScalarCode(lambda name: gate_groups.load_input(out, name))
+    saved = [(buffer, body.emit(value)) for buffer, value in new_buffers.items()]
     after = body.emit_all(new)
     out.add(5, *body.lines)
-    for slot, value in named:
-        out.emit_save(slot, value)
+    for buffer, value in saved:
+        out.emit_save(buffer, value)
     for k, value in enumerate(after):
         if k or not projected:
-            out.add(5, out.store(f"M{k}", f"t * m{k} + q + j", value), out.store(f"C{k}", "q + j", value))
+            out.add(5, out.store(f"M{k}", f"t * M{k}_stride + q + j", value), out.store(f"C{k}", "q + j", value))
     if projected:
         hidden_projection.emit_projection(out, carry[0])
-    out.emit_inactive_rows([*carry, *nothing])
+    out.emit_inactive_rows([*carry, *zero_extra])

@@ -1,12 +1,14 @@
-"""Matrix products for the compiled loops: weights cut into panels once, rows of a batch against them at every step.
+"""Matrix products for the compiled loops: weights are packed into panels once, and multiplied at every step.
 
-Imported only when a kernel is about to run, because it imports numba.
+This module imports numba. Import it only when a kernel is about to run.
 
-They are written here, and not left to a BLAS, because a scan multiplies many small matrices by the same large ones: a
-BLAS would pack those in every call. Panels are WIDE vectors wide, the last ones fewer where that fits better; a matrix
-(K, J) in panels takes K * padded(J) numbers. Blocks of the inner dimension keep a panel in the first-level cache.
+A scan multiplies many small matrices by the same large weight. A BLAS would pack the weight in every call; these
+functions reuse the panels. A panel is TILE_VECTORS vectors wide; the last ones may be narrower. A packed matrix (K, J)
+has K * panel_width(J) elements. The product is blocked over the inner dimension, so that the rows of a panel in use
+stay in the L1 cache.
 
-All of it is compiled once for each dtype and called by address, so that no cell's kernel compiles it again.
+The functions are compiled once per dtype. Kernels call them by address, so that numba does not compile them again for
+every cell.
 """
 
 from typing import Any
@@ -17,166 +19,172 @@ from numba import njit
 from xprnn.kernels.jit import gemm_tile
 from xprnn.kernels.jit.simd import LANES32, LANES64, cpu_features, load, offset, store
 
-# The sums of a tile's rows, WIDE vectors each, must fit the registers: 32 of them, or 16 on x86 without AVX-512. With
-# three vectors every number of the left side that is spread over a vector serves three sums.
+# The accumulators of a tile, TILE_ROWS * TILE_VECTORS vectors, must fit the registers: 32 vector registers, or 16 on
+# x86 without AVX-512. With three vectors per row, each broadcast element of the left side is used three times.
 TILE_ROWS = 4 if cpu_features.get("sse2") and not cpu_features.get("avx512f") else 8
 TILE_VECTORS = 3 if cpu_features.get("avx512f") else 2
-INNER_BLOCK = 256  # so many rows of a panel stay in the first-level cache
-PACKED_LHS_BYTES = 1 << 19  # so many bytes of the packed left side stay in the second-level cache
+INNER_BLOCK = 256  # rows of a panel that stay in the L1 cache
+PACKED_LHS_BYTES = 1 << 19  # bytes of the packed left side that stay in the L2 cache
 _compile = njit(fastmath={"contract"}, error_model="numpy", inline="always")
 
 
 @_compile
-def _panel_vectors(left, lanes):  # type: ignore[no-untyped-def]
-    """How many vectors wide the next panel is, if so many columns are left: twice two rather than three and one."""
-    n = -(-left // lanes)
+def _panel_vectors(columns_left, lanes):  # type: ignore[no-untyped-def]
+    """Return the width of the next panel in vectors. Four vectors are split into two and two, not three and one."""
+    n = -(-columns_left // lanes)
     return min(n, TILE_VECTORS if n != 4 else 2)
 
 
 @_compile
-def _add_partial_tile(edge, wide, out, ldo, start, lds, rows, columns):  # type: ignore[no-untyped-def]
-    """out = start + edge, of which only some columns are meant."""
+def _add_partial_tile(tile, tile_stride, out, ldo, start, lds, rows, columns):  # type: ignore[no-untyped-def]
+    """out = start + tile, for the first rows and columns of the tile."""
     for r in range(rows):
         for c in range(columns):
-            store(out, r * ldo + c, 64, load(start, r * lds + c, 64) + load(edge, r * wide + c, 64))
+            store(out, r * ldo + c, 64, load(start, r * lds + c, 64) + load(tile, r * tile_stride + c, 64))
 
 
 def _make_matmul(lanes: int) -> Any:
-    one, two, three = (gemm_tile.row_strip(TILE_ROWS, wide, lanes) for wide in (1, 2, TILE_VECTORS))
-    w = TILE_VECTORS * lanes
+    one, two, three = (gemm_tile.row_strip(TILE_ROWS, vectors, lanes) for vectors in (1, 2, TILE_VECTORS))
+    tile_columns = TILE_VECTORS * lanes
 
     @_compile
-    def product(a, lda, b, out, ldo, start, lds, n, inner, columns, edge):  # type: ignore[no-untyped-def]
-        """out (n, columns) = start + a (n, inner) b, for b in panels; a stride of 0 repeats start's one row."""
+    def matmul(a, lda, b, out, ldo, start, lds, n, inner, columns, edge):  # type: ignore[no-untyped-def]
+        """out (n, columns) = start + a (n, inner) b, where b is packed into panels.
+
+        A stride lds = 0 adds the same row `start` to every row. `edge` has room for a tile, followed by zeros of the
+        width of a tile: a panel with unused columns is multiplied into `edge`, and only its used columns are added.
+        """
         p = 0
         while p < columns and n > 0:
-            left = columns - p
-            wide = lanes * _panel_vectors(left, lanes)
-            panel, to, given = offset(b, p * inner), offset(out, p), offset(start, p)
-            block = INNER_BLOCK if left >= wide else inner + 1  # what is only partly meant goes through `edge`
-            height = n if left >= wide else TILE_ROWS
-            stride, target, target_stride, k = lds, to, ldo, 0
-            if left < wide:
-                target, target_stride = edge, w
+            columns_left = columns - p
+            width = lanes * _panel_vectors(columns_left, lanes)
+            panel, p_out, tile_start = offset(b, p * inner), offset(out, p), offset(start, p)
+            block = INNER_BLOCK if columns_left >= width else inner + 1  # one block if the tile goes through `edge`
+            height = n if columns_left >= width else TILE_ROWS
+            start_stride, target, target_stride, k = lds, p_out, ldo, 0
+            if columns_left < width:
+                target, target_stride = edge, tile_columns
             while k == 0 or k < inner:
-                some, rest = min(inner - k, block), offset(panel, k * wide)
+                block_inner, block_panel = min(inner - k, block), offset(panel, k * width)
                 for r in range(0, n, height):
                     rows = min(n - r, height)
-                    if left < wide:
-                        given, stride = offset(edge, TILE_ROWS * w), 0
+                    if columns_left < width:
+                        tile_start, start_stride = offset(edge, TILE_ROWS * tile_columns), 0
                     x = offset(a, r * lda + k)
-                    if wide == w:
-                        three(x, lda, rest, some, target, target_stride, given, stride, rows)
-                    elif wide == 2 * lanes:
-                        two(x, lda, rest, some, target, target_stride, given, stride, rows)
+                    if width == tile_columns:
+                        three(x, lda, block_panel, block_inner, target, target_stride, tile_start, start_stride, rows)
+                    elif width == 2 * lanes:
+                        two(x, lda, block_panel, block_inner, target, target_stride, tile_start, start_stride, rows)
                     else:
-                        one(x, lda, rest, some, target, target_stride, given, stride, rows)
-                    if left < wide:
-                        _add_partial_tile(
-                            edge, w, offset(to, r * ldo), ldo, offset(start, p + r * lds), lds, rows, left
-                        )
-                given, stride, k = to, ldo, k + block
-            p += wide
+                        one(x, lda, block_panel, block_inner, target, target_stride, tile_start, start_stride, rows)
+                    if columns_left < width:
+                        r_out, r_start = offset(p_out, r * ldo), offset(start, p + r * lds)
+                        _add_partial_tile(edge, tile_columns, r_out, ldo, r_start, lds, rows, columns_left)
+                tile_start, start_stride, k = p_out, ldo, k + block
+            p += width
 
-    return product
+    return matmul
 
 
 @_compile
-def _zero_columns(panel, inner, first, wide, zero):  # type: ignore[no-untyped-def]
-    """Set the columns of a panel from the first on."""
-    for k in range(inner if first < wide else 0):
-        for j in range(first, wide):
-            store(panel, k * wide + j, 1, zero)
+def _zero_columns(panel, inner, first, width, zero):  # type: ignore[no-untyped-def]
+    """Zero the columns of a panel from `first` on."""
+    for k in range(inner if first < width else 0):
+        for j in range(first, width):
+            store(panel, k * width + j, 1, zero)
 
 
 def _make_pack_rhs(lanes: int, zero: Any) -> Any:
     @_compile
-    def pack_right(src, across, down, inner, columns, out, room, first):  # type: ignore[no-untyped-def]
-        """(inner, columns) with these strides into rows `first`... of panels that have room for `room` rows."""
+    def pack_rhs(src, row_stride, column_stride, inner, columns, out, capacity, first_row):  # type: ignore[no-untyped-def]
+        """Pack src (inner, columns) into the rows from `first_row` on of panels that have `capacity` rows."""
         p = 0
         while p < columns:
-            left = columns - p
-            wide = lanes * _panel_vectors(left, lanes)
-            to, count = offset(out, p * room + first * wide), min(wide, left)
-            if down == 1:
+            columns_left = columns - p
+            width = lanes * _panel_vectors(columns_left, lanes)
+            panel, count = offset(out, p * capacity + first_row * width), min(width, columns_left)
+            if column_stride == 1:
                 for k in range(inner):
                     for j in range(count):
-                        store(to, k * wide + j, 1, load(src, k * across + p + j, 0))
+                        store(panel, k * width + j, 1, load(src, k * row_stride + p + j, 0))
             else:
                 for k0 in range(0, inner, 32):
                     for j in range(count):
                         for k in range(k0, min(inner, k0 + 32)):
-                            store(to, k * wide + j, 1, load(src, k * across + (p + j) * down, 0))
-            _zero_columns(to, inner, count, wide, zero)
-            p += wide
+                            store(panel, k * width + j, 1, load(src, k * row_stride + (p + j) * column_stride, 0))
+            _zero_columns(panel, inner, count, width, zero)
+            p += width
 
-    return pack_right
+    return pack_rhs
 
 
 def _make_pack_lhs(zero: Any) -> Any:
-    move = gemm_tile.copy_vector(TILE_ROWS)
+    copy_group = gemm_tile.copy_vector(TILE_ROWS)
 
     @_compile
-    def pack_left(src, stride, n, columns, out, room, first, sums):  # type: ignore[no-untyped-def]
-        """(n, columns) into groups of ROWS columns, each (room, ROWS), rows `first`...; their sums are added up."""
+    def pack_lhs(src, stride, n, columns, out, capacity, first_row, sums):  # type: ignore[no-untyped-def]
+        """Pack src (n, columns) into groups of TILE_ROWS columns, and add its column sums to `sums`.
+
+        Each group has `capacity` rows of TILE_ROWS elements; src goes into the rows from `first_row` on.
+        """
         for r0 in range(0, n, 8):
             r1 = min(n, r0 + 8)
             for i in range(0, columns, TILE_ROWS):
-                to = offset(out, i * room + first * TILE_ROWS)
+                group = offset(out, i * capacity + first_row * TILE_ROWS)
                 for r in range(r0, r1):
                     if i + TILE_ROWS <= columns:
-                        move(offset(src, r * stride + i), offset(to, r * TILE_ROWS))
+                        copy_group(offset(src, r * stride + i), offset(group, r * TILE_ROWS))
                     else:
                         for j in range(i, columns):
-                            store(to, r * TILE_ROWS + j - i, 1, load(src, r * stride + j, 0))
+                            store(group, r * TILE_ROWS + j - i, 1, load(src, r * stride + j, 0))
                         for j in range(columns, i + TILE_ROWS):
-                            store(to, r * TILE_ROWS + j - i, 1, zero)
+                            store(group, r * TILE_ROWS + j - i, 1, zero)
             for r in range(r0, r1):
                 for i in range(columns):
                     store(sums, i, 2, load(sums, i, 2) + load(src, r * stride + i, 0))
 
-    return pack_left
+    return pack_lhs
 
 
-def _make_matmul_lhs_transposed(lanes: int, item: int) -> Any:
-    one, two, three = (gemm_tile.packed_tile(TILE_ROWS, wide, lanes) for wide in (1, 2, TILE_VECTORS))
-    w = TILE_VECTORS * lanes
+def _make_matmul_lhs_transposed(lanes: int, itemsize: int) -> Any:
+    one, two, three = (gemm_tile.packed_tile(TILE_ROWS, vectors, lanes) for vectors in (1, 2, TILE_VECTORS))
+    tile_columns = TILE_VECTORS * lanes
 
     @_compile
-    def gradient(left, b, inner, room, rows, columns, out, start, lds, edge):  # type: ignore[no-untyped-def]
-        """out (rows, columns) = start + left' b, both packed with room for `room` rows, of which `inner` are there."""
-        some = PACKED_LHS_BYTES // (inner * item + 1) // TILE_ROWS * TILE_ROWS + TILE_ROWS
-        for i0 in range(0, rows, some):
+    def matmul_lhs_transposed(a, b, inner, capacity, rows, columns, out, start, lds, edge):  # type: ignore[no-untyped-def]
+        """out (rows, columns) = start + a' b. Both are packed with `capacity` rows, of which `inner` are used."""
+        block = PACKED_LHS_BYTES // (inner * itemsize + 1) // TILE_ROWS * TILE_ROWS + TILE_ROWS
+        for i0 in range(0, rows, block):
             p = 0
             while p < columns:
-                wide = lanes * _panel_vectors(columns - p, lanes)
-                for i in range(i0, min(rows, i0 + some), TILE_ROWS):
-                    to, stride, given, given_stride = (
-                        offset(out, i * columns + p),
-                        columns,
-                        offset(start, i * lds + p),
-                        lds,
-                    )
-                    whole = i + TILE_ROWS <= rows and p + wide <= columns
-                    if not whole:
-                        to, stride, given, given_stride = edge, w, offset(edge, TILE_ROWS * w), 0
-                    if wide == w:
-                        three(offset(left, i * room), offset(b, p * room), inner, to, stride, given, given_stride)
-                    elif wide == 2 * lanes:
-                        two(offset(left, i * room), offset(b, p * room), inner, to, stride, given, given_stride)
+                width = lanes * _panel_vectors(columns - p, lanes)
+                for i in range(i0, min(rows, i0 + block), TILE_ROWS):
+                    lhs, panel = offset(a, i * capacity), offset(b, p * capacity)
+                    target, stride = offset(out, i * columns + p), columns
+                    tile_start, start_stride = offset(start, i * lds + p), lds
+                    is_full = i + TILE_ROWS <= rows and p + width <= columns
+                    if not is_full:
+                        target, stride = edge, tile_columns
+                        tile_start, start_stride = offset(edge, TILE_ROWS * tile_columns), 0
+                    if width == tile_columns:
+                        three(lhs, panel, inner, target, stride, tile_start, start_stride)
+                    elif width == 2 * lanes:
+                        two(lhs, panel, inner, target, stride, tile_start, start_stride)
                     else:
-                        one(offset(left, i * room), offset(b, p * room), inner, to, stride, given, given_stride)
-                    if not whole:
-                        here, there = offset(out, i * columns + p), offset(start, i * lds + p)
+                        one(lhs, panel, inner, target, stride, tile_start, start_stride)
+                    if not is_full:
+                        i_out, i_start = offset(out, i * columns + p), offset(start, i * lds + p)
                         height = min(rows - i, TILE_ROWS)
-                        _add_partial_tile(edge, w, here, columns, there, lds, height, min(columns - p, wide))
-                p += wide
+                        _add_partial_tile(
+                            edge, tile_columns, i_out, columns, i_start, lds, height, min(columns - p, width)
+                        )
+                p += width
 
-    return gradient
+    return matmul_lhs_transposed
 
 
 def gemm_source(bits: int) -> str:
-    """A module whose `kernel` does them all, chosen by number, on addresses and lengths."""
+    """Print a module whose `kernel` calls one of the four functions, selected by number, on addresses and sizes."""
     return _SOURCE.format(bits=bits)
 
 
@@ -187,20 +195,21 @@ matmul_lhs_transposed32, matmul_lhs_transposed64 = (
 )
 pack_rhs32, pack_rhs64 = _make_pack_rhs(LANES32, np.float32(0)), _make_pack_rhs(LANES64, np.float64(0))
 pack_lhs32, pack_lhs64 = _make_pack_lhs(np.float32(0)), _make_pack_lhs(np.float64(0))
-_SOURCE = '''"""Written by xprnn; it may be deleted at any time."""
-from xprnn.kernels.jit.gemm import matmul_lhs_transposed{bits} as gradient, pack_lhs{bits} as pack_left
-from xprnn.kernels.jit.gemm import pack_rhs{bits} as pack_right, matmul{bits} as product
-from xprnn.kernels.jit.simd import float{bits}_pointer as real
+_SOURCE = '''"""Matrix products, printed by xprnn (a cache entry, safe to delete)"""
+from xprnn.kernels.jit.gemm import matmul{bits}, matmul_lhs_transposed{bits}, pack_lhs{bits}, pack_rhs{bits}
+from xprnn.kernels.jit.simd import float{bits}_pointer as float_pointer
 
 
 def kernel(op, a, b, c, d, e, f, g, h, i, j, k):
     if op == 0:
-        product(real(a), b, real(c), real(d), e, real(f), g, h, i, j, real(k))
+        matmul{bits}(float_pointer(a), b, float_pointer(c), float_pointer(d), e, float_pointer(f), g, h, i, j,
+                     float_pointer(k))
     elif op == 1:
-        pack_right(real(a), b, c, d, e, real(f), g, h)
+        pack_rhs{bits}(float_pointer(a), b, c, d, e, float_pointer(f), g, h)
     elif op == 2:
-        pack_left(real(a), b, c, d, real(e), f, g, real(h))
+        pack_lhs{bits}(float_pointer(a), b, c, d, float_pointer(e), f, g, float_pointer(h))
     else:
-        gradient(real(a), real(b), c, d, e, f, real(g), real(h), i, real(j))
+        matmul_lhs_transposed{bits}(float_pointer(a), float_pointer(b), c, d, e, f, float_pointer(g), float_pointer(h),
+                                    i, float_pointer(j))
     return 0
 '''

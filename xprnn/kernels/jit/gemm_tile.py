@@ -1,6 +1,6 @@
-"""A few rows of a matrix product, all sums in registers: the one loop in which most of the time goes.
+"""Micro-kernel of the matrix products: a tile of the output, accumulated in registers.
 
-Imported only when a kernel is about to run, because it imports numba.
+This module imports numba. Import it only when a kernel is about to run.
 """
 
 from typing import Any
@@ -10,8 +10,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-UNROLL = 4  # steps of the inner loop written out, so that the addresses' arithmetic is shared
-MIN_ACCUMULATORS = 8  # at least so many sums run side by side: each addition takes several cycles
+UNROLL = 4  # iterations of the inner loop that are unrolled, to share address arithmetic
+MIN_ACCUMULATORS = 8  # independent sums that hide the latency of an addition, several cycles
 INT64, INT32 = ir.IntType(64), ir.IntType(32)
 
 
@@ -20,7 +20,7 @@ def _int64(n: int) -> Any:
 
 
 class _TileEmitter:
-    """Writes the instructions of one tile: `rows` rows, `wide` vectors of `lanes` columns."""
+    """Emits the LLVM instructions of one tile of shape (rows, vectors, lanes)."""
 
     def __init__(self, context: Any, builder: Any, args: Any, kind: Any, shape: tuple[int, int, int], packed: bool):
         self.builder, self.packed = builder, packed
@@ -33,45 +33,45 @@ class _TileEmitter:
         self.num_chains = max(1, min(UNROLL, MIN_ACCUMULATORS // len(self.tile_indices)))
 
     def vector_pointer(self, pointer: Any, index: Any) -> Any:
-        """The vector that begins there."""
+        """Return the pointer to the vector that starts at pointer[index]."""
         return self.builder.bitcast(self.builder.gep(pointer, [index]), self.vector_type.as_pointer())
 
     def row_vector_pointer(self, pointer: Any, stride: Any, r: int, c: int) -> Any:
-        """Vector c of row r of a matrix."""
+        """Return the pointer to vector c of row r of a matrix."""
         index = self.builder.add(self.builder.mul(_int64(r), stride), _int64(c * self.lanes))
         return self.vector_pointer(pointer, index)
 
     def broadcast(self, value: Any) -> Any:
-        """The number in all lanes."""
-        nothing = ir.Constant(self.vector_type, ir.Undefined)
-        one = self.builder.insert_element(nothing, value, ir.Constant(INT32, 0))
+        """Return the vector that has the scalar in every lane."""
+        undefined = ir.Constant(self.vector_type, ir.Undefined)
+        one_lane = self.builder.insert_element(undefined, value, ir.Constant(INT32, 0))
         return self.builder.shuffle_vector(
-            one, nothing, ir.Constant(ir.VectorType(INT32, self.lanes), [0] * self.lanes)
+            one_lane, undefined, ir.Constant(ir.VectorType(INT32, self.lanes), [0] * self.lanes)
         )
 
     def accumulate(self, k: Any, count: int) -> None:
-        """Add the products of `count` steps from k on."""
+        """Emit the products of `count` consecutive inner indices from k on, added to the accumulators."""
         b = self.builder
         panel = b.gep(self.panel, [b.mul(k, _int64(self.vectors * self.lanes))])
         for u in range(count):
-            steps = [_int64((u * self.vectors + c) * self.lanes) for c in range(self.vectors)]
-            right = [b.load(self.vector_pointer(panel, step), align=self.itemsize) for step in steps]
+            offsets = [_int64((u * self.vectors + c) * self.lanes) for c in range(self.vectors)]
+            rhs = [b.load(self.vector_pointer(panel, offset), align=self.itemsize) for offset in offsets]
             for r in range(self.rows):
-                first = b.add(k, _int64(u))
+                inner_index = b.add(k, _int64(u))
                 if self.packed:
-                    index = b.add(b.mul(first, _int64(self.rows)), _int64(r))
+                    index = b.add(b.mul(inner_index, _int64(self.rows)), _int64(r))
                 else:
-                    index = b.add(b.mul(_int64(r), self.lhs_stride), first)
-                one = self.broadcast(b.load(b.gep(self.lhs, [index])))
+                    index = b.add(b.mul(_int64(r), self.lhs_stride), inner_index)
+                lhs = self.broadcast(b.load(b.gep(self.lhs, [index])))
                 for c in range(self.vectors):
-                    place = self.accumulators[r, c, u % self.num_chains]
-                    term = b.fmul(one, right[c], flags=("contract",))
-                    b.store(b.fadd(b.load(place), term, flags=("contract",)), place)
+                    accumulator = self.accumulators[r, c, u % self.num_chains]
+                    term = b.fmul(lhs, rhs[c], flags=("contract",))
+                    b.store(b.fadd(b.load(accumulator), term, flags=("contract",)), accumulator)
         if count > 1:
             self.prefetch(k)
 
     def prefetch(self, k: Any) -> None:
-        """Ask for a few pieces of what comes after this panel or, `packed`, of the rows that the next tile adds to."""
+        """Emit prefetches of a few cache lines: of the next panel, or if `packed` of the next tile's initial rows."""
         b = self.builder
         if self.packed:
             row = b.urem(b.udiv(k, _int64(UNROLL)), _int64(self.rows))
@@ -80,23 +80,23 @@ class _TileEmitter:
             offset = b.mul(k, _int64(self.vectors * self.lanes))
         byte = ir.IntType(8).as_pointer()
         signature = ir.FunctionType(ir.VoidType(), [byte, INT32, INT32, INT32])
-        fetch = cgutils.get_or_insert_function(b.module, signature, "llvm.prefetch.p0i8")
-        for piece in range(self.vectors):
-            where = b.gep(self.prefetch_pointer, [b.add(offset, _int64(piece * 64 // self.itemsize))])
-            how = [ir.Constant(INT32, n) for n in (0, 2, 1)]  # to be read, into the second-level cache, data
-            b.call(fetch, [b.bitcast(where, byte), *how])
+        llvm_prefetch = cgutils.get_or_insert_function(b.module, signature, "llvm.prefetch.p0i8")
+        for line in range(self.vectors):
+            pointer = b.gep(self.prefetch_pointer, [b.add(offset, _int64(line * 64 // self.itemsize))])
+            options = [ir.Constant(INT32, n) for n in (0, 2, 1)]  # for reading, into the L2 cache, data
+            b.call(llvm_prefetch, [b.bitcast(pointer, byte), *options])
 
     def emit(self) -> None:
-        """All of it."""
+        """Emit the tile: load the initial values, accumulate, store the sums."""
         b, zero = self.builder, ir.Constant(self.vector_type, [0.0] * self.lanes)
         self.accumulators = {
             (r, c, i): cgutils.alloca_once(b, self.vector_type)
             for r, c in self.tile_indices
             for i in range(self.num_chains)
         }
-        for (r, c, i), place in self.accumulators.items():
-            given = self.row_vector_pointer(self.initial, self.initial_stride, r, c)
-            b.store(zero if i else b.load(given, align=self.itemsize), place)
+        for (r, c, i), accumulator in self.accumulators.items():
+            initial = self.row_vector_pointer(self.initial, self.initial_stride, r, c)
+            b.store(zero if i else b.load(initial, align=self.itemsize), accumulator)
         main = b.sdiv(self.inner, _int64(UNROLL))
         with cgutils.for_range(b, main) as loop:
             self.accumulate(b.mul(loop.index, _int64(UNROLL)), UNROLL)
@@ -110,25 +110,26 @@ class _TileEmitter:
 
 
 def _get_or_emit_function(builder: Any, name: str, kinds: Any, emit: Any) -> Any:
-    """The function called `name`, written by `emit(builder, arguments)` when it is first asked for.
+    """Return the LLVM function called `name`; the first call emits its body with `emit(builder, arguments)`.
 
-    numba would compile a function of its own in a fifth of a second, and inline it in every place that calls it.
+    A numba function instead would take 0.2 s to compile and would be inlined into every caller.
     """
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), kinds), name)
     if function.is_declaration:
         function.linkage = "linkonce_odr"
         function.attributes.add("noinline")
-        inside = ir.IRBuilder(function.append_basic_block())
-        emit(inside, function.args)
-        inside.ret_void()
+        body = ir.IRBuilder(function.append_basic_block())
+        emit(body, function.args)
+        body.ret_void()
     return function
 
 
 def _tile_function(context: Any, builder: Any, kinds: Any, kind: Any, shape: tuple[int, int, int], packed: bool) -> Any:
-    """A function: out = start + left panel, (left, stride, panel, inner, out, stride, start, stride, ahead).
+    """Return the LLVM function of a tile, out = start + lhs panel.
 
-    `panel` is (inner, wide * lanes); `left` is (rows, inner) with a stride between rows or, `packed`, (inner, rows)
-    without one. `ahead` is memory that will be read soon, as far as the panel reaches.
+    Its arguments are (lhs, lhs_stride, panel, inner, out, out_stride, start, start_stride, prefetch_pointer). `panel`
+    is (inner, vectors * lanes). `lhs` is (rows, inner), or if `packed` (inner, rows) without gaps. `prefetch_pointer`
+    is memory of the size of the panel that will be read next.
     """
     name = "xprnn_tile_" + "_".join(map(str, (kind, *shape, packed)))
     return _get_or_emit_function(
@@ -137,35 +138,34 @@ def _tile_function(context: Any, builder: Any, kinds: Any, kind: Any, shape: tup
 
 
 def packed_tile(rows: int, vectors: int, lanes: int) -> Any:
-    """tile(left, panel, inner, out, out_stride, start, start_stride): `rows` rows, packed, against one panel."""
+    """Make the intrinsic tile(lhs, panel, inner, out, out_stride, start, start_stride) for a packed lhs."""
 
     def packed(
-        typing: Any, left: Any, panel: Any, inner: Any, out: Any, out_stride: Any, start: Any, start_stride: Any
+        typing: Any, lhs: Any, panel: Any, inner: Any, out: Any, out_stride: Any, start: Any, start_stride: Any
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            given, *rest = args
-            ahead = builder.gep(rest[2], [builder.mul(_int64(rows), rest[3])])
-            whole = (given, _int64(0), *rest, ahead)
-            kinds = [a.type for a in whole]
-            builder.call(
-                _tile_function(context, builder, kinds, left.dtype, (rows, vectors, lanes), packed=True), whole
-            )
+            lhs_pointer, *rest = args
+            next_rows = builder.gep(rest[2], [builder.mul(_int64(rows), rest[3])])
+            arguments = (lhs_pointer, _int64(0), *rest, next_rows)
+            kinds = [a.type for a in arguments]
+            shape = rows, vectors, lanes
+            builder.call(_tile_function(context, builder, kinds, lhs.dtype, shape, packed=True), arguments)
             return context.get_dummy_value()
 
-        return types.void(left, left, types.int64, left, types.int64, left, types.int64), generate
+        return types.void(lhs, lhs, types.int64, lhs, types.int64, lhs, types.int64), generate
 
     return intrinsic(packed)
 
 
 def copy_vector(lanes: int) -> Any:
-    """move(source, target): `lanes` numbers that lie side by side."""
+    """Make the intrinsic copy(source, target) that copies `lanes` contiguous elements."""
 
     def copy(typing: Any, source: Any, target: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             kind = ir.VectorType(context.get_value_type(source.dtype), lanes).as_pointer()
-            given, to = (builder.bitcast(pointer, kind) for pointer in args)
+            source_vector, target_vector = (builder.bitcast(pointer, kind) for pointer in args)
             item = source.dtype.bitwidth // 8
-            builder.store(builder.load(given, align=item), to, align=item)
+            builder.store(builder.load(source_vector, align=item), target_vector, align=item)
             return context.get_dummy_value()
 
         return types.void(source, source), generate
@@ -174,12 +174,15 @@ def copy_vector(lanes: int) -> Any:
 
 
 def row_strip(rows: int, vectors: int, lanes: int) -> Any:
-    """strip(left, stride, panel, inner, out, stride, start, stride, n): n rows, `rows` at once, against one panel."""
+    """Make the intrinsic strip(lhs, lhs_stride, panel, inner, out, out_stride, start, start_stride, n).
 
-    def many(
+    It multiplies n rows by one panel, in tiles of `rows` rows and, for the remainder, of 4, 2 and 1 rows.
+    """
+
+    def strip(
         typing: Any,
-        left: Any,
-        stride: Any,
+        lhs: Any,
+        lhs_stride: Any,
         panel: Any,
         inner: Any,
         out: Any,
@@ -191,34 +194,37 @@ def row_strip(rows: int, vectors: int, lanes: int) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             kinds = [a.type for a in args]
 
-            def emit(b: Any, given: Any) -> None:
-                _emit_row_strip(context, b, given, left.dtype, rows, vectors, lanes)
+            def emit(b: Any, arguments: Any) -> None:
+                _emit_row_strip(context, b, arguments, lhs.dtype, rows, vectors, lanes)
 
-            name = "xprnn_strip_" + "_".join(map(str, (left.dtype, rows, vectors, lanes)))
+            name = "xprnn_strip_" + "_".join(map(str, (lhs.dtype, rows, vectors, lanes)))
             builder.call(_get_or_emit_function(builder, name, kinds, emit), args)
             return context.get_dummy_value()
 
         integer = types.int64
-        return types.void(left, integer, left, integer, left, integer, left, integer, integer), generate
+        return types.void(lhs, integer, lhs, integer, lhs, integer, lhs, integer, integer), generate
 
-    return intrinsic(many)
+    return intrinsic(strip)
 
 
-def _emit_row_strip(context: Any, b: Any, args: Any, kind: Any, rows: int, wide: int, lanes: int) -> None:
-    """The loops of a strip."""
-    left, stride, panel, inner, out, out_stride, start, start_stride, n = args
+def _emit_row_strip(context: Any, b: Any, args: Any, kind: Any, rows: int, vectors: int, lanes: int) -> None:
+    """Emit the loops over the tiles of a strip."""
+    lhs, lhs_stride, panel, inner, out, out_stride, start, start_stride, n = args
     kinds = [a.type for a in (*args[:8], panel)]
-    after, done = b.gep(panel, [b.mul(inner, _int64(wide * lanes))]), _int64(0)
+    next_panel, first = b.gep(panel, [b.mul(inner, _int64(vectors * lanes))]), _int64(0)
     for size in dict.fromkeys((rows, 4, 2, 1)):
-        whole = b.sub(n, b.srem(n, _int64(size)))
-        function = _tile_function(context, b, kinds, kind, (size, wide, lanes), packed=False)
-        with cgutils.for_range_slice(b, done, whole, _int64(size)) as (r, _):
-            # UNROLL tiles together ask for the whole of the next panel.
-            piece = b.urem(b.udiv(b.mul(r, _int64(wide)), _int64(size)), _int64(wide * UNROLL))
-            near = b.gep(after, [b.mul(piece, _int64(lanes))])
-            at = [
-                b.gep(pointer, [b.mul(r, step)])
-                for pointer, step in ((left, stride), (out, out_stride), (start, start_stride))
+        end = b.sub(n, b.srem(n, _int64(size)))
+        function = _tile_function(context, b, kinds, kind, (size, vectors, lanes), packed=False)
+        with cgutils.for_range_slice(b, first, end, _int64(size)) as (r, _):
+            # Each tile prefetches every UNROLL-th line of the next panel; UNROLL tiles cover all of it.
+            line = b.urem(b.udiv(b.mul(r, _int64(vectors)), _int64(size)), _int64(vectors * UNROLL))
+            prefetch_pointer = b.gep(next_panel, [b.mul(line, _int64(lanes))])
+            r_lhs, r_out, r_start = [
+                b.gep(pointer, [b.mul(r, stride)])
+                for pointer, stride in ((lhs, lhs_stride), (out, out_stride), (start, start_stride))
             ]
-            b.call(function, [at[0], stride, panel, inner, at[1], out_stride, at[2], start_stride, near])
-        done = whole
+            b.call(
+                function,
+                [r_lhs, lhs_stride, panel, inner, r_out, out_stride, r_start, start_stride, prefetch_pointer],
+            )
+        first = end

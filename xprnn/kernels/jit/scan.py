@@ -1,7 +1,8 @@
-"""The scan with its time loop compiled by numba: what is prepared before the loop, and what is done after it.
+"""The scan by a compiled kernel: argument preparation, the kernel call, and results.
 
-Between them source.py's kernel walks all steps, products with the weights and all gradients included, without coming
-back to Python. The rows of a batch are independent of each other: with several threads each walks some of them.
+One call of forward_driver.py's kernel, or backward_driver.py's, runs the whole time loop, including all matrix products
+and gradients, without returning to Python. The rows of a batch are independent, so with several threads each thread
+runs the kernel on its rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +38,7 @@ _DTYPES = frozenset((np.dtype(np.float32), np.dtype(np.float64)))
 
 
 def find_kernel(cell: Cell, params: Params) -> Callable[..., Any] | None:
-    """`forward` where the cell can be compiled and numba is there, else None."""
+    """Return the forward function if numba is installed and compiles the cell, else None."""
     if unsupported_reason(cell, params):
         return None
     sources = kernel_sources(cell, _bits(params), "weight_hr" in params)
@@ -50,7 +51,7 @@ def _bits(params: Params) -> int:
 
 
 def unsupported_reason(cell: Cell, params: Params) -> str:
-    """Why `find` has nothing, or ""."""
+    """Return why `find_kernel` returns None, or ""."""
     if (dtype := params["weight_hh"].dtype) not in _DTYPES:
         return f"{dtype} is neither float32 nor float64"
     if not compile_cache.numba_available():
@@ -58,8 +59,8 @@ def unsupported_reason(cell: Cell, params: Params) -> str:
     sources = kernel_sources(cell, _bits(params), "weight_hr" in params)
     if sources is None:
         return "its cell can't be printed as scalar code"
-    works = compile_cache.can_compile(sources.forward) and compile_cache.can_compile_gemm(_bits(params) // 8)
-    return "" if works else "numba can't compile its cell"
+    is_compiled = compile_cache.can_compile(sources.forward) and compile_cache.can_compile_gemm(_bits(params) // 8)
+    return "" if is_compiled else "numba can't compile its cell"
 
 
 # --- forward
@@ -78,23 +79,24 @@ def _forward(
     reverse: bool,
     record_tape: bool,
 ) -> tuple[Array, State, Tape | None]:
-    """See xprnn.kernels.dispatch.forward, which is the specification."""
-    done = scan_plan.planned_forward(sources, cell, params, x, state, step_mask, reverse, record_tape)
-    if done is not None:
-        return with_tape(done, cell, params, x, state, step_mask, reverse, record_tape)
+    """Run the scan; see xprnn.kernels.dispatch.forward for the arguments."""
+    result = scan_plan.planned_forward(sources, cell, params, x, state, step_mask, reverse, record_tape)
+    if result is not None:
+        return with_tape(result, cell, params, x, state, step_mask, reverse, record_tape)
     rows = RowOrder.from_step_mask(x.shape[:2], step_mask)
-    kept, table = _allocate(sources, cell, params, rows.sort(x, 1), rows, reverse, record_tape)
-    ends = tuple(rows.sort(s, 0) for s in state), tuple(rows.sort(s, 0) for s in reset_state)
-    final = tuple(rows.unsort(s, 0) for s in _launch_forward(kept, table, cell, params, ends, reverse, record_tape))
-    y = rows.unsort(kept.states_after[0].view(), 1)
+    saved, arguments = _allocate(sources, cell, params, rows.sort(x, 1), rows, reverse, record_tape)
+    starts = tuple(rows.sort(s, 0) for s in state), tuple(rows.sort(s, 0) for s in reset_state)
+    running = _launch_forward(saved, arguments, cell, params, starts, reverse, record_tape)
+    final = tuple(rows.unsort(s, 0) for s in running)
+    y = rows.unsort(saved.states_after[0].view(), 1)
     if not record_tape:
         return y, final, None
     if rows.active is not None:
         y = np.where(np.asarray(step_mask.active)[..., None], y, 0)
     else:
-        y.flags.writeable = False  # the tape lives in this memory
-    shown = partial(rows.original_order, kept.states_after)
-    return y, final, Tape(backward, np, cell, params, x, state, reset_state, step_mask, reverse, shown, kept, NAME)
+        y.flags.writeable = False  # shares memory with the tape
+    states = partial(rows.original_order, saved.states_after)
+    return y, final, Tape(backward, np, cell, params, x, state, reset_state, step_mask, reverse, states, saved, NAME)
 
 
 def with_tape(
@@ -103,92 +105,100 @@ def with_tape(
     params: Params,
     x: Array,
     state: State,
-    steps: StepMask,
+    step_mask: StepMask,
     reverse: bool,
-    keep: bool,
+    record_tape: bool,
 ) -> tuple[Array, State, Tape | None]:
-    """What plain.forward has done, as a scan returns it."""
-    kept, final = result
-    if not keep:
-        return kept.states_after[0], final, None
-    y = kept.states_after[0].view()
-    y.flags.writeable = False  # the tape lives in this memory
-    shown = partial(kept.row_order.original_order, kept.states_after)
-    return y, final, Tape(backward, np, cell, params, x, state, state, steps, reverse, shown, kept, NAME)
+    """Convert the result of scan_plan.planned_forward to that of a scan: y, the final state, and the tape or None."""
+    saved, final = result
+    if not record_tape:
+        return saved.states_after[0], final, None
+    y = saved.states_after[0].view()
+    y.flags.writeable = False  # shares memory with the tape
+    states = partial(saved.row_order.original_order, saved.states_after)
+    return y, final, Tape(backward, np, cell, params, x, state, state, step_mask, reverse, states, saved, NAME)
 
 
 def _allocate(
-    sources: KernelSources, cell: Cell, params: Params, x: Array, rows: RowOrder, reverse: bool, keep: bool
+    sources: KernelSources, cell: Cell, params: Params, x: Array, rows: RowOrder, reverse: bool, record_tape: bool
 ) -> tuple[SavedForBackward, KernelArguments]:
-    """All arrays with a step axis, of one step where no tape is kept."""
+    """Allocate the arrays with a step axis. Those that only backward reads have one step if no tape is recorded."""
     u = params["weight_hh"]
-    (count, n), hidden, item = x.shape[:2], u.shape[0] // cell.gates, u.itemsize
-    length, widths = count if keep else 1, [u.shape[1], *[hidden] * (len(cell.states) - 1)]
-    table = KernelArguments({"keep": int(keep), "v0": n * hidden if keep else 0})
+    (T, N), H, item = x.shape[:2], u.shape[0] // cell.gates, u.itemsize
+    saved_steps, widths = T if record_tape else 1, [u.shape[1], *[H] * (len(cell.states) - 1)]
+    arguments = KernelArguments({"record_tape": int(record_tape), "saved_stride": N * H if record_tape else 0})
     before, after = [], []
-    for k, wide in enumerate(widths):
-        # The state before the first step in line: those before all steps are a view.
-        memory, row = aligned_empty(((count if k == 0 else length) + 1, n, wide), u.dtype), wide * item
+    for k, width in enumerate(widths):
+        # The states before and after each step are two views of one array with an additional step.
+        memory, row = aligned_empty(((T if k == 0 else saved_steps) + 1, N, width), u.dtype), width * item
         before.append(memory[1:] if reverse else memory[:-1])
         after.append(memory[:-1] if reverse else memory[1:])
-        at = address(memory)
-        table.set_pointer(f"M{k}", at + (0 if reverse else n * row), row)
-        table.set_pointer(f"S{k}", at + (n * row if reverse else 0), row)
-        table.entries[f"m{k}"] = n * wide if keep or k == 0 else 0
+        start = address(memory)
+        arguments.set_pointer(f"M{k}", start + (0 if reverse else N * row), row)
+        arguments.set_pointer(f"S{k}", start + (N * row if reverse else 0), row)
+        arguments.entries[f"M{k}_stride"] = N * width if record_tape or k == 0 else 0
     if rows.reset is not None:
-        before = [aligned_empty((length, n, wide), u.dtype) for wide in widths]
+        before = [aligned_empty((saved_steps, N, width), u.dtype) for width in widths]
         for k, a in enumerate(before):
-            table.set_pointer(f"S{k}", address(a), widths[k] * item)
-    spare = {slot: aligned_empty((length, n, hidden), u.dtype) for slot in sources.saved_buffers if slot[0] == "V"}
-    for slot, a in spare.items():
-        table.set_pointer(slot, address(a), hidden * item)
+            arguments.set_pointer(f"S{k}", address(a), widths[k] * item)
+    extra_values = {
+        name: aligned_empty((saved_steps, N, H), u.dtype) for name in sources.saved_buffers if name[0] == "V"
+    }
+    for name, a in extra_values.items():
+        arguments.set_pointer(name, address(a), H * item)
     gates = None
-    if keep and any(slot[0] == "X" for slot in sources.saved_buffers):
-        gates = aligned_empty((count, n, u.shape[0]), u.dtype)
-        table.set_pointer("G", address(gates), u.shape[0] * item)
-    return SavedForBackward(
-        sources, rows, bind_inputs(table, params, x), gates, spare, tuple(before), tuple(after)
-    ), table
+    if record_tape and any(name[0] == "X" for name in sources.saved_buffers):
+        gates = aligned_empty((T, N, u.shape[0]), u.dtype)
+        arguments.set_pointer("G", address(gates), u.shape[0] * item)
+    x = bind_inputs(arguments, params, x)
+    return SavedForBackward(sources, rows, x, gates, extra_values, tuple(before), tuple(after)), arguments
 
 
 def _launch_forward(
-    kept: SavedForBackward,
-    table: KernelArguments,
+    saved: SavedForBackward,
+    arguments: KernelArguments,
     cell: Cell,
     params: Params,
-    ends: tuple[State, State],
+    starts: tuple[State, State],
     reverse: bool,
-    keep: bool,
+    record_tape: bool,
 ) -> tuple[Array, ...]:
-    """The time loop: fills what is kept and returns the states after the last step."""
-    u, rows, (initial, home) = params["weight_hh"], kept.row_order, ends
-    (count, n), (width, inner), item = kept.x.shape[:2], u.shape, u.itemsize
-    hidden, projected = width // cell.gates, projection_size(params)
-    table.set_sizes(rows, (count, n, hidden, width))
+    """Run the time loop, which fills the arrays of `saved`; `starts` are the initial and the reset states.
+
+    Returns:
+        The states after the last step.
+    """
+    u, rows, (initial, reset_state) = params["weight_hh"], saved.row_order, starts
+    (T, N), (W, inner), item = saved.x.shape[:2], u.shape, u.itemsize
+    H, proj_size = W // cell.gates, projection_size(params)
+    arguments.set_sizes(rows, (T, N, H, W))
     running = tuple(np.array(s, u.dtype, order="C") for s in initial)
-    if keep and rows.reset is None and count:
+    if record_tape and rows.reset is None and T:
         for k, s in enumerate(running):
-            kept.states_before[k][-1 if reverse else 0] = s
-    table.entries |= {"turned": int(reverse), "go": compile_cache.gemm_kernel(item).address}
-    table.set_input("WH", u)
-    if projected:
-        table.set_input("WR", params["weight_hr"])
+            saved.states_before[k][-1 if reverse else 0] = s
+    arguments.entries |= {"reverse": int(reverse), "gemm_address": compile_cache.gemm_kernel(item).address}
+    arguments.set_input("WH", u)
+    if proj_size:
+        arguments.set_input("WR", params["weight_hr"])
     for name, key in (("BI", "bias_ih"), ("BH", "bias_hh")):
-        table.set_input(name, params[key] if key in params else np.zeros(width, u.dtype))
+        arguments.set_input(name, params[key] if key in params else np.zeros(W, u.dtype))
     for k, name in enumerate(cell.vectors):
-        table.set_input(f"p{k}", params[name])
-    for k, (s, e) in enumerate(zip(running, home, strict=True)):
-        table.set_pointer(f"C{k}", address(s), s.shape[1] * item)
+        arguments.set_input(f"p{k}", params[name])
+    for k, (s, e) in enumerate(zip(running, reset_state, strict=True)):
+        arguments.set_pointer(f"C{k}", address(s), s.shape[1] * item)
         if rows.reset is not None:
-            table.set_input(f"E{k}", e, s.shape[1] * item)
-    d = table.entries["D"]
+            arguments.set_input(f"E{k}", e, s.shape[1] * item)
+    D = arguments.entries["D"]
 
-    def walk(part: RowRange) -> None:
-        numbers, sizes = forward_workspace(kept.sources, (count, part.size, d, hidden, width), item, projected)
-        _room, here = allocate_workspace(u.dtype, sizes | ({} if kept.gates is not None else {"G": width}))
-        launch(kept.sources.forward, kept.sources.forward_arguments, table.for_rows(part) | here | numbers)
+    def run(row_range: RowRange) -> None:
+        scalars, sizes = forward_workspace(saved.sources, (T, row_range.size, D, H, W), item, proj_size)
+        sizes |= {} if saved.gates is not None else {"G": W}
+        _workspace, pointers = allocate_workspace(u.dtype, sizes)  # a local variable keeps the memory alive
+        launch(
+            saved.sources.forward, saved.sources.forward_arguments, arguments.for_rows(row_range) | pointers | scalars
+        )
 
-    parallel_map(walk, split_rows(rows, count, n, (inner + d) * width))
+    parallel_map(run, split_rows(rows, T, N, (inner + D) * W))
     return running
 
 
@@ -198,103 +208,118 @@ def _launch_forward(
 def backward(
     tape: Tape, dy: Array | None, dstate: Sequence[Array | None], dstates: Sequence[Array | None]
 ) -> tuple[Array | None, State, Sequence[Array | None], Params]:
-    """See xprnn.kernels.dispatch.backward."""
-    if all(d is None for d in dstates) and (done := scan_plan.planned_backward(tape, dy, dstate)) is not None:
-        return *done[:2], [None] * len(dstate), done[2]
-    kept: SavedForBackward = tape.saved
-    params, rows = tape.params, kept.row_order
+    """Run the adjoint; see xprnn.kernels.dispatch.backward for the arguments."""
+    if all(d is None for d in dstates) and (planned := scan_plan.planned_backward(tape, dy, dstate)) is not None:
+        dx, ds, grads = planned
+        return dx, ds, [None] * len(dstate), grads
+    saved: SavedForBackward = tape.saved
+    params, rows = tape.params, saved.row_order
     injected = [None if d is None else rows.sort(d, 1) for d in dstates] or [None] * len(dstate)
     if dy is not None:
         dy = rows.sort(dy, 1)
         dy = dy if rows.active is None else np.where(rows.active[..., None], dy, 0)
         injected[0] = dy if injected[0] is None else injected[0] + dy
-    dx, ds, dhome, grads = _launch_backward(tape, [None if d is None else rows.sort(d, 0) for d in dstate], injected)
-    dx = None if dx is None else rows.unsort(dx, 1)
-    home = [None if d is None else rows.unsort(d, 0) for d in dhome]
-    return dx, tuple(rows.unsort(d, 0) for d in ds), home, {name: grads[name] for name in params}
+    sorted_dstate = [None if d is None else rows.sort(d, 0) for d in dstate]
+    dx_sorted, initial, reset, grads = _launch_backward(tape, sorted_dstate, injected)
+    dreset_state = [None if d is None else rows.unsort(d, 0) for d in reset]
+    grads = {name: grads[name] for name in params}
+    return (
+        None if dx_sorted is None else rows.unsort(dx_sorted, 1),
+        tuple(rows.unsort(d, 0) for d in initial),
+        dreset_state,
+        grads,
+    )
 
 
 def _launch_backward(
     tape: Tape, dstate: Sequence[Array | None], injected: Sequence[Array | None]
 ) -> tuple[Array | None, list[Array], list[Array | None], Params]:
-    """The time loop, in reverse order: the adjoints of x, first states, home states, parameters."""
+    """Run the time loop in reverse order.
+
+    Returns:
+        The cotangents of x, of the initial states, of the reset states, and of the parameters.
+    """
     from xprnn.kernels.jit.segment_sum import segment_sum
 
-    kept, params, u = tape.saved, tape.params, tape.params["weight_hh"]
-    (count, n), (width, inner), item = kept.x.shape[:2], u.shape, u.itemsize
-    hidden, projected = width // tape.cell.gates, projection_size(params)
-    table = KernelArguments({"turned": int(tape.reverse), "go": compile_cache.gemm_kernel(item).address})
-    table.set_sizes(kept.row_order, (count, n, hidden, width))
-    room = _allocate_cotangents(table, tape, dstate, injected)
-    dx, dgates = bind_backward_inputs(table, tape)
-    d = table.entries["D"]
-    # The rows of the gradients are summed over all steps and rows, or, where there are none, are zero.
-    make = aligned_empty if count else np.zeros
+    saved, params, u = tape.saved, tape.params, tape.params["weight_hh"]
+    (T, N), (W, inner), item = saved.x.shape[:2], u.shape, u.itemsize
+    H, proj_size = W // tape.cell.gates, projection_size(params)
+    gemm_address = compile_cache.gemm_kernel(item).address
+    arguments = KernelArguments({"reverse": int(tape.reverse), "gemm_address": gemm_address})
+    arguments.set_sizes(saved.row_order, (T, N, H, W))
+    cotangents = _allocate_cotangents(arguments, tape, dstate, injected)
+    dx, dgates = bind_backward_inputs(arguments, tape)
+    D = arguments.entries["D"]
+    make = aligned_empty if T else np.zeros  # without steps, the kernel does not write the gradients
 
-    def walk(part: RowRange) -> tuple[Array, ...]:
-        numbers, sizes = backward_workspace(kept.sources, (count, part.size, d, hidden, width), item, projected)
-        sums = [make((width, d), u.dtype), make(u.shape, u.dtype), np.zeros((2, width), u.dtype)]
-        sums += [make((projected, hidden), u.dtype)] * (projected > 0)
-        own, here = allocate_workspace(u.dtype, sizes)
-        own["B"].fill(0)
-        own["O"].fill(0)
-        here |= dict(zip(("GI", "GU", "SI", "GR"), map(address, sums), strict=False)) | numbers
-        here |= {"SH": here["SI"] + width * item}
-        launch(kept.sources.backward, kept.sources.backward_arguments, table.for_rows(part) | here)
+    def run(row_range: RowRange) -> tuple[Array, ...]:
+        scalars, sizes = backward_workspace(saved.sources, (T, row_range.size, D, H, W), item, proj_size)
+        sums = [make((W, D), u.dtype), make(u.shape, u.dtype), np.zeros((2, W), u.dtype)]
+        sums += [make((proj_size, H), u.dtype)] * (proj_size > 0)
+        workspace, pointers = allocate_workspace(u.dtype, sizes)
+        workspace["B"].fill(0)
+        workspace["O"].fill(0)
+        pointers |= dict(zip(("GI", "GU", "SI", "GR"), map(address, sums), strict=False)) | scalars
+        pointers |= {"SH": pointers["SI"] + W * item}
+        launch(saved.sources.backward, saved.sources.backward_arguments, arguments.for_rows(row_range) | pointers)
         return tuple(sums)
 
     dw, du, (db_ih, db_hh), *dhr = _reduce_threads(
-        parallel_map(walk, split_rows(kept.row_order, count, n, (inner + d) * width))
+        parallel_map(run, split_rows(saved.row_order, T, N, (inner + D) * W))
     )
     if dgates is not None:
-        wanted = {"sparse": tape.sparse, "active": kept.row_order.active, "segment_sum_fn": segment_sum}
-        dw = lookup_backward(
-            np, kept.x.reshape(-1), flatten_leading(np, dgates), params["weight_ih"].shape[1], **wanted
-        )
+        options = {"sparse": tape.sparse, "active": saved.row_order.active, "segment_sum_fn": segment_sum}
+        ids, vocabulary = saved.x.reshape(-1), params["weight_ih"].shape[1]
+        dw = lookup_backward(np, ids, flatten_leading(np, dgates), vocabulary, **options)
     grads = {"weight_ih": dw, "weight_hh": du, "bias_ih": db_ih} | dict(zip(["weight_hr"], dhr, strict=False))
-    grads["bias_hh"] = db_ih.copy() if kept.sources.dx_is_dh else db_hh
-    grads |= {name: np.add.reduce(room[f"P{k}"], axis=0) for k, name in enumerate(tape.cell.vectors)}
+    grads["bias_hh"] = db_ih.copy() if saved.sources.dx_is_dh else db_hh
+    grads |= {name: np.add.reduce(cotangents[f"P{k}"], axis=0) for k, name in enumerate(tape.cell.vectors)}
     states = range(len(dstate))
-    home: list[Array | None] = [None if kept.row_order.reset is None else room[f"E{k}"] for k in states]
-    return dx, [room[f"D{k}"] for k in states], home, grads
+    reset: list[Array | None] = [None if saved.row_order.reset is None else cotangents[f"E{k}"] for k in states]
+    return dx, [cotangents[f"D{k}"] for k in states], reset, grads
 
 
 def _allocate_cotangents(
-    table: KernelArguments, tape: Tape, dstate: Sequence[Array | None], injected: Sequence[Array | None]
+    arguments: KernelArguments, tape: Tape, dstate: Sequence[Array | None], injected: Sequence[Array | None]
 ) -> dict[str, Array]:
-    """Into the table, the adjoints of the states, given and running; returns the running ones, (N, H) each."""
-    kept: SavedForBackward = tape.saved
-    n, hidden, dtype = table.entries["N"], table.entries["H"], tape.params["weight_hh"].dtype
-    row, states, vectors = hidden * dtype.itemsize, range(len(dstate)), range(len(tape.cell.vectors))
+    """Set the tape's arrays and the caller's state cotangents, and allocate the running cotangents.
+
+    Returns:
+        The running cotangents, (N, H) each: Dk of the states, Ek of the reset states, Pk of the cell's vectors.
+    """
+    saved: SavedForBackward = tape.saved
+    N, H, dtype = arguments.entries["N"], arguments.entries["H"], tape.params["weight_hh"].dtype
+    row, states, vectors = H * dtype.itemsize, range(len(dstate)), range(len(tape.cell.vectors))
     names = [*(f"D{k}" for k in states), *(f"E{k}" for k in states), *(f"P{k}" for k in vectors)]
-    widths = dict.fromkeys(names, hidden) | dict.fromkeys(("D0", "E0"), tape.initial_state[0].shape[1])
-    room, here = allocate_workspace(dtype, {"nothing": hidden} | {name: n * wide for name, wide in widths.items()})
-    for name, a in room.items():
+    widths = dict.fromkeys(names, H) | dict.fromkeys(("D0", "E0"), tape.initial_state[0].shape[1])
+    sizes = {"zero_row": H} | {name: N * width for name, width in widths.items()}
+    arrays, pointers = allocate_workspace(dtype, sizes)
+    for name, a in arrays.items():
         if name[0] != "D":
             a.fill(0)
-    for name, wide in widths.items():
-        room[name] = room[name].reshape(n, wide)
-        table.set_pointer("R0" if name == "D0" else name, here[name], wide * dtype.itemsize)
-    for k, (d, sent) in enumerate(zip(dstate, injected, strict=True)):
-        room[f"D{k}"][...] = 0 if d is None else d
-        table.set_pointer(f"M{k}", address(kept.states_after[k]), widths[f"D{k}"] * dtype.itemsize)
-        table.set_pointer(f"S{k}", address(kept.states_before[k]), widths[f"D{k}"] * dtype.itemsize)
-        if sent is None:
-            table.set_input(f"I{k}", room["nothing"])
+    for name, width in widths.items():
+        arrays[name] = arrays[name].reshape(N, width)
+        arguments.set_pointer("R0" if name == "D0" else name, pointers[name], width * dtype.itemsize)
+    for k, (d, cotangent) in enumerate(zip(dstate, injected, strict=True)):
+        arrays[f"D{k}"][...] = 0 if d is None else d
+        arguments.set_pointer(f"M{k}", address(saved.states_after[k]), widths[f"D{k}"] * dtype.itemsize)
+        arguments.set_pointer(f"S{k}", address(saved.states_before[k]), widths[f"D{k}"] * dtype.itemsize)
+        if cotangent is None:
+            arguments.set_input(f"I{k}", arrays["zero_row"])
         else:
-            table.set_cotangent(k, sent, dtype)
-    for slot, a in kept.extra_values.items():
-        table.set_pointer(slot, address(a), row)
-    if kept.gates is not None:
-        table.set_pointer("G", address(kept.gates), tape.cell.gates * row)
+            arguments.set_cotangent(k, cotangent, dtype)
+    for name, a in saved.extra_values.items():
+        arguments.set_pointer(name, address(a), row)
+    if saved.gates is not None:
+        arguments.set_pointer("G", address(saved.gates), tape.cell.gates * row)
     for k, name in enumerate(tape.cell.vectors):
-        table.set_input(f"p{k}", tape.params[name])
-    return room
+        arguments.set_input(f"p{k}", tape.params[name])
+    return arrays
 
 
 def _reduce_threads(sums: list[tuple[Array, ...]]) -> tuple[Array, ...]:
-    """The parts' sums, added up in their order."""
-    for one in sums[1:]:
-        for total, more in zip(sums[0], one, strict=True):
-            np.add(total, more, total)
+    """Add the threads' sums in the order of their rows."""
+    for partial_sums in sums[1:]:
+        for total, part in zip(sums[0], partial_sums, strict=True):
+            np.add(total, part, total)
     return sums[0]

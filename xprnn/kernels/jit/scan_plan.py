@@ -1,9 +1,10 @@
-"""The compiled scan of the plain case: everything worked out once for its sizes, its memory in a few pieces.
+"""Plans of the common case of a compiled scan: everything that depends only on shapes is computed once.
 
-A hundred steps of fifty units take twenty microseconds; so does asking for twenty arrays and for their addresses. Here
-compiled.py's kernels get what they get there, where every row takes part in every step, x holds features and all lies
-in C order (backward: and one thread walks). What remains to do at a call is in `ForwardPlan.__call__`, and below it in
-`Back.__call__`; pieces.py says how the tables are made.
+Applying a cell of fifty units to a hundred steps takes twenty microseconds. Allocating twenty arrays and reading their
+addresses takes as long. A plan therefore allocates a few arenas instead, and a compiled function fills the kernel's
+arguments (arguments.make_binder). Plans are for passes without mask and resets, with float x and C-contiguous arrays;
+the backward plan is for one thread. Other passes are prepared by scan.py. The kernels are the same, and so are the
+results, bit for bit.
 """
 
 from collections.abc import Sequence
@@ -36,64 +37,65 @@ ScanShape = tuple[int, int, int, int, int]  # T, N, D, H, W
 
 
 class ForwardResult(NamedTuple):
-    """A pass, as far as its memory goes."""
+    """Memory of one forward pass of a plan."""
 
     plan: "ForwardPlan"
     x: Array
-    param_arrays: tuple[Array, ...]  # the parameters in the way's order
-    memory: tuple[
-        Array, Array
-    ]  # all of the tape: y with the state before it, which the caller may keep alone; the rest
-    alignment_offsets: int
+    param_arrays: tuple[Array, ...]  # in the order of plan.param_names
+    # The output arena (y and the initial h), which outlives the tape if the caller keeps y; and the arena of the rest.
+    memory: tuple[Array, Array]
+    alignment_offsets: int  # elements that each arena skips: byte 0 the output arena, byte 1 the other
 
     @property
     def y(self) -> Array:
-        """(T, N, H)."""
+        """The output, (T, N, H)."""
         return self.plan.states(self, 0, 0 if self.plan.reverse else 1)
 
     def saved_for_backward(self) -> SavedForBackward:
-        """What compiled.py keeps of a pass."""
-        way = self.plan
-        (count, n, _, hidden, width), (_, memory), skip = way.shape, self.memory, self.alignment_offsets >> 8 & 255
-        ends = tuple(tuple(way.states(self, k, i) for k in range(way.num_states)) for i in (0, 1))
-        before, after = ends[::-1] if way.reverse else ends
-        gates = (
-            way.saved_arena.view(memory, skip, "G", (count, n, width))
-            if way.keep and "G" in way.saved_arena.offsets
-            else None
-        )
-        slots = [slot for slot in way.saved_arena.offsets if way.keep and slot[0] == "V"]
-        spare = {slot: way.saved_arena.view(memory, skip, slot, (count, n, hidden)) for slot in slots}
-        rows = RowOrder.from_step_mask((count, n), StepMask())
-        return SavedForBackward(way.sources, rows, self.x, gates, spare, before, after, self)
+        """Return the arrays of the tape as views."""
+        plan = self.plan
+        (T, N, _, H, W), (_, memory), base = plan.shape, self.memory, self.alignment_offsets >> 8 & 255
+        ends = tuple(tuple(plan.states(self, k, i) for k in range(plan.num_states)) for i in (0, 1))
+        before, after = ends[::-1] if plan.reverse else ends
+        has_gates = plan.record_tape and "G" in plan.saved_arena.offsets
+        gates = plan.saved_arena.view(memory, base, "G", (T, N, W)) if has_gates else None
+        names = [name for name in plan.saved_arena.offsets if plan.record_tape and name[0] == "V"]
+        extra_values = {name: plan.saved_arena.view(memory, base, name, (T, N, H)) for name in names}
+        rows = RowOrder.from_step_mask((T, N), StepMask())
+        return SavedForBackward(plan.sources, rows, self.x, gates, extra_values, before, after, self)
 
 
 def _scalar_arguments(shape: ScanShape, item: int, reverse: bool) -> dict[str, int]:
-    count, n, d, hidden, width = shape
-    turned = {"turned": int(reverse), "go": compile_cache.gemm_kernel(item).address}
-    return turned | {"T": count, "N": n, "R": n, "D": d, "H": hidden, "W": width}
+    T, N, D, H, W = shape
+    arguments = {"reverse": int(reverse), "gemm_address": compile_cache.gemm_kernel(item).address}
+    return arguments | {"T": T, "N": N, "R": N, "D": D, "H": H, "W": W}
 
 
 def _tape_layout(
-    sources: KernelSources, states: int, shape: ScanShape, item: int, reverse: bool, keep: bool
+    sources: KernelSources, num_states: int, shape: ScanShape, item: int, reverse: bool, record_tape: bool
 ) -> tuple[Arena, Arena, list[dict[str, int]]]:
-    """The pieces of a tape, and where they hold the states after and before each step: in the same place, one apart.
+    """Lay out the arrays of a tape.
 
-    Without `keep`, of what only backward asks for, there is room for one step.
+    The states after and before each step share an array with an additional step. If no tape is recorded, the arrays
+    that only backward reads have one step.
+
+    Returns:
+        The output arena, the arena of the other arrays, and the byte offsets of the kernel's arguments in each.
     """
-    count, n, _, hidden, width = shape
-    size, length = n * hidden, count if keep else 1
-    first, sizes = Arena(item, {"M0": (count + 1) * size}), {f"M{k}": (length + 1) * size for k in range(1, states)}
-    sizes |= {slot: length * size for slot in sources.saved_buffers if slot[0] == "V"}
-    gates = keep and any(slot[0] == "X" for slot in sources.saved_buffers)
-    rest = Arena(item, sizes | ({"G": count * n * width} if gates else {}))
+    T, N, _, H, W = shape
+    size, saved_steps = N * H, T if record_tape else 1
+    output = Arena(item, {"M0": (T + 1) * size})
+    sizes = {f"M{k}": (saved_steps + 1) * size for k in range(1, num_states)}
+    sizes |= {name: saved_steps * size for name in sources.saved_buffers if name[0] == "V"}
+    has_gates = record_tape and any(name[0] == "X" for name in sources.saved_buffers)
+    rest = Arena(item, sizes | ({"G": T * N * W} if has_gates else {}))
     after, before = (0, size * item) if reverse else (size * item, 0)
-    places = []
-    for piece in (first, rest):
-        here = {f"M{k}": at for k in range(states) if (at := piece.byte_offsets.get(f"M{k}")) is not None}
-        states_ = {f"{c}{name[1:]}": at + d for name, at in here.items() for c, d in (("M", after), ("S", before))}
-        places.append(piece.byte_offsets | states_)
-    return first, rest, places
+    offsets = []
+    for arena in (output, rest):
+        arrays = {f"M{k}": at for k in range(num_states) if (at := arena.byte_offsets.get(f"M{k}")) is not None}
+        states = {f"{c}{name[1:]}": at + d for name, at in arrays.items() for c, d in (("M", after), ("S", before))}
+        offsets.append(arena.byte_offsets | states)
+    return output, rest, offsets
 
 
 def _is_plain_array(a: Array, dtype: Any) -> bool:
@@ -104,15 +106,16 @@ def _is_plain_array(a: Array, dtype: Any) -> bool:
 
 
 class ForwardPlan:
-    """The forward pass of a cell for one shape.
+    """Forward pass of a cell for one shape.
 
     Args:
-        sources, cell: the cell and its kernels.
-        names: of the parameters, biases before the cell's vectors.
+        sources: the kernels of the cell.
+        cell: the cell.
+        param_names: names of the parameters: weights, biases, the cell's vectors.
         shape: (T, N, D, H, W), all >= 1.
         dtype: float32 or float64.
-        reverse: whether time runs backwards.
-        keep: whether there is to be a tape.
+        reverse: process the steps from T-1 to 0.
+        record_tape: save what backward needs.
     """
 
     def __init__(
@@ -123,100 +126,117 @@ class ForwardPlan:
         shape: ScanShape,
         dtype: Any,
         reverse: bool,
-        keep: bool,
+        record_tape: bool,
     ) -> None:
         self.sources, self.cell, self.param_names, self.shape, self.dtype = sources, cell, param_names, shape, dtype
-        self.reverse, self.keep, self.num_states = reverse, keep, len(cell.states)
+        self.reverse, self.record_tape, self.num_states = reverse, record_tape, len(cell.states)
         self.output_arena, self.saved_arena, self._tape_offsets = _tape_layout(
-            sources, self.num_states, shape, dtype.itemsize, reverse, keep
+            sources, self.num_states, shape, dtype.itemsize, reverse, record_tape
         )
         self._num_weights = (shape[3] + shape[2]) * shape[4]
         self._kernel = compile_cache.compile_kernel(sources.forward)
         self._all_rows = (RowRange(0, shape[1]),)
         self._binders = dict[RowRange, tuple[PointerBinder, Arena]]()
 
-    def _make_binder(self, part: RowRange) -> tuple[PointerBinder, Arena]:
-        """The table for these rows, and their piece of memory."""
-        (count, n, d, hidden, width), item, keep = self.shape, self.dtype.itemsize, self.keep
-        numbers, sizes = forward_workspace(self.sources, (count, part.size, d, hidden, width), item)
-        missing = {slot: width for name, slot in _PARAM_ARGUMENTS.items() if name not in self.param_names}
-        room = Arena(item, missing | sizes | ({} if keep else {"G": width}), "Q" if missing else "")
-        step, row = n * hidden, part.start * item
-        held = [
-            {k: at + row * (width if k == "G" else hidden) for k, at in piece.items()} for piece in self._tape_offsets
+    def _make_binder(self, row_range: RowRange) -> tuple[PointerBinder, Arena]:
+        """Make the binder for a range of rows, and the layout of its workspace."""
+        (T, N, D, H, W), item, record_tape = self.shape, self.dtype.itemsize, self.record_tape
+        scalars, sizes = forward_workspace(self.sources, (T, row_range.size, D, H, W), item)
+        missing_biases = {name: W for key, name in _PARAM_ARGUMENTS.items() if key not in self.param_names}
+        sizes = missing_biases | sizes | ({} if record_tape else {"G": W})
+        workspace = Arena(item, sizes, "Q" if missing_biases else "")
+        step, row = N * H, row_range.start * item
+        tape_offsets = [
+            {name: at + row * (W if name == "G" else H) for name, at in offsets.items()}
+            for offsets in self._tape_offsets
         ]
-        numbers |= _scalar_arguments(self.shape, item, self.reverse) | {
-            "R": part.size,
-            "keep": int(keep),
-            "v0": step * keep,
-        }
-        numbers |= {f"m{k}": step if keep or k == 0 else 0 for k in range(self.num_states)}
-        own = [_PARAM_ARGUMENTS[name] for name in self.param_names if name in _PARAM_ARGUMENTS]
-        vectors = [f"p{k}" for k in range(len(self.param_names) - len(own))]
-        given = [{f"C{k}": row * hidden} for k in range(self.num_states)] + [{"A": row * d}]
-        given += [{slot: 0} for slot in (*own, *vectors)]
-        fresh = [(self.output_arena, held[0]), (self.saved_arena, held[1]), (room, room.byte_offsets)]
-        begins = [self._initial_state_offset(k) for k in range(self.num_states)]
-        shapes = [(count, n, d), (width, d), (width, hidden), *[(width,)] * (len(own) - 2), *[(hidden,)] * len(vectors)]
-        table, bits = self.sources.forward_arguments, 8 * item
-        return make_binder(table, numbers, fresh, given, 0, begins, shapes, bits, (n, hidden)), room
+        scalars |= _scalar_arguments(self.shape, item, self.reverse) | {"R": row_range.size}
+        scalars |= {"record_tape": int(record_tape), "saved_stride": step * record_tape}
+        scalars |= {f"M{k}_stride": step if record_tape or k == 0 else 0 for k in range(self.num_states)}
+        weights = [_PARAM_ARGUMENTS[name] for name in self.param_names if name in _PARAM_ARGUMENTS]
+        vectors = [f"p{k}" for k in range(len(self.param_names) - len(weights))]
+        array_offsets = [{f"C{k}": row * H} for k in range(self.num_states)] + [{"A": row * D}]
+        array_offsets += [{name: 0} for name in (*weights, *vectors)]
+        new_arenas = [(self.output_arena, tape_offsets[0]), (self.saved_arena, tape_offsets[1])]
+        new_arenas += [(workspace, workspace.byte_offsets)]
+        initial = [self._initial_state_offset(k) for k in range(self.num_states)]
+        shapes = [(T, N, D), (W, D), (W, H), *[(W,)] * (len(weights) - 2), *[(H,)] * len(vectors)]
+        names, bits = self.sources.forward_arguments, 8 * item
+        return make_binder(names, scalars, new_arenas, array_offsets, 0, initial, shapes, bits, (N, H)), workspace
 
     def _initial_state_offset(self, k: int) -> int:
-        """Where the state before the first step lies, in its piece."""
-        count, n, _, hidden, _ = self.shape
+        """Return the element of its arena where the initial state k starts."""
+        T, N, _, H, _ = self.shape
         start = self.saved_arena.offsets[f"M{k}"] if k else 0
-        return start + ((count if self.keep or not k else 1) * n * hidden if self.reverse else 0)
+        return start + ((T if self.record_tape or not k else 1) * N * H if self.reverse else 0)
 
     def states(self, result: ForwardResult, k: int, start: int) -> Array:
-        """State k at T steps from the first (0) or the second (1) entry of its place on: before or after each step."""
-        count, n, _, hidden, _ = self.shape
-        step, length = n * hidden, count if self.keep or not k else 1
-        at = start * step + (
+        """Return state k at T steps, from entry `start` (0 or 1) of its array of T + 1 steps."""
+        T, N, _, H, _ = self.shape
+        step, length = N * H, T if self.record_tape or not k else 1
+        base = start * step + (
             self.saved_arena.offsets[f"M{k}"] + (result.alignment_offsets >> 8 & 255)
             if k
             else result.alignment_offsets & 255
         )
-        return result.memory[k > 0][at : at + length * step].reshape(length, n, hidden)
+        return result.memory[k > 0][base : base + length * step].reshape(length, N, H)
 
     def __call__(
         self, x: Array, param_arrays: tuple[Array, ...], initial_states: Sequence[Array], final_states: Sequence[Array]
     ) -> ForwardResult | None:
-        """The pass from states `start`, (1, N, H) each, into `finals`; None where an array has another shape.
+        """Run the pass. The caller excludes subclasses of ndarray such as masked arrays.
 
-        Raises TypeError for another dtype, or what is not in C order. Masked arrays and their like are the caller's to
-        keep out.
+        Args:
+            x: (T, N, D).
+            param_arrays: in the order of param_names.
+            initial_states: (1, N, H) each.
+            final_states: (1, N, H) each, overwritten with the states after the last step.
+
+        Returns:
+            The result, or None if an array has another shape than the plan.
+
+        Raises:
+            TypeError: an array has another dtype, or is not C-contiguous.
         """
-        (count, n, *_), dtype = self.shape, self.dtype
-        whole, rest = np.empty(self.output_arena.size, dtype), np.empty(self.saved_arena.size, dtype)
+        (T, N, *_), dtype = self.shape, self.dtype
+        output, rest = np.empty(self.output_arena.size, dtype), np.empty(self.saved_arena.size, dtype)
         pairs = [a for pair in zip(final_states, initial_states, strict=True) for a in pair]
-        those = (
-            split_rows(RowOrder.from_step_mask((count, n), StepMask()), count, n, self._num_weights)
+        row_ranges = (
+            split_rows(RowOrder.from_step_mask((T, N), StepMask()), T, N, self._num_weights)
             if self.is_threaded()
             else self._all_rows
         )
-        tables, rooms, skips = [], [], 0
-        for part in those:
-            if part not in self._binders:
-                self._binders[part] = self._make_binder(part)
-            its, piece = self._binders[part]
-            table, room = np.empty(its.num_arguments, np.int64), np.empty(piece.size, dtype)
-            skips = its.bind(
-                its.pointer_sources, its.expected_sizes, table, whole, rest, room, *pairs, x, *param_arrays
+        arguments, workspaces, alignment = [], [], 0
+        for row_range in row_ranges:
+            if row_range not in self._binders:
+                self._binders[row_range] = self._make_binder(row_range)
+            binder, arena = self._binders[row_range]
+            table, workspace = np.empty(binder.num_arguments, np.int64), np.empty(arena.size, dtype)
+            alignment = binder.bind(
+                binder.pointer_sources,
+                binder.expected_sizes,
+                table,
+                output,
+                rest,
+                workspace,
+                *pairs,
+                x,
+                *param_arrays,
             )
-            if skips < 0:
+            if alignment < 0:
                 return None
-            tables.append(table)
-            rooms.append(room)
-        parallel_map(self._kernel, tables)
-        return ForwardResult(self, x, param_arrays, (whole, rest), skips)
+            arguments.append(table)
+            workspaces.append(workspace)
+        parallel_map(self._kernel, arguments)
+        return ForwardResult(self, x, param_arrays, (output, rest), alignment)
 
     def is_threaded(self) -> bool:
-        """Whether several threads are to walk."""
+        """Return True if the pass runs on several threads."""
         return thread_count(*self.shape[:2], self._num_weights) > 0
 
     @cached_property
     def backward_plan(self) -> "BackwardPlan":
-        """The way back."""
+        """The plan of the adjoint."""
         return BackwardPlan(self)
 
 
@@ -228,10 +248,10 @@ def forward_plan(
     shape: ScanShape,
     dtype: Any,
     reverse: bool,
-    keep: bool,
+    record_tape: bool,
 ) -> ForwardPlan:
-    """The one for these."""
-    return ForwardPlan(sources, cell, param_names, shape, dtype, reverse, keep)
+    """Return the cached plan for these arguments of ForwardPlan."""
+    return ForwardPlan(sources, cell, param_names, shape, dtype, reverse, record_tape)
 
 
 def planned_forward(
@@ -240,113 +260,133 @@ def planned_forward(
     params: Params,
     x: Array,
     state: State,
-    steps: StepMask,
+    step_mask: StepMask,
     reverse: bool,
-    keep: bool,
+    record_tape: bool,
 ) -> tuple[SavedForBackward, State] | None:
-    """The tape and the states after the last step; None where compiled.py is to walk."""
-    u, start = params["weight_hh"], [s[None] for s in state]
-    dtype, (width, hidden) = u.dtype, u.shape
-    if steps.active is not None or steps.reset is not None or "weight_hr" in params or not x.size:
+    """Run a forward pass by a plan.
+
+    Returns:
+        The saved arrays and the states after the last step, or None if no plan fits.
+    """
+    u, initial = params["weight_hh"], [s[None] for s in state]
+    dtype, (W, H) = u.dtype, u.shape
+    if step_mask.active is not None or step_mask.reset is not None or "weight_hr" in params or not x.size:
         return None
-    start = [s if _is_plain_array(s, dtype) else np.array(s, dtype, order="C") for s in start]
+    initial = [s if _is_plain_array(s, dtype) else np.array(s, dtype, order="C") for s in initial]
     if not all(_is_plain_array(a, dtype) for a in (x, *params.values())):
         return None
     names = tuple(name for name in (*_PARAM_ARGUMENTS, *cell.vectors) if name in params)
-    way = forward_plan(sources, cell, names, (*x.shape, hidden, width), dtype, reverse, keep)
-    finals = np.empty((len(state), 1, x.shape[1], hidden), dtype)
-    done = way(x, tuple(params[name] for name in names), start, list(finals))
-    return None if done is None else (done.saved_for_backward(), tuple(f[0] for f in finals))
+    plan = forward_plan(sources, cell, names, (*x.shape, H, W), dtype, reverse, record_tape)
+    finals = np.empty((len(state), 1, x.shape[1], H), dtype)
+    result = plan(x, tuple(params[name] for name in names), initial, list(finals))
+    return None if result is None else (result.saved_for_backward(), tuple(f[0] for f in finals))
 
 
 # --- and its adjoint
 
 
 class BackwardPlan:
-    """The adjoint of an `ForwardPlan` that keeps a tape."""
+    """Adjoint of a `ForwardPlan` that records a tape, for one thread."""
 
     def __init__(self, forward_plan: ForwardPlan) -> None:
-        self.forward_plan, item = forward_plan, forward_plan.dtype.itemsize
-        (count, n, d, hidden, width), vectors = forward_plan.shape, forward_plan.cell.vectors
-        self._kernel, self._num_biases = (
-            compile_cache.compile_kernel(forward_plan.sources.backward),
-            len(forward_plan.param_names) - 2 - len(vectors),
+        self.forward_plan, sources, item = forward_plan, forward_plan.sources, forward_plan.dtype.itemsize
+        (T, N, D, H, W), vectors = forward_plan.shape, forward_plan.cell.vectors
+        self._kernel = compile_cache.compile_kernel(sources.backward)
+        self._num_biases = len(forward_plan.param_names) - 2 - len(vectors)
+        states, step = range(forward_plan.num_states), N * H
+        _, _, tape_offsets = _tape_layout(
+            sources, forward_plan.num_states, forward_plan.shape, item, forward_plan.reverse, True
         )
-        states, step = range(forward_plan.num_states), n * hidden
-        _, _, held = _tape_layout(
-            forward_plan.sources, forward_plan.num_states, forward_plan.shape, item, forward_plan.reverse, True
-        )
-        numbers, sizes = backward_workspace(forward_plan.sources, forward_plan.shape, item)
-        sums = {"SI": width, "SH": width} | dict.fromkeys((f"D{k}" for k in states), step)
+        scalars, sizes = backward_workspace(sources, forward_plan.shape, item)
+        sums = {"SI": W, "SH": W} | dict.fromkeys((f"D{k}" for k in states), step)
         sums |= dict.fromkeys((f"P{k}" for k in range(len(vectors))), step)
-        self.dx_arena = Arena(item, {"DX": count * n * d})
-        self.gradient_arena = Arena(item, sums | {"GI": width * d, "GU": width * hidden}, "GI")
-        self.workspace_arena = Arena(item, {"nothing": hidden, "B": sizes.pop("B"), "O": sizes.pop("O")} | sizes, "Q")
-        numbers |= _scalar_arguments(forward_plan.shape, item, forward_plan.reverse) | {"a0": step, "b0": hidden}
-        nothing = {f"I{k}": self.workspace_arena.byte_offsets["nothing"] for k in states[1:]}
-        fresh = [
+        self.dx_arena = Arena(item, {"DX": T * N * D})
+        self.gradient_arena = Arena(item, sums | {"GI": W * D, "GU": W * H}, "GI")
+        zeroed = {"zero_row": H, "B": sizes.pop("B"), "O": sizes.pop("O")}
+        self.workspace_arena = Arena(item, zeroed | sizes, "Q")
+        scalars |= _scalar_arguments(forward_plan.shape, item, forward_plan.reverse)
+        scalars |= {"I0_step_stride": step, "I0_row_stride": H}
+        gradient_offsets = self.gradient_arena.byte_offsets
+        zero_row = {f"I{k}": self.workspace_arena.byte_offsets["zero_row"] for k in states[1:]}
+        new_arenas = [
             (self.dx_arena, self.dx_arena.byte_offsets),
-            (self.gradient_arena, self.gradient_arena.byte_offsets | {"R0": self.gradient_arena.byte_offsets["D0"]}),
+            (self.gradient_arena, gradient_offsets | {"R0": gradient_offsets["D0"]}),
+            (self.workspace_arena, self.workspace_arena.byte_offsets | zero_row),
         ]
-        fresh += [(self.workspace_arena, self.workspace_arena.byte_offsets | nothing)]
         names = ("I0", "A", "WI", "WH", *(f"p{k}" for k in range(len(vectors))))
-        shapes = [(count, n, hidden), (count, n, d), (width, d), (width, hidden), *[(hidden,)] * len(vectors)]
-        rest = [*held, *({name: 0} for name in names)]
+        shapes = [(T, N, H), (T, N, D), (W, D), (W, H), *[(H,)] * len(vectors)]
+        array_offsets = [*tape_offsets, *({name: 0} for name in names)]
         self.binder = make_binder(
-            forward_plan.sources.backward_arguments, numbers, fresh, rest, 2, (), shapes, 8 * item
+            sources.backward_arguments, scalars, new_arenas, array_offsets, 2, (), shapes, 8 * item
         )
-        slots: dict[str, tuple[str, tuple[int, ...]]] = {
-            "weight_ih": ("GI", (width, d)),
-            "weight_hh": ("GU", (width, hidden)),
-        }
-        slots |= {"bias_ih": ("SI", (width,)), "bias_hh": ("SI" if forward_plan.sources.dx_is_dh else "SH", (width,))}
-        slots |= {name: (f"P{k}", (n, hidden)) for k, name in enumerate(vectors)}
-        self._gradient_views = [slots[name] for name in forward_plan.param_names]
+        views: dict[str, tuple[str, tuple[int, ...]]] = {"weight_ih": ("GI", (W, D)), "weight_hh": ("GU", (W, H))}
+        views |= {"bias_ih": ("SI", (W,)), "bias_hh": ("SI" if sources.dx_is_dh else "SH", (W,))}
+        views |= {name: (f"P{k}", (N, H)) for k, name in enumerate(vectors)}
+        self._gradient_views = [views[name] for name in forward_plan.param_names]
 
     def __call__(
         self, result: ForwardResult, dy: Array, dstate: Sequence[Array | None]
     ) -> tuple[Array, State, list[Array]] | None:
-        """The adjoints of x, of the first states (1, N, H), of the parameters in the way's order; else as forward."""
-        way, places, skip = self.forward_plan, self.binder, self._num_biases
-        (count, n, d, hidden, _), dtype = way.shape, way.dtype
-        dx, sums, room = (
+        """Run the adjoint.
+
+        Args:
+            result: of the forward plan.
+            dy: (T, N, H), the cotangent of y.
+            dstate: (1, N, H) each, cotangents of the final states; None for zero.
+
+        Returns:
+            The cotangents of x, of the initial states (1, N, H), and of the parameters in the order of param_names;
+            None if an array has another shape than the plan.
+
+        Raises:
+            TypeError: an array has another dtype, or is not C-contiguous.
+        """
+        plan, binder, num_biases = self.forward_plan, self.binder, self._num_biases
+        (T, N, D, H, _), dtype = plan.shape, plan.dtype
+        dx, sums, workspace = (
             np.empty(self.dx_arena.size, dtype),
             np.empty(self.gradient_arena.size, dtype),
             np.empty(self.workspace_arena.size, dtype),
         )
-        table, (w, u, *others) = np.empty(places.num_arguments, np.int64), result.param_arrays
-        its = (*result.memory, dy, result.x, w, u, *others[skip:])
-        skips = places.bind(places.pointer_sources, places.expected_sizes, table, dx, sums, room, *its)
-        if skips < 0:
+        arguments, (w, u, *others) = np.empty(binder.num_arguments, np.int64), result.param_arrays
+        arrays = (*result.memory, dy, result.x, w, u, *others[num_biases:])
+        alignment = binder.bind(binder.pointer_sources, binder.expected_sizes, arguments, dx, sums, workspace, *arrays)
+        if alignment < 0:
             return None
-        at, view = skips >> 8 & 255, self.gradient_arena.view
-        ds = tuple([view(sums, at, f"D{k}", (1, n, hidden)) for k in range(way.num_states)])
-        for mine, given in zip(ds, dstate, strict=True):
-            if given is not None:
-                mine[...] = given
-        self._kernel(table)
-        grads = [view(sums, at, *slot) for slot in self._gradient_views]
-        if skip == 2 and way.sources.dx_is_dh:
+        base, view = alignment >> 8 & 255, self.gradient_arena.view
+        ds = tuple([view(sums, base, f"D{k}", (1, N, H)) for k in range(plan.num_states)])
+        for running, final in zip(ds, dstate, strict=True):
+            if final is not None:
+                running[...] = final
+        self._kernel(arguments)
+        grads = [view(sums, base, *shaped) for shaped in self._gradient_views]
+        if num_biases == 2 and plan.sources.dx_is_dh:
             grads[3] = grads[2].copy()
-        for k in range(2 + skip, len(grads)):
+        for k in range(2 + num_biases, len(grads)):
             grads[k] = np.add.reduce(grads[k], axis=0)
-        return self.dx_arena.view(dx, skips & 255, "DX", (count, n, d)), ds, grads
+        return self.dx_arena.view(dx, alignment & 255, "DX", (T, N, D)), ds, grads
 
 
 def planned_backward(
     tape: Tape, dy: Array | None, dstate: Sequence[Array | None]
 ) -> tuple[Array, State, Params] | None:
-    """The adjoints of x, of the first states, of the parameters; None where compiled.py is to walk."""
-    done: ForwardResult | None = tape.saved.result
+    """Run the adjoint of a pass by a plan.
+
+    Returns:
+        The cotangents of x, of the initial states, and of the parameters; None if no plan fits.
+    """
+    result: ForwardResult | None = tape.saved.result
     if (
-        done is None
+        result is None
         or dy is None
-        or done.plan.is_threaded()
-        or not _is_plain_array(dy := contiguous(dy), done.plan.dtype)
+        or result.plan.is_threaded()
+        or not _is_plain_array(dy := contiguous(dy), result.plan.dtype)
     ):
         return None
-    found = done.plan.backward_plan(done, dy, dstate)
-    if found is None:
+    gradients = result.plan.backward_plan(result, dy, dstate)
+    if gradients is None:
         return None
-    grads = dict(zip(done.plan.param_names, found[2], strict=True))
-    return found[0], tuple(s[0] for s in found[1]), {name: grads[name] for name in tape.params}
+    dx, ds, arrays = gradients
+    grads = dict(zip(result.plan.param_names, arrays, strict=True))
+    return dx, tuple(s[0] for s in ds), {name: grads[name] for name in tape.params}

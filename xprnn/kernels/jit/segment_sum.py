@@ -1,6 +1,6 @@
-"""The adjoint of a look-up in compiled code: sums of rows by class, the whole table written once.
+"""Compiled segment sum: the adjoint of a row lookup.
 
-Imported only when a kernel is about to run, because it imports numba.
+This module imports numba. Import it only when a kernel is about to run.
 """
 
 from collections.abc import Callable
@@ -17,10 +17,10 @@ __all__ = ["segment_sum"]
 
 @njit(error_model="numpy", inline="always")
 def segment_sum_into(ids, rows, out):  # type: ignore[no-untyped-def]
-    """out[v] = sum of rows[m] over the m with ids[m] = v, in the order of the rows; zero where there is none.
+    """out[v] = sum of rows[m] over all m with ids[m] = v, in the order of m; zero if no id is v.
 
-    A class after the other: each row of the table is written once, those of absent classes in one go up to the next
-    that occurs, and what is added up stays in the cache, in float64.
+    Segments are processed in the order of v, so that each row of `out` is written once. A run of absent v is zeroed
+    with one assignment. Sums are float64 and stay in the cache.
     """
     count, width = out.shape
     ends = np.zeros(count + 1, np.int64)
@@ -28,28 +28,28 @@ def segment_sum_into(ids, rows, out):  # type: ignore[no-untyped-def]
         ends[v + 1] += 1
     for v in range(count):
         ends[v + 1] += ends[v]
-    order, place = np.empty(ids.size, np.int64), ends[:count].copy()
+    order, next_slot = np.empty(ids.size, np.int64), ends[:count].copy()
     for m in range(ids.size):
-        order[place[ids[m]]] = m
-        place[ids[m]] += 1
+        order[next_slot[ids[m]]] = m
+        next_slot[ids[m]] += 1
     total, flat, written, k = np.empty(width, np.float64), out.reshape(-1), 0, 0
     while k < ids.size:
         v = ids[order[k]]
         flat[written * width : v * width] = 0
-        some = order[k : ends[v + 1]]
+        members = order[k : ends[v + 1]]
         written, k = v + 1, ends[v + 1]
-        if some.size == 1:
-            out[v, :] = rows[some[0], :]
+        if members.size == 1:
+            out[v, :] = rows[members[0], :]
         else:
-            total[:] = rows[some[0], :]
-            for m in some[1:]:
+            total[:] = rows[members[0], :]
+            for m in members[1:]:
                 for j in range(width):
                     total[j] += rows[m, j]
             out[v, :] = total
     flat[written * width :] = 0
 
 
-_SOURCE = '''"""Written by xprnn: sums of rows by class; it may be deleted at any time."""
+_SOURCE = '''"""Segment sum, printed by xprnn (a cache entry, safe to delete)"""
 from xprnn.kernels.jit.segment_sum import segment_sum_into
 
 
@@ -63,7 +63,15 @@ _SIGNATURES = ";".join(
 
 
 def segment_sum(ids: Array, rows: Array, count: int) -> Array:
-    """What scatter.segment_sum returns: ids (M,) in 0..count-1, rows (M, K) -> (count, K).
+    """Sum the rows of equal id, as xprnn.arrays.segment_sum does.
+
+    Args:
+        ids: (M,) integers in 0 to count-1.
+        rows: (M, K), float32 or float64.
+        count: number of segments.
+
+    Returns:
+        (count, K), in the dtype of `rows`; zero for ids that do not occur.
 
     >>> segment_sum(np.asarray([2, 0, 2]), np.asarray([[1.0], [2.0], [3.0]]), 4)[:, 0]
     array([2., 0., 4., 0.])

@@ -1,12 +1,13 @@
-"""What the compiled loops are made of: memory by address, calls by address, and functions LLVM can vectorise.
+"""Building blocks of compiled loops: pointers from addresses, calls by address, vectorisable tanh and exp.
 
-Imported only when a kernel is about to run, because it imports numba.
+This module imports numba. Import it only when a kernel is about to run.
 
-Loads and stores name a scope, a small number: two accesses of different scopes never touch the same memory. Without
-that promise a loop over twenty arrays would need a hundred overlap tests and stay scalar.
+Loads and stores name an alias scope, a small number. LLVM may assume that accesses in two different scopes never touch
+the same memory. Without that, a loop over twenty arrays would need a hundred overlap tests at run time, and LLVM would
+leave it scalar.
 
-numba's wheels carry no vector math library, so a call of tanh or exp in a loop keeps it scalar. `tanh32`, `tanh64`,
-`exp32` and `exp64` are branch-free arithmetic instead. NaN goes through all of them.
+numba's wheels contain no vector math library, so a loop that calls tanh or exp stays scalar. `tanh32`, `tanh64` and
+`exp64` are branch-free arithmetic instead. They return NaN for NaN.
 """
 
 from typing import Any
@@ -17,13 +18,16 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-NUM_ALIAS_SCOPES, ANY_SCOPE = 64, 64
+NUM_ALIAS_SCOPES = 64
+ANY_SCOPE = NUM_ALIAS_SCOPES  # an access that may alias every other
 
 _FLOAT32_PTR_TYPE, _FLOAT64_PTR_TYPE = types.CPointer(types.float32), types.CPointer(types.float64)
 _UINT8_PTR_TYPE, _INT64_PTR_TYPE = types.CPointer(types.uint8), types.CPointer(types.int64)
 
 
 def _pointer_cast(kind: Any) -> Any:
+    """Make the intrinsic that casts an integer address to a pointer type."""
+
     def declare(typing: Any, address: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             return builder.inttoptr(args[0], context.get_value_type(kind))
@@ -42,7 +46,7 @@ float32_pointer, float64_pointer, uint8_pointer, int64_pointer = (
 
 
 def _set_alias_scope(module: Any, instruction: Any, scope: int) -> None:
-    """Mark an access as one of its scope and of no other; scope ANY may touch everything."""
+    """Attach LLVM's alias metadata: the access is in its scope and in no other. ANY_SCOPE attaches nothing."""
     if scope == ANY_SCOPE:
         return
     domain = module.add_metadata(["xprnn"])
@@ -52,6 +56,8 @@ def _set_alias_scope(module: Any, instruction: Any, scope: int) -> None:
 
 
 def _load(typing: Any, pointer: Any, index: Any, scope: Any) -> Any:
+    """Return pointer[index]."""
+
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         value = builder.load(builder.gep(args[0], [args[1]]))
         _set_alias_scope(builder.module, value, scope.literal_value)
@@ -61,15 +67,19 @@ def _load(typing: Any, pointer: Any, index: Any, scope: Any) -> Any:
 
 
 def _store(typing: Any, pointer: Any, index: Any, scope: Any, value: Any) -> Any:
+    """Set pointer[index] = value."""
+
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        done = builder.store(args[3], builder.gep(args[0], [args[1]]))
-        _set_alias_scope(builder.module, done, scope.literal_value)
+        instruction = builder.store(args[3], builder.gep(args[0], [args[1]]))
+        _set_alias_scope(builder.module, instruction, scope.literal_value)
         return context.get_dummy_value()
 
     return types.void(pointer, types.int64, scope, pointer.dtype), generate
 
 
 def _offset(typing: Any, pointer: Any, index: Any) -> Any:
+    """Return the pointer to pointer[index]."""
+
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.gep(args[0], [args[1]])
 
@@ -77,17 +87,19 @@ def _offset(typing: Any, pointer: Any, index: Any) -> Any:
 
 
 def _element_address(typing: Any, pointer: Any, index: Any) -> Any:
+    """Return the integer address of pointer[index]."""
+
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.ptrtoint(builder.gep(args[0], [args[1]]), ir.IntType(64))
 
     return types.int64(pointer, types.int64), generate
 
 
-CALL_ARGUMENTS = 12  # numbers that a function called by address takes
+CALL_ARGUMENTS = 12  # int64 arguments of every function that is called by address
 
 
-def _call_address(typing: Any, where: Any, numbers: Any) -> Any:
-    """Call the function at an address with a tuple of CALLED numbers."""
+def _call_address(typing: Any, address: Any, arguments: Any) -> Any:
+    """Call the function at an address with a tuple of CALL_ARGUMENTS int64."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         long = ir.IntType(64)
@@ -98,10 +110,10 @@ def _call_address(typing: Any, where: Any, numbers: Any) -> Any:
 
 
 def _prefer_widest_vectors(typing: Any) -> Any:
-    """Let loops of this function use the widest vectors; by itself LLVM takes half of AVX-512."""
+    """Vectorise loops of the calling function with the widest vectors. LLVM's default is half of AVX-512's width."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        # llvmlite's own `add` knows only the attributes without a value.
+        # llvmlite's AttributeSet.add rejects attributes that have a value.
         set.add(builder.function.attributes, '"prefer-vector-width"="512"')
         return context.get_dummy_value()
 
@@ -114,7 +126,7 @@ load, store = intrinsic(prefer_literal=True)(_load), intrinsic(prefer_literal=Tr
 
 
 def _float64_bitcast(typing: Any, n: Any) -> Any:
-    """The float64 whose bits these are."""
+    """Reinterpret the bits of an int64 as a float64."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.DoubleType())
@@ -131,26 +143,32 @@ _compile = njit(fastmath={"contract"}, error_model="numpy")
 
 @_compile
 def tanh32(x):  # type: ignore[no-untyped-def]
-    """x P(x^2) / Q(x^2), the minimax fraction of Eigen and XLA: below 4 ulp; beyond 8 tanh rounds to 1."""
+    """tanh(x) = x P(x^2) / Q(x^2): the rational minimax approximation of Eigen and XLA, error below 4 ulp.
+
+    Arguments are clamped to +-7.9988, where float32 tanh rounds to +-1.
+    """
     f = np.float32
-    edge = f(7.99881172180175781)
-    x = -edge if x < -edge else (edge if x > edge else x)  # noqa: FURB136 - min would lose NaN
+    limit = f(7.99881172180175781)
+    x = -limit if x < -limit else (limit if x > limit else x)  # noqa: FURB136 - min would lose NaN
     y = x * x
-    top = f(-2.76076847742355e-16) * y + f(2.00018790482477e-13)
-    top = top * y + f(-8.60467152213735e-11)
-    top = top * y + f(5.12229709037114e-08)
-    top = top * y + f(1.48572235717979e-05)
-    top = top * y + f(6.37261928875436e-04)
-    top = top * y + f(4.89352455891786e-03)
-    low = f(1.19825839466702e-06) * y + f(1.18534705686654e-04)
-    low = low * y + f(2.26843463243900e-03)
-    low = low * y + f(4.89352518554385e-03)
-    return x * top / low
+    p = f(-2.76076847742355e-16) * y + f(2.00018790482477e-13)
+    p = p * y + f(-8.60467152213735e-11)
+    p = p * y + f(5.12229709037114e-08)
+    p = p * y + f(1.48572235717979e-05)
+    p = p * y + f(6.37261928875436e-04)
+    p = p * y + f(4.89352455891786e-03)
+    q = f(1.19825839466702e-06) * y + f(1.18534705686654e-04)
+    q = q * y + f(2.26843463243900e-03)
+    q = q * y + f(4.89352518554385e-03)
+    return x * p / q
 
 
 @_compile
 def _expm1_parts(x):  # type: ignore[no-untyped-def]
-    """(2^n, expm1(r)) with x = n log 2 + r, |r| < 0.35, for |x| < 708: a Taylor sum of 14 terms, below half an ulp."""
+    """Return (2^n, expm1(r)) where x = n log 2 + r, |r| < 0.35, for |x| < 708.
+
+    expm1(r) is a Taylor polynomial of 14 terms, with an error below half an ulp.
+    """
     n = np.floor(x * 1.4426950408889634 + 0.5)
     r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10
     s = r * (1.0 / 6227020800.0) + (1.0 / 479001600.0)
@@ -169,21 +187,21 @@ def _expm1_parts(x):  # type: ignore[no-untyped-def]
 
 @_compile
 def tanh64(x):  # type: ignore[no-untyped-def]
-    """expm1(2|x|) / (expm1(2|x|) + 2) with the sign of x: right to the last digits near 0, too."""
+    """tanh(|x|) = expm1(2|x|) / (expm1(2|x|) + 2), with the sign of x. Accurate near 0, too."""
     y = 2.0 * abs(x)
     y = 40.0 if y > 40.0 else y  # noqa: FURB136 - min would lose NaN
-    whole, part = _expm1_parts(y)
-    e = whole * part + (whole - 1.0)
+    scale, fraction = _expm1_parts(y)
+    e = scale * fraction + (scale - 1.0)
     t = e / (e + 2.0)
-    t = x if x != x else t  # the integer inside made a number of NaN
+    t = x if x != x else t  # _expm1_parts converts to int64, which loses NaN
     return -t if x < 0.0 else t
 
 
 @_compile
 def exp64(x):  # type: ignore[no-untyped-def]
-    """exp by the same parts; below -708 it is 0 a little before it need be, above 709 infinite."""
+    """exp(x). Subnormal results (x < -708) are rounded to 0; infinite for x > 709.78."""
     y = -708.0 if x < -708.0 else (708.0 if x > 708.0 else x)  # noqa: FURB136 - min would lose NaN
-    whole, part = _expm1_parts(y)
-    e = whole + whole * part
+    scale, fraction = _expm1_parts(y)
+    e = scale + scale * fraction
     e = 0.0 if x < -708.0 else (np.inf if x > 709.78 else (e * np.exp(x - 708.0) if x > 708.0 else e))
     return x if x != x else e

@@ -1,9 +1,10 @@
-"""One step of a stream through a layer's stack, on NumPy arrays: printed for a layer's names and sizes.
+"""Prints the compiled kernel for one time step of a layer, and the Python function that calls it.
 
-Both ways to go return None where the arguments don't fit; the caller then asks those who can say why. The compiled way
-hands the arrays to step_source.py's kernel, which checks them. The other checks and computes with plain NumPy calls:
-for one row the arrays have no row axis, which halves what a call costs, and as in the in-place scan the gates that are
-all tanh or sigmoid of their sum take one tanh together.
+    kernel(k, D, w, u, [bi, bh], p..., [hr], x, s..., y, n...) -> 0, or 1 if a shape or memory order does not fit
+
+for layer k of the stack: x (N, D) or integers (N,), states s and n (L, N, H) before and after the step, y (N, H) the
+output, and the parameters as stored. The Python function returns None if the arguments do not fit. The caller then
+takes the validated path, which raises the error.
 """
 
 from collections.abc import Callable
@@ -39,18 +40,15 @@ __all__ = [
 ]
 
 
-# --- compiled
-
-
 class _KernelCache(dict[Any, Any]):
-    """dtype -> its kernel, looked for once."""
+    """Compiled kernels by dtype. Raises KeyError for a dtype without one."""
 
-    def __init__(self, its: LayerSignature, integer: bool, source: Callable[..., Any]) -> None:
-        self.layer, self.integer, self.source = its, integer, source
+    def __init__(self, layer: LayerSignature, integer: bool, source: Callable[..., Any]) -> None:
+        self.layer, self.integer, self.source = layer, integer, source
 
     def __missing__(self, dtype: Any) -> Any:
-        its = self.layer
-        printed = self.source(its.cell, DTYPE_BITS[dtype], its.bias, self.integer, its.projection_size > 0)
+        layer = self.layer
+        printed = self.source(layer.cell, DTYPE_BITS[dtype], layer.bias, self.integer, layer.projection_size > 0)
         if printed is None or not compile_cache.can_compile(*printed):
             raise KeyError(dtype)
         self[dtype] = compile_cache.compile_kernel(*printed)
@@ -58,7 +56,7 @@ class _KernelCache(dict[Any, Any]):
 
 
 def compiled_step(layer: LayerSignature, integer: bool) -> StepFn | None:
-    """The step by a compiled kernel, or None where there can be none."""
+    """Return the function that runs a step by a compiled kernel, or None if the cell cannot be compiled."""
     return kernel_wrapper(
         layer,
         integer,
@@ -69,46 +67,59 @@ def compiled_step(layer: LayerSignature, integer: bool) -> StepFn | None:
 
 
 def kernel_wrapper(
-    its: LayerSignature, integer: bool, source: Callable[..., Any], head: list[str], out: str
+    layer: LayerSignature, integer: bool, source: Callable[..., Any], head: list[str], result: str
 ) -> StepFn | None:
-    """The Python function around a compiled kernel, or None if the kernel cannot be compiled."""
-    if not compile_cache.numba_available() or source(its.cell, 32, its.bias, integer, its.projection_size > 0) is None:
+    """Make the Python function around a compiled kernel.
+
+    Args:
+        layer: the layer.
+        integer: x holds integers.
+        source: step_source or sequence_source.
+        head: first lines of the function, which set x, y, n, dtype and the states s0, s1.
+        result: the expression that the function returns as y.
+
+    Returns:
+        The function (params, x, state) -> (y, new state), or None if the cell cannot be compiled.
+    """
+    printed = compile_cache.numba_available() and source(layer.cell, 32, layer.bias, integer, layer.projection_size > 0)
+    if not printed:
         return None
-    scope = {"first": _KernelCache(its, integer, source), "later": _KernelCache(its, False, source), "long": np.int64}
-    count, after = len(its.parameter_names), [f"n{k}" for k in range(len(its.state_sizes))]
+    scope = {"first": _KernelCache(layer, integer, source), "later": _KernelCache(layer, False, source)}
+    scope |= {"int64": np.int64}
+    num_layers, after = len(layer.parameter_names), [f"n{k}" for k in range(len(layer.state_sizes))]
     before = [f"s{k}" for k in range(len(after))]
-    weights = [[f"w{j}_{k}" for j in range(len(names))] for k, names in enumerate(its.parameter_names)]
-    named = dict(zip(chain(*weights), chain(*its.parameter_names), strict=True))
+    weights = [[f"w{j}_{k}" for j in range(len(names))] for k, names in enumerate(layer.parameter_names)]
+    parameters = dict(zip(chain(*weights), chain(*layer.parameter_names), strict=True))
     lines = [
         *head,
-        *initial_state_checks(its),
+        *initial_state_checks(layer),
         "kernel = first[dtype]",
-        *(f"{w} = params[{name!r}]" for w, name in named.items()),
+        *(f"{variable} = params[{name!r}]" for variable, name in parameters.items()),
     ]
-    # numba would take a masked array for one of NumPy's own, and lose its mask.
-    kinds = " is ".join(f"{name}.__class__" for name in (*before, *named))
-    lines += [f"if not ({kinds} is ndarray): return None"]
-    lines += ["x = x.astype(long, casting='safe', copy=False)"] if integer else []
-    lines += [f"{name} = empty(({count}, n, {w}), dtype)" for name, w in zip(after, its.state_sizes, strict=True)]
-    x, d = "x", its.input_size
-    for k, own in enumerate(weights):
-        # A row is read before it is written: y may well be x.
-        lines += [f"if kernel({', '.join((str(k), str(d), *own, x, *before, 'y', *after))}): return None"]
-        lines += ["kernel = later[dtype]"] if integer and k == 0 and count > 1 else []
-        x, d = "y", its.state_sizes[0]
-    return compile_python([*lines, f"return {out}, {result_expression(its)}"], scope)
+    # numba treats a masked array as a plain one and would ignore its mask.
+    classes = " is ".join(f"{name}.__class__" for name in (*before, *parameters))
+    lines += [f"if not ({classes} is ndarray): return None"]
+    lines += ["x = x.astype(int64, casting='safe', copy=False)"] if integer else []
+    lines += [
+        f"{name} = empty(({num_layers}, n, {size}), dtype)" for name, size in zip(after, layer.state_sizes, strict=True)
+    ]
+    x, d = "x", layer.input_size
+    for k, variables in enumerate(weights):
+        # y may be the x of the next layer: the kernel reads a row before it writes it.
+        lines += [f"if kernel({', '.join((str(k), str(d), *variables, x, *before, 'y', *after))}): return None"]
+        lines += ["kernel = later[dtype]"] if integer and k == 0 and num_layers > 1 else []
+        x, d = "y", layer.state_sizes[0]
+    return compile_python([*lines, f"return {result}, {result_expression(layer)}"], scope)
 
 
-# --- NumPy
-
-
-SCRATCH_SCOPE = 63  # the scope of q or of h before its projection, and from there down those of early gates' values
-_STEP_TEMPLATE = '''"""Written by xprnn for a step of the cell {cell!r}; it may be deleted at any time."""
+# Alias scope of Q: the gated state, or h before its projection. The values of the pregates have the scopes below it.
+SCRATCH_SCOPE = 63
+_STEP_TEMPLATE = '''"""Step kernel printed by xprnn for the cell {cell!r} (a cache entry, safe to delete)"""
 import math
 import numpy as np
-from xprnn.kernels.jit.simd import {any}exp64, float{bits}_pointer as real, load, offset as shift, store
+from xprnn.kernels.jit.matvec import has_unit_stride_rows, is_unit_stride, matvec{bits} as matvec
+from xprnn.kernels.jit.simd import {any_scope}exp64, float{bits}_pointer as float_pointer, load, offset, store
 from xprnn.kernels.jit.simd import tanh{bits} as tanh
-from xprnn.kernels.jit.matvec import is_unit_stride, has_unit_stride_rows, matvec{bits} as product
 
 F = np.float{bits}
 
@@ -117,60 +128,62 @@ def kernel({arguments}):
     {sizes}
     if not ({checks}):
         return 1
-    room = np.empty({room}, F)
-    X = real(room.ctypes.data)
-    B = shift(X, W)
+    scratch = np.empty({scratch_size}, F)
+    X = float_pointer(scratch.ctypes.data)
+    B = offset(X, W)
 '''
 
 
 class StepTrace(NamedTuple):
-    """What a step computes."""
+    """Traced step of a cell."""
 
     new_states: tuple[Any, ...]
-    summed_condition: str  # for which gates g only x + h is used
-    pregate_values: tuple[tuple[int, Any], ...] = ()  # of early gates, those that the step gets, by number
+    summed_condition: str  # expression in g: gate g is used only as the sum x + h
+    pregate_values: tuple[tuple[int, Any], ...] = ()  # (number, value) of the pregates that the step reads
     gated_state: Any = None
 
 
 def step_trace(cell: Cell, projected: bool) -> StepTrace:
-    """The step of a cell, its early gates first."""
-    new, _, added = trace_step(cell, TraceGraph())
+    """Trace a cell's pregates and its step."""
+    new, _, summed_gates = trace_step(cell, TraceGraph())
     used = set().union(*(input_names(v) for v in new))
     if projected and (cell.pregates or "s0" in used):
-        raise UntraceableError("a unit of an h that is projected")
+        raise UntraceableError("an element of a projected h")
     if not cell.pregates:
-        return StepTrace(new, f"g < {added}")
-    values, q, together = trace_pregates(cell, TraceGraph())
-    passed = tuple((k, v) for k, v in enumerate(values[: cell.pregates]) if f"x{k}" in used)
-    return StepTrace(new, f"g < {added}" if together else f"{cell.pregates} <= g < {added}", passed, q)
+        return StepTrace(new, f"g < {summed_gates}")
+    values, gated_state, is_summed = trace_pregates(cell, TraceGraph())
+    step_inputs = tuple((k, v) for k, v in enumerate(values[: cell.pregates]) if f"x{k}" in used)
+    condition = f"g < {summed_gates}" if is_summed else f"{cell.pregates} <= g < {summed_gates}"
+    return StepTrace(new, condition, step_inputs, gated_state)
 
 
 @lru_cache(maxsize=256)
 def step_source(cell: Cell, bits: int, bias: bool, integer: bool, projected: bool = False) -> tuple[str, str] | None:
-    """The text of a cell's step and numba's signature for it, or None where the cell can't be traced."""
+    """Print the source of a cell's step and its numba signature; None if the cell cannot be traced."""
     try:
         text = _write_step(cell, bits, bias, integer, projected, step_trace(cell, projected))
         return text, signature(cell, bits, bias, integer, projected)
-    except Exception:  # whatever goes wrong with stand-ins, arrays go on, and say so if it was the cell
+    except Exception:  # tracing runs user code; the reference step runs it too and reports its errors
         return None
 
 
 def argument_names(cell: Cell, bias: bool) -> tuple[list[str], list[str], list[str]]:
-    """The arguments' names: biases and vectors, states before, states after."""
+    """Return the names of the 1-D parameters (biases and vectors), of the states before and of the states after."""
     states = range(len(cell.states))
-    lines = [*(["bi", "bh"] if bias else []), *(f"p{k}" for k in range(len(cell.vectors)))]
-    return lines, [f"s{k}" for k in states], [f"n{k}" for k in states]
+    vectors = [*(["bi", "bh"] if bias else []), *(f"p{k}" for k in range(len(cell.vectors)))]
+    return vectors, [f"s{k}" for k in states], [f"n{k}" for k in states]
 
 
 def signature(cell: Cell, bits: int, bias: bool, integer: bool, projected: bool, *, sequence: bool = False) -> str:
-    """Whatever its strides, and read-only too, an array is taken; what is written to was made for it."""
-    lines, before, after = argument_names(cell, bias)
+    """Return numba's signature. Inputs may be strided and read-only; outputs are C-contiguous."""
+    vectors, before, after = argument_names(cell, bias)
 
-    def given(rank: int) -> str:
+    def readonly(rank: int) -> str:
         return f"Array(float{bits}, {rank}, 'A', True)"
 
-    x = f"Array(int64, {1 + sequence}, 'A', True)" if integer else given(2 + sequence)
-    inputs = [given(2), given(2), *[given(1)] * len(lines), *[given(2)] * projected, x, *[given(3)] * len(before)]
+    x = f"Array(int64, {1 + sequence}, 'A', True)" if integer else readonly(2 + sequence)
+    inputs = [readonly(2), readonly(2), *[readonly(1)] * len(vectors), *[readonly(2)] * projected, x]
+    inputs += [readonly(3)] * len(before)
     outputs = [
         f"Array(float{bits}, 3, 'A')" if sequence else f"Array(float{bits}, 2, 'C')",
         *[f"Array(float{bits}, 3, 'C')"] * len(after),
@@ -178,30 +191,33 @@ def signature(cell: Cell, bits: int, bias: bool, integer: bool, projected: bool,
     return f"int64(int64, int64, {', '.join((*inputs, *outputs))})"
 
 
-def _write_step(cell: Cell, bits: int, bias: bool, integer: bool, projected: bool, its: StepTrace) -> str:
-    lines, before, after = argument_names(cell, bias)
-    text, item = [_step_header(cell, bits, bias, integer, projected, its)], bits // 8
-    text += ["    Q = shift(B, W)"] * (projected or cell.pregates > 0)
-    text += [f"    {name.upper()} = real({name}.ctypes.data)" for name in lines]
+def _write_step(cell: Cell, bits: int, bias: bool, integer: bool, projected: bool, trace: StepTrace) -> str:
+    vectors, before, after = argument_names(cell, bias)
+    text, item = [_step_header(cell, bits, bias, integer, projected, trace)], bits // 8
+    text += ["    Q = offset(B, W)"] * (projected or cell.pregates > 0)
+    text += [f"    {name.upper()} = float_pointer({name}.ctypes.data)" for name in vectors]
     text += ["    for r in range(N):"]
-    text += [f"        {s.upper()} = real({s}[k, r].ctypes.data)" for s in before]
-    text += [f"        {n.upper()} = real({n}[k, r].ctypes.data)" for n in after]
-    text += ["        Y = real(y[r].ctypes.data)"]
+    text += [f"        {s.upper()} = float_pointer({s}[k, r].ctypes.data)" for s in before]
+    text += [f"        {n.upper()} = float_pointer({n}[k, r].ctypes.data)" for n in after]
+    text += ["        Y = float_pointer(y[r].ctypes.data)"]
     if integer:
         text += ["        if x[r] < 0 or x[r] >= D:", "            return 1"]
         text += ["        for j in range(W):", "            store(X, j, 0, w[j, x[r]])"]
     else:
-        text += [f"        product(real(w.ctypes.data), w.strides[0] // {item}, real(x[r].ctypes.data), D, X, W)"]
-    scopes = {name: 2 + i for i, name in enumerate((*lines, *before, "y", *after))}
+        w, x = f"float_pointer(w.ctypes.data), w.strides[0] // {item}", "float_pointer(x[r].ctypes.data)"
+        text += [f"        matvec({w}, {x}, D, X, W)"]
+    scopes = {name: 2 + i for i, name in enumerate((*vectors, *before, "y", *after))}
     read = _step_input_loader(scopes, bias)
     text += (
-        _pregate_lines(cell, its, read, item)
+        _pregate_lines(cell, trace, read, item)
         if cell.pregates
         else [_matvec_call(item, "S0", "P" if projected else "H", "W")]
     )
-    passed = {f"x{k}": f"load(Q, {i} * H + j, {SCRATCH_SCOPE - i})" for i, (k, _) in enumerate(its.pregate_values, 1)}
-    body = ScalarCode(lambda name: passed.get(name) or read(name))
-    values = body.emit_all(its.new_states)
+    pregate_reads = {
+        f"x{k}": f"load(Q, {i} * H + j, {SCRATCH_SCOPE - i})" for i, (k, _) in enumerate(trace.pregate_values, 1)
+    }
+    body = ScalarCode(lambda name: pregate_reads.get(name) or read(name))
+    values = body.emit_all(trace.new_states)
     stores = [f"store({n.upper()}, j, {scopes[n]}, {v})" for n, v in zip(after, values, strict=True)]
     if projected:
         stores[0] = f"store(Q, j, {SCRATCH_SCOPE}, {values[0]})"
@@ -209,38 +225,41 @@ def _write_step(cell: Cell, bits: int, bias: bool, integer: bool, projected: boo
         stores = [f"store(Y, j, {scopes['y']}, {values[0]})", *stores]
     text += ["        for j in range(H):", *(f"            {line}" for line in (*body.lines, *stores))]
     if projected:
-        text += [f"        product(real(hr.ctypes.data), hr.strides[0] // {item}, Q, H, Y, P)"]
-        text += ["        for j in range(P):", "            store(N0, j, ANY, load(Y, j, ANY))"]
-    # Its memory is there as long as it has a name.
-    return "\n".join((*text, "    return 0 * room.size", ""))
+        text += [f"        matvec(float_pointer(hr.ctypes.data), hr.strides[0] // {item}, Q, H, Y, P)"]
+        text += ["        for j in range(P):", "            store(N0, j, ANY_SCOPE, load(Y, j, ANY_SCOPE))"]
+    # The use of `scratch` in the last line keeps its memory alive while the pointers are in use.
+    return "\n".join((*text, "    return 0 * scratch.size", ""))
 
 
-def _step_header(cell: Cell, bits: int, bias: bool, integer: bool, projected: bool, its: StepTrace) -> str:
-    """The function's head, its checks and its room."""
-    lines, before, after = argument_names(cell, bias)
+def _step_header(cell: Cell, bits: int, bias: bool, integer: bool, projected: bool, trace: StepTrace) -> str:
+    """Print the imports, the argument checks and the allocation of the workspace."""
+    vectors, before, after = argument_names(cell, bias)
     sizes = f"(N, H), W = y.shape, {cell.gates} * y.shape[1]"
     if projected:
         sizes = f"(N, P), H, W = y.shape, hr.shape[1], {cell.gates} * hr.shape[1]"
+    has_scratch_state = projected or cell.pregates
     return _STEP_TEMPLATE.format(
         cell=cell.name,
         bits=bits,
-        any="ANY_SCOPE as ANY, " if projected else "",
-        arguments=", ".join(("k", "D", "w", "u", *lines, *["hr"] * projected, "x", *before, "y", *after)),
+        any_scope="ANY_SCOPE, " if projected else "",
+        arguments=", ".join(("k", "D", "w", "u", *vectors, *["hr"] * projected, "x", *before, "y", *after)),
         sizes=sizes,
-        checks=_step_argument_checks(lines, before, after, integer, projected),
-        room=f"2 * W + {1 + len(its.pregate_values)} * H" if projected or cell.pregates else "2 * W",
+        checks=_step_argument_checks(vectors, before, after, integer, projected),
+        scratch_size=f"2 * W + {1 + len(trace.pregate_values)} * H" if has_scratch_state else "2 * W",
     )
 
 
-def _step_argument_checks(lines: list[str], before: list[str], after: list[str], integer: bool, projected: bool) -> str:
-    """What must hold of the arguments, as an expression."""
-    look_up, p = "w.shape[0] == W and w.shape[1] == D", "P" if projected else "H"  # one column is read, as it lies
-    checks = [
-        look_up if integer else "has_unit_stride_rows(w, W, D)",
+def _step_argument_checks(
+    vectors: list[str], before: list[str], after: list[str], integer: bool, projected: bool
+) -> str:
+    """Print the expression that is true if all shapes and memory orders fit."""
+    p = "P" if projected else "H"
+    checks = [  # for integer x, w is read element by element, so its strides do not matter
+        "w.shape[0] == W and w.shape[1] == D" if integer else "has_unit_stride_rows(w, W, D)",
         f"has_unit_stride_rows(u, W, {p})",
         "x.shape[0] == N",
     ]
-    checks += [f"is_unit_stride({name}, {'W' if name[0] == 'b' else 'H'})" for name in lines]
+    checks += [f"is_unit_stride({name}, {'W' if name[0] == 'b' else 'H'})" for name in vectors]
     checks += ["has_unit_stride_rows(hr, P, H)"] * projected
     checks += [] if integer else ["has_unit_stride_rows(x, N, D)"]
     for k, (s, n) in enumerate(zip(before, after, strict=True)):
@@ -249,34 +268,34 @@ def _step_argument_checks(lines: list[str], before: list[str], after: list[str],
 
 
 def _matvec_call(item: int, a: str, inner: str, rows: str, out: str = "B", first: str = "") -> str:
-    """The recurrent product with some rows of u."""
-    u, stride = "real(u.ctypes.data)", f"u.strides[0] // {item}"
-    u = f"shift({u}, {first} * ({stride}))" if first else u
-    return f"        product({u}, {stride}, {a}, {inner}, {out}, {rows})"
+    """Print the recurrent product with the rows of u from `first` on."""
+    u, stride = "float_pointer(u.ctypes.data)", f"u.strides[0] // {item}"
+    u = f"offset({u}, {first} * ({stride}))" if first else u
+    return f"        matvec({u}, {stride}, {a}, {inner}, {out}, {rows})"
 
 
-def _pregate_lines(cell: Cell, its: StepTrace, read: Callable[[str], str], item: int) -> list[str]:
-    """The early gates, and the other gates' product."""
-    early, late = f"{cell.pregates} * H", f"{cell.gates - cell.pregates} * H"
-    text = [_matvec_call(item, "S0", "H", early), "        for j in range(H):"]
+def _pregate_lines(cell: Cell, trace: StepTrace, read: Callable[[str], str], item: int) -> list[str]:
+    """Print the pregates, and the recurrent product of the other gates."""
+    first_width, second_width = f"{cell.pregates} * H", f"{cell.gates - cell.pregates} * H"
+    text = [_matvec_call(item, "S0", "H", first_width), "        for j in range(H):"]
     body = ScalarCode(read)
-    named = [body.emit(value) for value in (its.gated_state, *(value for _, value in its.pregate_values))]
+    values = [body.emit(value) for value in (trace.gated_state, *(value for _, value in trace.pregate_values))]
     text += [f"            {line}" for line in body.lines]
-    text += [f"            store(Q, {i} * H + j, {SCRATCH_SCOPE - i}, {value})" for i, value in enumerate(named)]
-    return [*text, _matvec_call(item, "Q", "H", late, f"shift(B, {early})", early)]
+    text += [f"            store(Q, {i} * H + j, {SCRATCH_SCOPE - i}, {value})" for i, value in enumerate(values)]
+    return [*text, _matvec_call(item, "Q", "H", second_width, f"offset(B, {first_width})", first_width)]
 
 
 def _step_input_loader(scopes: dict[str, int], bias: bool) -> Callable[[str], str]:
-    """How the step reads an input of the trace; every array is a scope of its own (lanes.py)."""
+    """Return the function that prints how the step reads an input of the trace. Every array has its alias scope."""
 
     def read(name: str) -> str:
         letter, k = name[0], name[1:]
         if letter in "sp":
             return f"load({name.upper()}, j, {scopes[name]})"
-        at = f"{k} * H + j"
-        x, h = f"load(X, {at}, 0)", f"load(B, {at}, 1)"
+        index = f"{k} * H + j"
+        x, h = f"load(X, {index}, 0)", f"load(B, {index}, 1)"
         if bias:
-            bi, bh = (f"load({b.upper()}, {at}, {scopes[b]})" for b in ("bi", "bh"))
+            bi, bh = (f"load({b.upper()}, {index}, {scopes[b]})" for b in ("bi", "bh"))
             return {"g": f"({x} + ({bi} + {bh})) + {h}", "x": f"{x} + {bi}", "h": f"{h} + {bh}"}[letter]
         return {"g": f"{x} + {h}", "x": x, "h": h}[letter]
 

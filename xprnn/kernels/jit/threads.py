@@ -1,8 +1,8 @@
-"""Rows of a batch over the cores: which thread walks which, how many there may be, and a pool that is kept.
+"""Splits a batch into row ranges, one per thread, and runs them on a thread pool of the process.
 
-The rows of a batch never meet in a scan, so each thread walks its own through the whole time loop and waits for no
-other. Only the parameters' gradients are sums over all rows: each thread has its own, and they are added up in the
-order of the rows, so that for the same number of threads the same bits come out.
+The rows of a batch are independent in a scan, so each thread runs the whole time loop for its rows without waiting for
+the others. Only parameter gradients are sums over all rows. Each thread sums its rows, and these partial sums are added
+in the order of the rows, so that results are reproducible bit for bit for the same number of threads.
 """
 
 import os
@@ -19,8 +19,8 @@ from xprnn.kernels.row_order import RowOrder
 
 __all__ = ["RowRange", "max_threads", "parallel_map", "split_rows", "thread_count"]
 
-_MIN_WORK = 1 << 25  # multiplications: less than this isn't split, a thread takes some tens of microseconds to wake up
-_MIN_ROWS_PER_THREAD = 8  # rows for a thread: fewer read the weights as often for less
+_MIN_WORK = 1 << 25  # multiplications: less is not split, because waking a thread takes tens of microseconds
+_MIN_ROWS_PER_THREAD = 8  # every thread reads all weights, whatever the number of its rows
 _ROW_MULTIPLE = 4
 _pools: dict[int, ThreadPoolExecutor] = {}
 Item = TypeVar("Item")
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 
 class RowRange(NamedTuple):
-    """Rows of the batch that one kernel walks."""
+    """Range of rows of the batch that one kernel call processes."""
 
     start: int
     size: int
@@ -44,7 +44,7 @@ def _available_cores() -> int:
 
 
 def max_threads() -> int:
-    """How many threads a product may use: as many as NumPy's BLAS, so that limits set for that one count here, too.
+    """Return the maximal number of threads: that of NumPy's BLAS, so that its limits hold here, too.
 
     >>> from threadpoolctl import threadpool_limits
     >>> with threadpool_limits(1):
@@ -56,25 +56,25 @@ def max_threads() -> int:
     return min(*known, _available_cores()) if known else int(os.environ.get("OMP_NUM_THREADS") or _available_cores())
 
 
-def worth_threading(count: int, n: int, weights: int) -> bool:
-    """Whether the rows are for several threads, if there are any."""
-    return n >= 2 * _MIN_ROWS_PER_THREAD and count * n * weights >= _MIN_WORK
+def worth_threading(T: int, N: int, weights: int) -> bool:
+    """Return True if a scan of T steps and N rows with so many weights is large enough for several threads."""
+    return N >= 2 * _MIN_ROWS_PER_THREAD and T * N * weights >= _MIN_WORK
 
 
-def thread_count(count: int, n: int, weights: int) -> int:
-    """How many threads take a part each, or 0 where one takes all."""
-    threads = min(max_threads(), n // _MIN_ROWS_PER_THREAD) if worth_threading(count, n, weights) else 0
+def thread_count(T: int, N: int, weights: int) -> int:
+    """Return the number of threads for a scan, or 0 if one thread is best."""
+    threads = min(max_threads(), N // _MIN_ROWS_PER_THREAD) if worth_threading(T, N, weights) else 0
     return threads if threads > 1 else 0
 
 
-def split_rows(row_order: RowOrder, count: int, n: int, weights: int) -> list[RowRange]:
-    """One part, or, where it is worth it, as many of about the same number of steps as there are threads."""
-    threads = thread_count(count, n, weights)
+def split_rows(row_order: RowOrder, T: int, N: int, weights: int) -> list[RowRange]:
+    """Split the rows into one range per thread, of about the same number of active steps each."""
+    threads = thread_count(T, N, weights)
     if not threads:
-        return [RowRange(0, n)]
+        return [RowRange(0, N)]
     if row_order.active is None:
-        return _even_split(n, threads)
-    return _split_by_work(np.cumsum(row_order.active.sum(axis=0)), n, threads)
+        return _even_split(N, threads)
+    return _split_by_work(np.cumsum(row_order.active.sum(axis=0)), N, threads)
 
 
 @cache
@@ -83,18 +83,18 @@ def _even_split(n: int, threads: int) -> list[RowRange]:
 
 
 def _split_by_work(work: Any, n: int, threads: int) -> list[RowRange]:
-    """Parts that end where about as much of the work is done as there are parts so far."""
+    """Split n rows so that every range has about the same work; work[r] is the work of rows 0 to r."""
     ends = [int(np.searchsorted(work, work[-1] * k / threads)) + 1 for k in range(1, threads)]
     cuts = sorted({0, *(min(n, -(-end // _ROW_MULTIPLE) * _ROW_MULTIPLE) for end in ends), n})
     return [RowRange(a, b - a) for a, b in pairwise(cuts)]
 
 
 def parallel_map(fn: Callable[[Item], Result], items: list[Item]) -> list[Result]:
-    """What `walk` returns for each part, in their order; this thread takes the first."""
+    """Return fn(item) for every item, in order. The calling thread runs the first."""
     if len(items) == 1:
         return [fn(items[0])]
-    pool = _pools.get(os.getpid())  # a forked process has no threads
+    pool = _pools.get(os.getpid())  # a forked process inherits the pool without its threads
     if pool is None:
         pool = _pools.setdefault(os.getpid(), ThreadPoolExecutor(_available_cores(), "xprnn"))
-    others = [pool.submit(fn, part) for part in items[1:]]
+    others = [pool.submit(fn, item) for item in items[1:]]
     return [fn(items[0]), *(other.result() for other in others)]
