@@ -1,4 +1,4 @@
-"""A kernel means what the generic scan means: every cell, dtype, ragged pattern and direction."""
+"""Kernels against the reference scan, for every cell, dtype, mask, reset and direction."""
 
 from __future__ import annotations
 
@@ -7,43 +7,26 @@ import tracemalloc
 import numpy as np
 import pytest
 from support.backends import Backend
+from support.kernel_cases import PATTERNS, branching_cell, every_other, untraceable_cell
 from support.layer_cases import CASES, MAIN_CASES, RARE_CASES, inputs_on, random_cotangents, random_inputs
 
 import xprnn
 from xprnn.gradcheck import check_layer
 from xprnn.kernels.config import allow_jit, reference_only
-from xprnn.kernels.jit import compile_cache
 
-PATTERNS = {
-    "full": {},
-    "sorted": {"lengths": [6, 4, 1, 0]},
-    "any-order": {"lengths": [1, 6, 0, 3]},
-    "nearly-full": {"lengths": [5, 6, 6, 6]},
-    "equal": {"lengths": [3, 3, 3, 3]},
-    "none": {"lengths": [0, 0, 0, 0]},
-    "holes": {
-        "mask": np.array([[1, 0, 1, 1], [0, 0, 1, 1], [1, 0, 0, 1], [1, 1, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0]], bool)
-    },
-    "resets": {
-        "reset": np.array([[1, 0, 0, 1], [0, 0, 1, 0], [1, 1, 0, 0], [0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 1]], bool)
-    },
-}
-PATTERNS["all"] = {"lengths": [4, 6, 2, 5], **PATTERNS["holes"], **PATTERNS["resets"]}
 XP = Backend.NUMPY
 NAMES = {"in place": "NumPy in place", "compiled": "compiled by numba"}
 
 
-@pytest.fixture(params=NAMES, autouse=True)
+@pytest.fixture(params=["in place", pytest.param("compiled", marks=pytest.mark.needs("numba"))], autouse=True)
 def kernel(request):
-    """Every test runs with each kernel; its name in a tape's words."""
-    if request.param == "compiled" and not compile_cache.numba_available():
-        pytest.skip("numba is not installed")
+    """Run every test with each kernel, and return the kernel's name in `tape.explain()`."""
     with allow_jit(request.param == "compiled"):
         yield NAMES[request.param]
 
 
 def run(layer, p, dtype, dy=None, dfinal=None):
-    """Everything a pass gives: (y, final, states, dx, dstate, dparams) and how it was computed."""
+    """Return (y, final, states) and, given dy, (dx, dstate, dparams) of a pass; and its tape."""
     params, x, state, flags = inputs_on(XP, p, dtype)
     y, final, tape = layer.forward(params, x, state, **flags)
     if dy is None:
@@ -56,7 +39,7 @@ def cast(tree, dtype):
     return tuple(cast(a, dtype) for a in tree) if isinstance(tree, tuple) else XP.asarray(tree, dtype)
 
 
-def both(layer, p, dtype, rng):
+def run_both(layer, p, dtype, rng):
     (y, final, _), tape = run(layer, p, dtype)
     dy, dfinal = random_cotangents(rng, y), random_cotangents(rng, final)
     fast, tape = run(layer, p, dtype, dy, dfinal)
@@ -68,26 +51,26 @@ def both(layer, p, dtype, rng):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("name", CASES)
-def test_a_kernel_equals_generic(rng, dtype, kernel, name, pattern):
+def test_kernel_equals_generic_scan(rng, dtype, kernel, name, pattern):
     layer = CASES[name].make(3, 4, 2, bidirectional=True)
     p = random_inputs(rng, layer, T=6, N=4)._replace(flags=PATTERNS[pattern])
     p = p._replace(flags={k: np.asarray(v) for k, v in p.flags.items()})
-    fast, slow, tape = both(layer, p, dtype, rng)
+    fast, slow, tape = run_both(layer, p, dtype, rng)
     in_place = kernel == NAMES["in place"]
-    expected = "generic scan" if in_place and layer.resolved_cell.early else kernel  # early gates are compiled only
+    expected = "generic scan" if in_place and layer.resolved_cell.pregates else kernel  # only jit supports pregates
     assert tape.explain().count(expected) == 2 * layer.num_layers
     XP.assert_close(fast, slow, condition=200)
     XP.assert_like(fast, XP.asarray(np.zeros(1), dtype))
     params, x, state, flags = inputs_on(XP, p, dtype)
-    XP.assert_close(layer(params, x, state, **flags), fast[:2], condition=0)  # no tape, the same bits
+    XP.assert_close(layer(params, x, state, **flags), fast[:2], condition=0)  # without a tape: bit for bit
 
 
 @pytest.mark.parametrize("name", RARE_CASES)
-def test_a_rarer_cell_equals_generic(rng, kernel, name):
-    """Early gates of a cell of one's own, whichever only look at x + h; peepholes with a projected h: all that runs."""
+def test_rare_cells_equal_generic_scan(rng, kernel, name):
+    """User-defined cells with pregates, separate or summed, and peepholes with a projected h: scan, sequence, step."""
     layer = RARE_CASES[name](3, 5, 2)
     p = random_inputs(rng, layer, T=6, N=4, flags="lmr", scale=0.3)
-    fast, slow, tape = both(layer, p, "float64", rng)
+    fast, slow, tape = run_both(layer, p, "float64", rng)
     compiled = kernel == NAMES["compiled"]
     assert ("generic scan" if layer.resolved_cell.pregates and not compiled else kernel) in tape.explain()
     XP.assert_close(fast, slow, condition=200)
@@ -96,15 +79,15 @@ def test_a_rarer_cell_equals_generic(rng, kernel, name):
     state = tuple(s[:, :2] for s in p.state)
     for x in (p.x[:, :2], ids):
         assert (layer._fast_sequence(p.params, x, state) is not None) == compiled
-        walked, steps = layer(p.params, x, state), state
+        sequence, running = layer(p.params, x, state), state
         for x_t in x:
-            y, steps = layer.step(p.params, x_t, steps)
-        XP.assert_close(layer.forward(p.params, x, state)[:2], walked, condition=64)
-        XP.assert_close((y, steps), (walked[0][-1], walked[1]), condition=64)
+            y, running = layer.step(p.params, x_t, running)
+        XP.assert_close(layer.forward(p.params, x, state)[:2], sequence, condition=64)
+        XP.assert_close((y, running), (sequence[0][-1], sequence[1]), condition=64)
 
 
 @pytest.mark.parametrize("name", MAIN_CASES)
-def test_the_same_bits_from_run_to_run_and_from_replay(rng, name):
+def test_repeated_runs_and_replays_are_bitwise_equal(rng, name):
     layer = CASES[name].make(3, 4, 2, bidirectional=True)
     p = random_inputs(rng, layer, T=6, N=4, flags="lmr")
     (y, final, _), tape = run(layer, p, "float64")
@@ -112,45 +95,41 @@ def test_the_same_bits_from_run_to_run_and_from_replay(rng, name):
     one, tape = run(layer, p, "float64", dy, dfinal)
     two, _ = run(layer, p, "float64", dy, dfinal)
     XP.assert_close(two, one, condition=0)
-    layer.backward(tape, -dy, None)  # a replay with other cotangents leaves no trace
+    layer.backward(tape, -dy, None)  # a replay with other cotangents changes nothing
     XP.assert_close(tuple(layer.backward(tape, dy, dfinal)), one[3:], condition=0)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_any_memory_layout(rng, name):
-    """Fortran-ordered, strided and read-only arguments: the same numbers, and not one of them is written to."""
+def test_memory_layout_of_arguments_does_not_matter(rng, name):
+    """Arguments may be Fortran-ordered, strided, reversed and read-only; none is written to."""
     layer = CASES[name].make(3, 4, 2, bidirectional=True)
     p = random_inputs(rng, layer, T=5, N=4, flags="lr")
     (y, final, _), _ = run(layer, p, "float64")
     dy, dfinal = random_cotangents(rng, y), random_cotangents(rng, final)
     want, _ = run(layer, p, "float64", dy, dfinal)
-    for twist in (np.asfortranarray, every_other, backwards):
-        params, x, state = twisted(twist, (p.params, p.x, p.state))
+    for layout in (np.asfortranarray, every_other, reversed_rows):
+        params, x, state = with_layout(layout, (p.params, p.x, p.state))
         y, final, tape = layer.forward(params, x, state, **p.flags)
-        got = layer.backward(tape, twisted(twist, dy), twisted(twist, dfinal))
+        got = layer.backward(tape, with_layout(layout, dy), with_layout(layout, dfinal))
         XP.assert_close((y, final, tape.states(), *got), want, condition=64)
 
 
-def every_other(a):
-    return np.repeat(a, 2, axis=-1)[..., ::2]
-
-
-def backwards(a):
+def reversed_rows(a):
     return np.ascontiguousarray(a[::-1])[::-1]
 
 
-def twisted(twist, tree):
+def with_layout(layout, tree):
     if isinstance(tree, dict):
-        return {k: twisted(twist, v) for k, v in tree.items()}
+        return {k: with_layout(layout, v) for k, v in tree.items()}
     if isinstance(tree, tuple):
-        return tuple(twisted(twist, v) for v in tree)
-    a = twist(tree)
+        return tuple(with_layout(layout, v) for v in tree)
+    a = layout(tree)
     a.flags.writeable = False
     return a
 
 
-def test_what_comes_out_is_not_what_the_tape_holds(rng):
-    """A caller who works in place on results must not bend the gradients: such memory is read-only or a copy."""
+def test_editing_results_in_place_does_not_change_gradients(rng):
+    """Results are read-only or copies, so that in-place edits by the caller cannot change the gradients."""
     layer = xprnn.LSTM(3, 4)
     p = random_inputs(rng, layer)
     (y, final, _), _ = run(layer, p, "float64")
@@ -164,10 +143,10 @@ def test_what_comes_out_is_not_what_the_tape_holds(rng):
     XP.assert_close(tuple(layer.backward(tape, dy, dfinal)), want[3:], condition=0)
 
 
-def peak(call):
+def peak_memory(call):
     tracemalloc.start()
     try:
-        kept = call()  # noqa: F841 - alive while it is measured
+        result = call()  # noqa: F841 - alive while it is measured
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -175,7 +154,7 @@ def peak(call):
 
 @pytest.mark.parametrize("name", ["rnn", "lstm", "gru", "leaky"])
 def test_no_allocation_inside_the_time_loop(rng, name):
-    """Beyond what is kept, the peak does not grow with T: N*H is large here, so one array per step would show."""
+    """Peak memory grows with T only by the saved arrays. N*H is large, so one more array per step would show."""
     layer, N, H = CASES[name].make(2, 64), 64, 64
     params = {k: rng.normal(size=s) * 0.1 for k, s in layer.shapes().items()}
     step = N * H * 8
@@ -183,58 +162,21 @@ def test_no_allocation_inside_the_time_loop(rng, name):
     for T in (40, 80):
         x = rng.normal(size=(T, N, 2))
         layer(params, x)  # the first call compiles
-        peaks.append(peak(lambda x=x: layer(params, x)))
-    kept = (
-        len(layer.resolved_cell.states) + layer.resolved_cell.gates
-    )  # states and projection; the Elman cell's are one
-    assert peaks[1] - peaks[0] <= (kept + 0.5) * 40 * step
+        peaks.append(peak_memory(lambda x=x: layer(params, x)))
+    cell = layer.resolved_cell
+    saved = len(cell.states) + cell.gates
+    assert peaks[1] - peaks[0] <= (saved + 0.5) * 40 * step
     y, _, tape = layer.forward(params, x)
     dy = np.ones_like(y)
     layer.backward(tape, dy)
     short = layer.forward(params, x[:40])[2]
-    growth = peak(lambda: layer.backward(tape, dy)) - peak(lambda: layer.backward(short, dy[:40]))
-    sums = layer.resolved_cell.gates * (1 if layer.resolved_cell.name != "gru" else 2) + len(
-        layer.resolved_cell.vectors
-    )
-    assert growth <= (sums + 0.5) * 40 * step  # the gates' adjoints, which one product reads at the end
-
-
-def untraceable_cell():
-    """xp.atan is in the standard but not among what is traced."""
-
-    def build(xp):
-        def step(x, h, state, p):
-            a = x[0] + h[0]
-            return (xp.atan(a),), (a,)
-
-        def back(dstate, saved, state, p):
-            da = dstate[0] / (1.0 + saved[0] * saved[0])
-            return (da,), (da,), (None,), ()
-
-        return step, back
-
-    return xprnn.Cell("atan", 1, build)
-
-
-def branching_cell():
-    """A branch on a value cannot be traced either: here it is an error of the cell only where it has no one answer."""
-
-    def build(xp):
-        def step(x, h, state, p):
-            a = x[0] + h[0]
-            y = a if not bool(xp.any(xp.abs(a) > 1e9)) else xp.zeros_like(a)
-            return (y,), ()
-
-        def back(dstate, saved, state, p):
-            return (dstate[0],), (dstate[0],), (None,), ()
-
-        return step, back
-
-    return xprnn.Cell("branch", 1, build)
+    growth = peak_memory(lambda: layer.backward(tape, dy)) - peak_memory(lambda: layer.backward(short, dy[:40]))
+    gate_cotangents = cell.gates * (1 if cell.name != "gru" else 2) + len(cell.vectors)
+    assert growth <= (gate_cotangents + 0.5) * 40 * step
 
 
 @pytest.mark.parametrize("make", [untraceable_cell, branching_cell])
-def test_a_cell_that_cannot_be_traced_takes_the_generic_scan(rng, make):
+def test_untraceable_cells_use_the_generic_scan(rng, make):
     layer = xprnn.Recurrent(2, 3, cell=make(), bidirectional=True)
     p = random_inputs(rng, layer, T=4, flags="lmr", scale=0.3)
     assert run(layer, p, "float64")[1].explain().count("generic") == 2
@@ -242,8 +184,8 @@ def test_a_cell_that_cannot_be_traced_takes_the_generic_scan(rng, make):
 
 
 @pytest.mark.parametrize(("kind", "bidirectional"), [(xprnn.RNN, True), (xprnn.LSTM, False), (xprnn.GRU, False)])
-def test_a_very_long_sequence(rng, kind, bidirectional):
-    """torch's cuDNN path ends at 65,535 steps. Here only the last steps matter, and they are the short run's."""
+def test_sequence_of_70000_steps(rng, kind, bidirectional):
+    """70,000 steps, more than the 65,535 of torch's cuDNN path. The last steps equal those of a short run."""
     T = 70_000
     layer = kind(1, 1, bidirectional=bidirectional)
     p = random_inputs(rng, layer, T=1, N=1, scale=0.3)
@@ -251,7 +193,7 @@ def test_a_very_long_sequence(rng, kind, bidirectional):
     y, final, tape = layer.forward(p.params, x, p.state)
     assert np.isfinite(y).all()
     dy = np.zeros_like(y)
-    dy[-200:, :, :1] = rng.normal(size=(200, 1, 1))  # the forward direction's end
+    dy[-200:, :, :1] = rng.normal(size=(200, 1, 1))  # only the forward direction
     got = layer.backward(tape, dy)
     short_y, _, short = layer.forward(p.params, x[-2000:], p.state)
     want = layer.backward(short, dy[-2000:])
@@ -262,11 +204,11 @@ def test_a_very_long_sequence(rng, kind, bidirectional):
     with reference_only():
         generic = layer(p.params, x[:500], p.state)[0]
     np.testing.assert_allclose(generic[:400, :, 0], y[:400, :, 0], rtol=0, atol=1e-14)
-    check_parts_of_a_long_walk(layer, p, x, y, final)
+    check_chunked_run(layer, p, x, y, final)
 
 
-def check_parts_of_a_long_walk(layer, p, x, y, final):
-    """Across the seams of whatever blocks the kernel walks in, step after step is one plain recurrence."""
+def check_chunked_run(layer, p, x, y, final):
+    """Check that running the sequence in chunks, which do not align with the kernel's blocks, changes nothing."""
     if layer.bidirectional:
         return
     last, state = None, p.state

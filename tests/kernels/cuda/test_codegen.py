@@ -7,8 +7,8 @@ from functools import partial
 
 import numpy as np
 import pytest
-from kernels.jit.test_jit import everything_cell
 from support.cuda import nvrtc
+from support.kernel_cases import everything_cell
 from support.layer_cases import CASES
 
 import xprnn

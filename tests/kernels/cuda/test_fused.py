@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kernels.test_equivalence import PATTERNS, every_other
 from support.backends import Backend
+from support.kernel_cases import PATTERNS, every_other
 from support.layer_cases import CASES, MAIN_CASES, inputs_on, random_cotangents, random_inputs
 
 import xprnn

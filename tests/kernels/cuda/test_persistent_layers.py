@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from kernels.cuda.test_fused import drawn, results
-from kernels.test_equivalence import PATTERNS
 from support.backends import Backend
+from support.kernel_cases import PATTERNS
 from support.layer_cases import CASES, inputs_on, random_inputs
 
 import xprnn

@@ -1,4 +1,4 @@
-"""Processes that want a kernel at the same time: one compiles it, and nobody waits for ever."""
+"""Several processes that need the same kernel: one compiles it, the others wait, with a timeout."""
 
 from __future__ import annotations
 
@@ -14,59 +14,60 @@ from xprnn.kernels.jit import compile_cache
 
 pytestmark = [
     pytest.mark.needs("numba"),
-    pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks"),
+    pytest.mark.skipif(sys.platform == "win32", reason="Windows has no flock"),
 ]
 RUN = """
 import sys
 import numpy as np, xprnn
 from numba.core import caching
-count, true = [], caching.IndexDataCacheFile.save
-caching.IndexDataCacheFile.save = lambda *args: (count.append(1), true(*args))[1]
+saves, save = [], caching.IndexDataCacheFile.save
+caching.IndexDataCacheFile.save = lambda *args: (saves.append(1), save(*args))[1]
 layer = xprnn.GRU(2, 3)
 params = layer.init(np.random.default_rng(0), like=np.zeros(1, np.float32))
 print("ready", flush=True)
 sys.stdin.readline()
 y, state, tape = layer.forward(params, np.ones((4, 2, 2), np.float32))
 layer.backward(tape, np.ones_like(y))
-print(len(count), "compiled" in tape.explain(), float(y.sum()), sep="|")
+print(len(saves), "compiled" in tape.explain(), float(y.sum()), sep="|")
 """
 SOURCE = "def kernel(table):\n    table[0] += {}\n"
 
 
-def start(folder):
+def start_process(cache_dir):
+    """Start a process that runs RUN with this cache directory."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    env = os.environ | {"PYTHONPATH": paths, "XPRNN_FAST": "1", "XPRNN_CACHE": str(folder)}
+    env = os.environ | {"PYTHONPATH": paths, "XPRNN_FAST": "1", "XPRNN_CACHE": str(cache_dir)}
     return subprocess.Popen([sys.executable, "-c", RUN], env=env, stdin=-1, stdout=-1, text=True)
 
 
 def test_two_processes_compile_a_kernel_once(tmp_path):
-    both = [start(tmp_path) for _ in range(2)]
-    for process in both:
+    processes = [start_process(tmp_path) for _ in range(2)]
+    for process in processes:
         assert process.stdout.readline() == "ready\n"
-    for process in both:
+    for process in processes:
         process.stdin.write("\n")
         process.stdin.flush()
-    said = [process.communicate(timeout=120)[0].strip().split("|") for process in both]
-    assert [compiled for _, compiled, _ in said] == ["True", "True"]
-    assert said[0][2] == said[1][2]
-    assert sum(int(count) for count, _, _ in said) == len([*tmp_path.rglob("*.nbc")]) > 0
+    results = [process.communicate(timeout=120)[0].strip().split("|") for process in processes]
+    assert [compiled for _, compiled, _ in results] == ["True", "True"]
+    assert results[0][2] == results[1][2]
+    assert sum(int(saves) for saves, _, _ in results) == len([*tmp_path.rglob("*.nbc")]) > 0
 
 
-def held(path):
-    """A process that has the lock of a kernel's file."""
-    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print('held', flush=True); input()"
-    words = [sys.executable, "-c", hold, path.with_suffix(".lock")]
-    process = subprocess.Popen(words, stdin=-1, stdout=-1, text=True)
+def hold_lock(path):
+    """Start a process that holds the lock of a kernel's file."""
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print('held', flush=True); input()"
+    command = [sys.executable, "-c", code, path.with_suffix(".lock")]
+    process = subprocess.Popen(command, stdin=-1, stdout=-1, text=True)
     assert process.stdout.readline() == "held\n"
     return process
 
 
 @pytest.mark.parametrize("dead", [True, False])
-def test_who_holds_a_lock_and_never_ends_is_not_waited_for(tmp_path, monkeypatch, dead):
+def test_lock_of_dead_or_hanging_process_does_not_block(tmp_path, monkeypatch, dead):
     monkeypatch.setenv("XPRNN_CACHE", str(tmp_path))
     monkeypatch.setattr(compile_cache, "_LOCK_TIMEOUT", 3600.0 if dead else 0.1)
     source = SOURCE.format(7 + dead)
-    holder = held(compile_cache._write_source(source))
+    holder = hold_lock(compile_cache._write_source(source))
     try:
         if dead:
             holder.kill()

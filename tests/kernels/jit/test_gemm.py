@@ -1,4 +1,4 @@
-"""The compiled products against NumPy in float64, and a batch's rows over several threads."""
+"""Compiled matrix products against NumPy in float64, and scans on several threads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from xprnn.kernels.row_order import RowOrder
 
 pytestmark = pytest.mark.needs("numba")
 XP = Backend.NUMPY
-PRODUCT, PACK_RIGHT, PACK_LEFT, GRADIENT = range(4)
+MATMUL, PACK_RHS, PACK_LHS, MATMUL_LHS_TRANSPOSED = range(4)
 SIZES = [
     (1, 1, 1),
     (5, 0, 3),
@@ -33,100 +33,117 @@ SIZES = [
 ]
 
 
-def do(number, dtype, *args):
-    """One of gemm.py's functions."""
-    numbers = [address(a) if isinstance(a, np.ndarray) else a for a in args]
-    compile_cache.gemm_kernel(np.dtype(dtype).itemsize).ctypes(number, *numbers, *[0] * (11 - len(args)))
+def call_gemm(number, dtype, *args):
+    """Call one of gemm.py's functions, with arrays replaced by their addresses."""
+    integers = [address(a) if isinstance(a, np.ndarray) else a for a in args]
+    compile_cache.gemm_kernel(np.dtype(dtype).itemsize).ctypes(number, *integers, *[0] * (11 - len(args)))
 
 
-def edge(dtype):
+def edge_tile(dtype):
+    """Return the scratch memory of matmul: a tile and a row of zeros."""
     size = compile_cache.tile_size(np.dtype(dtype).itemsize)
     return np.zeros(size + size // compile_cache.tile_rows(), dtype)
 
 
-def unset(size, dtype):
-    """Memory of which nothing may be read before it is written."""
+def uninitialized(size, dtype):
+    """Return memory full of NaN, which shows in a result if it is read before it is written."""
     return np.full(max(size, 1), np.nan, dtype)
 
 
-def packed(b, dtype, turned):
+def pack_rhs(b, dtype, transposed):
+    """Pack b, stored transposed or not, into panels."""
     inner, columns = b.shape
-    out = unset(inner * panel_width(columns, b.itemsize), dtype)
-    source, strides = (np.ascontiguousarray(b.T), (1, inner)) if turned else (b, (columns, 1))
-    do(PACK_RIGHT, dtype, source, *strides, inner, columns, out, inner, 0)
+    out = uninitialized(inner * panel_width(columns, b.itemsize), dtype)
+    source, strides = (np.ascontiguousarray(b.T), (1, inner)) if transposed else (b, (columns, 1))
+    call_gemm(PACK_RHS, dtype, source, *strides, inner, columns, out, inner, 0)
     return out
 
 
-def close(got, want, inner):
+def assert_product_close(got, want, inner):
     np.testing.assert_allclose(got, want, rtol=0, atol=8 * np.finfo(got.dtype).eps * (4 + inner))
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("n", "inner", "columns"), SIZES)
-def test_product(rng, dtype, n, inner, columns, turned):
+def test_matmul_equals_numpy(rng, dtype, n, inner, columns, transposed):
     a, b = rng.uniform(-1, 1, (n, inner + 3)).astype(dtype), rng.uniform(-1, 1, (inner, columns)).astype(dtype)
     start = rng.uniform(-1, 1, (n, columns)).astype(dtype)
     want = a[:, :inner].astype(np.float64) @ b.astype(np.float64)
-    panels = packed(b, dtype, turned)
-    for given_, stride in ((start, columns), (start[0], 0)):
+    panels = pack_rhs(b, dtype, transposed)
+    for start_, stride in ((start, columns), (start[0], 0)):
         out = np.full((n + 1, columns), 7, dtype)
-        do(PRODUCT, dtype, a, inner + 3, panels, out, columns, given_, stride, n, inner, columns, edge(dtype))
-        close(out[:n], given_ + want, inner)
-        assert (out[n] == 7).all()  # nothing is written beyond the end
+        call_gemm(
+            MATMUL, dtype, a, inner + 3, panels, out, columns, start_, stride, n, inner, columns, edge_tile(dtype)
+        )
+        assert_product_close(out[:n], start_ + want, inner)
+        assert (out[n] == 7).all()  # no write beyond the last row
     out = start.copy()
-    do(PRODUCT, dtype, a, inner + 3, panels, out, columns, out, columns, n, inner, columns, edge(dtype))
-    close(out, start + want, inner)
+    call_gemm(MATMUL, dtype, a, inner + 3, panels, out, columns, out, columns, n, inner, columns, edge_tile(dtype))
+    assert_product_close(out, start + want, inner)
     wide = panel_width(columns, out.itemsize)
     out = np.zeros((n, wide), dtype)
-    do(PRODUCT, dtype, a, inner + 3, panels, out, wide, np.zeros(wide, dtype), 0, n, inner, wide, edge(dtype))
-    close(out[:, :columns], want, inner)
+    call_gemm(
+        MATMUL, dtype, a, inner + 3, panels, out, wide, np.zeros(wide, dtype), 0, n, inner, wide, edge_tile(dtype)
+    )
+    assert_product_close(out[:, :columns], want, inner)
 
 
 @pytest.mark.parametrize(
     ("n", "rows", "columns"), [(0, 3, 2), (1, 1, 1), (7, 9, 33), (300, 17, 5), (40, 64, 96), (3, 8, 16)]
 )
-def test_gradient(rng, dtype, n, rows, columns):
-    """The inner dimension comes in two pieces, as from two steps."""
+def test_matmul_lhs_transposed_equals_numpy(rng, dtype, n, rows, columns):
+    """The inner dimension is packed in two calls, as for two steps."""
     x, y = rng.uniform(-1, 1, (n, rows)).astype(dtype), rng.uniform(-1, 1, (n, columns)).astype(dtype)
-    size, room, half = compile_cache.tile_rows(), n + 2, n // 2
-    left, right = unset(-(-rows // size) * size * room, dtype), unset(panel_width(columns, x.itemsize) * room, dtype)
+    size, capacity, half = compile_cache.tile_rows(), n + 2, n // 2
+    lhs = uninitialized(-(-rows // size) * size * capacity, dtype)
+    rhs = uninitialized(panel_width(columns, x.itemsize) * capacity, dtype)
     sums, start = np.zeros(rows, dtype), rng.uniform(-1, 1, (rows, columns)).astype(dtype)
     for first, last in ((0, half), (half, n)):
-        do(PACK_LEFT, dtype, x[first:], rows, last - first, rows, left, room, first, sums)
-        do(PACK_RIGHT, dtype, y[first:], columns, 1, last - first, columns, right, room, first)
+        call_gemm(PACK_LHS, dtype, x[first:], rows, last - first, rows, lhs, capacity, first, sums)
+        call_gemm(PACK_RHS, dtype, y[first:], columns, 1, last - first, columns, rhs, capacity, first)
     want = x.astype(np.float64).T @ y.astype(np.float64)
-    nothing = np.zeros(columns, dtype)
-    for given_, stride in ((start, columns), (nothing, 0)):
+    for start_, stride in ((start, columns), (np.zeros(columns, dtype), 0)):
         out = np.full((rows + 1, columns), 7, dtype)
-        do(GRADIENT, dtype, left, right, n, room, rows, columns, out, given_, stride, edge(dtype))
-        close(out[:rows], given_ + want, n)
+        args = (lhs, rhs, n, capacity, rows, columns, out, start_, stride, edge_tile(dtype))
+        call_gemm(MATMUL_LHS_TRANSPOSED, dtype, *args)
+        assert_product_close(out[:rows], start_ + want, n)
         assert (out[rows] == 7).all()
-    close(sums, x.astype(np.float64).sum(axis=0), n)
+    assert_product_close(sums, x.astype(np.float64).sum(axis=0), n)
 
 
-def test_nan_goes_where_it_belongs(dtype):
-    """A row of the left side, a column of the right one, and no further."""
+def test_nan_stays_in_row_and_column(dtype):
+    """NaN in row 1 of a and in column 2 of b shows only in that row and column of the product."""
     for n, inner, columns in ((9, 20, 40), (3, 2, 5)):
         a, b = np.ones((n, inner), dtype), np.ones((inner, columns), dtype)
         a[1, 1], b[0, 2] = np.nan, np.inf
         out = np.zeros((n, columns), dtype)
-        args = (packed(b, dtype, False), out, columns, np.zeros(columns, dtype), 0, n, inner, columns, edge(dtype))
-        do(PRODUCT, dtype, a, inner, *args)
+        args = (
+            pack_rhs(b, dtype, False),
+            out,
+            columns,
+            np.zeros(columns, dtype),
+            0,
+            n,
+            inner,
+            columns,
+            edge_tile(dtype),
+        )
+        call_gemm(MATMUL, dtype, a, inner, *args)
         with np.errstate(invalid="ignore"):
             np.testing.assert_array_equal(out, a @ b)
 
 
 @pytest.mark.parametrize("flags", ["", "lmr"])
 @pytest.mark.parametrize("name", ["rnn", "lstm", "lstm-proj", "gru", "gru-before"])
-def test_rows_apart_change_nothing(rng, dtype, monkeypatch, name, flags):
-    """A space behind the rows of the gates' adjoints, as large nets have it, is never read."""
+def test_row_padding_does_not_change_results(rng, dtype, monkeypatch, name, flags):
+    """Padding after each row of the gate cotangents, which large layers have, is never read."""
     layer = CASES[name].make(5, 6)
     p = random_inputs(rng, layer, T=6, N=9, flags=flags)
-    dy = random_cotangents(rng, everything(layer, p, "float64")[0])
-    want = everything(layer, p, dtype, dy)
+    dy = random_cotangents(rng, run_layer(layer, p, "float64")[0])
+    want = run_layer(layer, p, dtype, dy)
     monkeypatch.setattr(arguments, "_CACHE_ALIAS_STRIDE", 1)
     scan_plan.forward_plan.cache_clear()
-    got = everything(CASES[name].make(5, 6), p, dtype, dy)  # a layer keeps what it has worked out
+    got = run_layer(CASES[name].make(5, 6), p, dtype, dy)  # a new layer: a layer caches its plans
     scan_plan.forward_plan.cache_clear()
     XP.assert_close(got, want, condition=0)
 
@@ -134,7 +151,8 @@ def test_rows_apart_change_nothing(rng, dtype, monkeypatch, name, flags):
 # --- threads
 
 
-def everything(layer, p, dtype, dy=None, dfinal=None):
+def run_layer(layer, p, dtype, dy=None, dfinal=None):
+    """Return y and the final state; given dy also inference results and all gradients."""
     params, x, state, flags = inputs_on(XP, p, dtype)
     y, final, tape = layer.forward(params, x, state, **flags)
     assert "compiled" in tape.explain()
@@ -144,22 +162,21 @@ def everything(layer, p, dtype, dy=None, dfinal=None):
 
 
 @pytest.fixture
-def split(monkeypatch):
-    """Calls the function with its batch over so many threads, and checks that it was."""
+def on_threads(monkeypatch):
+    """Return a function that calls another one on a number of threads, and checks that number."""
 
     def run(count, call):
-        seen = []
+        splits, parallel_map = [], threads.parallel_map
         monkeypatch.setattr(threads, "_MIN_WORK", 0)
         monkeypatch.setattr(threads, "max_threads", lambda: count)
         monkeypatch.setattr(threads, "_pools", {})
-        true = threads.parallel_map
         monkeypatch.setattr(
-            xprnn.kernels.jit.scan, "parallel_map", lambda walk, those: seen.append(those) or true(walk, those)
+            xprnn.kernels.jit.scan, "parallel_map", lambda fn, items: splits.append(items) or parallel_map(fn, items)
         )
         result = call()
         monkeypatch.undo()
-        assert all(len(those) == count for those in seen)
-        assert seen or count == 1  # one thread may take the plain way, which knows no parts
+        assert all(len(row_ranges) == count for row_ranges in splits)
+        assert splits or count == 1  # on one thread, a plan may run instead
         return result
 
     return run
@@ -167,64 +184,64 @@ def split(monkeypatch):
 
 @pytest.mark.parametrize("flags", ["", "l", "lmr"])
 @pytest.mark.parametrize("name", ["rnn", "lstm", "lstm-proj", "gru", "gru-before", "leaky"])
-def test_threads_give_what_one_gives(rng, dtype, split, name, flags):
+def test_thread_count_does_not_change_results(rng, dtype, on_threads, name, flags):
     layer = CASES[name].make(5, 6, 2, bidirectional=True)
     p = random_inputs(rng, layer, T=7, N=37, flags=flags)
-    y, final = everything(layer, p, "float64")
+    y, final = run_layer(layer, p, "float64")
     dy, dfinal = random_cotangents(rng, y), random_cotangents(rng, final)
     dfinal = tuple(d.astype(dtype) for d in dfinal) if isinstance(dfinal, tuple) else dfinal.astype(dtype)
-    one = split(1, lambda: everything(layer, p, dtype, dy, dfinal))
-    two, three = (split(count, lambda: everything(layer, p, dtype, dy, dfinal)) for count in (2, 3))
+    one = on_threads(1, lambda: run_layer(layer, p, dtype, dy, dfinal))
+    two, three = (on_threads(count, lambda: run_layer(layer, p, dtype, dy, dfinal)) for count in (2, 3))
     XP.assert_close(two, one, condition=200)
     XP.assert_close(three, one, condition=200)
-    XP.assert_close(split(2, lambda: everything(layer, p, dtype, dy, dfinal)), two, condition=0)
+    XP.assert_close(on_threads(2, lambda: run_layer(layer, p, dtype, dy, dfinal)), two, condition=0)
 
 
 @pytest.mark.parametrize("name", ["gru", "lstm-proj", "gru-before"])
-def test_threads_with_classes_for_input(rng, split, name):
+def test_threads_with_integer_input(rng, on_threads, name):
     layer = CASES[name].make(11, 6)
     params = layer.init(rng, like=np.zeros(0))
     ids = rng.integers(0, 11, (5, 40))
 
     def run():
-        y, final, tape = layer.forward(params, ids, lengths=rng_lengths)
+        y, final, tape = layer.forward(params, ids, lengths=lengths)
         return y, final, *layer.backward(tape, y)[1:]
 
-    rng_lengths = rng.integers(0, 6, 40)
-    XP.assert_close(split(2, run), split(1, run), condition=64)
+    lengths = rng.integers(0, 6, 40)
+    XP.assert_close(on_threads(2, run), on_threads(1, run), condition=64)
 
 
-def test_a_small_batch_is_never_split():
-    whole = RowOrder.from_step_mask((1000, 15), xprnn.kernels.tape.StepMask(None, None))
-    assert threads.split_rows(whole, 1000, 15, 1 << 20) == [(0, 15)]
-    small = RowOrder.from_step_mask((10, 64), xprnn.kernels.tape.StepMask(None, None))
-    assert threads.split_rows(small, 10, 64, 100) == [(0, 64)]
+def test_small_batch_is_not_split():
+    few_rows = RowOrder.from_step_mask((1000, 15), xprnn.kernels.tape.StepMask(None, None))
+    assert threads.split_rows(few_rows, 1000, 15, 1 << 20) == [(0, 15)]
+    little_work = RowOrder.from_step_mask((10, 64), xprnn.kernels.tape.StepMask(None, None))
+    assert threads.split_rows(little_work, 10, 64, 100) == [(0, 64)]
 
 
-def test_parts_have_about_the_same_number_of_steps(monkeypatch):
+def test_rows_are_split_by_active_steps(monkeypatch):
     monkeypatch.setattr(threads, "max_threads", lambda: 2)
     active = np.arange(100)[:, None] < np.array([100] * 8 + [10] * 56)[None, :]
     rows = RowOrder.from_step_mask((100, 64), xprnn.kernels.tape.StepMask(active, None))
-    those = threads.split_rows(rows, 100, 64, 1 << 20)
-    assert [part.size for part in those] == [8, 56]
-    assert [part.start for part in those] == [0, 8]
+    row_ranges = threads.split_rows(rows, 100, 64, 1 << 20)
+    assert [r.size for r in row_ranges] == [8, 56]
+    assert [r.start for r in row_ranges] == [0, 8]
 
 
-def test_a_limit_of_the_blas_is_a_limit_here():
+def test_blas_thread_limit_is_respected():
     with threadpool_limits(1):
         assert threads.max_threads() == 1
 
 
 def test_an_error_in_a_thread_is_raised():
-    def walk(part):
-        if part.first:
+    def fail(row_range):
+        if row_range.start:
             raise ValueError("in a thread")
 
     with pytest.raises(ValueError, match="in a thread"):
-        threads.parallel_map(walk, [threads.RowRange(0, 1), threads.RowRange(1, 1)])
+        threads.parallel_map(fail, [threads.RowRange(0, 1), threads.RowRange(1, 1)])
 
 
-def test_the_kernel_is_compiled_here():
+def test_numba_compiles_kernels_on_this_machine():
     with allow_jit(True):
         layer = xprnn.RNN(2, 3)
         params = layer.init(np.random.default_rng(0), like=np.zeros(0))

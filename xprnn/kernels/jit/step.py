@@ -84,8 +84,8 @@ def kernel_wrapper(
     printed = compile_cache.numba_available() and source(layer.cell, 32, layer.bias, integer, layer.projection_size > 0)
     if not printed:
         return None
-    scope = {"first": _KernelCache(layer, integer, source), "later": _KernelCache(layer, False, source)}
-    scope |= {"int64": np.int64}
+    first, later = _KernelCache(layer, integer, source), _KernelCache(layer, False, source)
+    scope = {"first": first, "later": later, "int64": np.int64}
     num_layers, after = len(layer.parameter_names), [f"n{k}" for k in range(len(layer.state_sizes))]
     before = [f"s{k}" for k in range(len(after))]
     weights = [[f"w{j}_{k}" for j in range(len(names))] for k, names in enumerate(layer.parameter_names)]
