@@ -118,7 +118,7 @@ def _pointwise_loop(
     has_direct_path: bool,
     read: Callable[[str], str],
 ) -> None:
-    """Emit the step's loop over rows and units. A masked row passes its state cotangents on and has zero dx and dh."""
+    """Emit the step's loop over rows and units. Masked rows keep their state cotangents and have zero dx and dh."""
     projected, states = out.h_width != "H", range(len(cell.states))
     injected = [_injected_cotangent(out, k) for k in states]
     carry = [

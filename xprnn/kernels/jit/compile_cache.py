@@ -167,7 +167,7 @@ def _import_file(path: Path) -> Any:
 
 
 def _write_source(source: str) -> Path | None:
-    """Write the source to its file in the cache, unless it is there. Return the path, or None if that fails."""
+    """Write the source to a file in the cache if it does not exist. Return its path, or None if that fails."""
     import hashlib
     import tempfile
 

@@ -51,19 +51,17 @@ def _make_matmul(lanes: int) -> Any:
     def matmul(a, lda, b, out, ldo, start, lds, n, inner, columns, edge):  # type: ignore[no-untyped-def]
         """out (n, columns) = start + a (n, inner) b, where b is packed into panels.
 
-        A stride lds = 0 adds the same row `start` to every row. `edge` has room for a tile, followed by zeros of the
-        width of a tile: a panel with unused columns is multiplied into `edge`, and only its used columns are added.
+        A stride lds = 0 adds the same row `start` to every row. `edge` is scratch memory: a tile, followed by a row of
+        zeros. The product with a panel that has unused columns goes to `edge`, and its used columns are added to `out`.
         """
         p = 0
         while p < columns and n > 0:
             columns_left = columns - p
             width = lanes * _panel_vectors(columns_left, lanes)
             panel, p_out, tile_start = offset(b, p * inner), offset(out, p), offset(start, p)
-            block = INNER_BLOCK if columns_left >= width else inner + 1  # one block if the tile goes through `edge`
-            height = n if columns_left >= width else TILE_ROWS
-            start_stride, target, target_stride, k = lds, p_out, ldo, 0
-            if columns_left < width:
-                target, target_stride = edge, tile_columns
+            start_stride, target, target_stride, k, block, height = lds, p_out, ldo, 0, INNER_BLOCK, n
+            if columns_left < width:  # through `edge`, in one block
+                target, target_stride, block, height = edge, tile_columns, inner + 1, TILE_ROWS
             while k == 0 or k < inner:
                 block_inner, block_panel = min(inner - k, block), offset(panel, k * width)
                 for r in range(0, n, height):

@@ -63,7 +63,7 @@ def _row_dots(typing: Any, w: Any, stride: Any, x: Any, inner: Any, out: Any, ro
 
 
 def _masked_load(module: Any, vector: Any, real: Any, v: int) -> Any:
-    """Return LLVM's masked load intrinsic. LLVM replaces the type suffix of the name by its own."""
+    """Return LLVM's masked load intrinsic. LLVM normalises the type suffix of the name."""
     kind = ir.FunctionType(vector, [vector.as_pointer(), ir.IntType(32), ir.VectorType(ir.IntType(1), v), vector])
     name = f"llvm.masked.load.v{v}f{32 if isinstance(real, ir.FloatType) else 64}.p0"
     return cgutils.get_or_insert_function(module, kind, name)

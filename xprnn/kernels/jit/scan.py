@@ -177,13 +177,7 @@ def _launch_forward(
         for k, s in enumerate(running):
             saved.states_before[k][-1 if reverse else 0] = s
     arguments.entries |= {"reverse": int(reverse), "gemm_address": compile_cache.gemm_kernel(item).address}
-    arguments.set_input("WH", u)
-    if proj_size:
-        arguments.set_input("WR", params["weight_hr"])
-    for name, key in (("BI", "bias_ih"), ("BH", "bias_hh")):
-        arguments.set_input(name, params[key] if key in params else np.zeros(W, u.dtype))
-    for k, name in enumerate(cell.vectors):
-        arguments.set_input(f"p{k}", params[name])
+    _set_parameters(arguments, cell, params)
     for k, (s, e) in enumerate(zip(running, reset_state, strict=True)):
         arguments.set_pointer(f"C{k}", address(s), s.shape[1] * item)
         if rows.reset is not None:
@@ -202,7 +196,19 @@ def _launch_forward(
     return running
 
 
-# --- and its adjoint
+def _set_parameters(arguments: KernelArguments, cell: Cell, params: Params) -> None:
+    """Set all parameters but weight_ih. Missing biases are zero."""
+    u = params["weight_hh"]
+    arguments.set_input("WH", u)
+    if "weight_hr" in params:
+        arguments.set_input("WR", params["weight_hr"])
+    for name, key in (("BI", "bias_ih"), ("BH", "bias_hh")):
+        arguments.set_input(name, params[key] if key in params else np.zeros(u.shape[0], u.dtype))
+    for k, name in enumerate(cell.vectors):
+        arguments.set_input(f"p{k}", params[name])
+
+
+# --- backward
 
 
 def backward(
@@ -239,11 +245,9 @@ def _launch_backward(
     Returns:
         The cotangents of x, of the initial states, of the reset states, and of the parameters.
     """
-    from xprnn.kernels.jit.segment_sum import segment_sum
-
-    saved, params, u = tape.saved, tape.params, tape.params["weight_hh"]
+    saved, u = tape.saved, tape.params["weight_hh"]
     (T, N), (W, inner), item = saved.x.shape[:2], u.shape, u.itemsize
-    H, proj_size = W // tape.cell.gates, projection_size(params)
+    H, proj_size = W // tape.cell.gates, projection_size(tape.params)
     gemm_address = compile_cache.gemm_kernel(item).address
     arguments = KernelArguments({"reverse": int(tape.reverse), "gemm_address": gemm_address})
     arguments.set_sizes(saved.row_order, (T, N, H, W))
@@ -264,19 +268,25 @@ def _launch_backward(
         launch(saved.sources.backward, saved.sources.backward_arguments, arguments.for_rows(row_range) | pointers)
         return tuple(sums)
 
-    dw, du, (db_ih, db_hh), *dhr = _reduce_threads(
-        parallel_map(run, split_rows(saved.row_order, T, N, (inner + D) * W))
-    )
+    row_ranges = split_rows(saved.row_order, T, N, (inner + D) * W)
+    dw, du, (db_ih, db_hh), *dhr = _reduce_threads(parallel_map(run, row_ranges))
     if dgates is not None:
-        options = {"sparse": tape.sparse, "active": saved.row_order.active, "segment_sum_fn": segment_sum}
-        ids, vocabulary = saved.x.reshape(-1), params["weight_ih"].shape[1]
-        dw = lookup_backward(np, ids, flatten_leading(np, dgates), vocabulary, **options)
+        dw = _lookup_gradient(tape, dgates)
     grads = {"weight_ih": dw, "weight_hh": du, "bias_ih": db_ih} | dict(zip(["weight_hr"], dhr, strict=False))
     grads["bias_hh"] = db_ih.copy() if saved.sources.dx_is_dh else db_hh
     grads |= {name: np.add.reduce(cotangents[f"P{k}"], axis=0) for k, name in enumerate(tape.cell.vectors)}
     states = range(len(dstate))
     reset: list[Array | None] = [None if saved.row_order.reset is None else cotangents[f"E{k}"] for k in states]
     return dx, [cotangents[f"D{k}"] for k in states], reset, grads
+
+
+def _lookup_gradient(tape: Tape, dgates: Array) -> Any:
+    """Return the gradient of weight_ih for integer x, given the cotangents of the gates (T, N, W)."""
+    from xprnn.kernels.jit.segment_sum import segment_sum  # imports numba
+
+    saved, count = tape.saved, tape.params["weight_ih"].shape[1]
+    options = {"sparse": tape.sparse, "active": saved.row_order.active, "segment_sum_fn": segment_sum}
+    return lookup_backward(np, saved.x.reshape(-1), flatten_leading(np, dgates), count, **options)
 
 
 def _allocate_cotangents(

@@ -283,7 +283,7 @@ def planned_forward(
     return None if result is None else (result.saved_for_backward(), tuple(f[0] for f in finals))
 
 
-# --- and its adjoint
+# --- backward
 
 
 class BackwardPlan:

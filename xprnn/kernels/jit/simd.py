@@ -46,7 +46,7 @@ float32_pointer, float64_pointer, uint8_pointer, int64_pointer = (
 
 
 def _set_alias_scope(module: Any, instruction: Any, scope: int) -> None:
-    """Attach LLVM's alias metadata: the access is in its scope and in no other. ANY_SCOPE attaches nothing."""
+    """Attach LLVM's alias metadata: the access belongs to `scope` and to no other. ANY_SCOPE attaches nothing."""
     if scope == ANY_SCOPE:
         return
     domain = module.add_metadata(["xprnn"])

@@ -20,7 +20,7 @@ from xprnn.kernels.row_order import RowOrder
 __all__ = ["RowRange", "max_threads", "parallel_map", "split_rows", "thread_count"]
 
 _MIN_WORK = 1 << 25  # multiplications: less is not split, because waking a thread takes tens of microseconds
-_MIN_ROWS_PER_THREAD = 8  # every thread reads all weights, whatever the number of its rows
+_MIN_ROWS_PER_THREAD = 8  # every thread reads all weights, however few its rows
 _ROW_MULTIPLE = 4
 _pools: dict[int, ThreadPoolExecutor] = {}
 Item = TypeVar("Item")
@@ -44,7 +44,7 @@ def _available_cores() -> int:
 
 
 def max_threads() -> int:
-    """Return the maximal number of threads: that of NumPy's BLAS, so that its limits hold here, too.
+    """Return the maximal number of threads: that of NumPy's BLAS, so that limits set for the BLAS hold here, too.
 
     >>> from threadpoolctl import threadpool_limits
     >>> with threadpool_limits(1):
