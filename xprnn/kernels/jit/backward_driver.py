@@ -1,14 +1,15 @@
 """Prints the source of a cell's compiled backward scan: the adjoint of forward_driver.py's kernel.
 
-The time loop runs in reverse order. After the steps of a block come the block's dx and its contributions to all
-parameter gradients. The cotangent of h before a step is B + R0, added where it is read and after the last step. Letters
-are those of forward_driver.py; Hp is the width of h padded to whole vectors. The arrays of the backward kernel are:
+The time loop runs in reverse order. After the steps of a block, the kernel computes the block's DX and adds its
+contributions to all parameter gradients. The cotangent of h before a step is the sum B + R0; it is added where it is
+read, and once more after the last step. The letters are those of forward_driver.py. Hp is the width of h padded to
+whole vectors; dx and dh are the cotangents of x W' and h U', as returned by the cell. The kernel's arrays are:
 
-    X (J,R,X_stride)  a block's dx, before W; for integer x (T,N,W)   B (R,Hp)    dh U
+    X (J,R,X_stride)  dx of a block; for integer x (T,N,W)            B (R,Hp)    dh U
     Y                 dh if it differs from dx, with the layout of X  R0 (N,H)    cotangent of h that bypasses U
     Dk (N,H)          cotangents of the other states                  Ek (N,H)    cotangents of the reset states
     LA, LB            packed factors of the weight gradients          Pk (N,H)    cotangents of the cell's vectors
-    Ik                cotangent of state k at each step, by strides   GI, GU      gradients of the weights
+    Ik                the caller's cotangent of state k at each step  GI, GU      gradients of the weights
     G, Vj, Mk, Sk     the tape                                        SI, SH      gradients of the biases
     DX (T,N,D)        the cotangent of x                              O           zeros from O[zeros] on
 """

@@ -1,25 +1,26 @@
 """Prints the source of a cell's compiled forward scan: the whole time loop, with the traced cell inlined.
 
 A kernel is one function of one argument, an int64 array of addresses and numbers. Its type does not depend on the
-types of the arrays, so it is compiled once per cell and dtype. It processes R rows of a batch of N, in blocks of
-J = block_steps steps, small enough for a block's arrays to stay in the cache. Each step is the recurrent product
-(gemm_address is the function of gemm.py), then one loop over rows and units that evaluates the cell in one pass over
-memory.
+shapes of the arrays, so it is compiled once per cell and dtype. It processes R rows of a batch of N, in blocks of
+J = block_steps steps. A block is small enough for its arrays to stay in the cache. At each step the kernel calls the
+recurrent product (gemm_address is the address of gemm.py's functions). One loop over rows and units then evaluates the
+cell in one pass over memory.
 
-The gates form two groups, see gate_groups.py. W = G*H is the width of all gates, W0 that of the first group; Wp and
-Wp0 are these widths padded to whole vectors. The arrays of the forward kernel are:
+The gates form two groups, see gate_groups.py. W = G*H is the width of all gates, W0 that of the first group. Wp and
+Wp0 are the same widths padded to whole vectors. Wr is the width of the groups whose h U' is stored apart from x W'. The
+arrays of the forward kernel are:
 
     A (T,N,D)   x; for integer x, D = 0 and `ids` (T,N) are rows of WI    WI, WH, BI, BH  the parameters
     Q, U        both weights, packed into panels                          K (Wp,)  bias added to x W'
-    P (J,R,Wp)  a block's x W' + K, and then x W' + h U' + K              L (L.,)  bias of h U' stored in B
-    B (R,L.)    h U' + L of the groups whose h U' is stored apart         O        zeros, a start of products
+    P (J,R,Wp)  a block's x W' + K, and then x W' + h U' + K              L (Wr,)  bias of h U' stored in B
+    B (R,Wr)    h U' + L of the groups whose h U' is stored apart         O        zeros, the start of a product
     G (T,N,W)   the first saved values; Vj (T,N,H) the others             pk (H,)  the cell's vectors
     Ck (N,H)    the running state k                                       Ek (N,H) the reset state k
     Mk (T,N,H)  state k after each step                                   Sk (T,N,H) state k before it, saved if reset
 
-`L.` is the width of the groups whose h U' is stored apart. `saved_stride` and `Mk_stride` are the numbers of elements
-between two steps of the saved arrays; they are 0 if no tape is recorded. In the loop over rows, q, h, x and g are the
-offsets of the row in (N,H) arrays, B, P and G.
+`saved_stride` is the number of elements between two steps of Vj and Sk, and `Mk_stride` of Mk. They are 0 if no tape
+is recorded, except M0_stride, because M0 is also the output. In the loop over rows, q, h, x and g are the offsets of
+the row in (N,H) arrays, B, P and G.
 
 backward_driver.py prints the adjoint. pregates.py and hidden_projection.py print what pregates and a projected h add
 to both kernels.
