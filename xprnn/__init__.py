@@ -1,7 +1,14 @@
-"""xprnn: recurrent neural networks on plain arrays, forward and backward, on every array library of the Array API.
+"""xprnn: recurrent neural networks on plain arrays, forward and backward, on every library of the Array API standard.
 
-The article's five functions, layers (RNN, LSTM, GRU), what stands around them, losses, optimisers, and the checker that
-proves every gradient. See README.md for the map.
+Contents:
+
+    layers      RNN, LSTM, GRU, Recurrent with any cell, Linear, Embedding, Sequential, masking and more
+    article     rnn_forward, rnn_backward and the cell functions of the article that xprnn grew out of
+    training    losses, optimisers, clipping of gradients, truncated back-propagation through time
+    checks      check_gradients and check_layer compare a backward pass with central differences
+    files       save, load, save_state, load_state; from_torch, from_keras, from_onnx, to_torch, to_onnx
+
+README.md shows how they are used.
 """
 
 from importlib import import_module
@@ -35,7 +42,7 @@ from xprnn.training.optimizers import adagrad, adam, adamw, clip_by_global_norm,
 if TYPE_CHECKING:
     from xprnn.interop import from_keras, from_onnx, from_torch, to_onnx, to_torch
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "GRU",
@@ -97,11 +104,11 @@ _LAZY_NAMES = frozenset({"from_keras", "from_onnx", "from_torch", "to_onnx", "to
 
 
 def __getattr__(name: str) -> Any:
-    # Most processes read no files of other systems: their readers, a third of what an import costs, wait to be named.
+    # xprnn.interop takes a third of the import time, and most processes do not use it.
     if name not in _LAZY_NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = getattr(import_module("xprnn.interop"), name)
-    return found
+    value = globals()[name] = getattr(import_module("xprnn.interop"), name)
+    return value
 
 
 def __dir__() -> list[str]:

@@ -88,9 +88,9 @@ def test_user_defined_activations_and_cells_have_no_configuration():
     for f in (cube, other_tanh):
         with pytest.raises(InputError, match="RNN: a nonlinearity of your own has no file form"):
             xprnn.RNN(3, 4, nonlinearity=f).config()
-        with pytest.raises(InputError, match="LSTM: a layer with a cell of your own has no file form"):
+        with pytest.raises(InputError, match="LSTM: a layer with a user-defined cell has no file form"):
             xprnn.LSTM(3, 4, cell=cells.lstm(output=f)).config()
-    with pytest.raises(InputError, match="Recurrent: a layer with a cell of your own has no file form"):
+    with pytest.raises(InputError, match="Recurrent: a layer with a user-defined cell has no file form"):
         CASES["leaky"].make(3, 4).config()
 
 

@@ -32,7 +32,7 @@ T, N = 4, 3
         (lambda: xprnn.RNN(2, 3, nonlinearity="swish"), "expected one of tanh.*found 'swish'"),
         (
             lambda: xprnn.Recurrent(2, 3, cell=LEAKY_CELL).config(),
-            "Recurrent: a layer with a cell of your own has no file form",
+            "Recurrent: a layer with a user-defined cell has no file form",
         ),
     ],
 )

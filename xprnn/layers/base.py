@@ -1,7 +1,7 @@
-"""Base class of layers without parameters, and the checks that they share."""
+"""Interface of a layer, base class of layers without parameters, and argument checks that layers share."""
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, Protocol
 
 from numpy.random import Generator
 
@@ -10,62 +10,107 @@ from xprnn.arrays.validation import check_init, check_params
 from xprnn.kernels.tape import Gradients
 
 __all__ = [
+    "Layer",
     "StatelessLayer",
     "check_dy",
+    "check_tape",
     "resolve_input",
 ]
 
 
-class StatelessLayer:
-    """The verbs of a layer for a part that has neither parameters nor a state.
+class Layer(Protocol):
+    """Interface of a layer: an immutable configuration that is called with parameters and a state.
 
-    A subclass is a frozen dataclass with `forward(params, x, state, **flags) -> y, None, tape` and
-    `backward(tape, dy) -> Gradients`. Where the parts after it shall see other flags (lengths, mask, reset) than it
-    got itself, it has `transform_mask(x, flags) -> flags` too.
+    RNN, LSTM, GRU, Recurrent, Linear, Embedding, Sequential and every StatelessLayer implement it. A user-defined class
+    that implements it can be a layer of a Sequential.
     """
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """No parameters."""
+        """Return the shape of every parameter by name."""
+        ...
+
+    def init(self, rng: Generator, like: Array, *args: Any, **options: Any) -> Params:
+        """Draw initial parameters, in the library, dtype and device of `like`."""
+        ...
+
+    def __call__(self, params: Params, x: Array, *args: Any, **flags: Any) -> tuple[Any, Any]:
+        """Return the output y and the final state; no tape is recorded."""
+        ...
+
+    def forward(self, params: Params, x: Array, *args: Any, **flags: Any) -> tuple[Any, Any, Any]:
+        """Return the output y, the final state, and the tape for `backward`."""
+        ...
+
+    def backward(self, tape: Any, dy: Any, *args: Any, **options: Any) -> Gradients:
+        """Return the gradients of x, the initial state and the parameters for the cotangent dy of y."""
+        ...
+
+    def step(self, params: Params, x: Array, *args: Any, **flags: Any) -> tuple[Any, Any]:
+        """Compute one time step: return y and the next state."""
+        ...
+
+    def config(self) -> dict[str, Any]:
+        """Return the configuration as data that JSON can hold."""
+        ...
+
+
+class StatelessLayer:
+    """Base class of layers without parameters and without a state.
+
+    A subclass is a frozen dataclass that defines `forward(params, x, state, **flags) -> y, None, tape` and
+    `backward(tape, dy) -> Gradients`. It also defines `transform_mask(x, flags) -> flags` if the layers after it need
+    other flags (lengths, mask, reset) than it received.
+    """
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return an empty dict: the layer has no parameters."""
         return {}
 
     def init(self, rng: Generator, like: Array) -> Params:
-        """No parameters."""
+        """Return an empty dict: the layer has no parameters."""
         check_init(f"{type(self).__name__}.init", rng, like)
         return {}
 
     def forward(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Any, None, Any]:
-        """y, None, and the tape."""
+        """Return y, None, and the tape."""
         raise NotImplementedError
 
     def backward(self, tape: Any, dy: Any, dstate: None = None) -> Gradients:
-        """The adjoint of forward."""
+        """Return the gradient of x for the cotangent dy of y."""
         raise NotImplementedError
 
     def __call__(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Any, None]:
-        """y of `forward`."""
+        """Return y of `forward`, and None."""
         y, _, _ = self.forward(params, x, state, **flags)
         return y, None
 
     def step(self, params: Params, x: Array, state: None = None) -> tuple[Any, None]:
-        """One time step: what `forward` does to each."""
+        """Apply `forward` to one time step."""
         y, _, _ = self.forward(params, x)
         return y, None
 
     def config(self) -> dict[str, Any]:
-        """The configuration as JSON-able data."""
-        own: Any = self
-        return {"type": type(self).__name__} | {f.name: getattr(self, f.name) for f in fields(own)}
+        """Return the configuration as data that JSON can hold."""
+        subclass: Any = self  # a dataclass, which this base class is not
+        return {"type": type(self).__name__} | {f.name: getattr(self, f.name) for f in fields(subclass)}
 
 
 def resolve_input(where: str, params: Params, x: Any) -> Namespace:
-    """The namespace of a part's input of a real floating dtype; a part has no parameters."""
+    """Return the namespace of x, which must have a real floating dtype; params must be empty."""
     check_params(where, params, {})
     return resolve_namespace(where, {"x": x})
 
 
-def check_dy(where: str, xp: Namespace, dy: Any, like: Array, shape: tuple[int, ...]) -> None:
-    """Raise InputError unless dy is an adjoint of an output of this shape, of the kind of `like`."""
+def check_dy(where: str, dy: Any, like: Array, shape: tuple[int, ...]) -> None:
+    """Raise InputError unless dy has this shape and the library, dtype and device of `like`."""
     if dy is None:
         raise InputError(f"{where}: dy must be an array, found None")
     resolve_namespace(where, {"x": like, "dy": dy})
     check_shape(where, "dy", "(the shape of y)", dy, shape)
+
+
+def check_tape(where: str, tape: Any) -> tuple[Any, Any, Any]:
+    """Raise InputError unless `tape` has the form that Linear and Embedding return."""
+    if not isinstance(tape, tuple) or len(tape) != 3:
+        raise InputError(f"{where}: tape must be what forward returned, found {type(tape).__name__}")
+    return tape

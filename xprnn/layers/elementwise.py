@@ -1,4 +1,4 @@
-"""Elementwise layers without parameters: activations and softmax."""
+"""Activation and softmax as layers without parameters."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +17,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ActivationLayer(StatelessLayer):
-    """An activation on every number: y = f(x).
+    """An elementwise activation as a layer: y = f(x).
 
     Args:
-        f: any name of xprnn.activation, or an Activation.
+        f: any name that xprnn.activation accepts, or an Activation.
 
     >>> import numpy as np
     >>> ActivationLayer("relu")({}, np.asarray([-1.0, 2.0]))[0]
@@ -30,43 +30,43 @@ class ActivationLayer(StatelessLayer):
     f: Any
 
     def __post_init__(self) -> None:
-        found = activation(self.f)
-        form = activation_to_config(found)
-        object.__setattr__(self, "f", form if isinstance(form, str) else found)
+        resolved = activation(self.f)
+        config = activation_to_config(resolved)
+        object.__setattr__(self, "f", config if isinstance(config, str) else resolved)
 
     def forward(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Array, None, Any]:
-        """y like x, None, and the tape."""
+        """Return y of the shape of x, None, and the tape."""
         xp = resolve_input("ActivationLayer.forward", params, x)
-        found = activation(self.f)
-        f, _ = found.build(xp)
+        resolved = activation(self.f)
+        f, _ = resolved.build(xp)
         y = f(x)
-        return y, None, x if found.from_input else y
+        return y, None, x if resolved.from_input else y
 
     def backward(self, tape: Any, dy: Array, dstate: None = None) -> Gradients:
-        """dx = dy * f'(x), in terms of y, or of x where y does not tell."""
+        """Return dx = dy * f'(x); the derivative is computed from y, or from x if y does not determine it."""
         xp = resolve_namespace("ActivationLayer.backward", {"x": tape})
-        check_dy("ActivationLayer.backward", xp, dy, tape, tuple(tape.shape))
-        _, slope = activation(self.f).build(xp)
-        return Gradients(dy * slope(tape), None, {})
+        check_dy("ActivationLayer.backward", dy, tape, tuple(tape.shape))
+        _, derivative = activation(self.f).build(xp)
+        return Gradients(dy * derivative(tape), None, {})
 
     def config(self) -> dict[str, Any]:
-        """The configuration as JSON-able data.
+        """Return the configuration as data that JSON can hold.
 
         Raises:
-            InputError: an activation of your own: files hold no code.
+            InputError: the activation is user-defined; a file cannot hold its code.
         """
-        form = activation_to_config(activation(self.f)) if isinstance(self.f, (str, Activation)) else None
-        if form is None:
-            raise InputError("ActivationLayer: an activation of your own has no file form: keep its code")
-        return {"type": "ActivationLayer", "f": form}
+        config = activation_to_config(activation(self.f)) if isinstance(self.f, (str, Activation)) else None
+        if config is None:
+            raise InputError("ActivationLayer: a user-defined activation has no file form: keep its code")
+        return {"type": "ActivationLayer", "f": config}
 
 
 @dataclass(frozen=True)
 class Softmax(StatelessLayer):
-    """Softmax along the last axis: y = exp(x - max x) / sum of it, or its logarithm.
+    """Softmax along the last axis: y_i = exp(x_i - max x) / sum_j exp(x_j - max x), or its logarithm.
 
     Args:
-        log: y = log softmax(x), which doesn't underflow.
+        log: y = log softmax(x), which does not underflow.
 
     >>> import numpy as np
     >>> Softmax()({}, np.asarray([0.0, 1e4]))[0]
@@ -76,7 +76,7 @@ class Softmax(StatelessLayer):
     log: bool = False
 
     def forward(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Array, None, Any]:
-        """y like x, None, and the tape."""
+        """Return y of the shape of x, None, and the tape."""
         xp = resolve_input("Softmax.forward", params, x)
         if not x.ndim or not x.shape[-1]:
             raise InputError(f"Softmax.forward: x must end in at least one feature, found shape {tuple(x.shape)}")
@@ -88,10 +88,10 @@ class Softmax(StatelessLayer):
         return y, None, p
 
     def backward(self, tape: Any, dy: Array, dstate: None = None) -> Gradients:
-        """dx = p * (dy - sum dy*p) for y = p; dx = dy - p * sum dy for y = log p."""
+        """Return dx = p * (dy - sum dy*p) for y = p, or dx = dy - p * sum dy for y = log p."""
         p, xp = tape, resolve_namespace("Softmax.backward", {"x": tape})
-        check_dy("Softmax.backward", xp, dy, p, tuple(p.shape))
+        check_dy("Softmax.backward", dy, p, tuple(p.shape))
         if self.log:
             return Gradients(dy - p * xp.sum(dy, axis=-1, keepdims=True, dtype=dy.dtype), None, {})
-        along = xp.sum(dy * p, axis=-1, keepdims=True, dtype=dy.dtype)
-        return Gradients(p * (dy - along), None, {})
+        weighted_sum = xp.sum(dy * p, axis=-1, keepdims=True, dtype=dy.dtype)
+        return Gradients(p * (dy - weighted_sum), None, {})

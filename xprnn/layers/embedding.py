@@ -1,4 +1,4 @@
-"""Embedding: a table of vectors looked up by class number."""
+"""Embedding: a trainable table whose rows are looked up by class number."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +30,7 @@ from xprnn.arrays.validation import (
 from xprnn.engine.call_cache import make_embedding_step
 from xprnn.engine.layer import FastStep, Steppable
 from xprnn.kernels.tape import Gradients
-from xprnn.layers.linear import check_tape
+from xprnn.layers.base import check_tape
 
 __all__ = [
     "Embedding",
@@ -39,12 +39,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Embedding(Steppable):
-    """A look-up table: integers (...) -> rows (..., D) of a (V, D) weight.
+    """Look up rows of a (V, D) weight: y[...] = weight[x[...]] for integers x in 0..V-1.
 
     Args:
-        num_embeddings: V >= 1.
-        embedding_dim: D >= 1.
-        sparse: the weight's gradient is a SparseGradient of the rows that were looked up, where it is dense otherwise.
+        num_embeddings: V >= 1, the number of classes.
+        embedding_dim: D >= 1, features of y.
+        sparse: True: the gradient of the weight is a SparseGradient of the rows that were looked up; False: it is
+            dense.
 
     >>> import numpy as np
     >>> table = Embedding(5, 2)
@@ -62,21 +63,21 @@ class Embedding(Steppable):
         check_bool("Embedding", "sparse", self.sparse)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The name and shape of every parameter."""
+        """Return the shape of every parameter by name."""
         return {"weight": (self.num_embeddings, self.embedding_dim)}
 
     def init(self, rng: Generator, like: Array) -> Params:
-        """torch's: standard normal."""
+        """Draw the weight from the standard normal distribution, as torch does."""
         check_init("Embedding.init", rng, like)
         return {"weight": from_numpy(rng.standard_normal(self.shapes()["weight"]), like)}
 
     def __call__(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Array, None]:
-        """The rows (..., D) of the integers x (...)."""
+        """Return y (..., D) for integers x (...), and None."""
         y, _, _ = self.forward(params, x)
         return y, None
 
     def forward(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Array, None, Any]:
-        """The rows, None, and the tape."""
+        """Return y (..., D), None, and the tape, for integers x (...)."""
         where = "Embedding.forward"
         check_params(where, params, self.shapes())
         require_array(where, "x", x)
@@ -90,7 +91,7 @@ class Embedding(Steppable):
         return xp.reshape(rows, (*x.shape, self.embedding_dim)), None, (xp, table, x)
 
     def backward(self, tape: Any, dy: Array, dstate: None = None) -> Gradients:
-        """The adjoint of forward; dx is None."""
+        """Return the gradient of the weight for the cotangent dy (..., D); dx is None, as x is integer."""
         xp, table, x = check_tape("Embedding.backward", tape)
         require_array("Embedding.backward", "dy", dy)
         resolve_namespace("Embedding.backward", {"params": table, "dy": dy})
@@ -103,15 +104,15 @@ class Embedding(Steppable):
         return Gradients(None, None, {"weight": segment_sum(xp, ids, flatten_leading(xp, dy), self.num_embeddings)})
 
     def step(self, params: Params, x: Array, state: None = None) -> tuple[Array, None]:
-        """One time step: integers (N,) -> (N, D)."""
-        done = self._fast_step(params, x, state)
-        return self(params, x) if done is None else done
+        """Compute one time step: y (N, D) for integers x (N,)."""
+        result = self._fast_step(params, x, state)
+        return self(params, x) if result is None else result
 
     def make_fast_step(self, prefix: str, count: int) -> FastStep:
-        """The step for NumPy arrays that fit, of parameters under `prefix` in a dict of `count`."""
+        """Return the fast path of `step` for parameters named `prefix` + name in a dict of `count` parameters."""
         return make_embedding_step(self, prefix, count)
 
     def config(self) -> dict[str, Any]:
-        """The configuration as JSON-able data."""
+        """Return the configuration as data that JSON can hold."""
         sizes = {"num_embeddings": self.num_embeddings, "embedding_dim": self.embedding_dim}
         return {"type": "Embedding"} | sizes | {"sparse": self.sparse}

@@ -1,6 +1,6 @@
-"""Starting values of recurrent parameters, drawn on the host so that every array library gets the same numbers.
+"""Initial values of recurrent parameters, drawn with NumPy so that every array library gets the same numbers.
 
-Each recipe fills one block of rows: a gate's (H, D) share of weight_ih or its (H, P) share of weight_hh.
+A scheme fills the rows of one gate at a time: (H, D) of weight_ih or (H, P) of weight_hh, where P is H or proj_size.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ __all__ = ["SCHEMES", "initialize", "lookup_layout"]
 def _orthogonal(rng: Generator, shape: tuple[int, int]) -> Any:
     rows, columns = shape
     q, r = np.linalg.qr(rng.standard_normal((max(rows, columns), min(rows, columns))))
-    q = q * np.sign(np.diag(r))  # else QR's sign convention makes the draw non-uniform (Mezzadri 2007)
+    q = q * np.sign(np.diag(r))  # without it the draw is not uniform, by QR's sign convention (Mezzadri 2007)
     return q if rows >= columns else q.T
 
 
@@ -33,12 +33,12 @@ def _spectral_radius_scaled(rng: Generator, shape: tuple[int, int], radius: floa
     return w * (radius / np.max(np.abs(np.linalg.eigvals(w))))
 
 
-# name -> what fills a block of (weight_ih, weight_hh); biases are 0.
+# name -> (function that fills the rows of a gate in weight_ih, the same for weight_hh); biases are 0.
 SCHEMES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "glorot_orthogonal": (_glorot, _orthogonal),
     "glorot": (_glorot, _glorot),
     "orthogonal": (_orthogonal, _orthogonal),
-    # IRNN (Le, Jaitly, Hinton 2015): a relu network that starts by remembering.
+    # IRNN (Le, Jaitly, Hinton 2015): at first, a relu network carries its state unchanged.
     "identity": (lambda rng, shape: 0.001 * rng.standard_normal(shape), lambda rng, shape: np.eye(*shape)),
 }
 
@@ -52,23 +52,29 @@ def initialize(
     scheme: str,
     spectral_radius: float | None,
 ) -> Any:
-    """One parameter in float64.
+    """Draw one parameter in float64.
 
     Args:
-        rng: where the numbers come from.
-        name: the parameter's name.
+        rng: a numpy.random.Generator.
+        name: name of the parameter, as in torch's state_dict.
         shape: (G*H, D), (G*H, P), (P, H) or (G*H,).
-        gates, hidden: G and H.
-        recipe: "uniform" (torch: U(-1/sqrt(H), 1/sqrt(H)) for all) or a key of RECIPES.
-        spectral_radius: if given, each gate's block of weight_hh is Gaussian, scaled to this largest |eigenvalue|.
+        gates: G.
+        hidden: H.
+        scheme: "uniform" (torch: U(-1/sqrt(H), 1/sqrt(H)) for all parameters) or a key of SCHEMES.
+        spectral_radius: None, or a number >= 0: the rows of each gate in weight_hh are Gaussian, scaled so that their
+            largest |eigenvalue| is this number.
+
+    Returns:
+        A NumPy array of `shape`.
 
     Raises:
-        InputError: unknown recipe.
+        InputError: an unknown scheme, a spectral radius that is not a number >= 0, or one for a weight_hh that is not
+            square for each gate.
     """
     is_hh = "weight_hh" in name
     if is_hh and spectral_radius is not None:
-        number: Any = spectral_radius
-        if not isinstance(number, (int, float)) or not 0 <= number < float("inf"):
+        radius: Any = spectral_radius  # for the type checker, which rules out the case that is tested here
+        if not isinstance(radius, (int, float)) or not 0 <= radius < float("inf"):
             raise InputError(f"init: spectral_radius must be a number >= 0, found {spectral_radius!r}")
         return _per_gate(lambda r, s: _spectral_radius_scaled(r, s, spectral_radius), rng, shape, gates)
     if scheme == "uniform":
@@ -84,13 +90,16 @@ def initialize(
 
 
 def _per_gate(fill: Callable[..., Any], rng: Generator, shape: tuple[int, ...], gates: int) -> Any:
-    """Each gate's block by itself: orthogonality of the stack of four is not that of any one."""
-    block = (shape[0] // gates, shape[1])
-    return np.concatenate([fill(rng, block) for _ in range(gates)])
+    """Fill the rows of each gate separately: an orthogonal (G*H, D) matrix would have no orthogonal gate in it."""
+    gate_shape = (shape[0] // gates, shape[1])
+    return np.concatenate([fill(rng, gate_shape) for _ in range(gates)])
 
 
 def lookup_layout(name: str, value: Any, like: Array) -> Any:
-    """NumPy's weight for many classes by class, one after the other: a look-up in torch's order would touch all of it.
+    """Return weight_ih_l0 in Fortran order if it is wider than high and `like` is a NumPy array.
+
+    A look-up by class number reads a column, which is contiguous in Fortran order. In torch's order it would touch a
+    cache line of every row. The values are the same.
 
     >>> lookup_layout("weight_ih_l0", np.zeros((2, 9)), like=np.zeros(0)).strides
     (8, 16)

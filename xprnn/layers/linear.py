@@ -1,7 +1,4 @@
-"""The parts around a recurrent layer: Linear and Embedding, with a layer's verbs.
-
-Every part has init, call, forward, backward, step, config and shapes; a part without a state passes None through.
-"""
+"""Linear: y = x W' + b on the last axis of x."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,27 +12,21 @@ from xprnn.arrays.validation import check_init, check_param_shapes, check_params
 from xprnn.engine.call_cache import make_linear_step
 from xprnn.engine.layer import FastStep, Steppable
 from xprnn.kernels.tape import Gradients
+from xprnn.layers.base import check_tape
 
 __all__ = [
     "Linear",
 ]
 
 
-def check_tape(where: str, tape: Any) -> tuple[Any, Any, Any]:
-    """Raise InputError unless `tape` is one that these parts write."""
-    if not isinstance(tape, tuple) or len(tape) != 3:
-        raise InputError(f"{where}: tape must be what forward returned, found {type(tape).__name__}")
-    return tape
-
-
 @dataclass(frozen=True)
 class Linear(Steppable):
-    """The output head: y = x W' + b on the last axis, for all steps at once.
+    """Affine map of the last axis, for all time steps in one matrix product: y = x W' + b.
 
     Args:
-        in_features: H >= 1.
-        out_features: V >= 1.
-        bias: whether b exists.
+        in_features: H >= 1, features of x.
+        out_features: V >= 1, features of y.
+        bias: True: there is a parameter b; False: y = x W'.
 
     >>> import numpy as np
     >>> head = Linear(3, 2)
@@ -52,22 +43,22 @@ class Linear(Steppable):
         validate_positive(self, "in_features", "out_features")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The name and shape of every parameter."""
+        """Return the shape of every parameter by name."""
         return {"weight": (self.out_features, self.in_features)} | ({"bias": (self.out_features,)} if self.bias else {})
 
     def init(self, rng: Generator, like: Array) -> Params:
-        """torch's: U(-1/sqrt(in_features), 1/sqrt(in_features))."""
+        """Draw W and b from U(-1/sqrt(H), 1/sqrt(H)), as torch does; H is in_features."""
         check_init("Linear.init", rng, like)
         bound = 1 / np.sqrt(self.in_features)
         return {name: from_numpy(rng.uniform(-bound, bound, shape), like) for name, shape in self.shapes().items()}
 
     def __call__(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Array, None]:
-        """y (..., V) for x (..., H)."""
+        """Return y (..., V) for x (..., H), and None."""
         y, _, _ = self.forward(params, x)
         return y, None
 
     def forward(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Array, None, Any]:
-        """y (..., V), None, and the tape."""
+        """Return y (..., V), None, and the tape, for x (..., H)."""
         where = "Linear.forward"
         check_params(where, params, self.shapes())
         require_array(where, "x", x)
@@ -80,7 +71,7 @@ class Linear(Steppable):
         return linear(xp, x, params["weight"], params.get("bias")), None, (xp, params, x)
 
     def backward(self, tape: Any, dy: Array, dstate: None = None) -> Gradients:
-        """The adjoint of forward."""
+        """Return dx, dW and db for the cotangent dy (..., V)."""
         xp, params, x = check_tape("Linear.backward", tape)
         require_array("Linear.backward", "dy", dy)
         resolve_namespace("Linear.backward", {"params": params["weight"], "dy": dy})
@@ -89,14 +80,14 @@ class Linear(Steppable):
         return Gradients(dx, None, {"weight": dw, "bias": db} if self.bias else {"weight": dw})
 
     def step(self, params: Params, x: Array, state: None = None) -> tuple[Array, None]:
-        """One time step: x (N, H) -> y (N, V)."""
-        done = self._fast_step(params, x, state)
-        return self(params, x) if done is None else done
+        """Compute one time step: y (N, V) for x (N, H)."""
+        result = self._fast_step(params, x, state)
+        return self(params, x) if result is None else result
 
     def make_fast_step(self, prefix: str, count: int) -> FastStep:
-        """The step for NumPy arrays that fit, of parameters under `prefix` in a dict of `count`."""
+        """Return the fast path of `step` for parameters named `prefix` + name in a dict of `count` parameters."""
         return make_linear_step(self, prefix, count)
 
     def config(self) -> dict[str, Any]:
-        """The configuration as JSON-able data."""
+        """Return the configuration as data that JSON can hold."""
         return {"type": "Linear", "in_features": self.in_features, "out_features": self.out_features, "bias": self.bias}

@@ -1,7 +1,7 @@
-"""Parts that know which steps are valid: Masking says which, Hold and Last act on them.
+"""Layers for padded sequences: Masking detects padding in the data, HoldLastOutput and LastStep handle skipped steps.
 
-Steps are skipped by `mask` and `lengths`, as in a recurrent layer, and a layer's output there is 0. These parts give a
-model the other customs: a mask found in the data, the last output held (Keras), the last valid output of each row.
+A recurrent layer skips the steps that `mask` or `lengths` exclude, and its output there is 0. These layers add other
+conventions: a mask computed from the data, the last valid output repeated (Keras), the last valid output of each row.
 """
 
 from collections.abc import Callable
@@ -32,13 +32,13 @@ DIRECTIONS = ("forward", "reverse", "both")
 
 @dataclass(frozen=True)
 class Masking(StatelessLayer):
-    """A mask found in the data: a step whose features all equal `value` is skipped by the parts after it, and is 0.
+    """Compute a mask from the data: a step whose features all equal `value` is padding.
 
-    Of integers, which have no features, a step that equals `value` is skipped: padding before an Embedding. A mask
-    that the caller gives holds as well: a step is valid where both say so.
+    The layers after it skip those steps, and y is 0 there. Integers have no features: a step that equals `value` is
+    skipped, as padding before an Embedding. If the caller passes a mask too, a step is valid where both masks are True.
 
     Args:
-        value: the number that marks padding; NaN too, which here equals itself.
+        value: the number that marks padding. NaN is allowed and matches NaN.
 
     >>> import numpy as np, xprnn
     >>> model = xprnn.Sequential(mask=Masking(), rnn=xprnn.RNN(1, 2))
@@ -59,11 +59,11 @@ class Masking(StatelessLayer):
         if is_integer(xp, x):
             # A fraction equals no integer, and some libraries would not compare the two.
             return x != int(self.value) if value.is_integer() else xp.ones_like(x, dtype=xp.bool)
-        other = xp.logical_not(xp.isnan(x)) if isnan(value) else x != value
-        return xp.any(other, axis=-1)
+        differs = xp.logical_not(xp.isnan(x)) if isnan(value) else x != value
+        return xp.any(differs, axis=-1)
 
     def forward(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Array, None, Any]:
-        """x with zeros at skipped steps, None, and the tape; integers as they are."""
+        """Return x with zeros at padded steps, None, and the tape. Integers are returned unchanged."""
         check_params("Masking.forward", params, {})
         xp = resolve_namespace("Masking.forward", {}, {"x": x})
         if is_integer(xp, x):
@@ -75,26 +75,26 @@ class Masking(StatelessLayer):
         return xp.where(valid, x, xp.zeros_like(x)), None, (valid, x)
 
     def backward(self, tape: Any, dy: Array, dstate: None = None) -> Gradients:
-        """dx = dy at valid steps, else 0; None for integers."""
+        """Return dx: dy at valid steps and 0 at padded steps, or None for integers."""
         if tape is None:
             return Gradients(None, None, {})
         valid, x = tape
         xp = namespace(x)
-        check_dy("Masking.backward", xp, dy, x, tuple(x.shape))
+        check_dy("Masking.backward", dy, x, tuple(x.shape))
         return Gradients(xp.where(valid, dy, xp.zeros_like(dy)), None, {})
 
     def transform_mask(self, x: Array, flags: dict[str, Any]) -> dict[str, Any]:
-        """The flags of the parts after it: a step is valid where x and the mask so far say so."""
+        """Return the flags for the layers after this one: the mask excludes padded steps too."""
         mask = self._valid_steps(namespace(x), x)
-        given = flags.get("mask")
-        if given is not None:
-            resolve_namespace("Masking", {}, {"x": x, "mask": given})
-            check_shape("Masking", "mask", "(as x)", given, tuple(mask.shape))
-            mask = mask & given
+        caller_mask = flags.get("mask")
+        if caller_mask is not None:
+            resolve_namespace("Masking", {}, {"x": x, "mask": caller_mask})
+            check_shape("Masking", "mask", "(as x)", caller_mask, tuple(mask.shape))
+            mask = mask & caller_mask
         return flags | {"mask": mask}
 
     def step(self, params: Params, x: Array, state: None = None) -> tuple[Array, None]:
-        """Refused: a single step has no mask.
+        """Raise InputError: `step` has no mask.
 
         Raises:
             InputError: always.
@@ -102,28 +102,32 @@ class Masking(StatelessLayer):
         raise InputError("Masking.step: a step cannot be skipped: leave masked steps out of the stream")
 
 
-def _check_direction(part: Any) -> None:
-    if part.direction not in DIRECTIONS:
-        raise InputError(f"{type(part).__name__}: direction must be forward, reverse or both, found {part.direction!r}")
+def _check_direction(layer: Any) -> None:
+    if layer.direction not in DIRECTIONS:
+        raise InputError(
+            f"{type(layer).__name__}: direction must be forward, reverse or both, found {layer.direction!r}"
+        )
 
 
-def _per_direction(xp: Namespace, walk: str, x: Array, run: Callable[[Array, bool], Array]) -> Array:
-    """`run(x, reverse)`; where both directions stand side by side, on each half with its own."""
-    if walk != "both":
-        return run(x, walk == "reverse")
+def _per_direction(xp: Namespace, direction: str, x: Array, run: Callable[[Array, bool], Array]) -> Array:
+    """Return run(x, reverse); for "both", the first half of the features runs forward and the second in reverse."""
+    if direction != "both":
+        return run(x, direction == "reverse")
     half = x.shape[-1] // 2
     return xp.concat((run(x[..., :half], False), run(x[..., half:], True)), axis=-1)
 
 
 @dataclass(frozen=True)
 class HoldLastOutput(TimeLayer):
-    """The last valid output held: y[t] = x[t] at a valid step, else y of the step before it; 0 where none was valid.
+    """Repeat the last valid output at skipped steps: y[t] = x[t] if step t is valid, else y[t-1], where y[-1] = 0.
 
-    Keras's custom for masked steps, where torch, ONNX and xprnn have 0. Without mask and lengths, y = x.
+    Keras does this at masked steps. torch, ONNX and xprnn's recurrent layers give 0 there. Without mask and lengths,
+    y = x.
 
     Args:
-        batch_first: x is (N, T, D) instead of (T, N, D).
-        walk: "forward"; "reverse": the step before t is t + 1; "both": the two halves of D, each in its direction.
+        batch_first: True: x is (N, T, D); False: (T, N, D).
+        direction: "forward"; "reverse": y[t+1] takes the place of y[t-1]; "both": the first half of D runs forward, the
+            second in reverse, as a bidirectional layer orders them.
 
     >>> import numpy as np
     >>> x = np.asarray([[[1.0]], [[0.0]], [[3.0]]])
@@ -138,9 +142,9 @@ class HoldLastOutput(TimeLayer):
         _check_direction(self)
 
     def forward(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Array, None, Any]:
-        """y like x, None, and the tape."""
-        xp, inner, active = self.prepare_input(params, x, flags)
-        if active is None or not inner.shape[0]:
+        """Return y of the shape of x, None, and the tape."""
+        xp, x_time_major, active = self.prepare_input(params, x, flags)
+        if active is None or not x_time_major.shape[0]:
             return x, None, (x, None)
 
         def run(x: Array, reverse: bool) -> Array:
@@ -149,13 +153,13 @@ class HoldLastOutput(TimeLayer):
                 held = rows[t] = xp.where(active[t, :, None], x[t, ...], held)
             return xp.stack(rows)
 
-        return self.time_major(xp, _per_direction(xp, self.direction, inner, run)), None, (x, active)
+        return self.time_major(xp, _per_direction(xp, self.direction, x_time_major, run)), None, (x, active)
 
     def backward(self, tape: Any, dy: Array, dstate: None = None) -> Gradients:
-        """What a held output is given goes to the step that it was held from."""
+        """Return dx: each valid step gets its dy plus the dy of the skipped steps that repeat it."""
         x, active = tape
         xp = namespace(x)
-        check_dy("HoldLastOutput.backward", xp, dy, x, tuple(x.shape))
+        check_dy("HoldLastOutput.backward", dy, x, tuple(x.shape))
         if active is None:
             return Gradients(dy, None, {})
 
@@ -168,12 +172,11 @@ class HoldLastOutput(TimeLayer):
                 dheld = xp.where(active[t, :, None], zero, dheld)
             return xp.stack(rows)
 
-        return Gradients(
-            self.time_major(xp, _per_direction(xp, self.direction, self.time_major(xp, dy), run)), None, {}
-        )
+        dx = _per_direction(xp, self.direction, self.time_major(xp, dy), run)
+        return Gradients(self.time_major(xp, dx), None, {})
 
     def step(self, params: Params, x: Array, state: None = None) -> tuple[Array, None]:
-        """One time step, which is valid."""
+        """Return x and None: a streamed step is always valid."""
         return x, None
 
 
@@ -183,13 +186,13 @@ def _time_order(count: int, reverse: bool) -> range:
 
 @dataclass(frozen=True)
 class LastStep(TimeLayer):
-    """One output of each row: that of its last valid step, 0 where it has none. The parts after it have no time.
+    """Select the output of the last valid step of each row, or 0 for a row without one. The result has no time axis.
 
     Args:
-        batch_first: x is (N, T, D) instead of (T, N, D).
-        walk: "forward"; "reverse": the last step of the walk is the first in time; "both": the two halves of D, each
-            in its direction, as a bidirectional layer gives them.
-        valid: False takes the last step itself, whether it is valid or not.
+        batch_first: True: x is (N, T, D); False: (T, N, D).
+        direction: "forward"; "reverse": select the first valid step in time, the last that a reverse layer computes;
+            "both": the first half of D forward, the second in reverse, as a bidirectional layer orders them.
+        valid_only: False: select the last step even if it is not valid.
 
     >>> import numpy as np
     >>> x = np.asarray([[[1.0], [4.0]], [[2.0], [5.0]], [[3.0], [6.0]]])
@@ -206,49 +209,49 @@ class LastStep(TimeLayer):
         check_bool("LastStep", "valid_only", self.valid_only)
 
     def _selected_step(self, xp: Namespace, x: Array, active: Array | None, reverse: bool) -> Array:
-        """(T, N): where each row's output is taken from."""
+        """Return a (T, N) mask that is True at the selected step of each row."""
         steps, n = x.shape[:2]
-        count = xp.arange(steps, dtype=xp.int32, device=device_of(x))[:, None]
+        step_index = xp.arange(steps, dtype=xp.int32, device=device_of(x))[:, None]
         if active is None or not self.valid_only:
-            return xp.broadcast_to(count == (0 if reverse else steps - 1), (steps, n))
-        none = xp.full_like(count, steps if reverse else -1)
-        found = xp.where(active, count, none)
-        return count == (xp.min if reverse else xp.max)(found, axis=0, keepdims=True)
+            return xp.broadcast_to(step_index == (0 if reverse else steps - 1), (steps, n))
+        no_step = xp.full_like(step_index, steps if reverse else -1)
+        valid_index = xp.where(active, step_index, no_step)
+        return step_index == (xp.min if reverse else xp.max)(valid_index, axis=0, keepdims=True)
 
     def forward(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Array, None, Any]:
-        """y (N, D), None, and the tape."""
-        xp, inner, active = self.prepare_input(params, x, flags)
+        """Return y (N, D), None, and the tape."""
+        xp, x_time_major, active = self.prepare_input(params, x, flags)
 
         def run(x: Array, reverse: bool) -> Array:
             if not x.shape[0]:
                 return xp.zeros(x.shape[1:], dtype=x.dtype, device=device_of(x))
             if active is None or not self.valid_only:
                 return x[0 if reverse else -1, ...]
-            here = self._selected_step(xp, x, active, reverse)[..., None]
-            return xp.sum(xp.where(here, x, xp.zeros_like(x)), axis=0, dtype=x.dtype)
+            selected = self._selected_step(xp, x, active, reverse)[..., None]
+            return xp.sum(xp.where(selected, x, xp.zeros_like(x)), axis=0, dtype=x.dtype)
 
-        return _per_direction(xp, self.direction, inner, run), None, (x, active)
+        return _per_direction(xp, self.direction, x_time_major, run), None, (x, active)
 
     def backward(self, tape: Any, dy: Array, dstate: None = None) -> Gradients:
-        """dx = dy at the step taken, else 0."""
+        """Return dx: dy at the selected step of each row, 0 elsewhere."""
         x, active = tape
         xp = namespace(x)
         steps, n = (x.shape[1], x.shape[0]) if self.batch_first else x.shape[:2]
-        check_dy("LastStep.backward", xp, dy, x, (n, x.shape[2]))
+        check_dy("LastStep.backward", dy, x, (n, x.shape[2]))
         if not steps:
             return Gradients(xp.zeros_like(x), None, {})
-        inner = xp.broadcast_to(dy[None, ...], (steps, *dy.shape))
+        dy_every_step = xp.broadcast_to(dy[None, ...], (steps, *dy.shape))
 
-        def run(d: Array, reverse: bool) -> Array:
-            here = self._selected_step(xp, d, active, reverse)[..., None]
-            return xp.where(here, d, xp.zeros_like(d))
+        def run(dy: Array, reverse: bool) -> Array:
+            selected = self._selected_step(xp, dy, active, reverse)[..., None]
+            return xp.where(selected, dy, xp.zeros_like(dy))
 
-        return Gradients(self.time_major(xp, _per_direction(xp, self.direction, inner, run)), None, {})
+        return Gradients(self.time_major(xp, _per_direction(xp, self.direction, dy_every_step, run)), None, {})
 
     def transform_mask(self, x: Array, flags: dict[str, Any]) -> dict[str, Any]:
-        """No flags: the parts after it have no time."""
+        """Return the flags without lengths, mask and reset: the layers after this one have no time axis."""
         return {k: v for k, v in flags.items() if k not in ("lengths", "mask", "reset")}
 
     def step(self, params: Params, x: Array, state: None = None) -> tuple[Array, None]:
-        """One time step: the last so far."""
+        """Return x and None: in a stream, the newest step is the last."""
         return x, None

@@ -1,7 +1,8 @@
-"""A recurrent layer of any cell: stacks and directions of scans, on parameters that the caller keeps.
+"""Recurrent: layers and directions of any cell, the base class of RNN, LSTM and GRU.
 
-A layer is a frozen configuration. Parameters are a flat dict with torch's state_dict names and shapes; states are
-torch's (L*directions, N, H), the LSTM's a pair (h, c), of layers with sizes of their own (directions, N, H_l) for each.
+Parameters are a flat dict with torch's state_dict names and shapes. A state is an array (L*directions, N, H) as in
+torch, for an LSTM a pair (h, c) of them. With a hidden_size for each layer, the array is replaced by a tuple of arrays
+(directions, N, H_l), one for each layer l.
 """
 
 from collections.abc import Sequence
@@ -24,30 +25,36 @@ from xprnn.engine.state_layout import parameter_shapes
 from xprnn.kernels.tape import Gradients
 from xprnn.layers.initializers import initialize, lookup_layout
 
-__all__ = ["Recurrent", "validate_positive"]
+__all__ = ["Recurrent"]
 
 LayerState = Any
 
 
 @dataclass(frozen=True)
 class Recurrent(FastPaths, CallsForward):
-    """A stack of one cell, in one or two directions. RNN, LSTM and GRU are this with their cells.
+    """Stack of recurrent layers of one cell, in one or two directions.
+
+    RNN, LSTM and GRU are subclasses that set the cell.
 
     Args:
-        input_size: D >= 1, features of x, or the number of classes where x is integer.
-        hidden_size: H >= 1, or one for each layer.
+        input_size: D >= 1, features of x, or the number of classes if x is integer.
+        hidden_size: H >= 1, or a sequence of L of them, one for each layer.
         num_layers: L >= 1.
-        bias: whether bias_ih and bias_hh exist.
-        batch_first: x and y are (N, T, .) instead of (T, N, .); states never are.
-        dropout: probability 0 <= p < 1 of zeroing each output of every layer but the last, in `forward` with an `rng`.
-        bidirectional: a second direction in every layer; y is the two side by side.
-        reverse: walk each row from its last valid step to its first: y stays in time order, the final state is the
-            one at step 0, and parameter names have no suffix. Not together with bidirectional.
-        learned_state: the state that `state=None` stands for is a parameter, "initial_h" (and "initial_c"),
-            (L*directions, H), instead of zero.
-        sparse: where x is integer, the gradient of layer 0's weight_ih (of both directions) is a SparseGradient of the
-            classes that occur, where it is dense otherwise; that of features is always dense.
-        cell: what happens in a step; RNN, LSTM and GRU choose their own.
+        bias: True: there are parameters bias_ih and bias_hh.
+        batch_first: True: x and y are (N, T, ...); False: (T, N, ...). States have the same shape in both cases.
+        dropout: probability 0 <= p < 1. `forward` with an `rng` sets each output of every layer but the last to zero
+            with this probability and scales the others by 1/(1-p).
+        bidirectional: True: every layer has a second direction; y is the concatenation of both.
+        reverse: True: process each row from its last valid step to its first. y stays in time order, the final state
+            is the one at step 0, and parameter names have no suffix. It cannot be combined with bidirectional.
+        learned_state: True: the initial state for `state=None` is a parameter, "initial_h" (and "initial_c") of shape
+            (L*directions, H); False: it is zero.
+        sparse: True: if x is integer, the gradient of weight_ih of layer 0 is a SparseGradient of the classes that
+            occur in x. False, or x of a floating dtype: it is dense.
+        cell: the computation of one time step; None in RNN, LSTM and GRU selects their standard cell.
+
+    Raises:
+        InputError: an option out of range.
 
     >>> import numpy as np, xprnn
     >>> layer = Recurrent(3, 4, cell=xprnn.cells.elman("relu"))
@@ -68,7 +75,7 @@ class Recurrent(FastPaths, CallsForward):
     learned_state: bool = field(default=False, kw_only=True)
     sparse: bool = field(default=False, kw_only=True)
     cell: Cell | None = field(default=None, kw_only=True)
-    explain = engine_explain.explain  # a method: its first argument is the layer
+    explain = engine_explain.explain  # becomes a method: its first argument is the layer
 
     def __post_init__(self) -> None:
         where = type(self).__name__
@@ -90,34 +97,36 @@ class Recurrent(FastPaths, CallsForward):
 
     @property
     def resolved_cell(self) -> Cell:
-        """The cell."""
+        """The cell of the layer."""
         if self.cell is None:
-            raise InputError(f"{type(self).__name__}: a cell is needed: cell=xprnn.cells.lstm(), or your own")
+            raise InputError(
+                f"{type(self).__name__}: a cell is needed: cell=xprnn.cells.lstm(), or a user-defined Cell"
+            )
         return self.cell
 
     @property
     def projection_size(self) -> int:
-        """P where h is projected to fewer features, else 0."""
+        """P if h is projected to P features, else 0."""
         return 0
 
     @property
     def hidden_sizes(self) -> tuple[int, ...]:
-        """H of each layer."""
+        """H of every layer."""
         h = self.hidden_size
         return (h,) * self.num_layers if isinstance(h, int) else tuple(h)
 
     @property
     def num_directions(self) -> int:
-        """1 or 2."""
+        """Number of directions of every layer: 1 or 2."""
         return 2 if self.bidirectional else 1
 
     @property
     def output_size(self) -> int:
-        """Features of y: directions * H of the last layer, or directions * proj_size."""
+        """Features of y: directions * H of the last layer, or directions * P."""
         return self.num_directions * (self.projection_size or self.hidden_sizes[-1])
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The name and shape of every parameter, in torch's order."""
+        """Return the shape of every parameter by name, in torch's order."""
         return parameter_shapes(self)
 
     def init(
@@ -129,20 +138,21 @@ class Recurrent(FastPaths, CallsForward):
         spectral_radius: float | None = None,
         forget_bias: float | None = None,
     ) -> Params:
-        """Starting parameters.
+        """Draw initial parameters.
 
         Args:
             rng: a numpy.random.Generator; every array library gets the same numbers.
             like: an array whose library, dtype and device the parameters take.
             scheme: "uniform" (torch's), "glorot", "orthogonal", "glorot_orthogonal" (Keras's), "identity" (IRNN).
-            spectral_radius: largest |eigenvalue| of each gate's recurrent block.
-            forget_bias: the sum of an LSTM's two forget-gate biases.
+            spectral_radius: None, or the largest |eigenvalue| of each gate's rows in weight_hh.
+            forget_bias: None, or the sum of the two forget-gate biases of an LSTM.
 
         Returns:
-            dict of arrays, `shapes()` says which.
+            dict of arrays with the names and shapes of `shapes()`.
 
         Raises:
-            InputError: unknown scheme, or a forget_bias without a forget gate and biases.
+            InputError: an unknown scheme, a spectral_radius for a weight_hh that is not square for each gate, or a
+                forget_bias for a layer without a forget gate or without biases.
 
         >>> import numpy as np, xprnn
         >>> sorted(xprnn.RNN(2, 3).init(np.random.default_rng(0), like=np.zeros(0)))
@@ -152,9 +162,9 @@ class Recurrent(FastPaths, CallsForward):
         check_init(where, rng, like)
         if forget_bias is not None and (self.resolved_cell.name != "lstm" or not self.bias):
             raise InputError(f"{where}: forget_bias needs an LSTM with biases")
-        every = (scheme, spectral_radius, forget_bias)
+        options = (scheme, spectral_radius, forget_bias)
         return {
-            name: from_numpy(lookup_layout(name, self._init_parameter(rng, name, *every), like), like)
+            name: from_numpy(lookup_layout(name, self._init_parameter(rng, name, *options), like), like)
             for name in self.shapes()
         }
 
@@ -179,10 +189,22 @@ class Recurrent(FastPaths, CallsForward):
         mask: Any = None,
         reset: Any = None,
     ) -> tuple[Array, LayerState]:
-        """Inference: as `forward`, but nothing is kept and nothing is dropped out. Returns y and the final state."""
-        plain = lengths is None and mask is None and reset is None
-        if plain and (done := self._infer(params, x, state)) is not None:
-            return done
+        """Run the layer for inference: return y and the final state, without tape and dropout.
+
+        Args:
+            params: as from `init`.
+            x: input, as in `forward`.
+            state: initial state, as in `forward`.
+            lengths: as in `forward`.
+            mask: as in `forward`.
+            reset: as in `forward`.
+
+        Raises:
+            InputError: as `forward`.
+        """
+        no_flags = lengths is None and mask is None and reset is None
+        if no_flags and (result := self._infer(params, x, state)) is not None:
+            return result
         y, final, _ = stack.forward(self, params, x, state, lengths=lengths, mask=mask, reset=reset, record_tape=False)
         return y, final
 
@@ -198,29 +220,31 @@ class Recurrent(FastPaths, CallsForward):
         rng: Generator | None = None,
         checkpoint: int | str | None = None,
     ) -> tuple[Array, LayerState, StackTape]:
-        """Run the layer and keep what `backward` needs.
+        """Run the layer over a sequence and record the tape for `backward`.
 
         Args:
             params: as from `init`.
-            x: (T, N, D), or (N, T, D) if batch_first; or integers (T, N) that stand for one-hot vectors.
-            state: (L*directions, N, H), for the LSTM a pair; None: zero, or the learned one.
-            lengths: (N,) integers 0 to T, in any order, an array or a host sequence. y is 0 past the end, the final
-                state is the one at each row's last valid step, the reverse direction runs inside each row's own length.
-            mask: (T, N) boolean, (N, T) if batch_first; a False step is skipped: the state is carried, y is 0, and no
-                gradient flows into x there.
-            reset: like mask; where True, the row's state is its initial state again before that step (in the order
-                in which a direction walks), and the gradient goes to the initial state.
+            x: (T, N, D), or (N, T, D) if batch_first; or integers (T, N) in 0..D-1 that stand for one-hot vectors.
+            state: initial state (L*directions, N, H), for the LSTM a pair; None: zero, or the learned state.
+            lengths: (N,) integers 0..T, in any order, as an array or a Python sequence. y is 0 after the end of a row,
+                the final state is the one at its last valid step, and the reverse direction starts there.
+            mask: boolean (T, N), or (N, T) if batch_first. A step where it is False is skipped: the state is carried,
+                y is 0, and dx is 0 there.
+            reset: boolean, of the shape of mask. Where it is True, the state of the row is set to its initial state
+                before that step, in the order of the direction, and the gradient flows to the initial state.
             rng: a numpy.random.Generator for dropout; None: no dropout.
-            checkpoint: how to bound the tape: keep the state of every k-th step only (k, an int), of about sqrt(T) / 2
-                steps ("sqrt"; less than 4 MiB is not cut), or what fits a number of bytes ("64MiB"), and run the rest
-                again in `backward`.
+            checkpoint: bound of the memory of the tape; None: no bound. The forward pass stores the state of every k-th
+                step only, and `backward` computes the steps between them again. An int is k; "sqrt" sets k to
+                2*sqrt(T), or more if k steps of tape are smaller than 4 MiB; "64MiB" is a number of bytes that the
+                tape and the states must fit.
 
         Returns:
-            y (T, N, directions*H), the final state shaped like `state`, and the tape for `backward`. The tape refers to
-            x, params and state: replace them (as the optimisers do), but write into none before `backward`.
+            y (T, N, directions*H), or (N, T, directions*H) if batch_first; the final state, shaped like `state`; and
+            the tape. The tape refers to x, params and state. Until `backward` is done, do not write into these arrays.
+            Replacing them by new arrays, as the optimisers do, is safe.
 
         Raises:
-            InputError: shapes, dtypes, libraries or devices that don't fit; says which, expected and found.
+            InputError: a shape, dtype, library or device that does not fit; the message names both sides.
 
         >>> import numpy as np, xprnn
         >>> layer = xprnn.RNN(3, 4)
@@ -230,9 +254,9 @@ class Recurrent(FastPaths, CallsForward):
         >>> dx.shape, dstate.shape, dparams["weight_hh_l0"].shape
         ((5, 2, 3), (1, 2, 4), (4, 4))
         """
-        plain = lengths is None and mask is None and reset is None and rng is None and checkpoint is None
-        if plain and (done := self._fast_forward(params, x, state)) is not None:
-            return done
+        no_options = lengths is None and mask is None and reset is None and rng is None and checkpoint is None
+        if no_options and (result := self._fast_forward(params, x, state)) is not None:
+            return result
         y, final, tape = stack.forward(
             self,
             params,
@@ -251,36 +275,36 @@ class Recurrent(FastPaths, CallsForward):
     def backward(
         self, tape: StackTape, dy: Array | None, dstate: LayerState = None, *, dstates: Sequence[Any] | None = None
     ) -> Gradients:
-        """The exact adjoint of `forward`: back-propagation through time over the whole sequence.
+        """Compute all gradients by back-propagation through time over the whole sequence.
 
         Args:
-            tape: what forward returned; it can be used again.
-            dy: the adjoint of y, or None.
-            dstate: the adjoint of the final state, shaped like it, or None.
-            dstates: adjoints of `tape.states()`, in the same structure, each entry an array or None.
+            tape: the tape that `forward` returned; it can be used several times.
+            dy: cotangent of y, or None for zero.
+            dstate: cotangent of the final state, in its structure, or None for zero.
+            dstates: cotangents of `tape.states()`, in the same structure; each entry is an array or None for zero.
 
         Returns:
-            Gradients(dx, dstate, dparams): dx like x (None if x is integer); dstate, the adjoint of the initial state;
-            dparams keyed like params.
+            Gradients(dx, dstate, dparams): dx has the shape of x and is None if x is integer; dstate is the gradient of
+            the initial state; dparams has the keys of params.
 
         Raises:
-            InputError: an adjoint whose shape, dtype, library or device is not that of what it belongs to.
+            InputError: a cotangent whose shape, dtype, library or device differs from that of its output.
         """
         return self._fast_backward(tape, dy, dstate, dstates) or stack.backward(self, tape, dy, dstate, dstates)
 
     def step(self, params: Params, x: Array, state: LayerState = None) -> tuple[Array, LayerState]:
-        """Streaming: one time step, the same numbers as the whole sequence.
+        """Compute one time step of a stream; the results equal those of a call with the whole sequence.
 
         Args:
             params: as from `init`.
-            x: (N, D) or integers (N,).
-            state: the state so far, or None at the start.
+            x: (N, D), or integers (N,) in 0..D-1.
+            state: the state that the previous step returned, or None at the start.
 
         Returns:
             y (N, H) and the next state.
 
         Raises:
-            InputError: a bidirectional or reverse layer, which needs the whole sequence; or what doesn't fit.
+            InputError: the layer is bidirectional or reverse and needs the whole sequence, or an argument does not fit.
 
         >>> import numpy as np, xprnn
         >>> layer = xprnn.RNN(3, 4)
@@ -289,14 +313,18 @@ class Recurrent(FastPaths, CallsForward):
         >>> y.shape
         (2, 4)
         """
-        done = self._fast_step(params, x, state)
-        return stack.step(self, params, x, state) if done is None else done
+        result = self._fast_step(params, x, state)
+        return stack.step(self, params, x, state) if result is None else result
 
     def config(self) -> dict[str, Any]:
-        """The configuration as JSON-able data; `from_config` reads it back."""
-        form = None if self.cell is None else cell_to_config(self.cell)
-        if self.cell is not None and form is None:
-            raise InputError(f"{type(self).__name__}: a layer with a cell of your own has no file form: keep its code")
+        """Return the configuration as data that JSON can hold; `from_config` reads it.
+
+        Raises:
+            InputError: the cell is user-defined; a file cannot hold its code.
+        """
+        cell_config = None if self.cell is None else cell_to_config(self.cell)
+        if self.cell is not None and cell_config is None:
+            raise InputError(f"{type(self).__name__}: a layer with a user-defined cell has no file form: keep its code")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "cell"}
-        plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-        return {"type": type(self).__name__} | plain | ({} if form is None else {"cell": form})
+        options = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+        return {"type": type(self).__name__} | options | ({} if cell_config is None else {"cell": cell_config})

@@ -1,8 +1,4 @@
-"""Parts without parameters and without a state: an activation, softmax, two directions put into one, time turned.
-
-They stand in a Sequential like any layer. `Part` is what they and the parts of `masks` share; a part of your own that
-learns nothing needs `forward` and `backward` alone.
-"""
+"""Layers without parameters that combine directions or reverse time, and the base class of layers along time."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +18,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class MergeDirections(StatelessLayer):
-    """Two directions put into one: with a and b the halves of the last axis, y = a + b, a * b or (a + b) / 2.
+    """Combine the two directions of a bidirectional layer: with x = (a, b), y = a + b, a * b or (a + b) / 2.
 
-    It stands behind a bidirectional layer, whose output is the two side by side.
+    a and b are the halves of the last axis of x, as a bidirectional layer returns them.
 
     Args:
         hidden_size: H >= 1, features of one direction.
-        mode: "sum", "mul", "ave", or "pair": y is the tuple (a, b), and dy one of the same kind.
+        mode: "sum"; "mul" (product); "ave" (mean); "pair": y is the tuple (a, b), and dy must be a pair too.
 
     >>> import numpy as np
     >>> MergeDirections(2, "mul")({}, np.asarray([1.0, 2.0, 3.0, 4.0]))[0]
@@ -47,12 +43,12 @@ class MergeDirections(StatelessLayer):
         return x[..., : self.hidden_size], x[..., self.hidden_size :]
 
     def forward(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Any, None, Any]:
-        """y (..., H), or a pair of them, None, and the tape, for x (..., 2H)."""
+        """Return y (..., H) or a pair of such arrays, None, and the tape, for x (..., 2H)."""
         resolve_input("MergeDirections.forward", params, x)
         if not x.ndim or x.shape[-1] != 2 * self.hidden_size:
             raise InputError(
-                f"MergeDirections.forward: x (...,2H) must end in {2 * self.hidden_size} features, those of two directions, "
-                f"found shape {tuple(x.shape)}"
+                f"MergeDirections.forward: x (...,2H) must end in {2 * self.hidden_size} features, "
+                f"those of two directions, found shape {tuple(x.shape)}"
             )
         a, b = self._split_directions(x)
         if self.mode == "pair":
@@ -60,22 +56,22 @@ class MergeDirections(StatelessLayer):
         return (a * b if self.mode == "mul" else a + b if self.mode == "sum" else 0.5 * (a + b)), None, x
 
     def backward(self, tape: Any, dy: Any, dstate: None = None) -> Gradients:
-        """Both halves get dy; of a product, each gets dy times the other."""
+        """Return dx (..., 2H): (dy, dy) for "sum", (dy * b, dy * a) for "mul", (dy / 2, dy / 2) for "ave"."""
         xp = resolve_namespace("MergeDirections.backward", {"x": tape})
         shape = (*tape.shape[:-1], self.hidden_size)
         if self.mode == "pair":
-            da, db = _check_pair(dy)
-            given = [d for d in (da, db) if d is not None]
-            for d in given:
-                check_dy("MergeDirections.backward", xp, d, tape, shape)
-            parts = [xp.zeros_like(tape[..., : self.hidden_size]) if d is None else d for d in (da, db)]
-            return Gradients(xp.concat(parts, axis=-1), None, {})
-        check_dy("MergeDirections.backward", xp, dy, tape, shape)
+            pair = _check_pair(dy)
+            for half in pair:
+                if half is not None:
+                    check_dy("MergeDirections.backward", half, tape, shape)
+            halves = [xp.zeros_like(tape[..., : self.hidden_size]) if half is None else half for half in pair]
+            return Gradients(xp.concat(halves, axis=-1), None, {})
+        check_dy("MergeDirections.backward", dy, tape, shape)
         if self.mode == "mul":
             a, b = self._split_directions(tape)
             return Gradients(xp.concat((dy * b, dy * a), axis=-1), None, {})
-        each = dy if self.mode == "sum" else 0.5 * dy
-        return Gradients(xp.concat((each, each), axis=-1), None, {})
+        half = dy if self.mode == "sum" else 0.5 * dy
+        return Gradients(xp.concat((half, half), axis=-1), None, {})
 
 
 def _check_pair(dy: Any) -> tuple[Any, Any]:
@@ -88,7 +84,11 @@ def _check_pair(dy: Any) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class TimeLayer(StatelessLayer):
-    """A part that acts along time: where the time axis is, and time-major arrays inside."""
+    """Base class of layers along time: it converts between batch-major and time-major arrays.
+
+    Args:
+        batch_first: True: x is (N, T, D); False: (T, N, D).
+    """
 
     batch_first: bool = False
 
@@ -96,11 +96,11 @@ class TimeLayer(StatelessLayer):
         check_bool(type(self).__name__, "batch_first", self.batch_first)
 
     def time_major(self, xp: Namespace, a: Array) -> Array:
-        """Time-major from the caller's layout, and back."""
+        """Swap the first two axes if `batch_first`: from the caller's layout to time-major, or back."""
         return xp.permute_dims(a, (1, 0, *range(2, a.ndim))) if self.batch_first else a
 
     def prepare_input(self, params: Params, x: Array, flags: dict[str, Any]) -> tuple[Namespace, Array, Array | None]:
-        """The namespace, x time-major, and which steps are valid (T, N), or None for all."""
+        """Return the namespace, x time-major, and a (T, N) mask of the valid steps or None if all are valid."""
         where = f"{type(self).__name__}.forward"
         xp = resolve_input(where, params, x)
         if x.ndim != 3:
@@ -110,17 +110,18 @@ class TimeLayer(StatelessLayer):
         return xp, x, self.step_mask(where, xp, x, flags).active
 
     def step_mask(self, where: str, xp: Namespace, x: Array, flags: dict[str, Any]) -> StepMask:
-        """Which rows take part in which step of the time-major x."""
+        """Combine lengths, mask and reset of `flags` into a StepMask for the time-major x."""
         return make_step_mask(where, self, xp, x, flags.get("lengths"), flags.get("mask"), flags.get("reset"))
 
 
 @dataclass(frozen=True)
 class ReverseTime(TimeLayer):
-    """Time turned around: y[t] = x[T-1-t], and lengths, mask and reset with it.
+    """Reverse the time axis: y[t] = x[T-1-t].
 
     Args:
-        batch_first: x is (N, T, D) instead of (T, N, D).
-        flags: False leaves lengths, mask and reset as they are, which is what Keras does after go_backwards.
+        batch_first: True: x is (N, T, D); False: (T, N, D).
+        reverse_mask: True: lengths, mask and reset are reversed too; False: they stay as they are, which is what Keras
+            does after go_backwards.
 
     >>> import numpy as np
     >>> ReverseTime()({}, np.asarray([[[1.0]], [[2.0]]]))[0].ravel()
@@ -134,18 +135,21 @@ class ReverseTime(TimeLayer):
         check_bool("ReverseTime", "reverse_mask", self.reverse_mask)
 
     def forward(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Array, None, Any]:
-        """y like x, None, and the tape."""
+        """Return y of the shape of x, None, and the tape."""
         xp, _, _ = self.prepare_input(params, x, {})
         return xp.flip(x, axis=int(self.batch_first)), None, x
 
     def backward(self, tape: Any, dy: Array, dstate: None = None) -> Gradients:
-        """dx is dy, turned back."""
+        """Return dx: dy with the time axis reversed."""
         xp = namespace(tape)
-        check_dy("ReverseTime.backward", xp, dy, tape, tuple(tape.shape))
+        check_dy("ReverseTime.backward", dy, tape, tuple(tape.shape))
         return Gradients(xp.flip(dy, axis=int(self.batch_first)), None, {})
 
     def transform_mask(self, x: Array, flags: dict[str, Any]) -> dict[str, Any]:
-        """The flags of the parts after it: a mask that says what lengths said, as rows now end at the start."""
+        """Return the flags for the layers after this one: mask and reset reversed, lengths expressed as a mask.
+
+        Lengths must become a mask because the padding is at the start of the reversed rows.
+        """
         if not self.reverse_mask:
             return flags
         xp = namespace(x)
@@ -156,7 +160,7 @@ class ReverseTime(TimeLayer):
         return flags | {"lengths": None, "mask": mask, "reset": reset}
 
     def step(self, params: Params, x: Array, state: None = None) -> tuple[Array, None]:
-        """Refused: the first output is that of the last step.
+        """Raise InputError: the first output needs the last input.
 
         Raises:
             InputError: always.

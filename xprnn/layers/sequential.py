@@ -1,8 +1,8 @@
-"""Sequential: recurrent layers and the parts around them as one trainable model, which is one more layer."""
+"""Sequential: named layers that run one after the other, as one trainable model."""
 
 from collections.abc import Callable
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeGuard
 
 from numpy.random import Generator
 
@@ -12,7 +12,7 @@ from xprnn.cells.serialization import activation_from_config, cell_from_config
 from xprnn.engine.call_cache import make_layer_step, make_sequential_step
 from xprnn.engine.layer import CallsForward, FastStep, Steppable
 from xprnn.kernels.tape import Gradients, ModelTape
-from xprnn.layers.base import StatelessLayer
+from xprnn.layers.base import Layer, StatelessLayer
 from xprnn.layers.context_shift import ContextShift
 from xprnn.layers.elementwise import ActivationLayer, Softmax
 from xprnn.layers.embedding import Embedding
@@ -29,18 +29,18 @@ _Flags = dict[str, Any]
 
 
 class Sequential(Steppable, CallsForward):
-    """A chain of named parts that is itself a part: its parameters are "name.parameter".
+    """Run named layers one after the other; a Sequential is itself a layer.
 
-    Its state is that of its recurrent part; with several, a dict from their names to theirs. A mask found by one part
-    (Masking) holds for the parts after it.
+    Its parameters are named "layer.parameter". Its state is the state of its recurrent layer; with several, it is a
+    dict from their names to their states. A mask that a layer detects (Masking) applies to all layers after it.
 
     Args:
-        parts: name=part, in order.
+        layers: name=layer, in order.
 
     Raises:
-        InputError: no parts, something that is not a part, or a part that takes another number of features than the
-            one before it gives, another order of axes (batch_first), or a time axis that a Last before it has ended.
-            Parts of your own, of which this is not known, are left to the first call.
+        InputError: there is no layer, an argument is not a layer, or a layer does not accept the number of features,
+            the order of axes (batch_first) or the missing time axis (LastStep) of the layer before it. User-defined
+            layers are not checked here: they raise at their first call.
 
     >>> import numpy as np, xprnn
     >>> model = Sequential(rnn=xprnn.RNN(3, 4), head=Linear(4, 2))
@@ -50,22 +50,22 @@ class Sequential(Steppable, CallsForward):
     ['head.bias', 'head.weight', 'rnn.bias_hh_l0']
     """
 
-    layers: MappingProxyType[str, Any]  # to read: a configuration is frozen
+    layers: MappingProxyType[str, Layer]  # read-only, as a configuration is immutable
 
-    def __init__(self, /, **parts: Any) -> None:
-        if not parts:
+    def __init__(self, /, **layers: Layer) -> None:
+        if not layers:
             raise InputError(
-                "Sequential: at least one part is needed, as in Sequential(rnn=RNN(3, 4), head=Linear(4, 2))"
+                "Sequential: at least one layer is needed, as in Sequential(rnn=RNN(3, 4), head=Linear(4, 2))"
             )
-        for name, part in parts.items():
-            if not all(hasattr(part, verb) for verb in ("init", "forward", "backward", "step", "shapes")):
-                raise InputError(f"Sequential: {name} must be a layer, found {type(part).__name__}")
-        if type(self) is Sequential:  # a class of your own may do more between its parts
-            check_compatible("Sequential", parts, Sequential)
-        object.__setattr__(self, "layers", MappingProxyType(dict(parts)))
+        for name, layer in layers.items():
+            if not all(hasattr(layer, method) for method in ("init", "forward", "backward", "step", "shapes")):
+                raise InputError(f"Sequential: {name} must be a layer, found {type(layer).__name__}")
+        if type(self) is Sequential:  # a subclass may transform arrays between its layers
+            check_compatible("Sequential", layers, Sequential)
+        object.__setattr__(self, "layers", MappingProxyType(dict(layers)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "layers": dict(self.layers)}  # a proxy can be neither copied nor pickled
+        return {**super().__getstate__(), "layers": dict(self.layers)}  # a mappingproxy cannot be copied or pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update({**state, "layers": MappingProxyType(dict(state["layers"]))})
@@ -74,7 +74,7 @@ class Sequential(Steppable, CallsForward):
         raise AttributeError(f"Sequential is a frozen configuration: make a new one instead of setting {name}")
 
     def __repr__(self) -> str:
-        return f"Sequential({', '.join(f'{n}={p!r}' for n, p in self.layers.items())})"
+        return f"Sequential({', '.join(f'{name}={layer!r}' for name, layer in self.layers.items())})"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequential) and list(self.layers.items()) == list(other.layers.items())
@@ -83,7 +83,7 @@ class Sequential(Steppable, CallsForward):
         return hash(tuple(self.layers.items()))
 
     def _stateful_names(self) -> list[str]:
-        return [n for n, p in self.layers.items() if not _is_stateless(p)]
+        return [name for name, layer in self.layers.items() if not _is_stateless(layer)]
 
     def _unpack_states(self, where: str, state: Any) -> dict[str, Any]:
         names = self._stateful_names()
@@ -99,38 +99,57 @@ class Sequential(Steppable, CallsForward):
 
     def _pack_states(self, states: dict[str, Any]) -> Any:
         names = self._stateful_names()
-        return states[names[0]] if len(names) == 1 else {n: states[n] for n in names} or None
+        return states[names[0]] if len(names) == 1 else {name: states[name] for name in names} or None
 
     def _split_params(self, where: str, params: Params) -> dict[str, Params]:
         check_params(where, params, self.shapes())
-        return {n: {k[len(n) + 1 :]: a for k, a in params.items() if k.startswith(n + ".")} for n in self.layers}
+        return {
+            name: {key[len(name) + 1 :]: array for key, array in params.items() if key.startswith(name + ".")}
+            for name in self.layers
+        }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The name and shape of every parameter."""
-        return {f"{n}.{k}": s for n, p in self.layers.items() for k, s in p.shapes().items()}
+        """Return the shape of every parameter by name."""
+        return {f"{name}.{key}": shape for name, layer in self.layers.items() for key, shape in layer.shapes().items()}
 
     def init(self, rng: Generator, like: Array, **options: Any) -> Params:
-        """Each part's own init, in order; the options go to the recurrent parts."""
+        """Draw initial parameters, layer by layer.
+
+        Args:
+            rng: a numpy.random.Generator; every array library gets the same numbers.
+            like: an array whose library, dtype and device the parameters take.
+            options: options of the recurrent layers' `init`, such as scheme="glorot".
+
+        Returns:
+            dict of arrays with the names and shapes of `shapes()`.
+        """
         check_init("Sequential.init", rng, like)
-        names = self._stateful_names()
-        made = {n: p.init(rng, like, **(options if n in names else {})) for n, p in self.layers.items()}
-        return {f"{n}.{k}": a for n, own in made.items() for k, a in own.items()}
+        stateful = self._stateful_names()
+        return {
+            f"{name}.{key}": array
+            for name, layer in self.layers.items()
+            for key, array in layer.init(rng, like, **(options if name in stateful else {})).items()
+        }
 
     def __call__(
         self, params: Params, x: Array, state: Any = None, lengths: Any = None, mask: Any = None, reset: Any = None
     ) -> tuple[Array, Any]:
-        """Inference through all parts; lengths, mask and reset go to the recurrent ones."""
+        """Run the model for inference: return y and the final state, without tape and dropout.
+
+        lengths, mask and reset go to the recurrent layers; see Recurrent.forward.
+        """
         x, final, _ = self._call(params, x, state, {"lengths": lengths, "mask": mask, "reset": reset})
         return x, final
 
     def _call(self, params: Params, x: Any, state: Any, flags: _Flags) -> tuple[Any, Any, _Flags]:
-        own, states = self._split_params("Sequential", params), self._unpack_states("Sequential", state)
-        for n, part in self.layers.items():
-            if _is_plain_sequential(part):
-                x, states[n], flags = part._call(own[n], x, states[n], flags)
+        """Return y, the final state, and the flags for layers after this model."""
+        layer_params, states = self._split_params("Sequential", params), self._unpack_states("Sequential", state)
+        for name, layer in self.layers.items():
+            if _is_plain_sequential(layer):
+                x, states[name], flags = layer._call(layer_params[name], x, states[name], flags)
                 continue
-            y, states[n] = part(own[n], x, states[n], **flags)
-            x, flags = y, _transform_mask(part, x, flags)
+            y, states[name] = layer(layer_params[name], x, states[name], **flags)
+            x, flags = y, _transform_mask(layer, x, flags)
         return x, self._pack_states(states), flags
 
     def forward(
@@ -143,36 +162,46 @@ class Sequential(Steppable, CallsForward):
         reset: Any = None,
         **options: Any,
     ) -> tuple[Array, Any, Any]:
-        """y, the final state, and the tape; lengths, mask, reset and options as in a layer's forward."""
+        """Return y, the final state, and the tape for `backward`.
+
+        state, lengths, mask, reset and options (rng, checkpoint) go to the recurrent layers; see Recurrent.forward.
+        """
         x, final, tape, _ = self._forward(
             params, x, state, {"lengths": lengths, "mask": mask, "reset": reset, **options}
         )
         return x, final, tape
 
     def _forward(self, params: Params, x: Any, state: Any, flags: _Flags) -> tuple[Any, Any, Any, _Flags]:
-        own, states = self._split_params("Sequential.forward", params), self._unpack_states("Sequential.forward", state)
+        """Return y, the final state, the tape, and the flags for layers after this model."""
+        where = "Sequential.forward"
+        layer_params, states = self._split_params(where, params), self._unpack_states(where, state)
         tapes = ModelTape()
-        for n, part in self.layers.items():
-            if _is_plain_sequential(part):
-                x, states[n], tapes[n], flags = part._forward(own[n], x, states[n], flags)
+        for name, layer in self.layers.items():
+            if _is_plain_sequential(layer):
+                x, states[name], tapes[name], flags = layer._forward(layer_params[name], x, states[name], flags)
                 continue
-            y, states[n], tapes[n] = part.forward(own[n], x, states[n], **flags)
-            x, flags = y, _transform_mask(part, x, flags)
+            y, states[name], tapes[name] = layer.forward(layer_params[name], x, states[name], **flags)
+            x, flags = y, _transform_mask(layer, x, flags)
         return x, self._pack_states(states), tapes, flags
 
     def explain(
         self, params: Params, x: Array, lengths: Any = None, mask: Any = None, reset: Any = None, state: Any = None
     ) -> str:
-        """A line for each layer and direction of each recurrent part, under the part's name: which kernel it runs on.
+        """Return one line for each layer and direction of each recurrent layer: its name and the kernel that will run.
 
-        See the layers' own `explain`. What reaches a part is found by running the parts before it, without a tape.
+        The layers before the last recurrent one are run without a tape, because the kernel depends on their output. See
+        also `explain` of a recurrent layer.
 
         Args:
             params: as from `init`.
-            x, lengths, mask, reset, state: as `forward` gets them.
+            x: as in `forward`.
+            lengths: as in `forward`.
+            mask: as in `forward`.
+            reset: as in `forward`.
+            state: as in `forward`.
 
         Raises:
-            InputError: what `forward` would refuse too.
+            InputError: as `forward`.
 
         >>> import numpy as np, xprnn
         >>> model = Sequential(read=Embedding(5, 3), rnn=xprnn.GRU(3, 4), head=Linear(4, 2))
@@ -180,69 +209,77 @@ class Sequential(Steppable, CallsForward):
         >>> print(model.explain(params, np.zeros((5, 2), dtype=int)))
         rnn, layer 0, forward: NumPy in place (not compiled: float16 is neither float32 nor float64)
         """
-        own, states = self._split_params("Sequential.explain", params), self._unpack_states("Sequential.explain", state)
+        where, stateful = "Sequential.explain", self._stateful_names()
+        layer_params, states = self._split_params(where, params), self._unpack_states(where, state)
         flags, lines = {"lengths": lengths, "mask": mask, "reset": reset}, []
-        last = max((k for k, n in enumerate(self.layers) if n in self._stateful_names()), default=-1)
-        for k, (n, part) in enumerate(self.layers.items()):
-            if hasattr(part, "explain") and n in self._stateful_names():
-                more = {"state": states[n]} if isinstance(part, Sequential) else {}
-                lines += [f"{n}, {line}" for line in part.explain(own[n], x, **flags, **more).splitlines()]
-            if k >= last:
+        last_stateful = max((k for k, name in enumerate(self.layers) if name in stateful), default=-1)
+        for k, (name, layer) in enumerate(self.layers.items()):
+            if hasattr(layer, "explain") and name in stateful:
+                options = {"state": states[name]} if isinstance(layer, Sequential) else {}
+                report = layer.explain(layer_params[name], x, **flags, **options)
+                lines += [f"{name}, {line}" for line in report.splitlines()]
+            if k >= last_stateful:
                 break
-            if _is_plain_sequential(part):
-                x, _, flags = part._call(own[n], x, states[n], flags)
+            if _is_plain_sequential(layer):
+                x, _, flags = layer._call(layer_params[name], x, states[name], flags)
             else:
-                y, _ = part(own[n], x, states[n], **flags)
-                x, flags = y, _transform_mask(part, x, flags)
+                y, _ = layer(layer_params[name], x, states[name], **flags)
+                x, flags = y, _transform_mask(layer, x, flags)
         return "\n".join(lines)
 
     def backward(self, tape: Any, dy: Array | None, dstate: Any = None) -> Gradients:
-        """The adjoint of forward, part by part in reverse order."""
+        """Return the gradients of x, the initial state and all parameters.
+
+        Args:
+            tape: the tape that `forward` returned.
+            dy: cotangent of y, or None for zero.
+            dstate: cotangent of the final state, in its structure, or None for zero.
+        """
         if not isinstance(tape, dict) or tape.keys() != self.layers.keys():
             raise InputError("Sequential.backward: tape must be what this model's forward returned")
         dstates = self._unpack_states("Sequential.backward", dstate)
-        dx, grads = dy, {}
-        for n, part in reversed([*self.layers.items()]):
-            dx, dstates[n], grads[n] = part.backward(tape[n], dx, dstates[n])
-        return Gradients(
-            dx, self._pack_states(dstates), {f"{n}.{k}": a for n in self.layers for k, a in grads[n].items()}
-        )
+        dx, dparams = dy, {}
+        for name, layer in reversed([*self.layers.items()]):
+            dx, dstates[name], dparams[name] = layer.backward(tape[name], dx, dstates[name])
+        named = {f"{name}.{key}": array for name in self.layers for key, array in dparams[name].items()}
+        return Gradients(dx, self._pack_states(dstates), named)
 
     def step(self, params: Params, x: Array, state: Any = None) -> tuple[Array, Any]:
-        """Streaming: one time step through all parts."""
-        done = self._fast_step(params, x, state)
-        if done is not None:
-            return done
-        own, states = self._split_params("Sequential.step", params), self._unpack_states("Sequential.step", state)
-        for n, part in self.layers.items():
-            x, states[n] = part.step(own[n], x, states[n])
+        """Compute one time step of a stream through all layers: return y and the next state."""
+        result = self._fast_step(params, x, state)
+        if result is not None:
+            return result
+        where = "Sequential.step"
+        layer_params, states = self._split_params(where, params), self._unpack_states(where, state)
+        for name, layer in self.layers.items():
+            x, states[name] = layer.step(layer_params[name], x, states[name])
         return x, self._pack_states(states)
 
     def make_fast_step(self, prefix: str, count: int) -> FastStep | None:
-        """The step for NumPy arrays that fit, of parameters under `prefix` in a dict of `count`, or None."""
-        steps = {n: make_layer_step(p, f"{prefix}{n}.", count) for n, p in self.layers.items()}
+        """Return the fast path of `step` for parameters named `prefix` + name in a dict of `count`, or None."""
+        steps = {name: make_layer_step(layer, f"{prefix}{name}.", count) for name, layer in self.layers.items()}
         return None if None in steps.values() else make_sequential_step(steps, self._stateful_names())
 
     def config(self) -> dict[str, Any]:
-        """The configuration as JSON-able data."""
-        return {"type": "Sequential", "layers": {n: p.config() for n, p in self.layers.items()}}
+        """Return the configuration as data that JSON can hold; `from_config` reads it."""
+        return {"type": "Sequential", "layers": {name: layer.config() for name, layer in self.layers.items()}}
 
 
-def _is_plain_sequential(part: Any) -> bool:
-    """Whether it is a Sequential whose verbs are Sequential's own: a class of your own may have others."""
-    verbs = ("__call__", "forward")
-    return isinstance(part, Sequential) and all(getattr(type(part), v) is getattr(Sequential, v) for v in verbs)
+def _is_plain_sequential(layer: Any) -> TypeGuard[Sequential]:
+    """Return True for a Sequential, or a subclass that overrides neither `__call__` nor `forward`."""
+    methods = ("__call__", "forward")
+    return isinstance(layer, Sequential) and all(getattr(type(layer), m) is getattr(Sequential, m) for m in methods)
 
 
-def _is_stateless(part: Any) -> bool:
-    if isinstance(part, Sequential):
-        return all(_is_stateless(p) for p in part.layers.values())
-    return isinstance(part, (Linear, Embedding, ContextShift, StatelessLayer))
+def _is_stateless(layer: Any) -> bool:
+    if isinstance(layer, Sequential):
+        return all(_is_stateless(inner) for inner in layer.layers.values())
+    return isinstance(layer, (Linear, Embedding, ContextShift, StatelessLayer))
 
 
-def _transform_mask(part: Any, x: Any, flags: _Flags) -> _Flags:
-    """The lengths, mask, reset and options for the parts after this one: its own unless it says otherwise."""
-    return part.transform_mask(x, flags) if hasattr(part, "transform_mask") else flags
+def _transform_mask(layer: Any, x: Any, flags: _Flags) -> _Flags:
+    """Return the flags for the layers after `layer`: unchanged unless it has `transform_mask`."""
+    return layer.transform_mask(x, flags) if hasattr(layer, "transform_mask") else flags
 
 
 _LAYER_CLASSES = (
@@ -261,14 +298,20 @@ _LAYER_CLASSES = (
     ActivationLayer,
     Softmax,
 )
-_LAYER_TYPES: dict[str, Callable[..., Any]] = {part.__name__: part for part in _LAYER_CLASSES}
+_LAYER_TYPES: dict[str, Callable[..., Any]] = {cls.__name__: cls for cls in _LAYER_CLASSES}
 
 
 def from_config(config: Any) -> Any:
-    """The layer or model that `config()` described.
+    """Build the layer or model that `config()` described.
+
+    Args:
+        config: a dict with "type" and the options of the layer, as `config()` returns it.
+
+    Returns:
+        A Layer of the class that "type" names.
 
     Raises:
-        InputError: not such a description.
+        InputError: an unknown type, or options that the layer does not accept.
 
     >>> from_config({"type": "Linear", "in_features": 3, "out_features": 2}).bias
     True
@@ -277,10 +320,10 @@ def from_config(config: Any) -> Any:
         raise InputError(f"from_config: expected a dict with a type, found {str(config)[:60]}")
     kind, options = config["type"], {k: v for k, v in config.items() if k != "type"}
     if kind == "Sequential":
-        parts = options.get("layers")
-        if not isinstance(parts, dict):
+        layers = options.get("layers")
+        if not isinstance(layers, dict):
             raise InputError("from_config: a Sequential needs a dict of layers")
-        return Sequential(**{str(n): from_config(p) for n, p in parts.items()})
+        return Sequential(**{str(name): from_config(layer) for name, layer in layers.items()})
     if kind not in _LAYER_TYPES:
         raise InputError(f"from_config: type must be one of Sequential, {', '.join(_LAYER_TYPES)}, found {kind!r}")
     if options.get("cell") is not None:

@@ -1,9 +1,8 @@
-"""What each part of a chain takes and gives, compared when the chain is made and not at its first call.
+"""Checks at construction that adjacent layers of a Sequential fit: number of features, dtype kind, time axis.
 
-How many features, and which axis is time: a part that walks along the wrong one would mix rows and steps in silence.
-
-Only what is certain is judged: parts of xprnn's own classes, whose maths is known. A part of your own, or a subclass,
-may do anything: whatever it is given and whatever comes after it is left to the first call.
+A layer that runs along the wrong axis would treat batch rows as time steps without any error, so the order of axes is
+checked too. Only layers of xprnn's own classes are checked. A user-defined class or subclass may have any output, so
+neither it nor the layers after it are checked until their first call.
 """
 
 from __future__ import annotations
@@ -25,136 +24,123 @@ __all__ = ["check_compatible"]
 
 _RECURRENT = (RNN, LSTM, GRU, Recurrent)
 _DIRECTION_PAIRS = (MergeDirections, ContextShift)
-_IDENTITY = (HoldLastOutput, LastStep)  # whose step gives back whatever it is given
-_WIDTH_PRESERVING = (
-    ActivationLayer,
-    Softmax,
-    ReverseTime,
-    HoldLastOutput,
-    LastStep,
-)  # which take and give any number of features
+_IDENTITY = (HoldLastOutput, LastStep)  # their `step` returns its input, a pair of arrays included
+_WIDTH_PRESERVING = (ActivationLayer, Softmax, ReverseTime, HoldLastOutput, LastStep)  # accept any number of features
 
 
 class _FeatureSpec(NamedTuple):
-    """What stands between two parts: `kind` is "unknown", "floats" or "pair"; `width` features, 0 where not known."""
+    """Kind and number of features between two layers."""
 
-    kind: str = "unknown"
-    width: int = 0
-    source: str = ""  # which part made it so, for errors
+    kind: str = "unknown"  # "unknown", "floats" or "pair" (two arrays)
+    width: int = 0  # number of features, 0 if unknown
+    source: str = ""  # the layer that determined the width, for errors
 
 
 class _TimeAxis(NamedTuple):
-    """Where time stands between two parts: `axes` is "TN", "NT", "N" where there is none left, or "", not known."""
+    """Order of the leading axes between two layers."""
 
-    axes: str = ""
-    source: str = ""  # which part showed it, for errors
+    axes: str = ""  # "TN", "NT", "N" (no time axis), or "" if unknown
+    source: str = ""  # the layer that determined the order, for errors
 
 
-def check_compatible(where: str, layers: Mapping[str, Any], sequential_class: Any) -> None:
-    """Raise InputError if a part is certain to refuse what the part before it gives, or to take its rows for steps.
+def check_compatible(where: str, layers: Mapping[str, Any], sequential_class: type[Any]) -> None:
+    """Raise InputError if a layer is certain to reject the output of the layer before it, or to read rows as steps.
 
     Args:
-        where: for errors.
-        parts: name -> part, in order.
-        chain: the class whose `parts` run one after the other.
+        where: name of the caller, for errors.
+        layers: name -> layer, in order.
+        sequential_class: the class whose `layers` run one after the other; they are checked as part of this model.
 
     Raises:
-        InputError: names both parts, what the one gives and the other takes.
+        InputError: two layers do not fit; the message names both, the output of one and the input of the other.
 
     >>> check_compatible("Sequential", {"rnn": LSTM(3, 16), "head": Linear(8, 2)}, dict)
     Traceback (most recent call last):
-    xprnn.arrays.namespace.InputError: Sequential: head (Linear) has in_features=8, expected 16: rnn (LSTM) gives 16 features
+    xprnn.arrays.namespace.InputError: Sequential: head (Linear) has in_features=8, expected 16: rnn (LSTM) gives...
     >>> check_compatible("Sequential", {"low": GRU(3, 4, batch_first=True), "high": GRU(4, 2)}, dict)
     Traceback (most recent call last):
-    xprnn.arrays.namespace.InputError: Sequential: high (GRU) has batch_first=False, expected True: low (GRU) gives (N,T,...)
+    xprnn.arrays.namespace.InputError: Sequential: high (GRU) has batch_first=False, expected True: low (GRU) gives...
     """
-    flow, time = _FeatureSpec(), _TimeAxis()
-    for name, part in _flatten("", layers, sequential_class):
-        if type(part) not in (*_RECURRENT, *_DIRECTION_PAIRS, *_WIDTH_PRESERVING, Linear, Embedding, Masking):
-            flow, time = _FeatureSpec(), _TimeAxis()
+    features, time = _FeatureSpec(), _TimeAxis()
+    for name, layer in _flatten("", layers, sequential_class):
+        if type(layer) not in (*_RECURRENT, *_DIRECTION_PAIRS, *_WIDTH_PRESERVING, Linear, Embedding, Masking):
+            features, time = _FeatureSpec(), _TimeAxis()
             continue
-        called = f"{name} ({type(part).__name__})"
-        _check_input(f"{where}: {called}", part, flow)
-        flow, time = _output_spec(called, part, flow), _output_time_axis(f"{where}: {called}", called, part, time)
+        label = f"{name} ({type(layer).__name__})"
+        _check_input(f"{where}: {label}", layer, features)
+        features = _output_spec(label, layer, features)
+        time = _output_time_axis(f"{where}: {label}", label, layer, time)
 
 
-def _flatten(prefix: str, parts: Mapping[str, Any], chain: Any) -> Iterator[tuple[str, Any]]:
-    """The parts of chains inside chains, in the order in which they run."""
-    for name, part in parts.items():
-        if type(part) is chain:
-            yield from _flatten(f"{prefix}{name}.", part.layers, chain)
+def _flatten(prefix: str, layers: Mapping[str, Any], sequential_class: type[Any]) -> Iterator[tuple[str, Any]]:
+    """Yield (name, layer) in order of execution, with the layers of nested Sequentials in place of these."""
+    for name, layer in layers.items():
+        if type(layer) is sequential_class:
+            yield from _flatten(f"{prefix}{name}.", layer.layers, sequential_class)
         else:
-            yield f"{prefix}{name}", part
+            yield f"{prefix}{name}", layer
 
 
-def _check_input(what: str, part: Any, flow: _FeatureSpec) -> None:
-    """Raise InputError if the part cannot take what flows into it."""
-    if flow.kind == "pair" and type(part) not in _IDENTITY:
-        raise InputError(f"{what} takes one array, but {flow.source} gives a pair: nothing can stand behind that")
-    if flow.kind == "floats" and type(part) is Embedding:
-        raise InputError(f"{what} takes integers, but {flow.source} gives floats: an Embedding comes first")
-    option, wanted = _input_spec(part)
-    if not flow.width or not wanted or flow.width == wanted:
+def _check_input(where: str, layer: Any, features: _FeatureSpec) -> None:
+    """Raise InputError if the layer rejects the features of its input."""
+    if features.kind == "pair" and type(layer) not in _IDENTITY:
+        raise InputError(f"{where} takes one array, but {features.source} gives a pair: make that the last layer")
+    if features.kind == "floats" and type(layer) is Embedding:
+        raise InputError(f"{where} takes integers, but {features.source} gives floats: put the Embedding first")
+    option, expected = _input_spec(layer)
+    if not features.width or not expected or features.width == expected:
         return
-    value = getattr(part, option)
-    if type(part) not in _DIRECTION_PAIRS:
-        raise InputError(
-            f"{what} has {option}={value}, expected {flow.width}: {flow.source} gives {_format_width(flow)}"
-        )
-    hint = f"expected {flow.width // 2}" if flow.width % 2 == 0 else "it stands behind a bidirectional layer"
-    raise InputError(
-        f"{what} has {option}={value}, twice that in features, but {flow.source} gives {_format_width(flow)}: {hint}"
-    )
+    value, width = getattr(layer, option), features.width
+    output = f"{features.source} gives {width} feature{'s' if width > 1 else ''}"
+    if type(layer) not in _DIRECTION_PAIRS:
+        raise InputError(f"{where} has {option}={value}, expected {width}: {output}")
+    hint = f"expected {width // 2}" if width % 2 == 0 else "put it after a bidirectional layer"
+    raise InputError(f"{where} has {option}={value}, twice that in features, but {output}: {hint}")
 
 
-def _format_width(flow: _FeatureSpec) -> str:
-    return f"{flow.width} feature{'s' if flow.width > 1 else ''}"
-
-
-def _input_spec(part: Any) -> tuple[str, int]:
-    """The option that says how many features a part takes, and how many; 0 for any number."""
-    if type(part) is Linear:
-        return "in_features", part.in_features
-    if type(part) in _RECURRENT:
-        return "input_size", part.input_size
-    if type(part) in _DIRECTION_PAIRS:
-        return "hidden_size", 2 * part.hidden_size
+def _input_spec(layer: Any) -> tuple[str, int]:
+    """Return the option that sets the number of input features, and that number, or 0 if any number is accepted."""
+    if type(layer) is Linear:
+        return "in_features", layer.in_features
+    if type(layer) in _RECURRENT:
+        return "input_size", layer.input_size
+    if type(layer) in _DIRECTION_PAIRS:
+        return "hidden_size", 2 * layer.hidden_size
     return "", 0
 
 
-def _output_spec(called: str, part: Any, flow: _FeatureSpec) -> _FeatureSpec:
-    """What flows out of a part that takes what flows in."""
-    if type(part) in _IDENTITY or type(part) is Masking:  # integers pass a Masking
-        return flow
-    if type(part) is Embedding:
-        return _FeatureSpec("floats", part.embedding_dim, called)
-    if type(part) is Linear:
-        return _FeatureSpec("floats", part.out_features, called)
-    if type(part) in _RECURRENT:
-        ways = f"{called}, both directions side by side," if part.bidirectional else called
-        return _FeatureSpec("floats", part.output_size, ways)
-    if type(part) is MergeDirections:
-        return (
-            _FeatureSpec("pair", 0, called) if part.mode == "pair" else _FeatureSpec("floats", part.hidden_size, called)
-        )
-    width = flow.width or (2 * part.hidden_size if type(part) is ContextShift else 0)
-    return _FeatureSpec("floats", width, flow.source if flow.width else called)
+def _output_spec(label: str, layer: Any, features: _FeatureSpec) -> _FeatureSpec:
+    """Return the features of the layer's output for the features of its input."""
+    if type(layer) in _IDENTITY or type(layer) is Masking:  # Masking returns integers unchanged
+        return features
+    if type(layer) is Embedding:
+        return _FeatureSpec("floats", layer.embedding_dim, label)
+    if type(layer) is Linear:
+        return _FeatureSpec("floats", layer.out_features, label)
+    if type(layer) in _RECURRENT:
+        source = f"{label}, both directions side by side," if layer.bidirectional else label
+        return _FeatureSpec("floats", layer.output_size, source)
+    if type(layer) is MergeDirections:
+        is_pair = layer.mode == "pair"
+        return _FeatureSpec("pair", 0, label) if is_pair else _FeatureSpec("floats", layer.hidden_size, label)
+    width = features.width or (2 * layer.hidden_size if type(layer) is ContextShift else 0)
+    return _FeatureSpec("floats", width, features.source if features.width else label)
 
 
-def _output_time_axis(what: str, called: str, part: Any, time: _TimeAxis) -> _TimeAxis:
-    """Where time stands behind a part; InputError if it walks along another axis. The others act on features alone."""
-    if type(part) not in _RECURRENT and not isinstance(part, (TimeLayer, ContextShift)):
-        return time
+def _output_time_axis(where: str, label: str, layer: Any, time: _TimeAxis) -> _TimeAxis:
+    """Return the order of axes after a layer, or raise InputError if the layer runs along another axis than time."""
+    if type(layer) not in _RECURRENT and not isinstance(layer, (TimeLayer, ContextShift)):
+        return time  # a layer that acts on features alone
     if time.axes == "N":
         raise InputError(
-            f"{what} walks along time, (T,N,...), but {time.source} leaves one output of each row, (N,...): "
-            "what walks stands before it"
+            f"{where} runs along time, (T,N,...), but {time.source} gives one output for each row, (N,...): "
+            "put it before that layer"
         )
-    first = getattr(part, "batch_first", False)  # Around is always time first
-    axes = "NT" if first else "TN"
+    batch_first = getattr(layer, "batch_first", False)  # ContextShift is always time-major
+    axes = "NT" if batch_first else "TN"
     if time.axes and time.axes != axes:
-        gives = f"{time.source} gives ({','.join(time.axes)},...)"
-        if type(part) is ContextShift:
-            raise InputError(f"{what} takes (T,N,...), but {gives}: give that part batch_first=False")
-        raise InputError(f"{what} has batch_first={first}, expected {not first}: {gives}")
-    return _TimeAxis("N" if type(part) is LastStep else axes, called)
+        found = f"{time.source} gives ({','.join(time.axes)},...)"
+        if type(layer) is ContextShift:
+            raise InputError(f"{where} takes (T,N,...), but {found}: give that layer batch_first=False")
+        raise InputError(f"{where} has batch_first={batch_first}, expected {not batch_first}: {found}")
+    return _TimeAxis("N" if type(layer) is LastStep else axes, label)
