@@ -1,4 +1,4 @@
-"""Around, and the networks it is for: values, the adjoint, and that no prediction has read its own answer."""
+"""ContextShift: values and gradients, and predictions that do not depend on the character to be predicted."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ float64_only = pytest.mark.not_on("strict:no_float64", reason="central differenc
 V, H, T, N = 6, 3, 5, 4
 
 
-def moved(x, by):
-    """The definition, one step and one half at a time."""
+def shift_loop(x, offset):
+    """ContextShift by its definition, one step and one half at a time."""
     y = np.zeros_like(x)
     for t in range(len(x)):
-        for half, source in ((slice(None, H), t - by), (slice(H, None), t + by)):
+        for half, source in ((slice(None, H), t - offset), (slice(H, None), t + offset)):
             if 0 <= source < len(x):
                 y[t, ..., half] = x[source, ..., half]
     return y
 
 
 @pytest.mark.parametrize("lead", [(T,), (T, N), (T, 2, N), (T, 0), (0, N), (1, N), (2, N)])
-def test_values_and_adjoint(xp, dtype, rng, lead):
+def test_values_and_gradients(xp, dtype, rng, lead):
     layer = xprnn.ContextShift(H)
     x, dy = (rng.normal(size=(*lead, 2 * H)).astype(dtype) for _ in range(2))
     params = layer.init(rng, xp.asarray(x))
     y, state, tape = layer.forward(params, xp.asarray(x))
     dx, dstate, dparams = layer.backward(tape, xp.asarray(dy))
-    xp.assert_close((y, dx), (moved(x, 1), moved(dy, -1)), condition=0)
-    xp.assert_close(layer(params, xp.asarray(x))[0], moved(x, 1), condition=0)
+    xp.assert_close((y, dx), (shift_loop(x, 1), shift_loop(dy, -1)), condition=0)
+    xp.assert_close(layer(params, xp.asarray(x))[0], shift_loop(x, 1), condition=0)
     xp.assert_like((y, dx), xp.asarray(x))
     assert state is dstate is None
     assert params == dparams == layer.shapes() == {}
@@ -42,7 +42,7 @@ def test_values_and_adjoint(xp, dtype, rng, lead):
 
 @float64_only
 @pytest.mark.parametrize("lead", [(T, N), (1, 2), (T,)])
-def test_adjoint_by_central_differences(xp, rng, lead):
+def test_gradient_equals_central_differences(xp, rng, lead):
     layer, x = xprnn.ContextShift(H), xp.asarray(rng.normal(size=(*lead, 2 * H)))
     worst = check_gradients_on(
         xp,
@@ -56,17 +56,17 @@ def test_adjoint_by_central_differences(xp, rng, lead):
 
 def network(kind="RNN"):
     return xprnn.Sequential(
-        rnn=getattr(xprnn, kind)(V, H, bidirectional=True), around=xprnn.ContextShift(H), head=xprnn.Linear(2 * H, V)
+        rnn=getattr(xprnn, kind)(V, H, bidirectional=True), shift=xprnn.ContextShift(H), head=xprnn.Linear(2 * H, V)
     )
 
 
 @float64_only
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
-def test_the_network_by_central_differences(xp, rng, kind):
+def test_network_gradients_equal_central_differences(xp, rng, kind):
     model = network(kind)
     params = model.init(rng, xp.asarray(np.zeros(1)))
     ids = xp.asarray(rng.integers(V, size=(T, N)))
-    one = xp.asarray(rng.normal(size=(2, N, H)))
+    h = xp.asarray(rng.normal(size=(2, N, H)))
 
     def forward(params, state):
         y, final, tape = model.forward(params, ids, state)
@@ -77,12 +77,12 @@ def test_the_network_by_central_differences(xp, rng, kind):
         _, dstate, dparams = model.backward(tape[0], u[0] * tape[1], u[1])
         return dparams, dstate
 
-    state = (one, 0.5 * one) if kind == "LSTM" else one
+    state = (h, 0.5 * h) if kind == "LSTM" else h
     assert max(check_gradients_on(xp, forward, backward, (params, state), names=("params", "state")).values()) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
-def test_a_prediction_depends_on_every_character_but_its_own(xp, rng, kind):
+def test_prediction_depends_on_every_other_character(xp, rng, kind):
     model = network(kind)
     params = model.init(rng, xp.asarray(np.zeros(1)))
     ids = rng.integers(V, size=(T, 1))
@@ -96,30 +96,30 @@ def test_a_prediction_depends_on_every_character_but_its_own(xp, rng, kind):
         assert changed[np.arange(T) != t].all()
 
 
-def test_two_layers_or_no_move_would_leak(rng):
-    """What the refusal in `build` and this part are there for: the leak test above can fail."""
+def test_two_layers_or_no_shift_leak_the_predicted_character(rng):
+    """The test above fails without ContextShift and for a stack of two layers, so it can detect a leak."""
     ids = rng.integers(V, size=(T, 1))
     other = ids.copy()
     other[2] = (ids[2] + 1) % V
-    deep = xprnn.Sequential(
-        rnn=xprnn.RNN(V, H, num_layers=2, bidirectional=True), around=xprnn.ContextShift(H), head=xprnn.Linear(2 * H, V)
+    two_layers = xprnn.Sequential(
+        rnn=xprnn.RNN(V, H, num_layers=2, bidirectional=True), shift=xprnn.ContextShift(H), head=xprnn.Linear(2 * H, V)
     )
-    plain = xprnn.Sequential(rnn=xprnn.RNN(V, H, bidirectional=True), head=xprnn.Linear(2 * H, V))
-    for model in (deep, plain):
+    no_shift = xprnn.Sequential(rnn=xprnn.RNN(V, H, bidirectional=True), head=xprnn.Linear(2 * H, V))
+    for model in (two_layers, no_shift):
         params = model.init(rng, np.zeros(1))
         assert (model(params, ids)[0][2] != model(params, other)[0][2]).any()
 
 
-def test_the_next_window_takes_the_forward_state_and_a_fresh_reverse_one(xp, rng):
-    one, two = (rng.normal(size=(2, N, H)).astype("float32") for _ in range(2))
-    kept = next_window_state((xp.asarray(one), xp.asarray(two)))
+def test_next_window_keeps_forward_state_and_zeroes_reverse_state(xp, rng):
+    h, c = (rng.normal(size=(2, N, H)).astype("float32") for _ in range(2))
+    state = next_window_state((xp.asarray(h), xp.asarray(c)))
     zero = np.zeros((1, N, H))
-    xp.assert_close(kept, (np.concatenate((one[:1], zero)), np.concatenate((two[:1], zero))), condition=0)
-    xp.assert_like(kept, xp.asarray(one))
+    xp.assert_close(state, (np.concatenate((h[:1], zero)), np.concatenate((c[:1], zero))), condition=0)
+    xp.assert_like(state, xp.asarray(h))
 
 
-def test_a_masked_character_is_not_read(xp, rng):
-    """How a blank is predicted: skipped by both directions, wherever the text says something else there."""
+def test_masked_character_does_not_influence_output(xp, rng):
+    """A blank to be filled in is masked: both directions skip it, so the character stored there has no effect."""
     model = network("GRU")
     params = model.init(rng, xp.asarray(np.zeros(1)))
     ids = rng.integers(V, size=(T, 1))
@@ -131,7 +131,7 @@ def test_a_masked_character_is_not_read(xp, rng):
     xp.assert_close(got[0], xp.to_numpy(got[1]), condition=0)
 
 
-def test_bad_calls_say_what_is_wrong(rng):
+def test_invalid_calls_raise_input_error(rng):
     layer = xprnn.ContextShift(H)
     with pytest.raises(xprnn.InputError, match=r"x \(T,...,2H\) must end in 6 features"):
         layer({}, np.zeros((T, N, H)))
@@ -150,18 +150,18 @@ def test_bad_calls_say_what_is_wrong(rng):
         model.step(model.init(rng, np.zeros(1)), np.zeros(N, int))
 
 
-def test_it_has_a_file_form():
+def test_config_round_trip():
     model = network("LSTM")
     assert from_config(model.config()) == model
 
 
-def test_sizes_may_be_numpys_integers():
+def test_sizes_may_be_numpy_integers():
     size = np.int64(3)
-    for part in (
+    for layer in (
         xprnn.LSTM(size, (size, size), np.int32(2), proj_size=np.int64(2)),
         xprnn.RNN(size, size),
         xprnn.Linear(size, size),
         xprnn.Embedding(size, size),
         xprnn.ContextShift(size),
     ):
-        assert from_config(json.loads(json.dumps(part.config()))) == part
+        assert from_config(json.loads(json.dumps(layer.config()))) == layer

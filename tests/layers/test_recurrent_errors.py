@@ -1,4 +1,4 @@
-"""Bad input of the engine's own arguments: one line that says where, what, what was expected and what was found."""
+"""Invalid arguments of recurrent layers raise one line: the function, the argument, the expected and found value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T, N = 4, 3
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
         (lambda: xprnn.LSTM(0, 3), "LSTM: input_size must be an integer >= 1, found 0"),
         (lambda: xprnn.LSTM(2, 0), "LSTM: hidden_size must be an integer >= 1, found 0"),
@@ -36,20 +36,20 @@ T, N = 4, 3
         ),
     ],
 )
-def test_configurations(make, says):
-    with pytest.raises(InputError, match=says) as caught:
+def test_invalid_options_raise_input_error(make, message):
+    with pytest.raises(InputError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)
 
 
-def setting(xp, rng, layer):
+def layer_inputs(xp, rng, layer):
     params, x, state, _ = inputs_on(xp, random_inputs(rng, layer, T, N))
     return params, x, state
 
 
-@pytest.mark.parametrize("verb", ["forward", "call"])
+@pytest.mark.parametrize("method", ["forward", "call"])
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "message"),
     [
         ({"lengths": [1, 2]}, r"lengths \(N,\) must have shape \(3,\), found \(2,\)"),
         ({"lengths": [[1, 2, 3]]}, r"lengths \(N,\) must have shape \(3,\), found \(1, 3\)"),
@@ -65,35 +65,35 @@ def setting(xp, rng, layer):
         ({"reset": np.ones((4, 3), np.int64)}, "reset must be boolean, found .*int64"),
     ],
 )
-def test_flags(xp, rng, verb, flags, says):
+def test_invalid_flags_raise_input_error(xp, rng, method, flags, message):
     layer = xprnn.GRU(2, 3, 2)
-    params, x, state = setting(xp, rng, layer)
-    here = {k: v if k == "lengths" else to_backend(xp, v) for k, v in flags.items()}
-    where, call = ("GRU.forward", layer.forward) if verb == "forward" else ("GRU", layer)
-    with pytest.raises(InputError, match=f"^{where}: {says}") as caught:
-        call(params, x, state, **here)
+    params, x, state = layer_inputs(xp, rng, layer)
+    backend_flags = {k: v if k == "lengths" else to_backend(xp, v) for k, v in flags.items()}
+    where, call = ("GRU.forward", layer.forward) if method == "forward" else ("GRU", layer)
+    with pytest.raises(InputError, match=f"^{where}: {message}") as caught:
+        call(params, x, state, **backend_flags)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.not_on("numpy", reason="its own arrays are the host's")
+@pytest.mark.not_on("numpy", reason="NumPy flags are allowed with NumPy arrays")
 @pytest.mark.parametrize("flag", ["mask", "reset"])
-def test_flags_of_another_library(xp, rng, flag):
+def test_flags_of_another_library_raise_input_error(xp, rng, flag):
     layer = xprnn.GRU(2, 3)
-    params, x, state = setting(xp, rng, layer)
+    params, x, state = layer_inputs(xp, rng, layer)
     with pytest.raises(InputError, match=f"GRU.forward: {flag} is a numpy array but x is a"):
         layer.forward(params, x, state, **{flag: np.ones((T, N), bool)})
 
 
 def test_flags_of_a_batch_first_layer_are_batch_first(xp, rng):
     layer = xprnn.GRU(2, 3, batch_first=True)
-    p = random_inputs(rng, layer, N, T)  # read the other way round: N rows of T steps
+    p = random_inputs(rng, layer, N, T)  # x (N, T, D): N rows of T steps for a batch-first layer
     params, x, _, _ = inputs_on(xp, p)
     with pytest.raises(InputError, match=r"mask \(N,T\) must have shape \(3, 4\), found \(4, 3\)"):
         layer(params, x, mask=to_backend(xp, np.ones((T, N), bool)))
 
 
 @pytest.mark.parametrize(
-    ("kind", "state", "says"),
+    ("kind", "state", "message"),
     [
         (xprnn.LSTM, lambda h: h, r"LSTM.forward: state must be the pair \(h, c\), found an array of shape"),
         (xprnn.LSTM, lambda h: (h,), r"state must be the pair \(h, c\), found a tuple of 1"),
@@ -106,31 +106,31 @@ def test_flags_of_a_batch_first_layer_are_batch_first(xp, rng):
         (xprnn.GRU, lambda h: 0.0, "GRU.forward: state must be an array .* found float"),
     ],
 )
-def test_states(xp, rng, kind, state, says):
+def test_invalid_states_raise_input_error(xp, rng, kind, state, message):
     layer = kind(2, 3, 2)
-    params, x, _ = setting(xp, rng, layer)
-    with pytest.raises(InputError, match=says):
+    params, x, _ = layer_inputs(xp, rng, layer)
+    with pytest.raises(InputError, match=message):
         layer.forward(params, x, state(xp.asarray(np.zeros((2, 3, 3)))))
 
 
-def test_states_of_layers_of_different_sizes(xp, rng):
+def test_invalid_states_of_layers_of_different_sizes_raise_input_error(xp, rng):
     layer = xprnn.GRU(2, (3, 2), 2)
-    params, x, (one, two) = setting(xp, rng, layer)
-    for state, says in (
-        (one, "state h must have an array for each of 2 layers, found an array of shape"),
-        ((one,), "state h must have an array for each of 2 layers, found a tuple of 1"),
-        ((two, one), r"state h\[0\] .* must have shape \(1, 3, 3\), found \(1, 3, 2\)"),
+    params, x, (h0, h1) = layer_inputs(xp, rng, layer)
+    for state, message in (
+        (h0, "state h must have an array for each of 2 layers, found an array of shape"),
+        ((h0,), "state h must have an array for each of 2 layers, found a tuple of 1"),
+        ((h1, h0), r"state h\[0\] .* must have shape \(1, 3, 3\), found \(1, 3, 2\)"),
     ):
-        with pytest.raises(InputError, match=says):
+        with pytest.raises(InputError, match=message):
             layer(params, x, state)
 
 
 @pytest.mark.not_on("strict:no_float64", reason="has one real dtype only")
-def test_mixed_dtypes(xp, rng):
+def test_mixed_dtypes_raise_input_error(xp, rng):
     layer = xprnn.LSTM(2, 3)
-    params, x, (h, c) = setting(xp, rng, layer)
-    small = [xp.xp.astype(a, xp.xp.float32) for a in (h, c)]
-    for state, name in (((small[0], c), "state"), ((h, small[1]), r"state\[1\]")):
+    params, x, (h, c) = layer_inputs(xp, rng, layer)
+    float32_state = [xp.xp.astype(a, xp.xp.float32) for a in (h, c)]
+    for state, name in (((float32_state[0], c), "state"), ((h, float32_state[1]), r"state\[1\]")):
         with pytest.raises(InputError, match=f"LSTM: {name} is float32 but x is float64"):
             layer(params, x, state)
     y, _, tape = layer.forward(params, x)
@@ -139,7 +139,7 @@ def test_mixed_dtypes(xp, rng):
 
 
 @pytest.mark.parametrize(
-    ("dy", "dstate", "says"),
+    ("dy", "dstate", "message"),
     [
         ((T, N, 2), None, r"LSTM.backward: dy \(the shape of y\) must have shape \(4, 3, 3\), found \(4, 3, 2\)"),
         ((N, T, 3), None, r"dy .* must have shape \(4, 3, 3\), found \(3, 4, 3\)"),
@@ -147,17 +147,17 @@ def test_mixed_dtypes(xp, rng):
         (None, [(1, N, 3), (1, 1, 3)], r"state c .* must have shape \(1, 3, 3\), found \(1, 1, 3\)"),
     ],
 )
-def test_cotangents(xp, rng, dy, dstate, says):
+def test_invalid_cotangents_raise_input_error(xp, rng, dy, dstate, message):
     layer = xprnn.LSTM(2, 3)
-    params, x, state = setting(xp, rng, layer)
+    params, x, state = layer_inputs(xp, rng, layer)
     _, _, tape = layer.forward(params, x, state)
     zeros = [None if s is None else xp.asarray(np.zeros(s)) for s in (dy, *(dstate or []))]
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=message):
         layer.backward(tape, zeros[0], tuple(zeros[1:]) if dstate else None)
 
 
 @pytest.mark.parametrize(
-    ("dstates", "says"),
+    ("dstates", "message"),
     [
         (lambda a: [(a, a)], "LSTM.backward: dstates must have 2 entries, as tape.states.. has, found 1"),
         (lambda a: [(a,), None], r"dstates\[0\] must have 2 entries \(h, c\), found 1"),
@@ -165,24 +165,24 @@ def test_cotangents(xp, rng, dy, dstate, says):
         (lambda a: [None, (a[..., :1], a)], r"dstates\[1\] h \(T,N,H\) must have shape \(4, 3, 3\), found \(4, 3, 1\)"),
     ],
 )
-def test_injected_gradients(xp, rng, dstates, says):
+def test_invalid_dstates_raise_input_error(xp, rng, dstates, message):
     layer = xprnn.LSTM(2, 3, 2)
-    params, x, state = setting(xp, rng, layer)
+    params, x, state = layer_inputs(xp, rng, layer)
     _, _, tape = layer.forward(params, x, state)
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=message):
         layer.backward(tape, None, dstates=dstates(xp.asarray(np.zeros((T, N, 3)))))
 
 
-@pytest.mark.parametrize("bad", [0, np.random.RandomState(0), "seed"])
-def test_rng_of_dropout(xp, rng, bad):
+@pytest.mark.parametrize("wrong_rng", [0, np.random.RandomState(0), "seed"])
+def test_rng_of_dropout_must_be_a_generator(xp, rng, wrong_rng):
     layer = xprnn.GRU(2, 3, 2, dropout=0.5)
-    params, x, state = setting(xp, rng, layer)
+    params, x, state = layer_inputs(xp, rng, layer)
     with pytest.raises(InputError, match=r"GRU\.forward: rng must be a numpy\.random\.Generator"):
-        layer.forward(params, x, state, rng=bad)
+        layer.forward(params, x, state, rng=wrong_rng)
 
 
 @pytest.mark.parametrize(
-    ("x", "says"),
+    ("x", "message"),
     [
         (np.zeros((T, N)), r"x must be \(T,N,D\), 3 axes, found shape \(4, 3\)"),
         (np.zeros((T, N, 5)), r"x has 5 features but weight_ih_l0 expects 2"),
@@ -194,16 +194,16 @@ def test_rng_of_dropout(xp, rng, bad):
         ),
     ],
 )
-def test_x(xp, rng, x, says):
+def test_invalid_x_raises_input_error(xp, rng, x, message):
     layer = xprnn.GRU(2, 3)
-    params, _, state = setting(xp, rng, layer)
-    with pytest.raises(InputError, match=says):
+    params, _, state = layer_inputs(xp, rng, layer)
+    with pytest.raises(InputError, match=message):
         layer(params, to_backend(xp, x), state)
 
 
-def test_x_of_a_step(xp, rng):
+def test_invalid_x_of_a_step_raises_input_error(xp, rng):
     layer = xprnn.GRU(2, 3)
-    params, x, state = setting(xp, rng, layer)
+    params, x, state = layer_inputs(xp, rng, layer)
     with pytest.raises(InputError, match=r"GRU.step: x must be \(N,D\), 2 axes, found shape \(4, 3, 2\)"):
         layer.step(params, x, state)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""The parts that learn nothing: their files, their edges, their errors, a part of your own."""
+"""Layers without parameters: files, empty inputs, errors, streaming, and a user-defined layer."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from xprnn import ActivationLayer, HoldLastOutput, LastStep, Masking, MergeDirec
 from xprnn.layers.sequential import from_config
 
 T, N, D = 5, 4, 4
-WALKS = ("forward", "reverse", "both")
-ALL = [
-    *(kind(direction=w) for kind in (HoldLastOutput, LastStep) for w in WALKS),
+DIRECTIONS = ("forward", "reverse", "both")
+LAYERS = [
+    *(kind(direction=w) for kind in (HoldLastOutput, LastStep) for w in DIRECTIONS),
     LastStep(valid_only=False, batch_first=True),
     ReverseTime(),
     ReverseTime(reverse_mask=False, batch_first=True),
@@ -25,36 +25,39 @@ ALL = [
 ]
 
 
-@pytest.mark.parametrize("part", ALL, ids=lambda part: str(part.config()))
-def test_config_and_files(tmp_path, part):
-    assert from_config(part.config()) == part
-    model = xprnn.Sequential(part=part)
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: str(layer.config()))
+def test_config_and_file_round_trip(tmp_path, layer):
+    assert from_config(layer.config()) == layer
+    model = xprnn.Sequential(layer=layer)
     xprnn.save(tmp_path / "m.safetensors", model, {})
     assert xprnn.load(tmp_path / "m.safetensors") == (model, {})
 
 
-@pytest.mark.parametrize("walk", WALKS)
-def test_no_steps_and_no_rows(xp, walk):
-    for part in (HoldLastOutput(direction=walk), LastStep(direction=walk), ReverseTime()):
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_empty_time_and_batch_axes(xp, direction):
+    for layer in (HoldLastOutput(direction=direction), LastStep(direction=direction), ReverseTime()):
         for shape in ((0, 2, 4), (3, 0, 4)):
             x = xp.asarray(np.zeros(shape))
-            y, _, tape = part.forward({}, x, mask=xp.asarray(np.zeros(shape[:2], bool)))
-            assert tuple(y.shape) == (shape[1:] if isinstance(part, LastStep) else shape)
-            assert tuple(part.backward(tape, y).dx.shape) == shape
+            y, _, tape = layer.forward({}, x, mask=xp.asarray(np.zeros(shape[:2], bool)))
+            assert tuple(y.shape) == (shape[1:] if isinstance(layer, LastStep) else shape)
+            assert tuple(layer.backward(tape, y).dx.shape) == shape
 
 
 x3, x2 = np.zeros((T, N, D)), np.zeros((N, D))
-BAD = {
-    "walk": (
+INVALID = {
+    "direction": (
         lambda: HoldLastOutput(direction="up"),
         r"HoldLastOutput: direction must be forward, reverse or both, found 'up'",
     ),
     "mode": (lambda: MergeDirections(2, "max"), r"MergeDirections: mode must be sum, mul, ave or pair, found 'max'"),
     "value": (lambda: Masking("0"), r"Masking: value must be a number, found '0'"),
     "activation": (lambda: ActivationLayer("glu"), r"activation: expected one of .* found 'glu'"),
-    "valid": (lambda: LastStep(valid_only=1), r"LastStep: valid_only must be True or False"),
-    "no time": (lambda: LastStep()({}, x2), r"LastStep\.forward: x must be \(T,N,D\), 3 axes, found shape \(4, 4\)"),
-    "no time, batch first": (
+    "valid_only": (lambda: LastStep(valid_only=1), r"LastStep: valid_only must be True or False"),
+    "no time axis": (
+        lambda: LastStep()({}, x2),
+        r"LastStep\.forward: x must be \(T,N,D\), 3 axes, found shape \(4, 4\)",
+    ),
+    "no time axis, batch-major": (
         lambda: HoldLastOutput(batch_first=True)({}, x2),
         r"HoldLastOutput\.forward: x must be \(N,T,D\)",
     ),
@@ -62,7 +65,10 @@ BAD = {
         lambda: HoldLastOutput()({}, x3, mask=np.ones((N, T), bool)),
         r"HoldLastOutput\.forward: mask \(T,N\) must have shape",
     ),
-    "halves": (lambda: MergeDirections(3)({}, x3), r"MergeDirections\.forward: x \(\.\.\.,2H\) must end in 6 features"),
+    "odd features": (
+        lambda: MergeDirections(3)({}, x3),
+        r"MergeDirections\.forward: x \(\.\.\.,2H\) must end in 6 features",
+    ),
     "params": (lambda: ActivationLayer("tanh")({"w": x2}, x3), r"ActivationLayer\.forward: params: unexpected w"),
     "integers": (
         lambda: ActivationLayer("tanh")({}, np.zeros(3, int)),
@@ -80,25 +86,28 @@ BAD = {
         lambda: MergeDirections(2, "pair").backward(x3, x3),
         r"dy must be a pair, one for each direction, found ndarray",
     ),
-    "mask beside": (lambda: Masking().transform_mask(x3, {"mask": x2 > 0}), r"Masking: mask \(as x\) must have shape"),
-    "masked step": (lambda: Masking().step({}, x2), r"Masking\.step: a step cannot be skipped"),
-    "turned step": (lambda: ReverseTime().step({}, x2), r"ReverseTime\.step: the last step comes first"),
-    "own activation": (
+    "explicit mask": (
+        lambda: Masking().transform_mask(x3, {"mask": x2 > 0}),
+        r"Masking: mask \(as x\) must have shape",
+    ),
+    "step of Masking": (lambda: Masking().step({}, x2), r"Masking\.step: a step cannot be skipped"),
+    "step of ReverseTime": (lambda: ReverseTime().step({}, x2), r"ReverseTime\.step: the last step comes first"),
+    "user-defined activation": (
         lambda: ActivationLayer(xprnn.Activation("mine", lambda xp: None)).config(),
         r"ActivationLayer: .* no file form",
     ),
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input(name):
-    build, message = BAD[name]
+@pytest.mark.parametrize("name", INVALID)
+def test_invalid_input_raises_input_error(name):
+    call, message = INVALID[name]
     with pytest.raises(xprnn.InputError, match=message):
-        build()
+        call()
 
 
-def test_a_stream_through_parts(rng):
-    """Step by step: the last output so far, as the whole sequence cut there gives it."""
+def test_steps_equal_calls_with_a_growing_sequence(rng):
+    """After t steps, LastStep gives the output of a call with the first t steps of x."""
     model = xprnn.Sequential(
         rnn=xprnn.GRU(2, 3), hold=HoldLastOutput(), last=LastStep(), head=xprnn.Linear(3, 2), out=Softmax()
     )
@@ -109,7 +118,7 @@ def test_a_stream_through_parts(rng):
         np.testing.assert_allclose(y, model(params, x[: t + 1])[0], rtol=1e-12)
 
 
-def test_a_part_of_your_own(rng):
+def test_user_defined_layer(rng):
     class Double(xprnn.StatelessLayer):
         def forward(self, params, x, state=None, **flags):
             return 2 * x, None, None

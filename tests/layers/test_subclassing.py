@@ -1,4 +1,4 @@
-"""Classes of a user's own: a verb that they override is the one that runs, called or inside a Sequential."""
+"""User-defined subclasses: the method that they override runs when the layer is called, alone or in a Sequential."""
 
 from __future__ import annotations
 
@@ -12,116 +12,116 @@ FLAGS = {"lengths": [4, 2], "mask": np.arange(T * N).reshape(T, N) % 3 > 0}
 
 
 def doubling(kind):
-    """A class whose `forward` reads twice the input, and says nothing else."""
+    """Return a subclass that overrides `forward` only, and passes 2 x on."""
 
     class Doubling(kind):
-        """Of twice the input."""
+        """Layer applied to 2 x."""
 
         def forward(self, params, x, state=None, **options):
-            """As the layer's own, of 2 x."""
+            """Call the base class with 2 x."""
             return super().forward(params, 2 * x, state, **options)
 
     return Doubling
 
 
-CELLS = {"RNN": xprnn.RNN, "LSTM": xprnn.LSTM, "GRU": xprnn.GRU, "Linear": xprnn.Linear}
-each = pytest.mark.parametrize("kind", CELLS.values(), ids=CELLS)
+CLASSES = {"RNN": xprnn.RNN, "LSTM": xprnn.LSTM, "GRU": xprnn.GRU, "Linear": xprnn.Linear}
+every_class = pytest.mark.parametrize("kind", CLASSES.values(), ids=CLASSES)
 
 
-def given(rng, model, n=N):
+def params_and_x(rng, model, n=N):
     return model.init(rng, like=np.zeros(0)), rng.standard_normal((T, n, D))
 
 
-def same(found, wanted):
-    """y and the state, to the last digits: a pass with a tape may sum in another order than one without."""
-    for a, b in zip(found, wanted, strict=True):
+def assert_same(result, expected):
+    """Compare y and state up to rounding, because a pass with a tape may sum in another order than one without."""
+    for a, b in zip(result, expected, strict=True):
         if b is not None:
             np.testing.assert_allclose(np.concatenate([a]), np.concatenate([b]), rtol=1e-13, atol=1e-15)
 
 
-@each
+@every_class
 @pytest.mark.parametrize("n", [1, N])
-@pytest.mark.parametrize("flags", [{}, FLAGS], ids=["plain", "flags"])
-def test_calling_runs_a_forward_of_ones_own(rng, kind, n, flags):
-    own, plain = doubling(kind)(D, H), kind(D, H)
-    params, x = given(rng, plain, n)
+@pytest.mark.parametrize("flags", [{}, FLAGS], ids=["no flags", "flags"])
+def test_call_runs_an_overridden_forward(rng, kind, n, flags):
+    subclassed, base = doubling(kind)(D, H), kind(D, H)
+    params, x = params_and_x(rng, base, n)
     flags = {"lengths": flags["lengths"][:n], "mask": flags["mask"][:, :n]} if flags else {}
-    same(own(params, x, **flags), plain(params, 2 * x, **flags))
-    same(own(params, x, None, **flags), own.forward(params, x, None, **flags)[:2])
-    state = plain(params, x)[1]
-    same(own(params, x, state, **flags), plain(params, 2 * x, state, **flags))
-    below = type("Below", (type(own),), {})(D, H)
-    same(below(params, x, **flags), plain(params, 2 * x, **flags))
+    assert_same(subclassed(params, x, **flags), base(params, 2 * x, **flags))
+    assert_same(subclassed(params, x, None, **flags), subclassed.forward(params, x, None, **flags)[:2])
+    state = base(params, x)[1]
+    assert_same(subclassed(params, x, state, **flags), base(params, 2 * x, state, **flags))
+    subsubclassed = type("SubSubclass", (type(subclassed),), {})(D, H)
+    assert_same(subsubclassed(params, x, **flags), base(params, 2 * x, **flags))
 
 
-@each
-def test_a_sequential_runs_it(rng, kind):
-    own, plain = (xprnn.Sequential(a=k(D, H), b=xprnn.Linear(H, 2)) for k in (doubling(kind), kind))
-    params, x = given(rng, plain)
+@every_class
+def test_sequential_runs_an_overridden_forward(rng, kind):
+    subclassed, base = (xprnn.Sequential(a=k(D, H), b=xprnn.Linear(H, 2)) for k in (doubling(kind), kind))
+    params, x = params_and_x(rng, base)
     for flags in ({}, FLAGS):
-        same(own(params, x, **flags), plain(params, 2 * x, **flags))
-        same(own.forward(params, x, **flags)[:2], plain(params, 2 * x, **flags))
+        assert_same(subclassed(params, x, **flags), base(params, 2 * x, **flags))
+        assert_same(subclassed.forward(params, x, **flags)[:2], base(params, 2 * x, **flags))
 
 
-def test_a_sequential_of_ones_own(rng):
-    """Alone, and inside another, where the mask of one part is otherwise handed to the parts after it."""
-    parts = {"rnn": xprnn.GRU(D, H), "head": xprnn.Linear(H, D)}
-    own, plain = doubling(xprnn.Sequential)(**parts), xprnn.Sequential(**parts)
-    params, x = given(rng, plain)
+def test_subclass_of_sequential_alone_and_nested(rng):
+    """A nested Sequential usually passes its mask on without `forward`; a subclass must go through `forward`."""
+    layers = {"rnn": xprnn.GRU(D, H), "head": xprnn.Linear(H, D)}
+    subclassed, base = doubling(xprnn.Sequential)(**layers), xprnn.Sequential(**layers)
+    params, x = params_and_x(rng, base)
     for flags in ({}, FLAGS):
-        same(own(params, x, **flags), plain(params, 2 * x, **flags))
-    own, plain = (xprnn.Sequential(inner=inner, head=xprnn.Linear(D, 1)) for inner in (own, plain))
-    params = plain.init(rng, like=np.zeros(0))
-    same(own(params, x), plain(params, 2 * x))
+        assert_same(subclassed(params, x, **flags), base(params, 2 * x, **flags))
+    subclassed, base = (xprnn.Sequential(inner=inner, head=xprnn.Linear(D, 1)) for inner in (subclassed, base))
+    params = base.init(rng, like=np.zeros(0))
+    assert_same(subclassed(params, x), base(params, 2 * x))
 
 
-def test_a_call_of_ones_own_stays(rng):
+def test_overridden_call_is_kept(rng):
     class Both(xprnn.LSTM):
-        """Calls and passes that differ."""
+        """Layer whose call differs from its forward."""
 
         def __call__(self, params, x, state=None, **flags):
-            """Of half the input."""
+            """Call the base class with x / 2."""
             return super().__call__(params, x / 2, state, **flags)
 
         def forward(self, params, x, state=None, **options):
-            """Of twice the input."""
+            """Call the base class with 2 x."""
             return super().forward(params, 2 * x, state, **options)
 
-    own, plain = Both(D, H), xprnn.LSTM(D, H)
-    params, x = given(rng, plain)
-    same(own(params, x), plain(params, x / 2))
-    same(own.forward(params, x)[:2], plain(params, 2 * x))
+    subclassed, base = Both(D, H), xprnn.LSTM(D, H)
+    params, x = params_and_x(rng, base)
+    assert_same(subclassed(params, x), base(params, x / 2))
+    assert_same(subclassed.forward(params, x)[:2], base(params, 2 * x))
 
 
-@pytest.mark.parametrize("verb", ["forward", "__call__"])
-def test_a_linears_step_is_its_call(rng, verb):
+@pytest.mark.parametrize("method", ["forward", "__call__"])
+def test_step_of_a_linear_subclass_runs_its_override(rng, method):
     def twice(self, params, x, state=None, **options):
-        return getattr(super(own, self), verb)(params, 2 * x)
+        return getattr(super(subclass, self), method)(params, 2 * x)
 
-    own = type("Own", (xprnn.Linear,), {verb: twice})
-    params, x = given(rng, xprnn.Linear(D, H))
-    want = xprnn.Linear(D, H)(params, 2 * x[0])[0]
-    np.testing.assert_array_equal(own(D, H).step(params, x[0])[0], want)
-    chain = xprnn.Sequential(head=own(D, H))
-    np.testing.assert_array_equal(chain.step({f"head.{k}": a for k, a in params.items()}, x[0])[0], want)
-    again = xprnn.Sequential(inner=chain)
-    assert again._fast_step({f"inner.head.{k}": a for k, a in params.items()}, x[0], None) is not None
-    np.testing.assert_array_equal(again.step({f"inner.head.{k}": a for k, a in params.items()}, x[0])[0], want)
+    subclass = type("Doubling", (xprnn.Linear,), {method: twice})
+    params, x = params_and_x(rng, xprnn.Linear(D, H))
+    expected = xprnn.Linear(D, H)(params, 2 * x[0])[0]
+    np.testing.assert_array_equal(subclass(D, H).step(params, x[0])[0], expected)
+    model = xprnn.Sequential(head=subclass(D, H))
+    np.testing.assert_array_equal(model.step({f"head.{k}": a for k, a in params.items()}, x[0])[0], expected)
+    nested = xprnn.Sequential(inner=model)
+    assert nested._fast_step({f"inner.head.{k}": a for k, a in params.items()}, x[0], None) is not None
+    np.testing.assert_array_equal(nested.step({f"inner.head.{k}": a for k, a in params.items()}, x[0])[0], expected)
 
 
-def test_an_embeddings_step_is_its_call(rng):
+def test_step_of_an_embedding_subclass_runs_its_forward(rng):
     class Next(xprnn.Embedding):
-        """Of the number after."""
+        """Embedding of x + 1."""
 
         def forward(self, params, x, state=None, **flags):
-            """Of x + 1."""
+            """Call the base class with x + 1."""
             return super().forward(params, x + 1)
 
     params = Next(5, D).init(rng, like=np.zeros(0))
     np.testing.assert_array_equal(Next(5, D).step(params, np.array([1, 3]))[0], params["weight"][[2, 4]])
 
 
-def test_the_ordinary_call_is_its_own():
-    """Nothing stands between a call and the layer's quick ways."""
+def test_call_without_override_is_the_library_method():
+    """A subclass that does not override `forward` keeps the fast path of a call."""
     for kind in (xprnn.RNN, xprnn.LSTM, xprnn.GRU, xprnn.Recurrent, type("Named", (xprnn.LSTM,), {})):
         assert kind.__call__ is xprnn.Recurrent.__call__

@@ -1,4 +1,4 @@
-"""torch's recorded outputs and gradients (recorded/record.py): torch's word where torch is not installed."""
+"""Comparison with torch's recorded outputs and gradients (data/record.py), which needs no torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from support.paths import DATA
 
 import xprnn
 
-FOLDER = DATA
-# The layers as record.py made them; it cannot be imported for the list, for it imports torch.
+# The layers of data/record.py, which cannot be imported here because it imports torch.
 LAYERS = {
     "rnn_tanh": xprnn.RNN(4, 3),
     "rnn_relu_2_layers": xprnn.RNN(4, 3, 2, nonlinearity="relu"),
@@ -24,46 +23,46 @@ LAYERS = {
 
 
 def recorded(name):
-    with np.load(FOLDER / f"{name}.npz") as file:
+    with np.load(DATA / f"{name}.npz") as file:
         return dict(file)
 
 
-def under(arrays, prefix):
+def without_prefix(arrays, prefix):
     return {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(prefix)}
 
 
-def test_every_recording_is_compared():
-    assert {path.stem for path in FOLDER.glob("*.npz")} == LAYERS.keys()
+def test_every_recorded_file_has_a_layer():
+    assert {path.stem for path in DATA.glob("*.npz")} == LAYERS.keys()
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_torchs_recorded_numbers(xp, name):
+def test_results_equal_recorded_torch_results(xp, name):
     layer, file = LAYERS[name], recorded(name)
-    want = under(file, "want.")
-    given = xp.asarray(file, xp.float_dtypes[0])
-    pair = isinstance(layer, xprnn.LSTM)
+    expected = without_prefix(file, "want.")
+    inputs = xp.asarray(file, xp.float_dtypes[0])
+    is_lstm = isinstance(layer, xprnn.LSTM)
     state, dstate = (
-        ((given["state"], given["cell"]), (given["dstate"], given["dcell"]))
-        if pair
+        ((inputs["state"], inputs["cell"]), (inputs["dstate"], inputs["dcell"]))
+        if is_lstm
         else (
-            given["state"],
-            given["dstate"],
+            inputs["state"],
+            inputs["dstate"],
         )
     )
-    y, final, tape = layer.forward(under(given, "params."), given["x"], state)
-    dx, dinitial, dparams = layer.backward(tape, given["dy"], dstate)
-    xp.assert_close(y, want["y"], condition=60)
-    xp.assert_close(final, (want["state"], want["cell"]) if pair else want["state"], condition=60)
-    xp.assert_close(dx, want["dx"], condition=200)
-    xp.assert_close(dinitial, (want["dstate"], want["dcell"]) if pair else want["dstate"], condition=200)
-    xp.assert_close(dparams, under(want, "dparams."), condition=200)
+    y, final, tape = layer.forward(without_prefix(inputs, "params."), inputs["x"], state)
+    dx, dinitial, dparams = layer.backward(tape, inputs["dy"], dstate)
+    xp.assert_close(y, expected["y"], condition=60)
+    xp.assert_close(final, (expected["state"], expected["cell"]) if is_lstm else expected["state"], condition=60)
+    xp.assert_close(dx, expected["dx"], condition=200)
+    xp.assert_close(dinitial, (expected["dstate"], expected["dcell"]) if is_lstm else expected["dstate"], condition=200)
+    xp.assert_close(dparams, without_prefix(expected, "dparams."), condition=200)
 
 
 @pytest.mark.needs("torch")
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_recordings_are_what_the_script_records(name):
-    script = runpy.run_path(str(FOLDER / "record.py"))
-    again, file = script["record"](*script["CASES"][name]), recorded(name)
-    assert again.keys() == file.keys()
+def test_recording_script_reproduces_the_files(name):
+    script = runpy.run_path(str(DATA / "record.py"))
+    new, file = script["record"](*script["CASES"][name]), recorded(name)
+    assert new.keys() == file.keys()
     for key, value in file.items():
-        np.testing.assert_allclose(again[key], value, atol=1e-13, err_msg=key)
+        np.testing.assert_allclose(new[key], value, atol=1e-13, err_msg=key)

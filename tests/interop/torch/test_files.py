@@ -13,8 +13,8 @@ import zipfile
 import numpy as np
 import pytest
 import safetensors.numpy
-from layers.test_model_file import raw_safetensors
 from support.paths import ROOT, TESTS
+from support.safetensors_files import raw_safetensors
 
 import xprnn
 from xprnn.arrays.namespace import InputError

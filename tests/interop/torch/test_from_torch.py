@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from layers.test_torch_parity import grads, leaf, pairing
 from support.layer_cases import random_cotangents, random_state
+from support.torch_autograd import grads, leaf, pairing
 from support.torch_networks import build_layer, build_network, property_settings, recurrent_layers
 
 import xprnn
