@@ -136,6 +136,11 @@ SLOW_LIBRARIES = ("strict", "jax")
 MAIN_CASES = ["rnn", "lstm", "lstm-proj", "gru", "gru-before", "leaky"]
 
 
+def initial_params(layer: Any) -> dict[str, Any]:
+    """Return the parameters that `layer.init` draws with seed 0, in float64 NumPy."""
+    return layer.init(np.random.default_rng(0), like=np.zeros(0))
+
+
 class LayerInputs(NamedTuple):
     """NumPy arrays for one call of a layer."""
 
