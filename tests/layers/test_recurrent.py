@@ -296,4 +296,4 @@ def test_random_state_has_the_structure_of_a_final_state(xp, rng):
 
 
 def _flatten(tree):
-    return [a for part in tree for a in _flatten(part)] if isinstance(tree, tuple) else [tree]
+    return [a for branch in tree for a in _flatten(branch)] if isinstance(tree, tuple) else [tree]

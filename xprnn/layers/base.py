@@ -19,7 +19,7 @@ __all__ = [
 
 
 class Layer(Protocol):
-    """Interface of a layer: an immutable configuration that is called with parameters and a state.
+    """Interface of a layer: an immutable configuration, called with its parameters and its state.
 
     RNN, LSTM, GRU, Recurrent, Linear, Embedding, Sequential and every StatelessLayer implement it. A user-defined class
     that implements it can be a layer of a Sequential.

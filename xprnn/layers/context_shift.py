@@ -1,4 +1,4 @@
-"""ContextShift: the forward state before each step beside the reverse state after it, for two-directional models.
+"""ContextShift: pairs the forward output before each step with the reverse output after it.
 
 A bidirectional layer cannot be trained to predict x[t] from its output at t, because its reverse direction has already
 read x[t]. ContextShift pairs the forward output of step t-1 with the reverse output of step t+1. Neither has read x[t].

@@ -63,7 +63,7 @@ class ActivationLayer(StatelessLayer):
 
 @dataclass(frozen=True)
 class Softmax(StatelessLayer):
-    """Softmax along the last axis: y_i = exp(x_i - max x) / sum_j exp(x_j - max x), or its logarithm.
+    """Softmax along the last axis, or its logarithm: y_i = exp(x_i - m) / sum_j exp(x_j - m), where m = max_j x_j.
 
     Args:
         log: y = log softmax(x), which does not underflow.

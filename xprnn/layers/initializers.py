@@ -90,7 +90,7 @@ def initialize(
 
 
 def _per_gate(fill: Callable[..., Any], rng: Generator, shape: tuple[int, ...], gates: int) -> Any:
-    """Fill the rows of each gate separately: an orthogonal (G*H, D) matrix would have no orthogonal gate in it."""
+    """Fill the rows of each gate separately, because the gates of an orthogonal (G*H, D) matrix are not orthogonal."""
     gate_shape = (shape[0] // gates, shape[1])
     return np.concatenate([fill(rng, gate_shape) for _ in range(gates)])
 

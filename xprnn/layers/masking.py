@@ -1,4 +1,4 @@
-"""Layers for padded sequences: Masking detects padding in the data, HoldLastOutput and LastStep handle skipped steps.
+"""Layers for padded sequences: Masking detects padding, HoldLastOutput and LastStep act on skipped steps.
 
 A recurrent layer skips the steps that `mask` or `lengths` exclude, and its output there is 0. These layers add other
 conventions: a mask computed from the data, the last valid output repeated (Keras), the last valid output of each row.

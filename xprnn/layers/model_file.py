@@ -36,6 +36,14 @@ def save(path: str | Path, model: Layer, params: Params, metadata: Mapping[str, 
     Raises:
         InputError: parameters that do not fit the model, a dtype or metadata that a file cannot hold, another file
             suffix, or a path that cannot be written.
+
+    >>> import tempfile, xprnn
+    >>> model = xprnn.Linear(3, 2)
+    >>> params = model.init(np.random.default_rng(0), like=np.zeros(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(f"{folder}/model.npz", model, params, {"vocabulary": "abc"})
+    ...     load(f"{folder}/model.npz")[0], load_metadata(f"{folder}/model.npz")
+    (Linear(in_features=3, out_features=2, bias=True), {'vocabulary': 'abc'})
     """
     path = as_path("save", path)
     where = f"save {path}"
@@ -86,6 +94,12 @@ def save_state(path: str | Path, state: Any) -> None:
 
     Raises:
         InputError: something other than arrays, tuples and dicts, or a path that cannot be written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_state(f"{folder}/state.npz", {"rnn": (np.ones(1), np.zeros(1))})
+    ...     load_state(f"{folder}/state.npz")
+    {'rnn': (array([1.]), array([0.]))}
     """
     arrays: Params = {}
     where = f"save_state {as_path('save_state', path)}"

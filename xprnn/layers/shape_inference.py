@@ -1,4 +1,4 @@
-"""Checks at construction that adjacent layers of a Sequential fit: number of features, dtype kind, time axis.
+"""Check at construction that adjacent layers of a Sequential fit: features, integers or floats, time axis.
 
 A layer that runs along the wrong axis would treat batch rows as time steps without any error, so the order of axes is
 checked too. Only layers of xprnn's own classes are checked. A user-defined class or subclass may have any output, so
@@ -49,7 +49,7 @@ def check_compatible(where: str, layers: Mapping[str, Any], sequential_class: ty
     Args:
         where: name of the caller, for errors.
         layers: name -> layer, in order.
-        sequential_class: the class whose `layers` run one after the other; they are checked as part of this model.
+        sequential_class: the class of nested models, whose `layers` are checked like layers of this model.
 
     Raises:
         InputError: two layers do not fit; the message names both, the output of one and the input of the other.
@@ -128,7 +128,7 @@ def _output_spec(label: str, layer: Any, features: _FeatureSpec) -> _FeatureSpec
 
 
 def _output_time_axis(where: str, label: str, layer: Any, time: _TimeAxis) -> _TimeAxis:
-    """Return the order of axes after a layer, or raise InputError if the layer runs along another axis than time."""
+    """Return the order of axes after a layer; raise InputError if its time axis is missing or is the batch axis."""
     if type(layer) not in _RECURRENT and not isinstance(layer, (TimeLayer, ContextShift)):
         return time  # a layer that acts on features alone
     if time.axes == "N":
