@@ -218,7 +218,7 @@ def test_keras_weights_need_an_architecture(tmp_path, capsys):
     assert xprnn.load(tmp_path / "m.npz")[0] == xprnn.from_keras(folder / "lstm_stack.keras")[0]
     code, _, err = run(capsys, "info", folder / "lstm_stack.weights.h5")
     assert code == 2
-    assert "give config=" in err
+    assert "pass config=" in err
 
 
 def write_npy(tmp, content):
