@@ -128,7 +128,7 @@ BAD_FILES = {
     "empty npz": (".npz", b"", "damaged"),
     "text npz": (".npz", b"once upon a time there was a model", "damaged"),
     "foreign npz": (".npz", foreign_npz(), "not written by xprnn"),
-    "lying npz": (".npz", lying_npz(), "does not have the size of its shape"),
+    "oversized npz": (".npz", oversized_npz(), "does not have the size of its shape"),
     "pickled npz": (".npz", pickled_npz(), "damaged"),
     "compressed npz": (".npz", compressed_npz(), "compressed"),
     "other suffix": (".h5", b"\x89HDF", "expected a .safetensors or .npz file"),

@@ -17,7 +17,7 @@ def test_windows_need_a_time_major_forward_model(options):
     layer = xprnn.RNN(3, 4, **options)
     chunk = np.zeros((4, 4, 3)), np.zeros((4, 4, layer.output_size))
     (window,) = windows([chunk], 4)
-    with pytest.raises(xprnn.InputError, match=rf"bptt.gradients: .*{next(iter(options))}=True"):
+    with pytest.raises(xprnn.InputError, match=rf"window_gradients: .*{next(iter(options))}=True"):
         window_gradients(layer, initial_params(layer), window, None, xprnn.mse)
 
 
