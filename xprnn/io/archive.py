@@ -133,7 +133,7 @@ def write_arrays(path: str | Path, arrays: Mapping[str, Any], header: Mapping[st
     """
     path = as_path("write_arrays", path)
     if path.suffix not in _OPENERS:
-        found = f"found {path.suffix or 'no suffix'}{_format_hint(path, 0)}"
+        found = f"found {path.suffix or 'no ending'}{_format_hint(path, 0)}"
         raise InputError(f"{path}: expected a name ending in .safetensors or .npz, {found}")
     arrays = {name: _as_storable(f"{path}: {name}", array) for name, array in arrays.items()}
     try:
