@@ -45,7 +45,7 @@ def run_both(layer, p, dtype, rng):
     fast, tape = run(layer, p, dtype, dy, dfinal)
     with reference_only():
         slow, generic = run(layer, p, dtype, dy, dfinal)
-    assert "generic" in generic.explain()
+    assert "reference" in generic.explain()
     return fast, slow, tape
 
 
@@ -72,7 +72,7 @@ def test_rare_cells_equal_generic_scan(rng, kernel, name):
     p = random_inputs(rng, layer, T=6, N=4, flags="lmr", scale=0.3)
     fast, slow, tape = run_both(layer, p, "float64", rng)
     compiled = kernel == NAMES["compiled"]
-    assert ("generic scan" if layer.resolved_cell.pregates and not compiled else kernel) in tape.explain()
+    assert ("reference scan" if layer.resolved_cell.pregates and not compiled else kernel) in tape.explain()
     XP.assert_close(fast, slow, condition=200)
     check_layer(layer, p.params, p.x, p.state, **p.flags)
     ids = rng.integers(0, 3, (4, 2))
@@ -179,7 +179,7 @@ def test_no_allocation_inside_the_time_loop(rng, name):
 def test_untraceable_cells_use_the_generic_scan(rng, make):
     layer = xprnn.Recurrent(2, 3, cell=make(), bidirectional=True)
     p = random_inputs(rng, layer, T=4, flags="lmr", scale=0.3)
-    assert run(layer, p, "float64")[1].explain().count("generic") == 2
+    assert run(layer, p, "float64")[1].explain().count("reference") == 2
     check_layer(layer, p.params, p.x, p.state, **p.flags)
 
 

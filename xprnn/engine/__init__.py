@@ -1,1 +1,10 @@
-"""Stacks of recurrent layers: directions, dropout, checkpoints, state layout, argument checks, the call cache."""
+"""Recurrent layers as stacks of scans, on parameters that the caller passes.
+
+layer.py            protocols of layers, base classes that cache fast paths
+arguments.py        checks of what the caller passes
+state_layout.py     parameters and states of each layer and direction: from the caller's layout and back
+stack.py            forward, backward and step of a recurrent layer: all layers, all directions, dropout
+checkpointing.py    layers of one direction, run segment by segment in bounded memory
+call_cache.py       fast paths for plain NumPy arrays, cached by each layer
+explain.py          which kernel a call will run on
+"""

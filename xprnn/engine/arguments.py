@@ -1,9 +1,9 @@
-"""What a recurrent layer is given, checked once at the public boundary and put into the form the scans use.
+"""Checks of the arguments of a recurrent layer, made once at the public functions.
 
-Errors say where, which argument, what was expected and what was found.
+An error names the function and the argument, and says what was expected and what was found.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from xprnn.arrays.namespace import (
     resolve_namespace,
 )
 from xprnn.arrays.validation import check_param_shapes, check_params, require_array
+from xprnn.engine.layer import RecurrentLayer
 from xprnn.engine.state_layout import parameter_names
 from xprnn.kernels.tape import StepMask
 
@@ -34,10 +35,18 @@ __all__ = [
 ]
 
 
-def _check_x(where: str, layer: Any, xp: Namespace, x: Array, lead: str) -> None:
-    """x (lead..., D) of the parameters' dtype, or integers (lead...)."""
-    rank, d = len(lead), layer.input_size
-    axes = ",".join(lead)
+class TimeLayout(Protocol):
+    """A layer with a time axis, which is the second axis if `batch_first` is True."""
+
+    @property
+    def batch_first(self) -> bool:
+        """True if sequences are (N, T, .) instead of (T, N, .)."""
+
+
+def _check_x(where: str, layer: RecurrentLayer, xp: Namespace, x: Array, leading_axes: str) -> None:
+    """Raise InputError unless x is (leading axes..., D), or for integers (leading axes...)."""
+    rank, d = len(leading_axes), layer.input_size
+    axes = ",".join(leading_axes)
     if is_integer(xp, x):
         if x.ndim != rank:
             raise InputError(
@@ -54,14 +63,29 @@ def _check_x(where: str, layer: Any, xp: Namespace, x: Array, lead: str) -> None
 
 
 def tree_leaves(state: Any) -> list[Array]:
-    """All arrays in nested tuples and lists."""
+    """Return all arrays in nested tuples and lists; none for None."""
     if state is None:
         return []
     return [a for s in state for a in tree_leaves(s)] if isinstance(state, (tuple, list)) else [state]
 
 
-def check_call(where: str, layer: Any, params: Params, x: Array, state: Any, leading_axes: str) -> Namespace:
-    """The namespace of a layer's arguments, which are checked against its configuration and each other."""
+def check_call(where: str, layer: RecurrentLayer, params: Params, x: Array, state: Any, leading_axes: str) -> Namespace:
+    """Check params and x against the layer's configuration, and that all arrays share a namespace, dtype and device.
+
+    Args:
+        where: the public function, named in errors.
+        layer: the layer.
+        params: as from `init`.
+        x: an array with the leading axes and D features, or integers with the leading axes.
+        state: arrays in nested tuples, or None; `state_layout.unpack` checks their shapes.
+        leading_axes: "TN", "NT" or, for one step, "N".
+
+    Returns:
+        The namespace of the arrays.
+
+    Raises:
+        InputError: an argument that does not fit.
+    """
     shapes, _ = parameter_names(layer)
     check_params(where, params, shapes)
     require_array(where, "x", x)
@@ -70,8 +94,8 @@ def check_call(where: str, layer: Any, params: Params, x: Array, state: Any, lea
     xp = resolve_namespace(where, floats if integer else {"x": x, **floats}, {"x": x} if integer else None)
     check_param_shapes(where, params, shapes)
     if integer and not is_integer(xp, x):
-        classes = xp.isdtype(x.dtype, "bool") and x.ndim == len(leading_axes)
-        hint = ": as class numbers, convert it to integers" if classes else ""
+        boolean = xp.isdtype(x.dtype, "bool") and x.ndim == len(leading_axes)
+        hint = ": as class numbers, convert it to integers" if boolean else ""
         raise InputError(f"{where}: x must be of a real floating or an integer dtype, found {x.dtype}{hint}")
     _check_x(where, layer, xp, x, leading_axes)
     return xp
@@ -81,8 +105,23 @@ def _is_float(x: Array) -> bool:
     return x.dtype.kind == "f" if isinstance(x.dtype, np.dtype) else "float" in str(x.dtype)
 
 
-def make_step_mask(where: str, layer: Any, xp: Namespace, x: Array, lengths: Any, mask: Any, reset: Any) -> StepMask:
-    """Put lengths, mask and reset together, on the device of the time-major x."""
+def make_step_mask(
+    where: str, layer: TimeLayout, xp: Namespace, x: Array, lengths: Any, mask: Any, reset: Any
+) -> StepMask:
+    """Combine lengths, mask and reset, after checking them, into one time-major StepMask.
+
+    Args:
+        where: the public function, named in errors.
+        layer: the layer; its `batch_first` says which axes `mask` and `reset` have.
+        xp: the namespace of x.
+        x: time-major, (T, N, ...).
+        lengths: (N,) integers 0 to T, an array or a host sequence, or None.
+        mask: (T, N) boolean, (N, T) if batch_first, or None.
+        reset: as `mask`.
+
+    Raises:
+        InputError: a shape, dtype, library or device that does not fit.
+    """
     count, n = x.shape[:2]
     axes, shape = ("(N,T)", (n, count)) if layer.batch_first else ("(T,N)", (count, n))
     flags = {}
@@ -98,15 +137,16 @@ def make_step_mask(where: str, layer: Any, xp: Namespace, x: Array, lengths: Any
         lengths = _resolve_lengths(where, xp, x, lengths, n, count)
         within = xp.arange(count, dtype=lengths.dtype, device=device_of(x))[:, None] < lengths[None, :]
         active = within if active is None else within & active
-        # Past its end a row keeps the state of its last valid step, whatever the flags there say.
+        # After its end a row keeps the state of its last valid step, so a reset there must have no effect.
         reset = None if reset is None else reset & within
     return StepMask(active, reset, lengths if mask is None else None)
 
 
 def _resolve_lengths(where: str, xp: Namespace, x: Array, lengths: Any, n: int, count: int) -> Array:
+    """Check lengths, and convert a host sequence to an array on the device of x."""
     reject_masked_array(where, "lengths", lengths)
-    plain = isinstance(lengths, (list, tuple, np.ndarray))
-    if plain:
+    on_host = isinstance(lengths, (list, tuple, np.ndarray))
+    if on_host:
         try:
             lengths = np.asarray(lengths)
         except ValueError:
@@ -114,36 +154,50 @@ def _resolve_lengths(where: str, xp: Namespace, x: Array, lengths: Any, n: int, 
         lengths = lengths.astype(int) if lengths.shape == (0,) else lengths
     else:
         resolve_namespace(where, {}, {"x": x, "lengths": lengths})
-    if not (lengths.dtype.kind in "iu" if plain else is_integer(xp, lengths)):
+    if not (lengths.dtype.kind in "iu" if on_host else is_integer(xp, lengths)):
         raise InputError(f"{where}: lengths must be integers, found {lengths.dtype}")
     check_shape(where, "lengths", "(N,)", lengths, (n,))
     host = host_view(lengths)
     if host is not None and host.size and (host.min() < 0 or host.max() > count):
         raise InputError(f"{where}: lengths must be in 0..T={count}, found {host.tolist()}")
-    return from_numpy(lengths, like=x) if plain and not is_numpy(xp) else lengths
+    return from_numpy(lengths, like=x) if on_host and not is_numpy(xp) else lengths
 
 
 def check_state_cotangents(
     where: str,
-    state_cotangents: list[Any],
+    dstates: list[Any],
     names: tuple[str, ...],
     widths: list[tuple[int, ...]],
     shape: tuple[int, int],
 ) -> list[Any]:
-    """The adjoints of all states at all steps: for each layer and direction a tuple of arrays or None."""
-    if len(state_cotangents) != len(widths):
+    """Check the cotangents of the states after every step, and fill in None for those that are missing.
+
+    Args:
+        where: the public function, named in errors.
+        dstates: for each layer and direction a tuple of arrays or None, or None.
+        names: the names of the cell's states.
+        widths: the last axis of each state, for each layer and direction.
+        shape: (T, N).
+
+    Returns:
+        For each layer and direction a tuple with an array (T, N, H) or None for each state.
+
+    Raises:
+        InputError: entries that are missing or have another shape.
+    """
+    if len(dstates) != len(widths):
         raise InputError(
-            f"{where}: dstates must have {len(widths)} entries, as tape.states() has, found {len(state_cotangents)}"
+            f"{where}: dstates must have {len(widths)} entries, as tape.states() has, found {len(dstates)}"
         )
-    out = []
-    for k, (entry, width) in enumerate(zip(state_cotangents, widths, strict=True)):
-        parts = (None,) * len(names) if entry is None else tuple(entry)
-        if len(parts) != len(names):
+    result = []
+    for k, (entry, width) in enumerate(zip(dstates, widths, strict=True)):
+        arrays = (None,) * len(names) if entry is None else tuple(entry)
+        if len(arrays) != len(names):
             raise InputError(
-                f"{where}: dstates[{k}] must have {len(names)} entries ({', '.join(names)}), found {len(parts)}"
+                f"{where}: dstates[{k}] must have {len(names)} entries ({', '.join(names)}), found {len(arrays)}"
             )
-        for name, part, w in zip(names, parts, width, strict=True):
-            if part is not None:
-                check_shape(where, f"dstates[{k}] {name}", "(T,N,H)", part, (*shape, w))
-        out.append(parts)
-    return out
+        for name, d, h in zip(names, arrays, width, strict=True):
+            if d is not None:
+                check_shape(where, f"dstates[{k}] {name}", "(T,N,H)", d, (*shape, h))
+        result.append(arrays)
+    return result

@@ -1,9 +1,10 @@
-"""Layers in one direction, run as one: a whole sequence at once, or segment by segment in bounded memory.
+"""Stacked layers of one direction, run over a whole sequence or segment by segment in bounded memory.
 
-A unidirectional stack is one chain of all its layers; in a bidirectional one each direction of each layer is a chain of
-its own. With checkpoints, `forward` walks segments of k steps and keeps no tape, only the states between segments;
-`backward` walks the segments in reverse, runs each again with a tape, and goes back through it (Chen et al. 2016).
-Dropout masks are drawn step after step from one generator for each layer, so they don't depend on the segments.
+With checkpoints, `forward` cuts the sequence into segments of k steps. It saves the states between segments, and a tape
+for the last segment only. `backward` takes the segments in reverse order: it runs each segment again to record a tape,
+then applies the adjoint of that segment (Chen et al. 2016, arXiv:1604.06174).
+
+Each layer draws its dropout masks step by step from one generator, so the masks do not depend on the segments.
 """
 
 from collections.abc import Sequence
@@ -27,21 +28,21 @@ LayerGradients = list[Params]
 
 @dataclass(frozen=True)
 class DirectionStackTape:
-    """The record of a chain's pass: where each segment started, and the scans of the last one."""
+    """What a forward pass of a DirectionStack saved: the states before each segment, and the tapes of the last one."""
 
     x: Array
-    reset_states: list[State]
+    reset_states: list[State]  # for each layer, the states that a reset restores
     step_mask: StepMask
-    segments: list[tuple[int, int]]  # in the order of the walk
-    checkpoints: list[list[State]]
-    rngs: list[list[Generator]]  # before each segment
-    scan_tapes: list[Tape] = field(default_factory=list)  # of the last segment
-    dropout_masks: list[Array | None] = field(default_factory=list)
+    segments: list[tuple[int, int]]  # (first step, last step + 1), in the order in which they ran
+    checkpoints: list[list[State]]  # for each segment, the states of each layer before it
+    rngs: list[list[Generator]]  # for each segment, the dropout generator of each layer before it
+    scan_tapes: list[Tape] = field(default_factory=list)  # of each layer, for the segment that ran last
+    dropout_masks: list[Array | None] = field(default_factory=list)  # of each layer, for the same segment
 
 
 @dataclass(frozen=True)
 class DirectionStack:
-    """Layers of one cell in one direction, each with its parameters."""
+    """Stacked layers of one cell in one direction, with their parameters."""
 
     xp: Namespace
     cell: Cell
@@ -51,7 +52,7 @@ class DirectionStack:
     sparse: bool = False
 
     def dropout_generators(self, rng: Generator | None) -> list[Generator]:
-        """A generator for the mask after each layer but the last; none where nothing is dropped."""
+        """Return one generator of dropout masks for each layer but the last; an empty list without dropout."""
         if rng is None or not self.dropout:
             return []
         return [Generator(PCG64(int(rng.integers(1 << 62)))) for _ in self.params[1:]]
@@ -66,7 +67,19 @@ class DirectionStack:
         rng: Generator | None,
         checkpoint_interval: int | None,
     ) -> tuple[Array, list[State], DirectionStackTape | None]:
-        """The output, the final states and the tape; `every` is the number of steps between checkpoints, or None."""
+        """Run all layers over a sequence.
+
+        Args:
+            x: (T, N, D), or integers (T, N).
+            states: the initial states of each layer.
+            step_mask: the active steps and the resets.
+            record_tape: False if `backward` will not follow.
+            rng: generator for dropout, or None.
+            checkpoint_interval: k, the number of steps in a segment; None for one segment.
+
+        Returns:
+            y (T, N, H) of the last layer, the final states of each layer, and the tape or None.
+        """
         count, rngs = x.shape[0], self.dropout_generators(rng)
         if not record_tape:
             y, finals, _, _ = self._run_segment(x, states, states, step_mask, rngs, False)
@@ -76,74 +89,81 @@ class DirectionStack:
         if self.reverse:
             segments.reverse()
         tape = DirectionStackTape(x, states, step_mask, segments, [], [])
-        outputs, now = _SegmentWriter(self.xp, count), states
+        outputs, current = _SegmentWriter(self.xp, count), states
         if len(segments) == 1:
-            y, now, scans, masks = self._run_segment(x, states, states, step_mask, rngs, True)
+            y, current, scan_tapes, masks = self._run_segment(x, states, states, step_mask, rngs, True)
             tape.checkpoints.append(states)
-            tape.scan_tapes.extend(scans)
+            tape.scan_tapes.extend(scan_tapes)
             tape.dropout_masks.extend(masks)
-            return y, now, tape
+            return y, current, tape
         for t0, t1 in segments:
-            tape.checkpoints.append(now)
+            tape.checkpoints.append(current)
             tape.rngs.append(deepcopy(rngs))
-            # The last segment is the first that backward needs: its tape may as well stay.
+            # `backward` starts with the segment that ran last, so recording that tape now saves one replay.
             last = (t0, t1) == segments[-1]
-            y, now, scans, masks = self._run_segment(
-                x[t0:t1, ...], now, states, step_mask.slice_steps(t0, t1), rngs, last
+            y, current, scan_tapes, masks = self._run_segment(
+                x[t0:t1, ...], current, states, step_mask.slice_steps(t0, t1), rngs, last
             )
             outputs.write(t0, t1, y)
             if last:
-                tape.scan_tapes.extend(scans)
+                tape.scan_tapes.extend(scan_tapes)
                 tape.dropout_masks.extend(masks)
-        return outputs.concat(), now, tape
+        return outputs.concat(), current, tape
 
     def _run_segment(
-        self, x: Array, states: list[State], home: list[State], steps: StepMask, rngs: list[Generator], keep: bool
+        self,
+        x: Array,
+        states: list[State],
+        reset_states: list[State],
+        step_mask: StepMask,
+        rngs: list[Generator],
+        record_tape: bool,
     ) -> tuple[Array, list[State], list[Any], list[Array | None]]:
-        """All layers over one segment."""
-        y, finals, scans, masks = x, [], [], []
+        """Run all layers over one segment; return y and, for each layer, final states, scan tape and dropout mask."""
+        y, finals, scan_tapes, masks = x, [], [], []
         for k, (params, state) in enumerate(zip(self.params, states, strict=True)):
             y, final, tape = dispatch.forward(
                 self.cell,
                 params,
                 y,
                 state,
-                steps,
-                reset_state=home[k],
+                step_mask,
+                reset_state=reset_states[k],
                 xp=self.xp,
                 reverse=self.reverse,
-                record_tape=keep,
+                record_tape=record_tape,
             )
             if tape is not None and self.sparse:
                 tape = replace(tape, sparse=True)
             mask = dropout_mask(rngs[k], self.dropout, y, self.reverse) if k < len(rngs) else None
             y = y if mask is None else y * mask
             finals.append(final)
-            scans.append(tape)
+            scan_tapes.append(tape)
             masks.append(mask)
-        return y, finals, scans, masks
+        return y, finals, scan_tapes, masks
 
-    def _replay_segments(self, tape: DirectionStackTape, backwards: bool) -> Any:
-        """(t0, t1, scans, masks) of each segment, run again where no tape was kept."""
+    def _replay_segments(self, tape: DirectionStackTape, *, from_last: bool) -> Any:
+        """Yield (t0, t1, scan tapes, dropout masks) of each segment; segments without a tape are run again."""
         order = range(len(tape.segments))
-        for s in reversed(order) if backwards else order:
+        for s in reversed(order) if from_last else order:
             t0, t1 = tape.segments[s]
             if s == len(tape.segments) - 1:
                 yield t0, t1, tape.scan_tapes, tape.dropout_masks
                 continue
-            steps, rngs = tape.step_mask.slice_steps(t0, t1), deepcopy(tape.rngs[s])
-            _, _, scans, masks = self._run_segment(
-                tape.x[t0:t1, ...], tape.checkpoints[s], tape.reset_states, steps, rngs, True
+            step_mask, rngs = tape.step_mask.slice_steps(t0, t1), deepcopy(tape.rngs[s])
+            _, _, scan_tapes, masks = self._run_segment(
+                tape.x[t0:t1, ...], tape.checkpoints[s], tape.reset_states, step_mask, rngs, True
             )
-            yield t0, t1, scans, masks
+            yield t0, t1, scan_tapes, masks
 
     def states(self, tape: DirectionStackTape) -> list[State]:
-        """For each layer its states after every step, (T, N, .) each."""
-        pieces = [[s.states() for s in scans] for _, _, scans, _ in self._replay_segments(tape, backwards=self.reverse)]
-        if len(pieces) == 1:
-            return pieces[0]
-        layers = zip(*pieces, strict=True)
-        return [tuple(self.xp.concat(parts, axis=0) for parts in zip(*layer, strict=True)) for layer in layers]
+        """Return the states of each layer after every step, (T, N, .) each."""
+        replay = self._replay_segments(tape, from_last=self.reverse)
+        segments = [[scan_tape.states() for scan_tape in scan_tapes] for _, _, scan_tapes, _ in replay]
+        if len(segments) == 1:
+            return segments[0]
+        layers = zip(*segments, strict=True)
+        return [tuple(self.xp.concat(arrays, axis=0) for arrays in zip(*layer, strict=True)) for layer in layers]
 
     def backward(
         self,
@@ -152,32 +172,41 @@ class DirectionStack:
         dfinal_states: Sequence[Sequence[Array | None]],
         state_cotangents: Sequence[Sequence[Array | None]],
     ) -> tuple[Array | None, list[State], LayerGradients]:
-        """The adjoint of x, of the initial states and of each layer's parameters."""
+        """The adjoint of `forward`.
+
+        Args:
+            tape: from `forward`.
+            dy: (T, N, H), the cotangent of y, or None.
+            dfinal_states: for each layer, the cotangent of each final state, or None.
+            state_cotangents: for each layer, the cotangent (T, N, H) of each state after every step, or None.
+
+        Returns:
+            dx, the cotangents of each layer's initial states, and the gradients of each layer's parameters.
+        """
         if len(tape.segments) == 1 == len(self.params):
-            dx, start, home, dp = dispatch.backward(tape.scan_tapes[0], dy, dfinal_states[0], state_cotangents[0])
-            return dx, [tuple(map(_add, start, home))], [dp]
-        ds: list[Any] = [*dfinal_states]
-        dhome: list[Any] = [(None,) * len(d) for d in ds]
+            dx, dinitial, dreset, dp = dispatch.backward(tape.scan_tapes[0], dy, dfinal_states[0], state_cotangents[0])
+            return dx, [tuple(map(_add, dinitial, dreset))], [dp]
+        dstates: list[Any] = [*dfinal_states]
+        dresets: list[Any] = [(None,) * len(d) for d in dstates]
         grads: list[Any] = [None] * len(self.params)
         dx = _SegmentWriter(self.xp, tape.x.shape[0])
-        for t0, t1, scans, masks in self._replay_segments(tape, backwards=True):
+        for t0, t1, scan_tapes, masks in self._replay_segments(tape, from_last=True):
             d = None if dy is None else dy[t0:t1, ...]
-            for k in range(len(scans) - 1, -1, -1):
+            for k in range(len(scan_tapes) - 1, -1, -1):
                 d = d if masks[k] is None or d is None else d * masks[k]
-                injected = [None if i is None else i[t0:t1, ...] for i in state_cotangents[k]]
-                d, ds[k], home, dp = dispatch.backward(scans[k], d, ds[k], injected)
-                dhome[k] = tuple(_add(a, b) for a, b in zip(dhome[k], home, strict=True))
+                injected = [None if c is None else c[t0:t1, ...] for c in state_cotangents[k]]
+                d, dstates[k], dreset, dp = dispatch.backward(scan_tapes[k], d, dstates[k], injected)
+                dresets[k] = tuple(map(_add, dresets[k], dreset))
                 grads[k] = dp if grads[k] is None else {name: g + dp[name] for name, g in grads[k].items()}
             dx.write(t0, t1, d)
-        return (
-            dx.concat(),
-            [tuple(_add(a, b) for a, b in zip(s, h, strict=True)) for s, h in zip(ds, dhome, strict=True)],
-            grads,
-        )
+        return dx.concat(), [tuple(map(_add, d, r)) for d, r in zip(dstates, dresets, strict=True)], grads
 
 
 class _SegmentWriter:
-    """Segments put together: written into one array as they come, or joined at the end where that can't be."""
+    """Joins the segments of one array (T, ...): written into one output where arrays can be written, else concatenated.
+
+    Nothing is copied if there is only one segment.
+    """
 
     def __init__(self, xp: Namespace, count: int) -> None:
         self.xp, self.count = xp, count
@@ -185,7 +214,7 @@ class _SegmentWriter:
         self.segments: dict[int, Array | None] = {}
 
     def write(self, t0: int, t1: int, segment: Array | None) -> None:
-        """The steps t0 to t1 - 1."""
+        """Store the steps t0 to t1 - 1."""
         if self.output is None and segment is not None and t1 - t0 < self.count:
             self.output = self.xp.empty(
                 (self.count, *segment.shape[1:]), dtype=segment.dtype, device=device_of(segment)
@@ -196,11 +225,11 @@ class _SegmentWriter:
             self.segments[t0] = segment
 
     def concat(self) -> Array | None:
-        """All steps; None where the segments were None."""
+        """Return all steps; None if the segments are None."""
         if self.output is not None and not self.segments:
             return self.output
-        parts = [self.segments[t] for t in sorted(self.segments)]
-        return parts[0] if len(parts) == 1 or parts[0] is None else self.xp.concat(parts, axis=0)
+        segments = [self.segments[t] for t in sorted(self.segments)]
+        return segments[0] if len(segments) == 1 or segments[0] is None else self.xp.concat(segments, axis=0)
 
 
 def _add(a: Array | None, b: Array | None) -> Array | None:
@@ -208,12 +237,13 @@ def _add(a: Array | None, b: Array | None) -> Array | None:
 
 
 def dropout_mask(rng: Generator, p: float, y: Array, reverse: bool = False) -> Array:
-    """Zeros with probability p, else 1/(1-p), like y: drawn on the host, the same numbers for every array library.
+    """Draw a dropout mask in the shape of y: 0 with probability p, else 1/(1-p).
 
-    Steps are drawn in the order of the walk, so that segments of any length get the same ones.
+    The numbers are drawn on the host, so they are the same for every array library. They are drawn in the order in
+    which the steps run (from the last step if `reverse`), so they do not depend on the length of the segments.
     """
-    drawn = rng.random(tuple(y.shape))
-    return from_numpy(((drawn[::-1] if reverse else drawn) >= p) / (1 - p), like=y)
+    uniform = rng.random(tuple(y.shape))
+    return from_numpy(((uniform[::-1] if reverse else uniform) >= p) / (1 - p), like=y)
 
 
 _MIN_SEGMENT_BYTES = 1 << 22
@@ -221,17 +251,24 @@ _BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB
 
 
 def segment_length(where: str, checkpoint: Any, count: int, step_bytes: int, state_bytes: int) -> int:
-    """How many steps lie between checkpoints.
+    """Return the number of steps between checkpoints.
 
     Args:
         where: the public function, named in errors.
-        checkpoint: a number of steps, "sqrt" (2 sqrt(T)), or bytes as in "64MiB".
+        checkpoint: a number of steps >= 1, "sqrt", or a memory budget such as "64MiB".
         count: T.
-        step_bytes: what one step's tape and its adjoint take.
-        state_bytes: what the states between two steps take.
+        step_bytes: size of the tape and the cotangents of one step.
+        state_bytes: size of the states between two steps.
+
+    Returns:
+        For "sqrt" 2 sqrt(T), or more steps if they fit into 4 MiB. For a budget, the largest k with
+        k step_bytes + (T/k) state_bytes <= budget.
+
+    Raises:
+        InputError: another value, or a budget that no k satisfies.
     """
     if checkpoint == "sqrt":
-        # Twice the root costs little memory and halves what cutting costs in time; what takes 4 MiB is not cut at all.
+        # Not sqrt(T): at 2 sqrt(T) there are half as many segments, with half the overhead, for little more memory.
         return max(1, 2 * isqrt(count), _MIN_SEGMENT_BYTES // max(1, step_bytes))
     if not isinstance(checkpoint, bool) and isinstance(checkpoint, (int, np.integer)) and checkpoint >= 1:
         return int(checkpoint)
@@ -242,9 +279,8 @@ def segment_length(where: str, checkpoint: Any, count: int, step_bytes: int, sta
             f'{where}: checkpoint must be a number of steps >= 1, "sqrt", or bytes like "64MiB", found {checkpoint!r}'
         )
     budget = float(number) * _BYTE_UNITS[unit]
-    # k steps of tape and T/k states fit the budget: k step_bytes + (T/k) state_bytes <= budget, the largest such k.
-    least = 2 * sqrt(step_bytes * state_bytes * count)
-    if budget < (need := max(least, step_bytes)):
-        raise InputError(f"{where}: checkpoint={checkpoint!r} is too small: at least {ceil(need)} bytes are needed")
-    root = sqrt(max(0.0, budget * budget - least * least))
+    minimum = 2 * sqrt(step_bytes * state_bytes * count)  # of k step_bytes + (T/k) state_bytes over all k > 0
+    if budget < (required := max(minimum, step_bytes)):
+        raise InputError(f"{where}: checkpoint={checkpoint!r} is too small: at least {ceil(required)} bytes are needed")
+    root = sqrt(max(0.0, budget * budget - minimum * minimum))
     return max(1, int((budget + root) / (2 * max(1, step_bytes))))

@@ -1,28 +1,34 @@
-"""Which kernels a recurrent layer will run on, before it runs."""
+"""Report which kernels a recurrent layer will run on, before it runs."""
 
 from typing import Any
 
 from xprnn.arrays.namespace import Array, Params
 from xprnn.engine import arguments, state_layout
+from xprnn.engine.layer import RecurrentLayer
 from xprnn.kernels import dispatch
 
 __all__ = ["explain"]
 
 
-def explain(layer: Any, params: Params, x: Array, lengths: Any = None, mask: Any = None, reset: Any = None) -> str:
-    """A line for each layer and direction: the kernel it will run on and, in brackets, why not on a faster one.
+def explain(
+    layer: RecurrentLayer, params: Params, x: Array, lengths: Any = None, mask: Any = None, reset: Any = None
+) -> str:
+    """Return one line for each layer and direction: its kernel and, in brackets, why each faster kernel does not apply.
 
-    Nothing is computed, and nothing is compiled but what the decision itself needs (numba's kernel, on NumPy). The
-    names are those of `tape.explain()`, which says the same of a pass that has been.
+    Nothing is computed. On NumPy arrays numba compiles the kernel, because the choice depends on whether it can. After
+    a pass, `tape.explain()` uses the same kernel names.
 
     Args:
         layer: a recurrent layer.
         params: as from `init`.
-        x: as `forward` gets it; its numbers don't matter.
-        lengths, mask, reset: as `forward` gets them: not every kernel knows them.
+        x: as for `forward`; its values are not used.
+        lengths, mask, reset: as for `forward`; some kernels do not support them.
+
+    Returns:
+        The lines, joined by newlines.
 
     Raises:
-        InputError: what `forward` would refuse too.
+        InputError: for the same arguments as `forward`.
 
     >>> import numpy as np, xprnn
     >>> layer = xprnn.GRU(3, 4)
@@ -33,10 +39,10 @@ def explain(layer: Any, params: Params, x: Array, lengths: Any = None, mask: Any
     where = f"{type(layer).__name__}.explain"
     xp = arguments.check_call(where, layer, params, x, None, "NT" if layer.batch_first else "TN")
     x = state_layout.time_major(layer, xp, x)
-    steps = arguments.make_step_mask(where, layer, xp, x, lengths, mask, reset)
-    lines = []
-    for i, own in enumerate(state_layout.params_by_layer(layer, params)):
+    step_mask = arguments.make_step_mask(where, layer, xp, x, lengths, mask, reset)
+    shape, cell, lines = tuple(x.shape[:2]), layer.resolved_cell, []
+    for i, scan_params in enumerate(state_layout.params_by_layer(layer, params)):
         k, second = divmod(i, layer.num_directions)
-        way = "reverse" if second or layer.reverse else "forward"
-        lines.append(f"layer {k}, {way}: {dispatch.explain(xp, layer.resolved_cell, own, tuple(x.shape[:2]), steps)}")
+        direction = "reverse" if second or layer.reverse else "forward"
+        lines.append(f"layer {k}, {direction}: {dispatch.explain(xp, cell, scan_params, shape, step_mask)}")
     return "\n".join(lines)

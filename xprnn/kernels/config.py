@@ -1,4 +1,4 @@
-"""Which kernels may run, and in which precision: context managers and environment variables."""
+"""Which kernels may run, and in which precision: context managers and an environment variable."""
 
 import os
 from collections.abc import Iterator
@@ -18,30 +18,24 @@ __all__ = [
 ]
 
 
-REFERENCE_NAME = "generic scan"
-
-
-_reference_only: ContextVar[bool] = ContextVar("generic", default=False)
-
+REFERENCE_NAME = "reference scan"  # the kernel name in tapes and in explain()
 
 _JIT_DEFAULT = os.environ.get("XPRNN_FAST", "1") != "0"
 
-
+_reference_only: ContextVar[bool] = ContextVar("reference_only", default=False)
+_jit_override: ContextVar[bool | None] = ContextVar("jit_override", default=None)
 _precision: ContextVar[str] = ContextVar("precision", default="float32")
 
 
-_jit_override: ContextVar[bool | None] = ContextVar("fast", default=None)
-
-
 def jit_enabled() -> bool:
-    """Whether compiled kernels may run: unless switched off here or by XPRNN_FAST=0 in the environment at the start."""
-    chosen = _jit_override.get()
-    return _JIT_DEFAULT if chosen is None else chosen
+    """True if compiled NumPy kernels may run: the choice of `allow_jit`, else of XPRNN_FAST (0 is off) at import."""
+    override = _jit_override.get()
+    return _JIT_DEFAULT if override is None else override
 
 
 @contextmanager
 def allow_jit(enabled: bool) -> Iterator[None]:
-    """Within this context compiled kernels run, or do not run, whatever XPRNN_FAST says.
+    """Within this context compiled NumPy kernels may run (True) or not (False), regardless of XPRNN_FAST.
 
     >>> with allow_jit(False):
     ...     jit_enabled()
@@ -55,16 +49,16 @@ def allow_jit(enabled: bool) -> Iterator[None]:
 
 
 def is_reference_only() -> bool:
-    """Whether every pass is to take the generic scan."""
+    """True within `reference_only`."""
     return _reference_only.get()
 
 
 @contextmanager
 def reference_only() -> Iterator[None]:
-    """Within this context every pass takes the generic scan: to compare, to teach, to rule a kernel out.
+    """Within this context every pass runs the reference scan, for comparison with the other kernels.
 
     >>> with reference_only():
-    ...     find(None, None, {}, (0, 0), None) is None
+    ...     is_reference_only()
     True
     """
     token = _reference_only.set(True)
@@ -75,18 +69,20 @@ def reference_only() -> Iterator[None]:
 
 
 def tf32_enabled() -> bool:
-    """Whether float32 matrix products on a CUDA device may round their factors to TF32."""
+    """True if float32 matrix products on a CUDA device may round their factors to TF32."""
     return _precision.get() == "tf32"
 
 
 @contextmanager
 def precision(name: str) -> Iterator[None]:
-    """Within this context the recurrent layers' float32 matrix products on CUDA devices run in this arithmetic.
+    """Set the arithmetic of the recurrent layers' float32 matrix products on CUDA devices within this context.
 
     "float32", the default, is float32 throughout. "tf32" lets the tensor cores round both factors of each product to
-    10 bits after the point, as PyTorch's cuDNN layers do unless told otherwise: several times the speed where products
-    dominate, at relative errors around 1e-3 instead of 1e-6. It holds for what runs inside, forward and backward apart;
-    nothing changes for float64, on a CPU, or in the generic scan.
+    10 bits after the point, which is the default of PyTorch's cuDNN layers. It is several times as fast where matrix
+    products dominate, and its relative error is about 1e-3 instead of 1e-6.
+
+    `forward` and `backward` each use the setting of the context in which they are called. The setting has no effect on
+    float64, on a CPU, or on the reference scan.
 
     Args:
         name: "float32" or "tf32".

@@ -1,4 +1,4 @@
-"""Contiguous and aligned NumPy memory, and its addresses."""
+"""Contiguous and aligned NumPy arrays, and their addresses."""
 
 import math
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ __all__ = [
 
 
 def contiguous(a: Array) -> Array:
-    """`a` in C order: itself, or a copy. The article's arrays, turned to time-major, have time as their fastest axis.
+    """Return `a` in C order: `a` itself if it is, else a copy.
 
-    Such an array is copied row by row: each is then a plain transpose, which NumPy does five times faster than the
-    whole at once, and every step that would have strided through it is spared that.
+    A time-major view of an array in which time is the fastest axis (as in the article's layout) is copied row by row.
+    Each row is then a plain transpose, which NumPy does five times as fast as one copy of the whole array.
     """
     if a.flags.c_contiguous:
         return a
@@ -30,30 +30,33 @@ def contiguous(a: Array) -> Array:
     return out
 
 
-ALIGNMENT = 64  # bytes: a vector that lies across two lines of the cache is read twice
+ALIGNMENT = 64  # bytes, one cache line: a vector load that crosses two lines reads both
 
 
 def address(a: Array) -> int:
-    """Where its first element lies."""
+    """Return the address of the first element."""
     return int(a.__array_interface__["data"][0])
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> Array:
-    """Fresh memory that begins on a line of the cache."""
+    """Allocate an uninitialised array that begins on a cache line."""
     size, line = math.prod(shape), ALIGNMENT // np.dtype(dtype).itemsize
-    whole = np.empty(size + line, dtype)
-    skip = -address(whole) % ALIGNMENT // whole.itemsize
-    return whole[skip : skip + size].reshape(shape)
+    buffer = np.empty(size + line, dtype)
+    offset = -address(buffer) % ALIGNMENT // buffer.itemsize
+    return buffer[offset : offset + size].reshape(shape)
 
 
 def allocate_workspace(dtype: Any, sizes: Mapping[str, int]) -> tuple[dict[str, Array], dict[str, int]]:
-    """Flat arrays of these sizes in one piece of memory, and their addresses: asking for one takes a microsecond."""
+    """Allocate flat arrays of these sizes in one buffer, each on a cache line; return them and their addresses.
+
+    One buffer, because each allocation takes about a microsecond.
+    """
     item = np.dtype(dtype).itemsize
     line = ALIGNMENT // item
-    whole = np.empty(sum(sizes.values()) + (len(sizes) + 1) * line, dtype)
-    arrays, table, at = {}, {}, address(whole)
-    start = -at % ALIGNMENT // item
+    buffer = np.empty(sum(sizes.values()) + (len(sizes) + 1) * line, dtype)
+    arrays, addresses, base = {}, {}, address(buffer)
+    start = -base % ALIGNMENT // item
     for name, size in sizes.items():
-        arrays[name], table[name] = whole[start : start + size], at + start * item
+        arrays[name], addresses[name] = buffer[start : start + size], base + start * item
         start += -(-size // line) * line
-    return arrays, table
+    return arrays, addresses

@@ -1,13 +1,39 @@
-"""One layer in one direction over a whole sequence, forward and backward: the specification of every kernel.
+"""Reference scan: one layer in one direction over a whole sequence, forward and backward.
 
-    xg = x W' + b_ih  for all steps at once              (one GEMM, affine.py)
-    for each t:   hg = h U' + b_hh;   state', saved = step(xg[t], hg, state)
+This loop is the specification of every kernel. It runs on every namespace of the Array API standard, also on immutable
+arrays. Each forward function is followed by its adjoint.
 
-and backwards, line by line in reverse, ending in one GEMM for each weight gradient. This loop runs on any namespace of
-the Array API standard, immutable arrays included; `kernels` holds faster sentences of the same meaning, chosen once for
-a sequence. `reverse` walks t from T-1 to 0. A row that is not active in a step keeps its state (so the reverse
-direction starts inside each row's own length by itself), puts out 0 and receives no gradient. P is H, or the
-projected size.
+Forward. The cell has the states s = (h, ...); before the first step they are the initial states. W is weight_ih, U is
+weight_hh, and ^T is the transpose.
+
+    xg = x W^T + b_ih                                 input projection, one matrix product for all steps
+    for t = 0, ..., T-1:
+        s        <- reset states in the rows that are reset at t
+        hg       =  h U^T + b_hh                      recurrent product
+        s', saved = cell.step(xg[t], hg, s)           elementwise
+        s        <- s' in the rows that are active at t
+        y[t]     =  h in these rows, 0 in the others
+
+Backward. The cotangent da of an array a is the gradient of the loss with respect to a. The steps run in reverse order:
+
+    ds = cotangents of the final states
+    for t = T-1, ..., 0:
+        ds       <- ds + dstates[t],  dh <- dh + dy[t]
+        dxg[t], dhg[t], ds' = cell.backward(ds, saved)
+        dh'      <- dh' + dhg[t] U
+        ds       <- ds' in the rows that are active at t
+        dreset   <- dreset + ds in the rows that are reset at t,  ds <- 0 in these rows
+    dx = dxg W,  dW = dxg^T x,  dU = dhg^T h_previous, and the biases sum over rows and steps
+
+In the inactive rows dy[t], dxg[t] and dhg[t] are 0. With `reverse` the forward steps run from T-1 to 0. A row that is
+shorter than T is inactive after its end, so its reverse scan begins at its last valid step.
+
+A layer with weight_hr V (P, H) projects the h of each step: the cell returns h~, and h = h~ V^T. A cell with E pregates
+computes them before the recurrent product of its other gates:
+
+    values, q = cell.pregate(xg[t][:E], h U[:E]^T + b_hh[:E], s)
+    hg        = q U[E:]^T + b_hh[E:]
+    s', saved = cell.step((values[:E], xg[t][E:]), hg, s)
 """
 
 from collections.abc import Sequence
@@ -26,78 +52,142 @@ __all__ = [
 ScanGradients = tuple[Array | None, State, Sequence[Array | None], Params]
 
 
+class _RecurrentWeights(NamedTuple):
+    """The parameters of the recurrent product, transposed once for a sequence."""
+
+    pregate_weight_t: Array | None  # (P, E*H); None if the cell has no pregates
+    pregate_bias: Array | None
+    weight_t: Array  # (P, (G-E)*H)
+    bias: Array | None
+    projection_t: Array | None  # weight_hr transposed, (H, P)
+    vectors: tuple[Array, ...]  # the cell's vectors, (H,) each
+
+
+class _SavedStep(NamedTuple):
+    """What one step saves for backward."""
+
+    states: State  # before the step, after resets
+    cell_saved: tuple[Array, ...]
+    pregate_values: tuple[Array, ...]
+    gated_state: Array | None  # q, which replaces h in the recurrent product of the gates after the pregates
+    unprojected_h: Array | None  # h~
+
+
+# --- one step
+
+
 def _split_gates(a: Array, count: int) -> tuple[Array, ...]:
+    """(..., count*H) -> count arrays (..., H)."""
     width = a.shape[-1] // count if count else 0
     return tuple(a[..., k * width : (k + 1) * width] for k in range(count))
 
 
-class _RecurrentWeights(NamedTuple):
-    """The recurrent half of the parameters, turned once for a sequence and cut where the cell's early gates end."""
-
-    weight_hh_t: Array
-    bias_hh: Array | None
-    main_weight_hh_t: Array | None
-    main_bias_hh: Array | None
-    weight_hr_t: Array | None
-    vectors: tuple[Array, ...]
+def _num_pregate_rows(cell: Cell, weight_hh: Array) -> int:
+    """E*H, the number of rows of weight_hh that are the pregates'."""
+    return cell.pregates * (int(weight_hh.shape[0]) // cell.gates)
 
 
 def _recurrent_weights(xp: Namespace, cell: Cell, params: Params) -> _RecurrentWeights:
-    ut, b = xp.permute_dims(params["weight_hh"], (1, 0)), params.get("bias_hh")
-    late_ut = late_b = None
+    weight_t, bias = xp.permute_dims(params["weight_hh"], (1, 0)), params.get("bias_hh")
+    pregate_weight_t = pregate_bias = None
     if cell.pregates:
-        cut = cell.pregates * (ut.shape[1] // cell.gates)
-        ut, late_ut = ut[:, :cut], ut[:, cut:]
-        if b is not None:
-            b, late_b = b[:cut], b[cut:]
+        cut = _num_pregate_rows(cell, params["weight_hh"])
+        pregate_weight_t, weight_t = weight_t[:, :cut], weight_t[:, cut:]
+        if bias is not None:
+            pregate_bias, bias = bias[:cut], bias[cut:]
     hr = params.get("weight_hr")
-    hr_t = None if hr is None else xp.permute_dims(hr, (1, 0))
-    return _RecurrentWeights(ut, b, late_ut, late_b, hr_t, tuple(params[v] for v in cell.vectors))
+    projection_t = None if hr is None else xp.permute_dims(hr, (1, 0))
+    vectors = tuple(params[name] for name in cell.vectors)
+    return _RecurrentWeights(pregate_weight_t, pregate_bias, weight_t, bias, projection_t, vectors)
 
 
-class _SavedStep(NamedTuple):
-    """One step's record."""
-
-    cell_saved: tuple[Array, ...]  # what the cell saved
-    pregate_saved: tuple[Array, ...]  # what its early gates saved
-    gated_state: Array | None  # what entered the late recurrent product
-    unprojected_h: Array | None  # h before the projection
+def _recurrent_product(xp: Namespace, h: Array, weight_t: Array, bias: Array | None) -> Array:
+    hg = xp.matmul(h, weight_t)
+    return hg if bias is None else hg + bias
 
 
 def _step(
     xp: Namespace, cell: Cell, fns: Pointwise, w: _RecurrentWeights, xg: Array, state: State
 ) -> tuple[State, _SavedStep]:
-    """One step of all rows: the recurrent product, then the cell."""
-    e, x = cell.pregates, _split_gates(xg, cell.gates)
-    hg = xp.matmul(state[0], w.weight_hh_t)
-    hg = hg if w.bias_hh is None else hg + w.bias_hh
-    early: tuple[Array, ...] = ()
-    q = raw = None
-    if fns.pregate is None:
-        new, saved = fns.step(x, _split_gates(hg, cell.gates), state, w.vectors)
-    else:
-        early, q = fns.pregate(x[:e], _split_gates(hg, e), state, w.vectors)
-        hg = xp.matmul(q, w.main_weight_hh_t)
-        hg = hg if w.main_bias_hh is None else hg + w.main_bias_hh
-        new, saved = fns.step((*early[:e], *x[e:]), _split_gates(hg, cell.gates - e), state, w.vectors)
-    if w.weight_hr_t is not None:
-        raw = new[0]
-        new = (xp.matmul(raw, w.weight_hr_t), *new[1:])
-    return new, _SavedStep(saved, early, q, raw)
+    """One step of all rows: from the states before the step to those after it."""
+    e, x, h = cell.pregates, _split_gates(xg, cell.gates), state[0]
+    values: tuple[Array, ...] = ()
+    gated_state = unprojected_h = None
+    if fns.pregate is not None:
+        hg = _recurrent_product(xp, h, w.pregate_weight_t, w.pregate_bias)
+        values, gated_state = fns.pregate(x[:e], _split_gates(hg, e), state, w.vectors)
+        x, h = (*values[:e], *x[e:]), gated_state
+    hg = _recurrent_product(xp, h, w.weight_t, w.bias)
+    new, saved = fns.step(x, _split_gates(hg, cell.gates - e), state, w.vectors)
+    if w.projection_t is not None:
+        unprojected_h = new[0]
+        new = (xp.matmul(unprojected_h, w.projection_t), *new[1:])
+    return new, _SavedStep(state, saved, values, gated_state, unprojected_h)
+
+
+def _step_backward(
+    xp: Namespace,
+    cell: Cell,
+    fns: Pointwise,
+    params: Params,
+    saved: _SavedStep,
+    ds: list[Array],
+    sums: dict[str, Array],
+) -> tuple[Array, Array, list[Array]]:
+    """The adjoint of `_step`: from the cotangents of the states after the step to (dxg, dhg, those before it).
+
+    The gradients of weight_hr and of the cell's vectors are added to `sums`.
+    """
+    e, u, vectors = cell.pregates, params["weight_hh"], tuple(params[name] for name in cell.vectors)
+    cut = _num_pregate_rows(cell, u)
+    if saved.unprojected_h is not None:
+        _accumulate(sums, "weight_hr", xp.matmul(xp.permute_dims(ds[0], (1, 0)), saved.unprojected_h))
+        ds = [xp.matmul(ds[0], params["weight_hr"]), *ds[1:]]
+    dx, dh, dprevious, dvectors = fns.backward(tuple(ds), saved.cell_saved, saved.states, vectors)
+    if fns.pregate_backward is not None:
+        dq = xp.matmul(xp.concat(dh, axis=-1), u[cut:, :])
+        dpregates, dprevious2, dvectors2 = fns.pregate_backward(dx[:e], dq, saved.pregate_values, saved.states, vectors)
+        dprevious = [_add_optional(a, b) for a, b in zip(dprevious, dprevious2, strict=True)]
+        dvectors = [_add_optional(a, b) for a, b in zip(dvectors, dvectors2, strict=True)]
+        dx, dh = (*dpregates, *dx[e:]), (*dpregates, *dh)
+    for name, d in zip(cell.vectors, dvectors, strict=True):
+        _accumulate(sums, name, xp.sum(d, axis=0, dtype=d.dtype))
+    dhg = xp.concat(dh, axis=-1)
+    through_product = xp.matmul(dhg[:, :cut], u[:cut, :]) if e else xp.matmul(dhg, u)
+    dstates = [
+        _add_optional(through_product, dprevious[0]),
+        *(xp.zeros_like(s) if d is None else d for d, s in zip(dprevious[1:], saved.states[1:], strict=True)),
+    ]
+    return xp.concat(dx, axis=-1), dhg, dstates
+
+
+def _accumulate(sums: dict[str, Array], name: str, value: Array) -> None:
+    sums[name] = sums[name] + value if name in sums else value
+
+
+def _add_optional(a: Array | None, b: Array | None) -> Array | None:
+    """a + b, where None stands for zero."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
 
 
 def single_step(xp: Namespace, cell: Cell, params: Params, x: Array, state: State) -> State:
-    """One step for streaming: x (N, D) or integers (N,) and the state -> the next state."""
+    """Run one step of a stream: x (N, D) or integers (N,), and the states -> the next states."""
     xg = linear(xp, x, params["weight_ih"], params.get("bias_ih"))
     return _step(xp, cell, cell.bind(xp), _recurrent_weights(xp, cell, params), xg, state)[0]
 
 
-def _time_order(steps: int, reverse: bool) -> range:
-    return range(steps - 1, -1, -1) if reverse else range(steps)
+# --- the whole sequence
 
 
-def _stack(xp: Namespace, rows: Sequence[Array], like: Array) -> Array:
-    return xp.stack(rows) if rows else zeros(xp, (0, *like.shape), like)
+def _time_order(count: int, reverse: bool) -> range:
+    return range(count - 1, -1, -1) if reverse else range(count)
+
+
+def _stack(xp: Namespace, steps: Sequence[Array], like: Array) -> Array:
+    """Stack the arrays of all steps along a new first axis; `like` has the shape of one step, for T = 0."""
+    return xp.stack(steps) if steps else zeros(xp, (0, *like.shape), like)
 
 
 def reference_forward(
@@ -112,145 +202,90 @@ def reference_forward(
     reverse: bool,
     record_tape: bool,
 ) -> tuple[Array, State, Tape | None]:
-    fns, w = cell.bind(xp), _recurrent_weights(xp, cell, params)
+    """Run the scan; see dispatch.forward for the arguments."""
+    fns, w, count = cell.bind(xp), _recurrent_weights(xp, cell, params), x.shape[0]
     xg = linear(xp, x, params["weight_ih"], params.get("bias_ih"))
-    initial = state
-    records: list[tuple[State, _SavedStep] | None] = [None] * x.shape[0]
-    after: list[Any] = [None] * x.shape[0]
-    for t in _time_order(x.shape[0], reverse):
+    initial_state = state
+    saved: list[_SavedStep | None] = [None] * count
+    after: list[Any] = [None] * count
+    for t in _time_order(count, reverse):
         if step_mask.reset is not None:
-            row = step_mask.reset[t, :, None]
-            state = tuple(xp.where(row, i, s) for i, s in zip(reset_state, state, strict=True))
-        new, saved = _step(xp, cell, fns, w, xg[t, ...], state)
+            reset = step_mask.reset[t, :, None]
+            state = tuple(xp.where(reset, r, s) for r, s in zip(reset_state, state, strict=True))
+        new, saved_step = _step(xp, cell, fns, w, xg[t, ...], state)
         if step_mask.active is not None:
-            row = step_mask.active[t, :, None]
-            new = tuple(xp.where(row, n, s) for n, s in zip(new, state, strict=True))
+            active = step_mask.active[t, :, None]
+            new = tuple(xp.where(active, n, s) for n, s in zip(new, state, strict=True))
         if record_tape:
-            records[t] = (state, saved)
+            saved[t] = saved_step
         state = after[t] = new
-    states = tuple(_stack(xp, [a[k] for a in after], s) if record_tape or k == 0 else s for k, s in enumerate(initial))
-    y = states[0]
+    states = tuple(
+        _stack(xp, [a[k] for a in after], s) if record_tape or k == 0 else s for k, s in enumerate(initial_state)
+    )
+    y, tape = states[0], None
     if step_mask.active is not None:
         y = xp.where(step_mask.active[..., None], y, xp.zeros_like(y))
-    tape = None
     if record_tape:
-        tape = Tape(
-            reference_backward,
-            xp,
-            cell,
-            params,
-            x,
-            initial,
-            reset_state,
-            step_mask,
-            reverse,
-            lambda: states,
-            records,
-            config.REFERENCE_NAME,
-        )
+        record = (step_mask, reverse, lambda: states, saved, config.REFERENCE_NAME)
+        tape = Tape(reference_backward, xp, cell, params, x, initial_state, reset_state, *record)
     return y, state, tape
-
-
-def _add_optional(a: Array | None, b: Array | None) -> Array | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
 
 
 def reference_backward(
     tape: Tape, dy: Array | None, dstate: Sequence[Array | None], dstates: Sequence[Array | None]
 ) -> ScanGradients:
-    xp, cell, steps, params = tape.xp, tape.cell, tape.step_mask, tape.params
+    """The adjoint of `reference_forward`; see dispatch.backward for the arguments."""
+    xp, cell, mask, params, count = tape.xp, tape.cell, tape.step_mask, tape.params, tape.x.shape[0]
     fns = cell.bind(xp)
-    count = tape.x.shape[0]
-    if dy is not None and steps.active is not None:
-        dy = xp.where(steps.active[..., None], dy, xp.zeros_like(dy))
-    ds = [xp.zeros_like(i) if d is None else d for i, d in zip(tape.initial_state, dstate, strict=True)]
-    dhome: list[Array | None] = [None] * len(ds)
-    rows: list[Any] = [None] * count
-    totals: dict[str, Array] = {}
+    if dy is not None and mask.active is not None:
+        dy = xp.where(mask.active[..., None], dy, xp.zeros_like(dy))
+    ds = [xp.zeros_like(s) if d is None else d for s, d in zip(tape.initial_state, dstate, strict=True)]
+    dreset: list[Array | None] = [None] * len(ds)
+    dxg: list[Any] = [None] * count
+    dhg: list[Any] = [None] * count
+    sums: dict[str, Array] = {}
     for t in reversed(_time_order(count, tape.reverse)):
-        before, saved = tape.saved[t]
-        for k, injected in enumerate(dstates):
-            if injected is not None:
-                ds[k] = ds[k] + injected[t, ...]
+        for k, d in enumerate(dstates):
+            if d is not None:
+                ds[k] = ds[k] + d[t, ...]
         if dy is not None:
             ds[0] = ds[0] + dy[t, ...]
-        passed = [None] * len(ds)
-        if steps.active is not None:
-            row = steps.active[t, :, None]
-            passed = [xp.where(row, xp.zeros_like(d), d) for d in ds]
-            ds = [xp.where(row, d, xp.zeros_like(d)) for d in ds]
-        dxg, dhg, ds = _step_backward(xp, cell, fns, params, saved, before, ds, totals)
-        ds = [_add_optional(d, p) for d, p in zip(ds, passed, strict=True)]
-        if steps.reset is not None:
-            row = steps.reset[t, :, None]
-            dhome = [_add_optional(i, xp.where(row, d, xp.zeros_like(d))) for i, d in zip(dhome, ds, strict=True)]
-            ds = [xp.where(row, xp.zeros_like(d), d) for d in ds]
-        rows[t] = (dxg, dhg)
-    dx, dparams = _weight_gradients(tape, rows, totals)
-    return dx, tuple(ds), dhome, dparams
+        carried = [None] * len(ds)  # the cotangents of the inactive rows, which keep their states
+        if mask.active is not None:
+            active = mask.active[t, :, None]
+            carried = [xp.where(active, xp.zeros_like(d), d) for d in ds]
+            ds = [xp.where(active, d, xp.zeros_like(d)) for d in ds]
+        dxg[t], dhg[t], ds = _step_backward(xp, cell, fns, params, tape.saved[t], ds, sums)
+        ds = [_add_optional(d, c) for d, c in zip(ds, carried, strict=True)]
+        if mask.reset is not None:
+            reset = mask.reset[t, :, None]
+            dreset = [_add_optional(r, xp.where(reset, d, xp.zeros_like(d))) for r, d in zip(dreset, ds, strict=True)]
+            ds = [xp.where(reset, xp.zeros_like(d), d) for d in ds]
+    dx, dparams = _weight_gradients(tape, dxg, dhg, sums)
+    return dx, tuple(ds), dreset, dparams
 
 
-def _step_backward(
-    xp: Namespace,
-    cell: Cell,
-    fns: Pointwise,
-    params: Params,
-    saved: _SavedStep,
-    before: State,
-    ds: list[Array],
-    totals: dict[str, Array],
-) -> tuple[Array, Array, list[Array]]:
-    """The adjoint of `_step`, in reverse order; adds what is summed over time to `totals`."""
-    u, p = params["weight_hh"], tuple(params[v] for v in cell.vectors)
-    cut = cell.pregates * (u.shape[0] // cell.gates)
-
-    def add(name: str, value: Array) -> None:
-        totals[name] = value if name not in totals else totals[name] + value
-
-    if saved.unprojected_h is not None:
-        add("weight_hr", xp.matmul(xp.permute_dims(ds[0], (1, 0)), saved.unprojected_h))
-        ds = [xp.matmul(ds[0], params["weight_hr"]), *ds[1:]]
-    dx, dh, dprev, dp = fns.backward(tuple(ds), saved.cell_saved, before, p)
-    if fns.pregate_backward is not None:
-        dvalues = dx[: cell.pregates]
-        dq = xp.matmul(xp.concat(dh, axis=-1), u[cut:, :])
-        dx_early, dstate_early, dp_early = fns.pregate_backward(dvalues, dq, saved.pregate_saved, before, p)
-        dprev = [_add_optional(a, b) for a, b in zip(dprev, dstate_early, strict=True)]
-        dp = [_add_optional(a, b) for a, b in zip(dp, dp_early, strict=True)]
-        dx, dh = (*dx_early, *dx[cell.pregates :]), (*dx_early, *dh)
-    for name, value in zip(cell.vectors, dp, strict=True):
-        add(name, xp.sum(value, axis=0, dtype=value.dtype))
-    dhg = xp.concat(dh, axis=-1)
-    direct = xp.matmul(dhg[:, :cut], u[:cut, :]) if cell.pregates else xp.matmul(dhg, u)
-    dprev = [
-        _add_optional(direct, dprev[0]),
-        *(xp.zeros_like(b) if d is None else d for d, b in zip(dprev[1:], before[1:], strict=True)),
-    ]
-    return xp.concat(dx, axis=-1), dhg, dprev
-
-
-def _weight_gradients(tape: Tape, rows: list[Any], totals: dict[str, Array]) -> tuple[Array | None, Params]:
-    """One GEMM for each weight, over all T*N rows at once."""
-    xp, cell, params, n = tape.xp, tape.cell, tape.params, tape.initial_state[0].shape[0]
+def _weight_gradients(
+    tape: Tape, dxg: list[Array], dhg: list[Array], sums: dict[str, Array]
+) -> tuple[Array | None, Params]:
+    """dx and the gradients of all parameters: one matrix product for each weight, over all T*N rows."""
+    xp, cell, params, saved, h = tape.xp, tape.cell, tape.params, tape.saved, tape.initial_state[0]
     u, w = params["weight_hh"], params["weight_ih"]
-    blank = zeros(xp, (n, w.shape[0]), w)
-    dxg = _stack(xp, [r[0] for r in rows], blank)
-    dhg = flatten_leading(xp, _stack(xp, [r[1] for r in rows], blank))
-    dx, dw, db = linear_backward(xp, dxg, tape.x, w, sparse=tape.sparse, active=tape.step_mask.active)
-    before = flatten_leading(xp, _stack(xp, [s[0][0] for s in tape.saved], tape.initial_state[0]))
-    cut = cell.pregates * (u.shape[0] // cell.gates) if cell.pregates else u.shape[0]
-    dhg_t = xp.permute_dims(dhg, (1, 0))
-    du = xp.matmul(dhg_t[:cut, :], before)
+    like = zeros(xp, (h.shape[0], w.shape[0]), w)
+    dx, dw, db = linear_backward(xp, _stack(xp, dxg, like), tape.x, w, sparse=tape.sparse, active=tape.step_mask.active)
+    dhg_all = flatten_leading(xp, _stack(xp, dhg, like))
+    dhg_t = xp.permute_dims(dhg_all, (1, 0))
+    h_previous = flatten_leading(xp, _stack(xp, [s.states[0] for s in saved], h))
+    cut = _num_pregate_rows(cell, u) if cell.pregates else u.shape[0]
+    du = xp.matmul(dhg_t[:cut, :], h_previous)
     if cell.pregates:
-        q = flatten_leading(xp, _stack(xp, [s[1].gated_state for s in tape.saved], tape.initial_state[0]))
+        q = flatten_leading(xp, _stack(xp, [s.gated_state for s in saved], h))
         du = xp.concat((du, xp.matmul(dhg_t[cut:, :], q)), axis=0)
     grads = {"weight_ih": dw, "weight_hh": du}
     if "bias_ih" in params:
         grads["bias_ih"] = db
-        grads["bias_hh"] = xp.sum(dhg, axis=0, dtype=dhg.dtype)
+        grads["bias_hh"] = xp.sum(dhg_all, axis=0, dtype=dhg_all.dtype)
     for name in params:
         if name not in grads:
-            grads[name] = totals.get(name, xp.zeros_like(params[name]))
+            grads[name] = sums.get(name, xp.zeros_like(params[name]))
     return dx, {name: grads[name] for name in params}

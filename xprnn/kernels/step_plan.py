@@ -1,4 +1,8 @@
-"""Signature of a layer as the single-step kernels need it, and the Python code around them."""
+"""Signature of a layer for the single-step kernels, and the lines of Python code that they share.
+
+A step kernel is a Python function printed for the names, shapes and sizes of one layer. It checks its arguments and
+returns None if they do not fit.
+"""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -15,16 +19,11 @@ __all__ = [
 ]
 
 
-MAX_COMPILED_ROWS = 8  # rows: of more, a BLAS that reads the weights once for all of them is faster;
+MAX_COMPILED_ROWS = 8  # for more rows BLAS is faster, because it reads the weights once for all rows
+_LARGE_WEIGHTS = 1 << 19  # number of weights from which BLAS is faster for more than one row
 
-
-_LARGE_WEIGHTS = 1 << 19  # weights: of so many, of more than one row
-
-
-MAX_SEQUENCE_KERNEL_WORK = (
-    1 << 15
-)  # products a step, for which a walk is faster than the scan's preparations, however far
-
+# Multiply-adds of one step, of all rows, up to which the short-sequence kernel is faster than the scan, for any T.
+MAX_SEQUENCE_KERNEL_WORK = 1 << 15
 
 DTYPE_BITS = {np.dtype(np.float32): 32, np.dtype(np.float64): 64}
 
@@ -33,20 +32,20 @@ StepFn = Callable[[dict[str, Any], Any, Any], Any]
 
 
 class LayerSignature(NamedTuple):
-    """A layer, as far as a step of it goes."""
+    """The configuration of a recurrent layer, as far as a step depends on it."""
 
     cell: Cell
     bias: bool
     input_size: int  # D
     hidden_size: int  # H
     projection_size: int  # P, or 0
-    parameter_names: tuple[tuple[str, ...], ...]  # of each layer: w, u, biases, vectors, and where it is projected hr
-    initial_state_names: tuple[str, ...]  # parameters that no step needs
-    parameter_shapes: dict[str, tuple[int, ...]]
+    parameter_names: tuple[tuple[str, ...], ...]  # of each layer: weight_ih, weight_hh, biases, vectors, weight_hr
+    initial_state_names: tuple[str, ...]  # learned initial states, which a step does not read
+    parameter_shapes: dict[str, tuple[int, ...]]  # of all these names
 
     @property
     def max_compiled_rows(self) -> int:
-        """The most rows that the compiled step is for."""
+        """The number of rows up to which the compiled step is faster than the NumPy step."""
         return (
             MAX_COMPILED_ROWS
             if self.cell.gates * self.hidden_size * (self.input_size + self.hidden_size) < _LARGE_WEIGHTS
@@ -54,13 +53,16 @@ class LayerSignature(NamedTuple):
         )
 
     def use_sequence_kernel(self, n: int, integer: bool) -> bool:
-        """Whether n rows are for the compiled walk; not a question of T, so that chunks are the whole bit for bit."""
+        """True if the short-sequence kernel is faster than the scan for n rows.
+
+        The choice does not depend on T, so a sequence gives the same bits whole and in chunks.
+        """
         inner = self.hidden_size + (0 if integer else self.input_size)
         return n * self.cell.gates * self.hidden_size * inner <= MAX_SEQUENCE_KERNEL_WORK
 
     @property
     def state_sizes(self) -> list[int]:
-        """Of each state."""
+        """The number of features of each of the cell's states."""
         return [self.projection_size or self.hidden_size, *[self.hidden_size] * (len(self.cell.states) - 1)]
 
 
@@ -70,36 +72,42 @@ def _compile_code(source: str) -> Any:
 
 
 def compile_python(lines: list[str], scope: dict[str, Any]) -> StepFn:
-    """The function of these lines, printed here from a finite list of names."""
+    """Compile the function `step(params, x, state)` with these lines as its body, over the names in `scope`.
+
+    The callers print the lines from names, sizes and traced operations; no text from a user or a file enters them,
+    except the names of parameters, as string literals.
+    """
     scope = {"empty": np.empty, "zeros": np.zeros, "ndarray": np.ndarray, "bits": DTYPE_BITS, **scope}
     exec(_compile_code("\n    ".join(("def step(params, x, state):", *lines))), scope)
     step: StepFn = scope["step"]
     return step
 
 
-def argument_lines(its: LayerSignature, integer: bool) -> list[str]:
-    """The number of rows, the dtype, the states before."""
-    before = [f"s{k}" for k in range(len(its.state_sizes))]
-    lines = ["n = len(x)", f"dtype = params[{its.parameter_names[0][1]!r}].dtype" if integer else "dtype = x.dtype"]
-    if len(before) == 1:
+def argument_lines(signature: LayerSignature, integer: bool) -> list[str]:
+    """Print the lines that set n (the number of rows), dtype, and the old states s0, s1, ..."""
+    dtype = f"params[{signature.parameter_names[0][1]!r}].dtype" if integer else "x.dtype"
+    lines, states = ["n = len(x)", f"dtype = {dtype}"], [f"s{k}" for k in range(len(signature.state_sizes))]
+    if len(states) == 1:
         return [*lines, "s0 = state"]
-    return [*lines, "if state.__class__ is not tuple: return None", f"{', '.join(before)} = state"]
+    return [*lines, "if state.__class__ is not tuple: return None", f"{', '.join(states)} = state"]
 
 
-def initial_state_checks(its: LayerSignature) -> list[str]:
-    """Checks of parameters that no step needs."""
+def initial_state_checks(signature: LayerSignature) -> list[str]:
+    """Print the checks of the learned initial states."""
     return [
         line
-        for p in its.initial_state_names
-        for line in (f"p = params[{p!r}]", array_check("p", str(its.parameter_shapes[p])))
+        for name in signature.initial_state_names
+        for line in (f"p = params[{name!r}]", array_check("p", str(signature.parameter_shapes[name])))
     ]
 
 
 def array_check(name: str, shape: str) -> str:
+    """Print the check that a variable is a NumPy array of this shape and of the dtype of the call."""
     test = f"{name}.__class__ is not ndarray or {name}.dtype != dtype or {name}.shape != {shape}"
     return f"if {test}: return None"
 
 
-def result_expression(its: LayerSignature) -> str:
-    after = [f"n{k}" for k in range(len(its.state_sizes))]
-    return after[0] if len(after) == 1 else f"({', '.join(after)})"
+def result_expression(signature: LayerSignature) -> str:
+    """Print the expression of the new state: n0, or the tuple (n0, n1, ...)."""
+    states = [f"n{k}" for k in range(len(signature.state_sizes))]
+    return states[0] if len(states) == 1 else f"({', '.join(states)})"

@@ -1,4 +1,4 @@
-"""What a pass over time is told and what it leaves behind; shared by the generic scan and every kernel."""
+"""Step masks, tapes and gradients: the types that the reference scan and every kernel share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,25 +17,25 @@ __all__ = [
 ]
 
 
-State = tuple[Array, ...]
+State = tuple[Array, ...]  # the cell's states at one step: h first
 
 
 class StepMask(NamedTuple):
-    """Which rows take part in which step; None means all (active) or none (reset)."""
+    """Which rows of the batch are active, and which are reset, at each step."""
 
-    active: Array | None = None  # (T, N) boolean
-    reset: Array | None = None  # (T, N) boolean
-    lengths: Array | None = None  # (N,) integers: where given, active is start + t < lengths and nothing else
-    start: int = 0
+    active: Array | None = None  # (T, N) boolean; None: every row at every step
+    reset: Array | None = None  # (T, N) boolean; None: no row at any step
+    lengths: Array | None = None  # (N,) integers; if not None, active[t] is exactly start + t < lengths
+    start: int = 0  # the number of steps before the first, in the sequence to which `lengths` refers
 
     def slice_steps(self, t0: int, t1: int) -> "StepMask":
-        """The steps t0 to t1 - 1."""
+        """Return the mask of the steps t0 to t1 - 1."""
         active, reset = (None if a is None else a[t0:t1, ...] for a in (self.active, self.reset))
         return StepMask(active, reset, self.lengths, self.start + t0)
 
 
 class UnpicklableTape:
-    """What a forward pass leaves for its backward: it refers to arrays and to code, and stays in its process.
+    """Base class of tapes: they refer to arrays and to code of this process, so they cannot be pickled.
 
     >>> import pickle
     >>> pickle.dumps(UnpicklableTape())
@@ -47,11 +47,11 @@ class UnpicklableTape:
         raise TypeError("a tape can be neither pickled nor copied: keep params, x and the state, and run forward again")
 
     def __copy__(self) -> Any:
-        return self  # frozen, and what it refers to would be shared anyway
+        return self  # a tape is frozen, and a shallow copy would share all arrays
 
 
 class ModelTape(UnpicklableTape, dict[str, Any]):
-    """The tapes of a model's parts, by their names."""
+    """The tapes of the layers of a model, by layer name."""
 
     def __copy__(self) -> "ModelTape":
         return ModelTape(self)
@@ -59,25 +59,25 @@ class ModelTape(UnpicklableTape, dict[str, Any]):
 
 @dataclass(frozen=True)
 class Tape(UnpicklableTape):
-    """What backward needs of a forward pass; replaying it any number of times gives the same gradients."""
+    """What the forward pass of one scan saved for backward; backward may use it any number of times."""
 
-    backward_fn: Callable[..., Any]  # the backward of the implementation that wrote this tape
+    backward_fn: Callable[..., Any]  # the backward function of the kernel that recorded this tape
     xp: Namespace
     cell: Cell
     params: Params
     x: Array
-    initial_state: State  # before the first step
-    reset_state: State  # where a reset leads
+    initial_state: State  # before the first step that runs, which is T-1 if `reverse`
+    reset_state: State  # the states that a reset restores
     step_mask: StepMask
     reverse: bool
-    states: Callable[[], State]  # one (T, N, .) for each of the cell's states: after each step
-    saved: Any  # what the writer keeps for its backward
+    states: Callable[[], State]  # returns each of the cell's states after every step, (T, N, .)
+    saved: Any  # private to the kernel
     kernel_name: str
-    sparse: bool = False  # whether, where x is integer, weight_ih's gradient is to be a SparseGradient
+    sparse: bool = False  # True if the gradient of weight_ih is a SparseGradient where x is integer
 
 
 class Gradients(NamedTuple):
-    """What `backward` returns: the adjoint of each thing that `forward` received."""
+    """What `backward` returns: the cotangents of the arguments of `forward`."""
 
     dx: Array | None
     dstate: Any

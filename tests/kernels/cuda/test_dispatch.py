@@ -77,8 +77,8 @@ def test_arrays_of_another_device_than_the_current_one(xp, rng):
 
 EXPLAINED = {
     "rnn": "CUDA fused steps (not persistent: ",
-    "lstm-proj": "generic scan (not fused: h is projected by weight_hr; not persistent: ",
-    "gru-before": "generic scan (not fused: gates act before their product; not persistent: ",
+    "lstm-proj": "reference scan (not fused: h is projected by weight_hr; not persistent: ",
+    "gru-before": "reference scan (not fused: gates act before their product; not persistent: ",
 }
 
 
@@ -146,4 +146,4 @@ def test_what_no_kernel_knows_takes_the_generic_scan(xp, rng, change, why):
     with allow_jit(change.get("compiling", True)):
         assert why in layer.explain(params, x)
         if "dtype" not in change and "N" not in change and change.get("cell") is None:
-            assert "generic scan" in layer.forward(params, x, state)[2].explain()
+            assert "reference scan" in layer.forward(params, x, state)[2].explain()

@@ -1,4 +1,14 @@
-"""A cell's programs for the in-place scan: traced once, and what is wired to what."""
+"""Traces of a cell's functions: step, backward and, if the cell has pregates, those of the pregates.
+
+Inputs and outputs of the graphs are named by a letter and a number:
+
+    x, h, g    gate k of the input projection, of the recurrent product, and their sum
+    s, p, v    states before the step, the cell's vectors, saved values
+    d, q       cotangents of the states after the step; q of the pregates or, in an adjoint, its cotangent
+    X, U       outputs of an adjoint: the cotangents of x and h
+    r, e       outputs: the cotangent of the h before the step without the recurrent product; those of the other states
+    P          outputs: the cotangents of the cell's vectors
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,42 +27,50 @@ __all__ = [
 
 
 def trace_step(cell: Cell, graph: TraceGraph) -> tuple[tuple[Any, ...], tuple[Any, ...], int]:
-    """(new states, saved, up to which gate they are used only as the sum g = x + h).
+    """Trace the cell's step.
 
-    Gates are numbered through: with early gates, x0... are their values, and of the others all or none are sums.
+    Gates have the same numbers with and without pregates. With E pregates, x0 to x<E-1> are the pregates' values.
+
+    Returns:
+        The new states, the saved values, and the number of summed gates: up to this gate, only the sum x + h is used.
+        With pregates it is E or G, because a kernel treats the other gates alike.
     """
     s, p, e = graph.inputs("s", len(cell.states)), graph.inputs("p", len(cell.vectors)), cell.pregates
     new, saved = cell.bind(graph).step(graph.inputs("x", cell.gates), graph.inputs("h", cell.gates)[e:], s, p)
     used = _used_inputs((*new, *saved))
-    added = next((k for k in range(e, cell.gates) if {f"x{k}", f"h{k}"} & used), cell.gates)
-    if e and added < cell.gates:
-        added = e
-    _expand_gate_sums(graph, range(added, cell.gates), used)
-    return tuple(new), tuple(saved), added
+    summed_gates = next((k for k in range(e, cell.gates) if {f"x{k}", f"h{k}"} & used), cell.gates)
+    if e and summed_gates < cell.gates:
+        summed_gates = e
+    _expand_gate_sums(graph, range(summed_gates, cell.gates), used)
+    return tuple(new), tuple(saved), summed_gates
 
 
 def trace_pregates(cell: Cell, graph: TraceGraph) -> tuple[tuple[Any, ...], Any, bool]:
-    """(the early gates' values, q, whether these gates are used only as the sum g = x + h)."""
-    s, p, e = graph.inputs("s", len(cell.states)), graph.inputs("p", len(cell.vectors)), range(cell.pregates)
-    early = cell.bind(graph).pregate
-    assert early is not None
-    values, q = early(graph.inputs("x", len(e)), graph.inputs("h", len(e)), s, p)
+    """Trace the cell's pregates.
+
+    Returns:
+        Their values, q, and True if only the sum x + h of each pregate is used.
+    """
+    s, p, gates = graph.inputs("s", len(cell.states)), graph.inputs("p", len(cell.vectors)), range(cell.pregates)
+    pregate = cell.bind(graph).pregate
+    assert pregate is not None
+    values, q = pregate(graph.inputs("x", len(gates)), graph.inputs("h", len(gates)), s, p)
     used = _used_inputs((*values, q))
-    together = not any({f"x{k}", f"h{k}"} & used for k in e)
-    if not together:
-        _expand_gate_sums(graph, e, used)
-    return tuple(values), q, together
+    all_summed = not any({f"x{k}", f"h{k}"} & used for k in gates)
+    if not all_summed:
+        _expand_gate_sums(graph, gates, used)
+    return tuple(values), q, all_summed
 
 
 def _used_inputs(values: Sequence[Any]) -> set[str]:
-    """The names of all inputs that the values are made of."""
+    """The names of all inputs that the values depend on."""
     if any(isinstance(v, Value) and v.is_boolean for v in values):
         raise UntraceableError("a state or saved value that is true or false")
     return set().union(*(input_names(v) for v in values))
 
 
 def _expand_gate_sums(graph: TraceGraph, gates: range, used: set[str]) -> None:
-    """Where a kernel has no room for the sum g of these gates, it is an operation like any other."""
+    """Turn the inputs g<k> of these gates, for which a kernel has no buffer, into operations x<k> + h<k>."""
     for k in gates:
         g = graph.input(f"g{k}")
         if f"g{k}" in used:
@@ -60,39 +78,50 @@ def _expand_gate_sums(graph: TraceGraph, gates: range, used: set[str]) -> None:
 
 
 def trace_backward(cell: Cell, num_saved: int, num_pregate_values: int = 0) -> tuple[list[tuple[str, Any]], bool, bool]:
-    """(name, value) of what the adjoint writes, whether dh is dx, whether the adjoint of h has a direct path.
+    """Trace the adjoint of the cell's step.
 
-    With early gates, X0... are the adjoints of their values, where they have any; v0... are these, `saved` come behind.
+    With pregates, X0 to X<E-1> are the cotangents of the pregates' values, as far as there are any. The inputs v0, v1,
+    ... are then the pregates' values, followed by the values that the step saved.
+
+    Returns:
+        (name, value) of each output, True if dh is dx, and True if h has a direct path, beside the recurrent product.
     """
-    graph, count, e = TraceGraph(), len(cell.states), cell.pregates
-    s, p, v = (
-        graph.inputs("s", count),
-        graph.inputs("p", len(cell.vectors)),
-        graph.inputs("v", num_pregate_values + num_saved),
-    )
-    dx, dh, dprev, dp = cell.bind(graph).backward(graph.inputs("d", count), v[num_pregate_values:], s, p)
-    outputs = [(f"X{k}", 0.0 if d is None else d) for k, d in enumerate(dx) if k >= e or d is not None]
-    same = all(a is b for a, b in zip(dx[e:], dh, strict=True))
-    if not same:
-        outputs += [(f"U{k}", d) for k, d in enumerate(dh, e)]
-    outputs += [(f"P{k}", d) for k, d in enumerate(dp) if not e or d is not None]
-    if dprev[0] is not None:
-        outputs.append(("r0", dprev[0]))
-    outputs += [(f"e{k}", 0.0 if d is None else d) for k, d in enumerate(dprev) if k]
-    return outputs, same, dprev[0] is not None
+    graph, e = TraceGraph(), cell.pregates
+    d, s = graph.inputs("d", len(cell.states)), graph.inputs("s", len(cell.states))
+    p, v = graph.inputs("p", len(cell.vectors)), graph.inputs("v", num_pregate_values + num_saved)
+    dx, dh, dprevious, dvectors = cell.bind(graph).backward(d, v[num_pregate_values:], s, p)
+    outputs = [(f"X{k}", 0.0 if a is None else a) for k, a in enumerate(dx) if k >= e or a is not None]
+    dx_is_dh = all(a is b for a, b in zip(dx[e:], dh, strict=True))
+    if not dx_is_dh:
+        outputs += [(f"U{k}", a) for k, a in enumerate(dh, e)]
+    outputs += [(f"P{k}", a) for k, a in enumerate(dvectors) if not e or a is not None]
+    if dprevious[0] is not None:
+        outputs.append(("r0", dprevious[0]))
+    outputs += [(f"e{k}", 0.0 if a is None else a) for k, a in enumerate(dprevious) if k]
+    return outputs, dx_is_dh, dprevious[0] is not None
 
 
 def trace_pregates_backward(cell: Cell, num_pregate_values: int, cotangent_names: set[str]) -> list[tuple[str, Any]]:
-    """(name, value) of what the early gates' adjoint writes or, but for X0..., adds; `given` are trace_backward's names."""
-    graph, count, e = TraceGraph(), len(cell.states), range(cell.pregates)
-    s, p, v = graph.inputs("s", count), graph.inputs("p", len(cell.vectors)), graph.inputs("v", num_pregate_values)
-    dvalues = tuple(graph.input(f"X{k}") if f"X{k}" in cotangent_names else None for k in e)
-    early_back = cell.bind(graph).pregate_backward
-    assert early_back is not None
-    dx, dprev, dp = early_back(dvalues, graph.input("q0"), v, s, p)
-    outputs = [(f"X{k}", 0.0 if d is None else d) for k, d in enumerate(dx)]
-    outputs += [(f"P{k}", d) for k, d in enumerate(dp) if d is not None]
-    return outputs + [(f"{'e' if k else 'r'}{k}", d) for k, d in enumerate(dprev) if d is not None]
+    """Trace the adjoint of the cell's pregates.
+
+    Args:
+        cell: a cell with pregates.
+        num_pregate_values: how many values the pregates return.
+        cotangent_names: the names of the outputs of `trace_backward`.
+
+    Returns:
+        (name, value) of each output. A kernel assigns the outputs X and adds the others to those of `trace_backward`.
+    """
+    graph, gates = TraceGraph(), range(cell.pregates)
+    s, p = graph.inputs("s", len(cell.states)), graph.inputs("p", len(cell.vectors))
+    v = graph.inputs("v", num_pregate_values)
+    dvalues = tuple(graph.input(f"X{k}") if f"X{k}" in cotangent_names else None for k in gates)
+    pregate_backward = cell.bind(graph).pregate_backward
+    assert pregate_backward is not None
+    dx, dprevious, dvectors = pregate_backward(dvalues, graph.input("q0"), v, s, p)
+    outputs = [(f"X{k}", 0.0 if a is None else a) for k, a in enumerate(dx)]
+    outputs += [(f"P{k}", a) for k, a in enumerate(dvectors) if a is not None]
+    return outputs + [(f"{'e' if k else 'r'}{k}", a) for k, a in enumerate(dprevious) if a is not None]
 
 
 def assign_buffers(
@@ -103,34 +132,49 @@ def assign_buffers(
     pregate_buffers: tuple[str, ...] = (),
     first_state_buffer: str = "M0",
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Where each saved value lies, and those that need a place of their own: the first of them beside the gates.
+    """Assign a buffer to each saved value of a step.
 
-    `values` is where those of early gates lie, which the step gets as x0...; `first` where the first new state does.
+    A saved value that is a state or a pregate's value is already in a buffer: S<k> holds the states before the step,
+    M<k> those after it. For the others there are X<k>, columns of the gate buffer, and after these V<k>.
+
+    Args:
+        cell: the cell.
+        graph: the graph of the step.
+        new: its new states.
+        saved: its saved values.
+        pregate_buffers: the buffers of the pregates' values, which the step reads as x0, x1, ...
+        first_state_buffer: the buffer of the first new state.
+
+    Returns:
+        The buffer of each saved value, and a dict from each buffer that the step must write to its value.
     """
-    known = {id(graph.input(f"x{k}")): slot for k, slot in enumerate(pregate_buffers[: cell.pregates])}
+    known = {id(graph.input(f"x{k}")): buffer for k, buffer in enumerate(pregate_buffers[: cell.pregates])}
     known |= {id(graph.input(f"s{k}")): f"S{k}" for k in range(len(cell.states))}
     known |= {id(v): f"M{k}" if k else first_state_buffer for k, v in enumerate(new)}
-    taken = len({slot for slot in pregate_buffers if slot[0] in "XV"})
-    own: dict[str, Any] = {}
-    slots = []
+    num_used = len({buffer for buffer in pregate_buffers if buffer[0] in "XV"})
+    written: dict[str, Any] = {}
+    buffers = []
     for value in saved:
-        slot = known.get(id(value))
-        if slot is None:
-            k = taken + len(own)
-            slot = f"X{k}" if k < cell.gates else f"V{k}"
-            own[slot] = value
-        slots.append(slot)
-    return tuple(slots), own
+        buffer = known.get(id(value))
+        if buffer is None:
+            k = num_used + len(written)
+            buffer = f"X{k}" if k < cell.gates else f"V{k}"
+            written[buffer] = value
+        buffers.append(buffer)
+    return tuple(buffers), written
 
 
 def fusable_gates(graph: TraceGraph, outputs: Sequence[Any], summed_gates: int) -> list[Value]:
-    """For each added gate the one tanh or sigmoid that takes it; empty unless that holds for all."""
-    found = []
-    every = nodes(outputs)
+    """Return the one tanh or sigmoid to which each summed gate is passed; an empty list if any gate is used otherwise.
+
+    A kernel can then compute the activations of all summed gates in one call.
+    """
+    activations = []
+    all_nodes = nodes(outputs)
     for k in range(summed_gates):
         g = graph.input(f"g{k}")
-        users = [v for v in every if any(a is g for a in v.args)]
+        users = [v for v in all_nodes if any(a is g for a in v.args)]
         if len(users) != 1 or users[0].op not in ("tanh", "sigmoid") or any(v is g for v in outputs):
             return []
-        found.append(users[0])
-    return found
+        activations.append(users[0])
+    return activations

@@ -1,11 +1,11 @@
-"""Turns a cell's elementwise functions into straight-line programs that write into given arrays.
+"""Records a cell's elementwise functions as a graph of operations.
 
-The functions are called once with stand-ins for their arguments. Each operator and each namespace function they use
-becomes a node; equal nodes are one. A program prints the nodes it needs, in order, as calls `ufunc(a, b, out)`, with
-as few scratch arrays as their lifetimes allow: no allocation is left, and a cell's maths is written once, in cells.py.
+The functions are called once, with a `Value` in place of each array and a `TraceGraph` in place of the namespace. Each
+operator and each namespace function that they use adds a node; equal operations share one node. The kernels are printed
+from this graph, so a cell's mathematics is written once, in xprnn.cells.
 
-What can't be traced (a function outside `FUNCTIONS`, a branch on a value) raises UntraceableError, and the generic
-scan runs.
+A function that cannot be traced, because it branches on a value or calls a function outside UFUNCS, raises
+UntraceableError. Such a cell runs on the reference scan.
 """
 
 from collections.abc import Iterable
@@ -34,7 +34,7 @@ class UntraceableError(AttributeError):
 
 
 class Value:
-    """A stand-in for an array: arithmetic on it is written down, not done."""
+    """A node of a trace, used in place of an array: operators add nodes to its graph."""
 
     __slots__ = ("args", "graph", "is_boolean", "name", "op")
     __hash__ = object.__hash__
@@ -78,7 +78,12 @@ for _name, _op in {
 
 
 class TraceGraph:
-    """The nodes of one trace; also the namespace that traced functions see."""
+    """The nodes of one trace, and the namespace that the traced functions see.
+
+    Args:
+        sigmoid: True to record a call of `xp.sigmoid` as one node. By default it raises UntraceableError, and the
+            library's activations compute a sigmoid from tanh.
+    """
 
     def __init__(self, *, sigmoid: bool = False) -> None:
         self._extra = {"sigmoid"} if sigmoid else set()
@@ -86,15 +91,19 @@ class TraceGraph:
         self._inputs: dict[str, Value] = {}
 
     def input(self, name: str) -> Value:
-        """The stand-in called `name`."""
+        """Return the input node called `name`."""
         return self._inputs.setdefault(name, Value(self, "input", (), name))
 
     def inputs(self, letter: str, count: int) -> tuple[Value, ...]:
-        """Stand-ins letter0, letter1, ..."""
+        """Return the input nodes letter0, letter1, ..."""
         return tuple(self.input(f"{letter}{k}") for k in range(count))
 
     def node(self, op: str, *args: Any) -> Value:
-        """The node op(*args), the same object whenever it is asked for again."""
+        """Return the node op(*args), the same object for equal arguments.
+
+        The sum of the inputs x<k> and h<k>, the two halves of gate k, is the input g<k>: a kernel can add them for all
+        gates in one call.
+        """
         for a in args:
             if not isinstance(a, (Value, int, float)):
                 raise UntraceableError(f"{type(a).__name__} among the operands of {op}")
@@ -105,12 +114,12 @@ class TraceGraph:
             and {n[0] for n in names if n} == {"x", "h"}
             and names[0][1:] == names[1][1:]
         ):
-            return self.input("g" + names[0][1:])  # the two halves of a gate, which the scan can add for all gates
+            return self.input("g" + names[0][1:])
         key = (op, *(id(a) if isinstance(a, Value) else ("number", float(a)) for a in args))
         return self._nodes.setdefault(key, Value(self, op, args))
 
     def where(self, condition: Any, a: Any, b: Any) -> Value:
-        """The namespace's where."""
+        """Record a call of the namespace's `where`."""
         return self.node("where", condition, a, b)
 
     def __getattr__(self, name: str) -> Any:
@@ -120,22 +129,22 @@ class TraceGraph:
 
 
 def nodes(values: Iterable[Any]) -> dict[Value, None]:
-    """All nodes that `values` are made of, themselves included."""
-    found: dict[Value, None] = {}
+    """Return all nodes that `values` depend on, themselves included, in preorder."""
+    visited: dict[Value, None] = {}
 
     def visit(value: Any) -> None:
-        if isinstance(value, Value) and value not in found:
-            found[value] = None
+        if isinstance(value, Value) and value not in visited:
+            visited[value] = None
             for a in value.args:
                 visit(a)
 
     for value in values:
         visit(value)
-    return found
+    return visited
 
 
 def input_names(value: Value) -> set[str]:
-    """The names of the inputs that `value` is made of."""
+    """Return the names of the inputs that `value` depends on."""
     if value.op == "input":
         return {value.name}
     return set().union(*(input_names(a) for a in value.args if isinstance(a, Value)))

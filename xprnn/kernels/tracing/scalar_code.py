@@ -1,4 +1,4 @@
-"""Prints traced values as scalar statements: the body of a compiled loop over rows and units."""
+"""Prints a trace as scalar statements: the body of a compiled loop over rows and units."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -7,7 +7,7 @@ from xprnn.kernels.tracing.graph import UntraceableError, Value
 
 __all__ = ["OP_TEMPLATES", "ScalarCode", "literal"]
 
-# A NaN on either side must come out of maximum and minimum, as it does of NumPy's; sign(nan) is nan.
+# As in NumPy, maximum and minimum return NaN if either argument is NaN, and sign(nan) is nan.
 OP_TEMPLATES = {
     "abs": "abs({0})",
     "add": "{0} + {1}",
@@ -42,13 +42,19 @@ OP_TEMPLATES = {
 
 
 def literal(number: float) -> str:
-    """A constant of the arrays' dtype; it must not lift float32 arithmetic to float64."""
+    """Print a constant in the dtype of the arrays, so that it does not promote float32 arithmetic to float64."""
     number = float(number)
     return f"F({number!r})" if number - number == 0 else f"F(np.float64({str(number)!r}))"
 
 
 class ScalarCode:
-    """The statements that compute some values for one unit of one row, each value once; in Python."""
+    """Collects the Python statements that compute values for one unit of one row, each value once.
+
+    A subclass prints another language by overriding the templates.
+
+    Args:
+        read: returns the expression that loads the input of a name.
+    """
 
     op_templates = OP_TEMPLATES
     assignment_template = "{0} = {1}"
@@ -56,12 +62,11 @@ class ScalarCode:
     format_constant = staticmethod(literal)
 
     def __init__(self, read: Callable[[str], str]) -> None:
-        """`read` gives the expression that loads an input."""
         self.lines: list[str] = []
         self._read, self._names = read, dict[Value, str]()
 
     def emit(self, value: Any) -> str:
-        """The name of a value, or a constant; what it needs is printed first."""
+        """Print the statements that compute a value; return the variable that holds it, or a constant."""
         if not isinstance(value, Value):
             return self.format_constant(value)
         if value not in self._names:
@@ -71,7 +76,7 @@ class ScalarCode:
         return self._names[value]
 
     def emit_all(self, values: Iterable[Any]) -> list[str]:
-        """`name` of each."""
+        """Apply `emit` to each value."""
         return [self.emit(v) for v in values]
 
     def _format_op(self, value: Value) -> str:

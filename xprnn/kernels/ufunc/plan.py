@@ -1,4 +1,4 @@
-"""Plan of a cell for the in-place NumPy scan: forward and backward programs."""
+"""Plan of a cell for the NumPy scan: its forward and backward programs."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -16,82 +16,88 @@ __all__ = [
 
 
 class UfuncPlan(NamedTuple):
-    """A cell's programs and how they are wired."""
+    """The programs of a cell.
 
-    summed_gates: int  # the first gates, of which only x + h is used
-    gate_activations: tuple[
-        str, ...
-    ]  # "tanh" or "sigmoid" of each of them, where that is all that happens to their sum
-    forward_program: UfuncProgram  # (g or a, x h s p) -> n states, v saved
-    saved_names: tuple[
-        str, ...
-    ]  # each entry of `saved`: its own array v*, a gate a*, or a state n* (after) or s* (before)
-    hoisted_names: tuple[str, ...]  # k*: factors of the adjoint that need no adjoint
-    hoisted_program: UfuncProgram  # (v s p) -> k*
-    backward_program: (
-        UfuncProgram  # (d v s p k) -> X (dx), U (dh), r (dh of the state before), e* (the other states'), P (vectors)
-    )
-    dx_is_dh: bool  # dh is dx, gate by gate
-    has_direct_path: bool  # the adjoint of h has a direct path, r
+    cell_trace.py explains the names of the arrays. In addition, a<k> is the activation of gate k, n<k> a state after
+    the step, and k<k> a hoisted factor: a part of the adjoint that needs no cotangent.
+    """
+
+    summed_gates: int  # the number of leading gates of which only the sum g = x + h is used
+    gate_activations: tuple[str, ...]  # "tanh" or "sigmoid" for each summed gate; empty if a gate is used otherwise
+    forward_program: UfuncProgram  # (a or g, x, h, s, p) -> n, v
+    saved_names: tuple[str, ...]  # the array of each saved value: v<k>, a<k>, n<k> or s<k>
+    hoisted_names: tuple[str, ...]
+    hoisted_program: UfuncProgram  # (v, s, p) -> k
+    backward_program: UfuncProgram  # (d, v, s, p, k) -> X, U, r, e, P
+    dx_is_dh: bool  # True if the cotangents of x and h are the same, so that there is no U
+    has_direct_path: bool  # True if there is an r
 
 
 @lru_cache(maxsize=256)
 def ufunc_plan(cell: Cell) -> UfuncPlan | None:
-    """The cell's plan, or None where it can't be traced.
+    """Return the plan of a cell, or None if it cannot be traced.
 
-    Whatever goes wrong with stand-ins, the generic scan goes on with arrays: if it was the cell's fault, it says so.
+    Every exception means that it cannot. The reference scan then runs the cell on arrays, and raises the exception
+    again if it is an error of the cell.
     """
     try:
-        half = _forward_program(cell, sigmoid=True) or _forward_program(cell, sigmoid=False)
-        assert half is not None
-        added, squash, forward, saved = half
-        return UfuncPlan(added, squash, forward, saved, *_backward_programs(cell, len(saved)))
+        traced = _forward_program(cell, sigmoid=True) or _forward_program(cell, sigmoid=False)
+        assert traced is not None
+        summed_gates, gate_activations, forward_program, saved_names = traced
+        programs = _backward_programs(cell, len(saved_names))
+        return UfuncPlan(summed_gates, gate_activations, forward_program, saved_names, *programs)
     except Exception:
         return None
 
 
 def _forward_program(cell: Cell, *, sigmoid: bool) -> tuple[int, tuple[str, ...], UfuncProgram, tuple[str, ...]] | None:
-    """The forward half of a plan; None if sigmoids remain that only a squash could have taken."""
+    """Return (summed_gates, gate_activations, forward_program, saved_names) of a plan.
+
+    With `sigmoid`, a sigmoid is one node of the trace; the result is None if such a node is not a fusable gate, because
+    NumPy has no sigmoid.
+    """
     graph = TraceGraph(sigmoid=sigmoid)
-    new, saved, added = trace_step(cell, graph)
-    gates = fusable_gates(graph, [*new, *saved], added) if cell.gates > 1 else []
+    new, saved, summed_gates = trace_step(cell, graph)
+    gates = fusable_gates(graph, [*new, *saved], summed_gates) if cell.gates > 1 else []
     if sigmoid and any(v.op == "sigmoid" and not any(v is g for g in gates) for v in nodes([*new, *saved])):
         return None
-    squash = tuple(v.op for v in gates)
+    gate_activations = tuple(v.op for v in gates)
     for k, gate in enumerate(gates):
         gate.op, gate.args, gate.name = "input", (), f"a{k}"
     known = {id(graph.input(f"s{k}")): f"s{k}" for k in range(len(cell.states))}
     known |= {id(v): f"a{k}" for k, v in enumerate(gates)}
     known |= {id(v): f"n{k}" for k, v in enumerate(new)}
     names = tuple(known.get(id(v), f"v{j}") for j, v in enumerate(saved))
-    own = [(n, v) for n, v in zip(names, saved, strict=True) if n[0] == "v"]
-    return added, squash, build_program([*own, *((f"n{k}", v) for k, v in enumerate(new))], "axsnv"), names
+    outputs = [(name, v) for name, v in zip(names, saved, strict=True) if name[0] == "v"]
+    outputs += [(f"n{k}", v) for k, v in enumerate(new)]
+    return summed_gates, gate_activations, build_program(outputs, "axsnv"), names
 
 
-def _backward_programs(cell: Cell, saved: int) -> tuple[tuple[str, ...], UfuncProgram, UfuncProgram, bool, bool]:
-    """The adjoint's half of a plan."""
-    outputs, same, through = trace_backward(cell, saved)
-    hoisted = _hoistable_factors([d for _, d in outputs])
+def _backward_programs(cell: Cell, num_saved: int) -> tuple[tuple[str, ...], UfuncProgram, UfuncProgram, bool, bool]:
+    """Return (hoisted_names, hoisted_program, backward_program, dx_is_dh, has_direct_path) of a plan."""
+    outputs, dx_is_dh, has_direct_path = trace_backward(cell, num_saved)
+    hoisted = _hoistable_factors([value for _, value in outputs])
     factors = {value: f"k{i}" for i, value in enumerate(hoisted)}
-    back = build_program(outputs, "vskXUP", factors, {f"e{k}": f"d{k}" for k in range(1, len(cell.states))})
-    before = build_program([(name, value) for value, name in factors.items()], "vsk")
-    return tuple(factors.values()), before, back, same, through
+    in_place = {f"e{k}": f"d{k}" for k in range(1, len(cell.states))}
+    backward_program = build_program(outputs, "vskXUP", factors, in_place)
+    hoisted_program = build_program([(name, value) for value, name in factors.items()], "vsk")
+    return tuple(factors.values()), hoisted_program, backward_program, dx_is_dh, has_direct_path
 
 
 def _hoistable_factors(outputs: Sequence[Any]) -> list[Value]:
-    """The largest operations that need no incoming adjoint."""
-    found: dict[Value, None] = {}
+    """The largest subexpressions that depend on no cotangent d<k>."""
+    factors: dict[Value, None] = {}
 
     def visit(value: Any) -> None:
         if not isinstance(value, Value) or value.op == "input":
             return
         names = input_names(value)
         if names and not value.is_boolean and not any(n[0] == "d" for n in names):
-            found[value] = None
+            factors[value] = None
         else:
             for a in value.args:
                 visit(a)
 
     for value in outputs:
         visit(value)
-    return list(found)
+    return list(factors)

@@ -1,4 +1,7 @@
-"""One time step of a stack on NumPy arrays, printed as straight-line NumPy code."""
+"""One time step of a stack of layers on NumPy arrays, printed as straight-line NumPy code.
+
+For one row the printed code works on arrays without a row axis, which halves the time of a NumPy call.
+"""
 
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -21,26 +24,38 @@ from xprnn.kernels.tracing.cell_trace import fusable_gates, trace_step
 from xprnn.kernels.tracing.graph import UFUNCS, TraceGraph, UntraceableError, Value, nodes
 
 __all__ = [
+    "is_traceable",
     "numpy_step",
 ]
 
 
 class _GateScales(dict[Any, Any]):
-    """dtype -> how the added gates become tanh or sigmoid in one call: sigmoid(x) = tanh(x/2)/2 + 1/2."""
+    """dtype -> (scale, offset) of all summed gates, whose tanh or sigmoid is scale * tanh(scale * x) + offset."""
 
-    def __init__(self, squash: tuple[str, ...], hidden: int) -> None:
-        self.gate_activations, self.hidden_size = squash, hidden
+    def __init__(self, gate_activations: tuple[str, ...], hidden_size: int) -> None:
+        self.gate_activations, self.hidden_size = gate_activations, hidden_size
 
     def __missing__(self, dtype: Any) -> Any:
-        half = np.repeat(
-            np.asarray([0.5 if op == "sigmoid" else 1.0 for op in self.gate_activations], dtype), self.hidden_size
-        )
-        self[dtype] = half, 1 - half
+        scales = np.asarray([0.5 if op == "sigmoid" else 1.0 for op in self.gate_activations], dtype)
+        scale = np.repeat(scales, self.hidden_size)
+        self[dtype] = scale, 1 - scale
         return self[dtype]
 
 
+def is_traceable(cell: Cell) -> bool:
+    """True if `numpy_step` prints the operations of this cell, False if it calls `reference_step` for each layer."""
+    return _cached_trace(cell) is not None
+
+
 def numpy_step(layer: LayerSignature, integer: bool, single_row: bool, reference_step: Callable[..., Any]) -> StepFn:
-    """The step in NumPy, of one row or of any number; by `once` for each layer where the cell can't be traced."""
+    """Print and compile the NumPy step of a layer. The result returns None for arguments that do not fit.
+
+    Args:
+        layer: the signature of the layer.
+        integer: True for integer x (N,), False for x (N, D).
+        single_row: True for N = 1, False for any N.
+        reference_step: computes the step of one layer whose cell cannot be traced: params, x, states -> next states.
+    """
     traced = _cached_trace(layer.cell)
     print_layer = None if traced is None else _LayerPrinter(layer, single_row, *traced)
     row = "[0]" if single_row and print_layer else ""
@@ -51,7 +66,7 @@ def numpy_step(layer: LayerSignature, integer: bool, single_row: bool, reference
     for k, names in enumerate(layer.parameter_names):
         for j, name in enumerate(names):
             lines += [f"w{j}_{k} = params[{name!r}]", array_check(f"w{j}_{k}", str(layer.parameter_shapes[name]))]
-    lines += ["half, offset = squash[dtype]"] if print_layer and print_layer.has_sigmoid else []
+    lines += ["scale, offset = gate_scales[dtype]"] if print_layer and print_layer.has_sigmoid else []
     lines += [f"x = x{row}"]
     if count > 1:
         lines += [f"n{k} = empty(({count}, n, {w}), dtype)" for k, w in enumerate(layer.state_sizes)]
@@ -63,27 +78,28 @@ def numpy_step(layer: LayerSignature, integer: bool, single_row: bool, reference
     if count == 1:
         lines += ["x = e0.copy()", *(f"n{i} = e{i}.reshape(1, n, {w})" for i, w in enumerate(layer.state_sizes))]
     lines += [f"return x.reshape(n, {layer.state_sizes[0]}), {result_expression(layer)}"]
-    squash = _GateScales(traced[1] if traced else (), layer.hidden_size)
-    scope = {"where": np.where, "inf": np.inf, "nan": np.nan, "columns": partial(gather_columns, np)}
-    return compile_python(lines, {**UFUNCS, **scope, "once": reference_step, "squash": squash})
+    gate_scales = _GateScales(traced[1] if traced else (), layer.hidden_size)
+    scope = {"where": np.where, "inf": np.inf, "nan": np.nan, "gather_columns": partial(gather_columns, np)}
+    return compile_python(lines, {**UFUNCS, **scope, "reference_step": reference_step, "gate_scales": gate_scales})
 
 
-def _input_checks(its: LayerSignature, integer: bool, one: bool) -> list[str]:
-    """x is (n, D) of the parameters' dtype, or (n,) integers below D."""
+def _input_checks(layer: LayerSignature, integer: bool, single_row: bool) -> list[str]:
+    """Print the check that x is (n, D), or (n,) integers in 0..D-1."""
     if not integer:
-        return [f"if x.shape != (n, {its.input_size}): return None"]
-    low, high = ("x.item()", "x.item()") if one else ("x.min(initial=0)", "x.max(initial=0)")
-    return [f"if x.ndim != 1 or {low} < 0 or {high} >= {its.input_size}: return None"]
+        return [f"if x.shape != (n, {layer.input_size}): return None"]
+    low, high = ("x.item()", "x.item()") if single_row else ("x.min(initial=0)", "x.max(initial=0)")
+    return [f"if x.ndim != 1 or {low} < 0 or {high} >= {layer.input_size}: return None"]
 
 
-def _reference_layer(its: LayerSignature, k: int) -> list[str]:
-    """A layer by the generic step."""
-    short = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if its.bias else []), *its.cell.vectors, "weight_hr"]
-    weights = ", ".join(f"{name!r}: w{j}_{k}" for j, name in enumerate(short[: len(its.parameter_names[k])]))
-    states = range(len(its.state_sizes))
+def _reference_layer(layer: LayerSignature, k: int) -> list[str]:
+    """Print the call of `reference_step` for layer k: x, r0, r1, ... -> e0, e1, ..."""
+    biases = ["bias_ih", "bias_hh"] if layer.bias else []
+    names = ["weight_ih", "weight_hh", *biases, *layer.cell.vectors, "weight_hr"]
+    params = ", ".join(f"{name!r}: w{j}_{k}" for j, name in enumerate(names[: len(layer.parameter_names[k])]))
+    states = range(len(layer.state_sizes))
     new = ", ".join(f"e{i}" for i in states)
     copies = [f"e{i} = e{i}.copy()" for i in states]
-    return [f"{new}, = once({{{weights}}}, x, ({', '.join(f'r{i}' for i in states)},))", *copies]
+    return [f"{new}, = reference_step({{{params}}}, x, ({', '.join(f'r{i}' for i in states)},))", *copies]
 
 
 _UfuncTrace = tuple[tuple[Value, ...], tuple[str, ...], int]
@@ -91,42 +107,47 @@ _UfuncTrace = tuple[tuple[Value, ...], tuple[str, ...], int]
 
 @lru_cache(maxsize=256)
 def _cached_trace(cell: Cell) -> _UfuncTrace | None:
-    """The new states, how each added gate is squashed, and how many are added; None where the cell can't be traced."""
+    """The new states, the activation of each summed gate, and the number of summed gates; None if not traceable."""
     if cell.pregates:
         return None
     try:
         return _trace(cell, sigmoid=True) or _trace(cell, sigmoid=False)
-    except Exception:  # whatever goes wrong with stand-ins, the generic step goes on, and says so if it was the cell
+    except Exception:  # the reference step then runs the cell, and raises the exception again if the cell is wrong
         return None
 
 
 def _trace(cell: Cell, *, sigmoid: bool) -> _UfuncTrace | None:
-    new, _, added = trace_step(cell, graph := TraceGraph(sigmoid=sigmoid))
-    gates = fusable_gates(graph, new, added)
+    """Trace a cell; with `sigmoid`, None if a sigmoid is not a fusable gate, because NumPy has no sigmoid."""
+    new, _, summed_gates = trace_step(cell, graph := TraceGraph(sigmoid=sigmoid))
+    gates = fusable_gates(graph, new, summed_gates)
     if sigmoid and any(v.op == "sigmoid" and not any(v is g for g in gates) for v in nodes(new)):
         return None
-    squash = tuple(v.op for v in gates)
+    gate_activations = tuple(v.op for v in gates)
     for k, gate in enumerate(gates):
         gate.op, gate.args, gate.name = "input", (), f"a{k}"
     if any(not isinstance(v, Value) for v in new):
         raise UntraceableError("a state that is a number")
-    return new, squash, added
+    return new, gate_activations, summed_gates
 
 
 class _LayerPrinter:
-    """Prints the arithmetic of one layer: x, r0, r1, ... -> e0, e1, ..."""
+    """Prints the arithmetic of one layer: x, r0, r1, ... -> e0, e1, ...
+
+    The printed variables are: r the states before the step and e those after it; w<j>_<k> parameter j of layer k; a the
+    input projection and h the recurrent product of all gates; t the summed gates, a view of a; v the other operations.
+    """
 
     def __init__(
-        self, its: LayerSignature, one: bool, new: tuple[Value, ...], squash: tuple[str, ...], added: int
+        self,
+        layer: LayerSignature,
+        single_row: bool,
+        new_states: tuple[Value, ...],
+        gate_activations: tuple[str, ...],
+        summed_gates: int,
     ) -> None:
-        self.layer, self.single_row, self.new_states, self.gate_activations, self.summed_gates = (
-            its,
-            one,
-            new,
-            squash,
-            added,
-        )
-        self.has_sigmoid, self.all_gates_summed = "sigmoid" in squash, added == its.cell.gates
+        self.layer, self.single_row, self.new_states = layer, single_row, new_states
+        self.gate_activations, self.summed_gates = gate_activations, summed_gates
+        self.has_sigmoid, self.all_gates_summed = "sigmoid" in gate_activations, summed_gates == layer.cell.gates
 
     def _gate_slice(self, a: str, first: int, last: int) -> str:
         lead, h = "" if self.single_row else ":, ", self.layer.hidden_size
@@ -136,25 +157,25 @@ class _LayerPrinter:
         return f"{w}.dot({x})" if self.single_row else f"{x}.dot({w}.T)"
 
     def lines(self, k: int, integer: bool) -> list[str]:
-        """Those of layer k; with integers, x is the numbers of one-hot classes."""
-        look_up = f"w0_{k}[:, x].copy()" if self.single_row else f"columns(w0_{k}, x)"
-        lines = [f"a = {look_up if integer else self._product(f'w0_{k}', 'x')}"]
+        """Print the lines of layer k; if `integer`, x holds the numbers of one-hot classes."""
+        gather = f"w0_{k}[:, x].copy()" if self.single_row else f"gather_columns(w0_{k}, x)"
+        lines = [f"a = {gather if integer else self._product(f'w0_{k}', 'x')}"]
         lines += [f"h = {self._product(f'w1_{k}', 'r0')}", *self._sum_lines(k)]
         if self.gate_activations:
-            lines += ["multiply(t, half, t)"] * self.has_sigmoid + ["tanh(t, t)"]
-            lines += ["multiply(t, half, t)", "add(t, offset, t)"] * self.has_sigmoid
-        known: dict[Value, str] = {}
-        first = 4 if self.layer.bias else 2
-        names = [self._emit(v, k, first, known, lines) for v in self.new_states]
+            lines += ["multiply(t, scale, t)"] * self.has_sigmoid + ["tanh(t, t)"]
+            lines += ["multiply(t, scale, t)", "add(t, offset, t)"] * self.has_sigmoid
+        variables: dict[Value, str] = {}
+        first_vector = 4 if self.layer.bias else 2
+        names = [self._emit(v, k, first_vector, variables, lines) for v in self.new_states]
         for i, (name, value) in enumerate(zip(names, self.new_states, strict=True)):
-            own = value.op != "input" and name not in names[:i]
-            lines.append(f"e{i} = {name}" if own else f"e{i} = {name}.copy()")
+            is_new_array = value.op != "input" and name not in names[:i]
+            lines.append(f"e{i} = {name}" if is_new_array else f"e{i} = {name}.copy()")
         if self.layer.projection_size:
             lines.append(f"e0 = {self._product(f'w{len(self.layer.parameter_names[k]) - 1}_{k}', 'e0')}")
         return lines
 
     def _sum_lines(self, k: int) -> list[str]:
-        """The biases, and the gates that are only added as t, a part of a."""
+        """Print the addition of the biases and of the two halves of the summed gates."""
         lines = ["add(a, h, a)", "t = a"] if self.all_gates_summed else []
         if self.layer.bias:
             lines += [f"add(a, w2_{k}, a)", f"add(a, w3_{k}, a)" if self.all_gates_summed else f"add(h, w3_{k}, h)"]
@@ -165,18 +186,19 @@ class _LayerPrinter:
             ]
         return lines
 
-    def _emit(self, value: Any, k: int, first: int, known: dict[Value, str], lines: list[str]) -> str:
-        """Where a traced value is; what it needs is printed first, each value once."""
+    def _emit(self, value: Any, k: int, first_vector: int, variables: dict[Value, str], lines: list[str]) -> str:
+        """Print the operations that a value needs, each once; return the variable that holds it, or a constant."""
         if not isinstance(value, Value):
             return repr(float(value))
-        if value not in known:
+        if value not in variables:
             if value.op == "input":
                 letter, j = value.name[0], int(value.name[1:])
                 if letter in "sp":
-                    return f"r{j}" if letter == "s" else f"w{first + j}_{k}"
+                    return f"r{j}" if letter == "s" else f"w{first_vector + j}_{k}"
                 text = self._gate_slice("h" if letter == "h" else "a", j, j + 1)
             else:
-                text = f"{value.op}({', '.join([self._emit(v, k, first, known, lines) for v in value.args])})"
-            known[value] = f"v{len(known)}"
-            lines.append(f"{known[value]} = {text}")
-        return known[value]
+                args = [self._emit(v, k, first_vector, variables, lines) for v in value.args]
+                text = f"{value.op}({', '.join(args)})"
+            variables[value] = f"v{len(variables)}"
+            lines.append(f"{variables[value]} = {text}")
+        return variables[value]

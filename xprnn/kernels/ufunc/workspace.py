@@ -1,4 +1,4 @@
-"""What the in-place scan's forward and backward share: the arrays of a pass, its blocks of steps, the hoisted GEMM."""
+"""Workspace of one pass of the NumPy scan: its arrays, blocks of steps, input projection and gate activation."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ __all__ = [
     "step_views",
 ]
 
-_BLOCK_BYTES = 1 << 18  # the hoisted factors of a block should stay in the second-level cache
+_BLOCK_BYTES = 1 << 18  # keeps the hoisted factors of a block in the second-level cache
 _BLOCK_STEPS = 512
 
 
@@ -32,7 +32,7 @@ def _gate_slice(a: Array, k: int, width: int) -> Array:
 
 @dataclass
 class ScanWorkspace:
-    """One pass over a sequence: its parts, and the arrays with a step axis, (T, N, .), under their program names."""
+    """One pass over a sequence: its configuration, and its arrays (T, N, .) by their names in the programs."""
 
     plan: UfuncPlan
     cell: Cell
@@ -44,19 +44,27 @@ class ScanWorkspace:
 
     @property
     def hidden_size(self) -> int:
-        """H."""
+        """H, the number of units."""
         return int(self.params["weight_hh"].shape[0]) // self.cell.gates
 
     def gate_views(self, letter: str, a: Array) -> dict[str, Array]:
-        """The gates of (..., G*H) as letter0, letter1, ..."""
+        """Return views of the gates of (..., G*H), named letter0, letter1, ..."""
         return {f"{letter}{k}": _gate_slice(a, k, self.hidden_size) for k in range(self.cell.gates)}
 
     def vectors(self) -> dict[str, Array]:
-        """The cell's own vectors as p0, p1, ..."""
+        """Return the cell's vectors, named p0, p1, ..."""
         return {f"p{k}": self.params[name] for k, name in enumerate(self.cell.vectors)}
 
     def step_blocks(self, reverse: bool, step_bytes: int) -> Iterator[tuple[int, int, int, range]]:
-        """(first step, last step + 1, row count, the steps in order) of each block, in the order of the walk."""
+        """Yield (first step, last step + 1, number of rows, steps in the order of the time loop) of each block.
+
+        All steps of a block run the same number of rows. Views are made for one block at a time, so the number of
+        Python objects does not grow with T.
+
+        Args:
+            reverse: True to begin with the last step.
+            step_bytes: the memory of the hoisted factors of one step.
+        """
         size = max(1, min(_BLOCK_STEPS, _BLOCK_BYTES // max(1, step_bytes)))
         runs = [(a, min(a + size, b), n) for start, b, n in self.row_order.step_runs for a in range(start, b, size)]
         for t0, t1, n in reversed(runs) if reverse else runs:
@@ -64,63 +72,72 @@ class ScanWorkspace:
 
 
 def step_views(a: Array, n: int, reverse: bool) -> list[Array]:
-    """The first n rows of each step of a block, in the order of the walk."""
+    """Return views of the first n rows of each step of a block, in the order of the time loop."""
     return list(a[::-1, :n] if reverse else a[:, :n])
 
 
 def step_buffer(shape: tuple[int, ...], dtype: Any, record_tape: bool) -> Array:
-    """(T, N, H) to write into; where no tape is kept, one step's room seen at every step."""
+    """Allocate an array (T, N, H); without a tape, all of its steps share the memory of one."""
     if record_tape:
         return np.empty(shape, dtype)
-    one = np.empty((1, *shape[1:]), dtype)
-    return as_strided(one, shape, (0, *one.strides[1:]))
+    single = np.empty((1, *shape[1:]), dtype)
+    return as_strided(single, shape, (0, *single.strides[1:]))
 
 
 class FusedGateActivation(NamedTuple):
-    """How the added gates become tanh or sigmoid in one call for all: sigmoid(x) = tanh(x/2)/2 + 1/2.
+    """The activations of all summed gates in one call of tanh: scale * tanh(scale * x) + offset.
 
-    Each is (cut,): the weights' rows are scaled by `half` once, the tanh by `half` again, and `offset` is added.
+    sigmoid(x) = tanh(x/2)/2 + 1/2, so scale and offset are 1/2 for a sigmoid; they are 1 and 0 for tanh. The inner
+    scale is applied to the rows of the weights and biases before the time loop.
     """
 
-    scale: Array
+    scale: Array  # (number of summed gates * H,)
     offset: Array
 
     @classmethod
     def from_workspace(cls, w: ScanWorkspace, dtype: Any) -> "FusedGateActivation | None":
-        """None where no gate is a sigmoid."""
+        """Return the fused activation of a pass, or None if no gate is a sigmoid."""
         if "sigmoid" not in w.plan.gate_activations:
             return None
-        half = np.repeat(
-            np.asarray([0.5 if op == "sigmoid" else 1.0 for op in w.plan.gate_activations], dtype), w.hidden_size
-        )
-        return cls(half, 1 - half)
+        scales = np.asarray([0.5 if op == "sigmoid" else 1.0 for op in w.plan.gate_activations], dtype)
+        scale = np.repeat(scales, w.hidden_size)
+        return cls(scale, 1 - scale)
 
     def scale_rows(self, a: Array) -> Array:
-        """A copy of (G*H, ...) with the rows of sigmoid gates halved."""
+        """Return a copy of (G*H, ...) with its rows multiplied by `scale`; the rows of the other gates stay."""
         a, cut = a.copy(), self.scale.shape[0]
         a[:cut] *= self.scale.reshape(cut, *[1] * (a.ndim - 1))
         return a
 
 
 def project_inputs(w: ScanWorkspace, activation: FusedGateActivation | None, x: Array, out: Array | None) -> Array:
-    """x W' + b_ih, and b_hh of the added gates, for all steps, scaled for the squash; into `out` if given."""
-    wih, b, b_hh = w.params["weight_ih"], w.params.get("bias_ih"), w.params.get("bias_hh")
+    """Compute the input projection x W^T + b_ih of all steps.
+
+    For the summed gates it includes b_hh.
+
+    Args:
+        w: the workspace.
+        activation: if not None, the projection is scaled for it.
+        x: (T, N, D), or integers (T, N).
+        out: (T, N, G*H) to write to, or None to allocate.
+    """
+    weight, b, b_hh = w.params["weight_ih"], w.params.get("bias_ih"), w.params.get("bias_hh")
     if b is not None and b_hh is not None:
         cut = w.plan.summed_gates * w.hidden_size
         b = np.concatenate((b[:cut] + b_hh[:cut], b[cut:]))
     if activation is not None:
         b = None if b is None else activation.scale_rows(b)
-        wih = wih if x.dtype.kind in "iu" else activation.scale_rows(wih)
-    to = None if out is None else flatten_leading(np, out)
+        weight = weight if x.dtype.kind in "iu" else activation.scale_rows(weight)
+    target = None if out is None else flatten_leading(np, out)
     if x.dtype.kind in "iu":
-        y = gather_columns(np, wih, x.reshape(x.size))
+        y = gather_columns(np, weight, x.reshape(x.size))
         if activation is not None:
             y[:, : activation.scale.shape[0]] *= activation.scale
-        if to is not None:
-            to[...] = y
-            y = to
+        if target is not None:
+            target[...] = y
+            y = target
     else:
-        y = np.dot(flatten_leading(np, x), wih.T, out=to)
+        y = np.dot(flatten_leading(np, x), weight.T, out=target)
     if b is not None:
         y += b
-    return y.reshape(*x.shape[:2], wih.shape[0])
+    return y.reshape(*x.shape[:2], weight.shape[0])
