@@ -1,10 +1,10 @@
-"""What a quick step does not take: the checked step does, or says why not."""
+"""Arguments to which the fast step does not apply: the validated step accepts them or raises its error."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from engine.test_call_cache_step import WAYS, XP, agree, each_layer, given
+from support.fast_paths import XP, check_fast_step, each_layer, step_inputs, with_and_without_jit
 
 import xprnn
 from xprnn.engine import stack
@@ -12,87 +12,87 @@ from xprnn.kernels.config import allow_jit, reference_only
 
 
 def wrong_arguments(params, x, state):
-    """name -> arguments that do not fit a layer of input size 3 and hidden size 8, two rows."""
-    parts = state if isinstance(state, tuple) else (state,)
+    """name -> wrong arguments of a step of a layer with input size 3 and hidden size 8, for two rows."""
+    states = state if isinstance(state, tuple) else (state,)
 
-    def each(f):
-        return tuple(f(s) for s in parts) if isinstance(state, tuple) else f(state)
+    def map_state(f):
+        return tuple(f(s) for s in states) if isinstance(state, tuple) else f(state)
 
-    less = {k: v for k, v in params.items() if k != "bias_hh_l0"}
+    without_bias = {k: v for k, v in params.items() if k != "bias_hh_l0"}
     u = params["weight_hh_l0"]
     return {
-        "a parameter less": (less, x, state),
-        "another name": (less | {"bias": params["bias_hh_l0"]}, x, state),
-        "one more": (params | {"bias": params["bias_hh_l0"]}, x, state),
-        "no dict": (list(params.values()), x, state),
-        "a smaller weight": (params | {"weight_hh_l0": u[:, :-1]}, x, state),
-        "a longer bias": (params | {"bias_ih_l0": np.append(params["bias_ih_l0"], 0.0)}, x, state),
-        "a weight of another dtype": (params | {"weight_hh_l0": u.astype("float32")}, x, state),
-        "a weight that is a list": (params | {"weight_hh_l0": u.tolist()}, x, state),
-        "a weight that is None": (params | {"weight_hh_l0": None}, x, state),
-        "an integer weight": (params | {"weight_hh_l0": u.astype(int)}, x, state),
-        "more features": (params, np.ones((2, 4)), state),
-        "x without rows": (params, x[0], state),
-        "x of three axes": (params, x[None], state),
-        "x of no axis": (params, np.array(1.0), state),
+        "missing parameter": (without_bias, x, state),
+        "wrong parameter name": (without_bias | {"bias": params["bias_hh_l0"]}, x, state),
+        "extra parameter": (params | {"bias": params["bias_hh_l0"]}, x, state),
+        "parameters in a list": (list(params.values()), x, state),
+        "weight too small": (params | {"weight_hh_l0": u[:, :-1]}, x, state),
+        "bias too long": (params | {"bias_ih_l0": np.append(params["bias_ih_l0"], 0.0)}, x, state),
+        "weight of another dtype": (params | {"weight_hh_l0": u.astype("float32")}, x, state),
+        "weight is a list": (params | {"weight_hh_l0": u.tolist()}, x, state),
+        "weight is None": (params | {"weight_hh_l0": None}, x, state),
+        "integer weight": (params | {"weight_hh_l0": u.astype(int)}, x, state),
+        "too many features": (params, np.ones((2, 4)), state),
+        "x with one axis": (params, x[0], state),
+        "x with three axes": (params, x[None], state),
+        "x with no axis": (params, np.array(1.0), state),
         "x of another dtype": (params, x.astype("float32"), state),
         "complex x": (params, x + 0j, state),
         "boolean x": (params, np.array([True, False]), state),
         "x is None": (params, None, state),
         "x is a list": (params, x.tolist(), state),
-        "a class too many": (params, np.array([0, 3]), state),
-        "a negative class": (params, np.array([-1, 0]), state),
-        "a class beyond int64": (params, np.array([2**64 - 1, 0], np.uint64), state),
-        "classes in a matrix": (params, np.array([[0, 1]]), state),
-        "a state of one row": (params, x, each(lambda s: s[:, :1])),
-        "a state of more rows": (params, x, each(lambda s: np.repeat(s, 2, axis=1))),
-        "a state of another dtype": (params, x, each(lambda s: s.astype("float32"))),
-        "a state without layers": (params, x, each(lambda s: s[0])),
-        "a state of two layers": (params, x, each(lambda s: np.repeat(s, 2, axis=0))),
-        "a smaller state": (params, x, each(lambda s: s[:, :, :7])),
-        "one state too many": (params, x, (*parts, parts[0])),
-        "states in an array": (params, x, np.stack((parts[0], parts[0]))),
+        "class number too large": (params, np.array([0, 3]), state),
+        "negative class number": (params, np.array([-1, 0]), state),
+        "class number beyond int64": (params, np.array([2**64 - 1, 0], np.uint64), state),
+        "class numbers with two axes": (params, np.array([[0, 1]]), state),
+        "state of one row": (params, x, map_state(lambda s: s[:, :1])),
+        "state of four rows": (params, x, map_state(lambda s: np.repeat(s, 2, axis=1))),
+        "state of another dtype": (params, x, map_state(lambda s: s.astype("float32"))),
+        "state without a layer axis": (params, x, map_state(lambda s: s[0])),
+        "state of two layers": (params, x, map_state(lambda s: np.repeat(s, 2, axis=0))),
+        "state too small": (params, x, map_state(lambda s: s[:, :, :7])),
+        "one state too many": (params, x, (*states, states[0])),
+        "states in one array": (params, x, np.stack((states[0], states[0]))),
     }
 
 
-@WAYS
+@with_and_without_jit
 @each_layer
-def test_what_does_not_fit_gets_the_checks_own_words(rng, make, fast):
+def test_wrong_arguments_raise_the_error_of_the_validated_step(rng, make, jit):
     layer = make(3, 8)
-    fitting = given(rng, layer, 2)
-    with allow_jit(fast):
-        agree(layer, *fitting)  # so that a quick step is at hand
-        for name, arguments in wrong_arguments(*fitting).items():
-            with pytest.raises(xprnn.InputError) as checked:
+    right = step_inputs(rng, layer, 2)
+    with allow_jit(jit):
+        check_fast_step(layer, *right)  # builds the fast step
+        for name, arguments in wrong_arguments(*right).items():
+            with pytest.raises(xprnn.InputError) as validated:
                 stack.step(layer, *arguments)
-            with pytest.raises(xprnn.InputError) as found:
+            with pytest.raises(xprnn.InputError) as raised:
                 layer.step(*arguments)
-            assert str(found.value) == str(checked.value), name
-        agree(layer, *fitting)
+            assert str(raised.value) == str(validated.value), name
+        check_fast_step(layer, *right)
 
 
-@WAYS
-def test_a_learned_state_is_checked_though_no_step_needs_it(rng, fast):
+@with_and_without_jit
+def test_step_checks_the_learned_state_that_it_does_not_read(rng, jit):
     layer = xprnn.GRU(3, 8, 2, learned_state=True)
-    params, x, state = given(rng, layer, 1)
+    params, x, state = step_inputs(rng, layer, 1)
     start = params["initial_h"]
-    with allow_jit(fast):
-        agree(layer, params, x, state)
+    with allow_jit(jit):
+        check_fast_step(layer, params, x, state)
         for other in (start[:1], start.astype("float32"), start.tolist(), None):
             with pytest.raises(xprnn.InputError, match="initial_h"):
                 layer.step(params | {"initial_h": other}, x, state)
 
 
 @each_layer
-def test_what_only_the_checked_step_takes(rng, make):
-    """A list of states, a subclass of an array, a state that is left out, other floats."""
+def test_step_accepts_arguments_that_only_the_validated_step_supports(rng, make):
+    """A list of states, a subclass of ndarray, no state, float16."""
     layer = make(3, 8)
-    params, x, state = given(rng, layer, 2)
-    want = layer.step(params, x, state)
+    params, x, state = step_inputs(rng, layer, 2)
+    expected = layer.step(params, x, state)
     for arguments in [(params, x.view(np.memmap), state), *([(params, x, list(state))] * isinstance(state, tuple))]:
-        XP.assert_close(layer.step(*arguments), want, condition=32)
+        XP.assert_close(layer.step(*arguments), expected, condition=32)
     XP.assert_close(layer.step(params, x), stack.step(layer, params, x, None), condition=32)
-    half = given(rng, layer, 2, "float16")
+    half = step_inputs(rng, layer, 2, "float16")
     assert layer.step(*half)[0].dtype == np.float16
     with reference_only():
         assert layer._fast_step(params, x, state) is None
