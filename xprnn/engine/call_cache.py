@@ -87,7 +87,7 @@ def with_fallback(
 
 
 def _calls_library_code(layer: Layer) -> bool:
-    """True if the step of a layer without state runs no user-defined method and no user-defined activation."""
+    """True if the step of a stateless layer runs no user-defined method and no user-defined activation."""
     verbs = ("step", "__call__", "forward")
     if not all(is_library_method(type(layer), verb) for verb in verbs):
         return False
@@ -144,8 +144,8 @@ def make_embedding_step(layer: EmbeddingLayer, prefix: str, count: int) -> FastS
 def make_layer_step(layer: Layer, prefix: str, count: int) -> FastStep | None:
     """Build the fast step of one layer of a Sequential; None if the layer has none.
 
-    A layer that runs user-defined code has none: a Sequential abandons its fast step as soon as one layer returns None,
-    and then runs every layer again.
+    A layer that runs user-defined code has none. When the fast step of one layer returns None, the Sequential runs the
+    steps of all its layers again, so user-defined code would run twice.
     """
     if isinstance(layer, Steppable):
         fast = layer.make_fast_step(prefix, count) if is_library_method(type(layer), "step") else None
@@ -304,9 +304,9 @@ def make_recurrent_forward(layer: RecurrentLayer, *, record_tape: bool) -> Forwa
         if not jit_enabled() or (plans := plan_cache[x.shape, x.dtype]) is None:
             return None
         shape = num_layers, x.shape[1], hidden
-        given = None if state is None else (state,) if num_states == 1 else state
+        state_tuple = None if state is None else (state,) if num_states == 1 else state
         finals = [np.empty(shape, x.dtype) for _ in range(num_states)]
-        initial = (np.zeros(shape, x.dtype),) * num_states if given is None else given
+        initial = (np.zeros(shape, x.dtype),) * num_states if state_tuple is None else state_tuple
         for a in initial:
             if a.__class__ is not ndarray or a.shape != shape:
                 return None
@@ -326,7 +326,7 @@ def make_recurrent_forward(layer: RecurrentLayer, *, record_tape: bool) -> Forwa
         if not record_tape:
             return y, packed, None
         y.flags.writeable = False  # y is a view of the tape's memory
-        return y, packed, LazyTape(layer, params, x, y, given, results)
+        return y, packed, LazyTape(layer, params, x, y, state_tuple, results)
 
     return with_fallback(len(layer.shapes()), forward)
 
@@ -343,7 +343,7 @@ def _run_layer(
 
 
 def make_recurrent_backward(layer: RecurrentLayer) -> BackwardFn:
-    """Build the fast backward: it applies to tapes of this layer's fast forward that one thread can process."""
+    """Build the fast backward, which applies to tapes of this layer's fast forward that need no threads."""
     num_states, ndarray, batch_first = len(layer.resolved_cell.states), np.ndarray, layer.batch_first
     names = _ordered_parameter_names(layer)
     num_layers, no_cotangents = len(names), (None,) * num_states
@@ -379,7 +379,7 @@ def make_recurrent_backward(layer: RecurrentLayer) -> BackwardFn:
 
 
 class FastPaths(Steppable):
-    """Base class of recurrent layers: their fast paths, each built at its first use."""
+    """Base class of recurrent layers that holds their fast paths, each built at its first use."""
 
     def make_fast_step(self, prefix: str, count: int) -> FastStep | None:
         """Build the fast step for parameters `prefix + name` in a dict of `count` arrays; None if there is none."""

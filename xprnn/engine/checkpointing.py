@@ -28,7 +28,7 @@ LayerGradients = list[Params]
 
 @dataclass(frozen=True)
 class DirectionStackTape:
-    """What a forward pass of a DirectionStack saved: the states before each segment, and the tapes of the last one."""
+    """Tape of a DirectionStack: the states before each segment, and the scan tapes of the segment that ran last."""
 
     x: Array
     reset_states: list[State]  # for each layer, the states that a reset restores

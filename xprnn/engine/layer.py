@@ -38,7 +38,7 @@ FastStep = Callable[[Params, Array, Any], tuple[Array, Any] | None]
 
 
 class Layer(Protocol):
-    """A layer, as far as streaming needs it."""
+    """A layer that can run one time step."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The name and shape of every parameter."""
@@ -48,7 +48,7 @@ class Layer(Protocol):
 
 
 class LinearLayer(Layer, Protocol):
-    """A Linear layer: y = x W' + b."""
+    """A Linear layer: y = x W^T + b."""
 
     @property
     def in_features(self) -> int:

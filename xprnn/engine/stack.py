@@ -28,7 +28,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class StackTape(UnpicklableTape):
-    """What one forward pass of a recurrent layer saved for backward."""
+    """Tape of a recurrent layer: the arrays that one forward pass saved for backward."""
 
     layer: RecurrentLayer
     xp: Namespace

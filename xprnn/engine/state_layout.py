@@ -1,8 +1,8 @@
-"""Layout of the parameters and states of a recurrent layer: the caller's, that of the scans, and conversions.
+"""Layouts of the parameters and states of a recurrent layer, for the caller and for the scans, and their conversion.
 
 The caller's state has torch's layout: one array (L*directions, N, H) for each of the cell's states, in a tuple if the
-cell has several. If `hidden_size` is one size for each layer, a tuple with one array (directions, N, H_l) for each
-layer takes the place of each array.
+cell has several states. If `hidden_size` is a tuple, each of these arrays is replaced by a tuple with one array
+(directions, N, H_l) for each layer.
 
 Within the engine a state is a list with one tuple (h,) or (h, c) of arrays (N, H) for each layer and direction. The
 list is ordered by layer, then by direction.

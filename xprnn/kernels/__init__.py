@@ -3,7 +3,7 @@
 reference.py    the specification: a loop over time in array operations that every array library has
 dispatch.py     choice of the kernel for a call
 config.py       context managers and environment variables that restrict the choice
-tape.py         what a forward pass saves for backward
+tape.py         tapes: the arrays that a forward pass saves for backward
 row_order.py    rows of a ragged batch, sorted by length (NumPy)
 memory.py       contiguous and aligned NumPy arrays
 step_plan.py    signature of a layer for the single-step kernels

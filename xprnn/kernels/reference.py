@@ -64,7 +64,7 @@ class _RecurrentWeights(NamedTuple):
 
 
 class _SavedStep(NamedTuple):
-    """What one step saves for backward."""
+    """The arrays that one step saves for backward."""
 
     states: State  # before the step, after resets
     cell_saved: tuple[Array, ...]

@@ -59,7 +59,7 @@ class ModelTape(UnpicklableTape, dict[str, Any]):
 
 @dataclass(frozen=True)
 class Tape(UnpicklableTape):
-    """What the forward pass of one scan saved for backward; backward may use it any number of times."""
+    """Tape of one scan: the arrays that a forward pass saved. `backward` may use it any number of times."""
 
     backward_fn: Callable[..., Any]  # the backward function of the kernel that recorded this tape
     xp: Namespace
@@ -77,7 +77,7 @@ class Tape(UnpicklableTape):
 
 
 class Gradients(NamedTuple):
-    """What `backward` returns: the cotangents of the arguments of `forward`."""
+    """Result of `backward`: the cotangents of the arguments of `forward`."""
 
     dx: Array | None
     dstate: Any

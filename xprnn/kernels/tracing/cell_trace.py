@@ -1,13 +1,17 @@
 """Traces of a cell's functions: step, backward and, if the cell has pregates, those of the pregates.
 
-Inputs and outputs of the graphs are named by a letter and a number:
+The inputs and outputs of the graphs are named by a letter and a number:
 
     x, h, g    gate k of the input projection, of the recurrent product, and their sum
-    s, p, v    states before the step, the cell's vectors, saved values
-    d, q       cotangents of the states after the step; q of the pregates or, in an adjoint, its cotangent
-    X, U       outputs of an adjoint: the cotangents of x and h
-    r, e       outputs: the cotangent of the h before the step without the recurrent product; those of the other states
-    P          outputs: the cotangents of the cell's vectors
+    s          a state before the step
+    p          one of the cell's vectors
+    v          a saved value
+    d          the cotangent of a state after the step
+    q          the cotangent of the q that the pregates return
+    X, U       output of an adjoint: the cotangent of x, of h
+    r          output of an adjoint: the cotangent of the h before the step, without the recurrent product
+    e          output of an adjoint: the cotangent of another state before the step
+    P          output of an adjoint: the cotangent of one of the cell's vectors
 """
 
 from collections.abc import Sequence
