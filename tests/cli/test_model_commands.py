@@ -178,7 +178,7 @@ def test_general_onnx_graph_is_run_but_not_converted(tmp_path, capsys):
     assert code == 2
     assert "this ONNX graph is only run, not converted, since" in err
     assert run(capsys, "run", path, tmp_path / "x.npy", "--output", tmp_path / "y.npy")[0] == 0
-    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), graph(params, x))
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), graph(params, x)[0])
 
 
 @pytest.mark.needs("onnx")

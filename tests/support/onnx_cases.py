@@ -132,6 +132,16 @@ def run_onnxruntime(built, inputs, outputs=None):
     return dict(zip(names, run.run(None, feed), strict=True))
 
 
+def outputs_by_name(graph, result):
+    """The outputs of a GraphModel by name, from the (y, state) that a call returned."""
+    y, state = result
+    named = dict(y) if isinstance(y, dict) else {graph.outputs[0]: y}
+    if isinstance(state, dict):
+        return named | state
+    states = () if state is None else state if isinstance(state, tuple) else (state,)
+    return named | dict(zip([name for name in graph.outputs if name not in named], states, strict=True))
+
+
 def to_layout_0(case):
     """The same case in layout 0."""
     if not case.attrs.get("layout", 0):

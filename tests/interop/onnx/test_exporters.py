@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from support.onnx_cases import outputs_by_name
 from support.paths import DATA
 
 import xprnn
@@ -61,8 +62,7 @@ def recorded(path):
 def answers(model, params, inputs):
     """y and the final states, or the graph's outputs."""
     if isinstance(model, GraphModel):
-        out = model(params, *inputs)
-        return list(out.values()) if isinstance(out, dict) else [out]
+        return list(outputs_by_name(model, model(params, *inputs)).values())
     x, *state = inputs
     y, final = model(params, x, (state[0] if len(state) == 1 else tuple(state)) if state else None)
     return [y, *(final if isinstance(final, tuple) else (final,))]
@@ -83,7 +83,7 @@ def test_graphs_of_ours_become_models_of_ours(path):
     model, params = xprnn.from_onnx(path)
     if named(path) not in OWN:
         assert isinstance(model, GraphModel)
-        with pytest.raises(xprnn.InputError, match=r"Graph\.forward: this ONNX graph is only run, since "):
+        with pytest.raises(xprnn.InputError, match=r"GraphModel\.forward: this ONNX graph can only be called, since "):
             model.forward(params, np.zeros((2, 2, 3), np.float32))
         return
     assert tuple(model.layers.values()) == OWN[named(path)]
@@ -120,7 +120,7 @@ def test_the_command_line_knows_them(name, tmp_path, capsys):
     inputs, outputs = recorded(path)
     np.save(tmp_path / "x.npy", inputs[0])
     assert main(["info", str(path)]) == 0
-    assert "Graph(" in capsys.readouterr().out or name in OWN
+    assert "GraphModel(" in capsys.readouterr().out or name in OWN
     status = main(["run", str(path), str(tmp_path / "x.npy"), "--output", str(tmp_path / "y.npy")])
     if len(inputs) > 1:
         assert "missing h" in capsys.readouterr().err

@@ -179,8 +179,9 @@ def built(case):
 
 def ran(model, data, like):
     graph, params = xprnn.from_onnx(model, like=like)
-    got = graph(params, data)
-    return got if isinstance(got, dict) else {graph.outputs[0]: got}
+    y, state = graph(params, data)
+    assert state is None
+    return y if isinstance(y, dict) else {graph.outputs[0]: y}
 
 
 @pytest.mark.needs("onnxruntime")

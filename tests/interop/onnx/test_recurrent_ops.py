@@ -9,6 +9,7 @@ import pytest
 from support.onnx_cases import (
     GATE_COUNTS,
     operator_model,
+    outputs_by_name,
     random_case,
     reference_outputs,
     run_onnxruntime,
@@ -34,17 +35,13 @@ def standard():
     return [case for case in cases._NodeTestCases if case.model.graph.node[0].op_type in GATE_COUNTS]
 
 
-def as_dict(model_, result):
-    return result if isinstance(result, dict) else {model_.outputs[0]: result}
-
-
 @pytest.mark.parametrize("case", standard(), ids=lambda case: case.name)
 def test_the_standards_own_node_tests(xp, case):
     graph, params = xprnn.from_onnx(case.model, like=xp.asarray(np.zeros(1, np.float32)))
     assert params == {}
     for inputs, outputs in case.data_sets:
         names = [v.name for v in case.model.graph.input]
-        got = as_dict(graph, graph({}, {k: xp.asarray(a) for k, a in zip(names, inputs, strict=True)}))
+        got = outputs_by_name(graph, graph({}, {k: xp.asarray(a) for k, a in zip(names, inputs, strict=True)}))
         for name, want in zip(graph.outputs, outputs, strict=True):
             np.testing.assert_allclose(xp.to_numpy(got[name]), want, rtol=case.rtol, atol=case.atol)
 
@@ -73,7 +70,7 @@ def test_equals_the_plain_loop(xp, op, seed, known):
 def run(graph, params, given):
     """The named outputs, also where the model is one of xprnn's own."""
     if hasattr(graph, "reason"):
-        return as_dict(graph, graph(params, given))
+        return outputs_by_name(graph, graph(params, given))
     pytest.fail("an operator alone is laid out as no layer of xprnn's")
 
 

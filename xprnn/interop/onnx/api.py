@@ -1,4 +1,4 @@
-"""The door to ONNX: from_onnx and to_onnx. What is behind it is imported when it is first opened."""
+"""from_onnx and to_onnx. The modules that they need, and the onnx package, are imported at the first call."""
 
 from __future__ import annotations
 
@@ -15,29 +15,42 @@ __all__ = ["from_onnx", "to_onnx"]
 
 
 def from_onnx(source: Any, like: Array | None = None) -> tuple[Any, Params]:
-    """Load an ONNX model: what torch, Keras and xprnn export, and any graph of RNN, LSTM, GRU and plumbing.
+    """Load an ONNX model, for example one that torch, Keras or xprnn exported.
 
-    Where the graph is [look-up ->] recurrent layers [-> matrix products], however its exporter wrote it, the result is
-    a layer or Sequential with all its verbs: it streams and trains. Any other graph becomes a `Graph`, which runs
-    (`y = model(params, x)`, or a dict of outputs) on every array library, and whose `reason` says why it is no more.
+    A graph of an optional look-up, then RNN, LSTM or GRU layers, then optionally the last step, linear layers,
+    activations or softmax becomes a layer or a Sequential, which streams and trains. The helper operators that an
+    exporter inserts do not matter. Any other graph of supported operators becomes a
+    `xprnn.interop.onnx.graph_model.GraphModel`, which runs on every array library. Its attribute `reason` says why it
+    is not a model of xprnn.
+
+    Every model is called in the same manner: `y, state = model(params, x)`. For a GraphModel with several inputs they
+    are passed by position, by name, or as one dict. A GraphModel returns
+
+    - y: the output, an array; a dict of output name -> array if the graph has several outputs that are not states.
+    - state: the final states of recurrent operators that the graph outputs. An array, or a tuple (h, c) for an LSTM; a
+      dict of output name -> array if several recurrent operators have them; None if the graph outputs none.
 
     Args:
         source: a path, or an onnx.ModelProto.
-        like: the parameters become arrays of its library, dtype and device; None: NumPy, in the file's dtype.
+        like: an array that sets the array library, dtype and device of the parameters; None: NumPy, in the file's
+            dtype.
 
     Returns:
-        model, params.
+        (model, params).
 
     Raises:
-        InputError: a damaged or lying file; operators or attributes that are not supported, all at once, with the
-            names of their nodes; no onnx package (the extra `onnx`).
+        InputError: the file is damaged or contradicts itself; operators or attributes are not supported (one error
+            names all of them, with their nodes); the onnx package is missing (the extra `onnx`).
 
     >>> import numpy as np, xprnn
     >>> layer = xprnn.LSTM(3, 4)
     >>> params = layer.init(np.random.default_rng(0), like=np.zeros(0, np.float32))
-    >>> model, back = from_onnx(to_onnx(layer, params))
-    >>> model == layer, bool(np.all(back["weight_hh_l0"] == params["weight_hh_l0"]))
+    >>> model, loaded = from_onnx(to_onnx(layer, params))
+    >>> model == layer, bool(np.all(loaded["weight_hh_l0"] == params["weight_hh_l0"]))
     (True, True)
+    >>> y, (h, c) = model(loaded, np.zeros((5, 2, 3), np.float32))
+    >>> y.shape, h.shape, c.shape
+    ((5, 2, 4), (1, 2, 4), (1, 2, 4))
 
     Source: the ONNX operators, opsets 7 to 28 (onnx.ai/onnx/operators).
     """
@@ -51,16 +64,18 @@ def from_onnx(source: Any, like: Array | None = None) -> tuple[Any, Params]:
     if like is not None:
         resolve_namespace("from_onnx", {"like": like})
     proto = read_model(source)
-    block = compile_graph("from_onnx", proto)
-    told = declared_model_from_metadata({p.key: p.value for p in proto.metadata_props}, len(proto.graph.initializer))
+    graph = compile_graph("from_onnx", proto)
+    metadata = {p.key: p.value for p in proto.metadata_props}
+    declared_model = declared_model_from_metadata(metadata, len(proto.graph.initializer))
     try:
-        model, params = match_layers(block, told)
+        model, params = match_layers(graph, declared_model)
     except NotALayerGraphError as reason:
-        params = block.params
+        params = graph.params
         shapes = {name: np.broadcast_to(np.float32(0), a.shape) for name, a in params.items()}
-        model = GraphModel(replace(block, params=shapes), str(reason))
-    if told is not None and model != told and (found := verify_round_trip(proto, told)) is not None:
-        model, params = found
+        model = GraphModel(replace(graph, params=shapes), str(reason))
+    if declared_model is not None and model != declared_model:
+        verified = verify_round_trip(proto, declared_model)
+        model, params = (model, params) if verified is None else verified
     if like is None:
         return model, params
     return model, {name: from_numpy(a, like) for name, a in params.items()}
@@ -77,34 +92,41 @@ def to_onnx(
 ) -> Any:
     """Write a layer or Sequential as an ONNX model.
 
-    Its inputs are `x`, (T,N,D) or (N,T,D) as the model has it, integers (T,N) where an Embedding comes first, and, with
-    values of their own so that they may be left out, `lengths` (N,) int32 and the states `initial_h` (L*directions,N,H)
-    and `initial_c`; its outputs are `y`, `final_h` and `final_c`, which go back in as the next chunk's initial states.
-    T and N are free. Several recurrent parts have "part.initial_h" each, layers with hidden sizes of their own
-    "initial_h_l0". `from_onnx` gives the same model back, with the same bits in float parameters of `dtype`; of a model
-    with code of your own in it, a `Graph`.
+    Inputs of the ONNX model:
 
-    RNN, LSTM and GRU are the operators of these names. What these do not say (a projected LSTM, a cell or an activation
-    of your own) is a Scan over elementary operators, which the cell's own lines write. Steps that Masking skips are
-    moved to the end of their rows before an operator and back behind it.
+    - `x`: (T,N,D), or (N,T,D) for a batch-first model; int64 (T,N) or (N,T) if the model starts with an Embedding.
+    - `lengths`: (N,) int32.
+    - `initial_h`, and `initial_c` for an LSTM: (L*directions,N,H).
+
+    Outputs: `y`, `final_h`, and `final_c` for an LSTM. The final states of one chunk can be passed as the initial
+    states of the next. T and N are free. `lengths` and the states have default values, so that they can be left out.
+    If a model has several recurrent layers, their states are named "part.initial_h"; if the layers of a stack have
+    different hidden sizes, "initial_h_l0".
+
+    `from_onnx` reads the file back as the same model, and as parameters with the same bits if they are of `dtype`. A
+    model with user-defined code is read back as a GraphModel.
+
+    The operators RNN, LSTM and GRU are written where they suffice. A projected LSTM, a user-defined cell or a
+    user-defined activation is written as a Scan over elementary operators; the functions of the cell are run once with
+    symbolic values to write it. Before an operator, steps that Masking skips are moved behind the valid steps of their
+    row; after it, the outputs are moved back.
 
     Args:
-        model: a layer, or a Sequential with a recurrent layer in it, of any parts here, in other Sequentials too; but
-            not Merge(mode="pair"), which has two outputs, and no part of your own class.
-        params: its parameters, of any array library.
-        path: the file, whose name ends in `.onnx`: here and for many other programs the ending says what a file holds.
-            Replaced in one step; None: nothing is written.
-        lengths: whether the model has the input `lengths`.
-        optional: whether lengths and states may be left out. ONNX Runtime then warns, when it loads the model, that
-            inputs with a value of their own are no constants: that is what they are for.
-        dtype: "float32", which ONNX Runtime runs; "float64", for which it has no recurrent operators (1.32).
+        model: a layer, or a Sequential that contains a recurrent layer. Two layers are not supported:
+            MergeDirections(mode="pair"), which has two outputs, and layers of a user-defined class.
+        params: the parameters, of any array library.
+        path: the file to write; its name must end in `.onnx`. It is replaced atomically. None: no file is written.
+        lengths: True if the ONNX model has the input `lengths`.
+        optional: True if `lengths` and the states have default values. When ONNX Runtime loads such a model, it warns
+            that the inputs with default values are not constants.
+        dtype: "float32", or "float64", for which ONNX Runtime 1.32 has no recurrent operators.
 
     Returns:
-        the onnx.ModelProto.
+        The onnx.ModelProto.
 
     Raises:
-        InputError: parameters that are not the model's, or what ONNX cannot express, all reasons at once; another
-            ending, or a place that cannot be written; no onnx package (the extra `onnx`).
+        InputError: the parameters do not fit the model; ONNX cannot express the model (one error lists all reasons);
+            the path has another ending or cannot be written; the onnx package is missing (the extra `onnx`).
 
     >>> import numpy as np, xprnn
     >>> layer = xprnn.GRU(3, 4)
@@ -116,10 +138,10 @@ def to_onnx(
     """
     from xprnn.interop.onnx.writer.export import build_model_proto
 
-    place = None if path is None else as_path("to_onnx", path)
-    if place is not None and place.name and place.suffix != ".onnx":
-        raise InputError(f"to_onnx {place}: expected a name ending in .onnx, found {place.suffix or 'no ending'}")
+    file = None if path is None else as_path("to_onnx", path)
+    if file is not None and file.name and file.suffix != ".onnx":
+        raise InputError(f"to_onnx {file}: expected a name ending in .onnx, found {file.suffix or 'no ending'}")
     proto = build_model_proto(model, params, lengths=lengths, optional=optional, dtype=dtype)
-    if place is not None:
-        write_atomically(place, proto.SerializeToString())
+    if file is not None:
+        write_atomically(file, proto.SerializeToString())
     return proto

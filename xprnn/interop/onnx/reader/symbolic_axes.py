@@ -42,7 +42,7 @@ class SymbolicArray:
 class AxisSizes(dict[str, int]):
     """The size of each label.
 
-    >>> AxisSizes({"0": 5, "d0": 2, "h0": 3}).of(("d0", "h0"))
+    >>> AxisSizes({"0": 5, "d0": 2, "h0": 3}).size_of(("d0", "h0"))
     6
     """
 
