@@ -100,12 +100,12 @@ def external(proto, name, **about):
 @pytest.mark.parametrize(
     ("about", "text"),
     [
-        ({"location": "../secret.bin"}, "only a file in the model's own folder is opened"),
-        ({"location": "/etc/hostname"}, "only a file in the model's own folder is opened"),
-        ({"location": "link.bin"}, "only a file in the model's own folder is opened"),
-        ({"location": "."}, "only a file in the model's own folder is opened"),
-        ({"location": ""}, "only a file in the model's own folder is opened"),
-        ({}, "only a file in the model's own folder is opened"),
+        ({"location": "../secret.bin"}, "only files in the folder of the model are opened"),
+        ({"location": "/etc/hostname"}, "only files in the folder of the model are opened"),
+        ({"location": "link.bin"}, "only files in the folder of the model are opened"),
+        ({"location": "."}, "only files in the folder of the model are opened"),
+        ({"location": ""}, "only files in the folder of the model are opened"),
+        ({}, "only files in the folder of the model are opened"),
         ({"location": "a\0b"}, "tensor far"),
         ({"location": "far.bin", "offset": -8}, "needs 16 bytes"),
         ({"location": "far.bin", "offset": 2**70}, "needs 16 bytes"),
@@ -124,7 +124,7 @@ def test_data_outside_the_folder_is_never_opened(good, tmp_path, about, text):
     external(good[2], "far", **about)
     (home / "model.onnx").write_bytes(good[2].SerializeToString())
     refused(home / "model.onnx", text)
-    refused(good[2], "give the model's path")
+    refused(good[2], "pass the path of the model")
 
 
 def test_data_beside_the_model_is_read(good, tmp_path):

@@ -275,17 +275,17 @@ def test_what_cannot_be_written_is_said_all_at_once(rng):
     with pytest.raises(xprnn.InputError) as caught:
         xprnn.to_onnx(model, model.init(rng, like=FLOAT32))
     for reason in (
-        "a: the cell 'elman' cannot be written: it uses xp.cumulative_sum, which has no counterpart",
-        "b: 'choosing' is no operator of its own, and it asks whether a value is true",
-        "c: Strange is a part of your own",
-        "d.f: a pair is two outputs",
-        "some parts are batch_first and some are not",
+        "a: the cell 'elman' cannot be written: it uses xp.cumulative_sum, which has no ONNX counterpart",
+        "b: ONNX has no operator for the activation 'choosing', and it branches on the value of an array",
+        "c: Strange is a user-defined layer",
+        'd.f: mode="pair" has two outputs',
+        "some layers are batch_first and some are not",
     ):
         assert reason in str(caught.value)
     for parts, reason in (
         (
             {"a": xprnn.RNN(3, 4), "b": LastStep(), "s": Strange(), "c": HoldLastOutput()},
-            "c: behind b, a Last, there is no time to walk in",
+            "c: there is no time axis after b, a LastStep",
         ),
         ({"a": Linear(3, 4)}, "there is no recurrent layer"),
     ):

@@ -184,5 +184,5 @@ def test_torchs_new_exporter_with_free_sizes(options, tmp_path):
             want = module(x)
         for have, expected in zip(answers(model, params, [x]), want, strict=True):
             torch.testing.assert_close(have, expected, rtol=0, atol=2e-6)
-    with pytest.raises(xprnn.InputError, match="position 5 of a sequence of 5"):
+    with pytest.raises(xprnn.InputError, match="position 5 is outside a sequence of length 5"):
         model(params, torch.randn(5, 2, 3))

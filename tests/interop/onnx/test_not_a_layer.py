@@ -50,44 +50,47 @@ LOOKALIKES = {
             lstm("t", second=True, name="2"),
             ("Squeeze", ["Y2", "i1"], ["y"], {}),
         ],
-        "does not walk along the axis of time",
+        "does not run along the time axis",
     ),
     "it is laid out otherwise than its input": (
         [*FIRST, ("Transpose", ["y1"], ["y"], {"perm": [1, 0, 2]})],
-        "not laid out as its input is",
+        "the axes of its output are not in the order of those of its input",
     ),
     "features stand where steps stood": (
         [*FIRST, ("Transpose", ["y1"], ["t"], {"perm": [0, 2, 1]}), ("Transpose", ["t"], ["y"], {"perm": [1, 0, 2]})],
-        "not laid out as its input is",
+        "the axes of its output are not in the order of those of its input",
     ),
     "a second layer passes the first one by": (
         [*FIRST, lstm("x", name="2"), ("Squeeze", ["Y2", "i1"], ["y"], {})],
-        "does not read what stands before it",
+        "does not read the layer before it",
     ),
     "a sum of two layers": (
         [*FIRST, *SECOND, ("Add", ["y1", "y2"], ["y"], {})],
-        "adds something else than a bias",
+        "does not add the bias of a linear layer",
     ),
     "the first layer is the output": (
         [*FIRST, *SECOND, ("Identity", ["y1"], ["y"], {})],
-        "not the last layer's",
+        "not those of the last layer",
     ),
     "a bias twice": (
         [*FIRST, ("MatMul", ["y1", "M"], ["m"], {}), ("Add", ["m", "b"], ["a"], {}), ("Add", ["a", "b"], ["y"], {})],
-        "adds something else than a bias",
+        "does not add the bias of a linear layer",
     ),
-    "a weight from the left": ([*FIRST, ("MatMul", ["L", "y1"], ["y"], {})], "no product with a weight"),
+    "a weight from the left": (
+        [*FIRST, ("MatMul", ["L", "y1"], ["y"], {})],
+        "is not a product of the layer before it with a weight",
+    ),
     "a cell state as output": (
         [*FIRST, ("Gather", ["C1", "i0-d"], ["y"], {"axis": 0})],
-        "takes a state of another layer",
+        "reads a state of another layer",
     ),
     "another layer's final state": (
         [*FIRST, *SECOND, ("Gather", ["H1", "ilast"], ["y"], {"axis": 0})],
-        "takes a state of another layer",
+        "reads a state of another layer",
     ),
     "the last row's final state": (
         [*FIRST, ("Gather", ["H1", "ilast"], ["y"], {"axis": 1})],
-        "or of another row",
+        "or of one row",
     ),
     "hidden and cell states joined": (
         [*FIRST, ("Concat", ["H1", "C1"], ["j"], {"axis": 0}), ("Gather", ["j", "ilast"], ["y"], {"axis": 0})],
@@ -95,22 +98,22 @@ LOOKALIKES = {
     ),
     "rows added in pairs": (
         [*FIRST, ("Split", ["y1"], ["p", "q"], {"axis": 1}), ("Sum", ["p", "q"], ["y"], {})],
-        "cuts data",
+        "slices data",
     ),
-    "the first step": ([*FIRST, ("Gather", ["y1", "i0-d"], ["y"], {"axis": 0})], "picks steps or features"),
-    "the last feature": ([*FIRST, ("Gather", ["y1", "ilast"], ["y"], {"axis": 2})], "cuts data"),
+    "the first step": ([*FIRST, ("Gather", ["y1", "i0-d"], ["y"], {"axis": 0})], "selects steps or features"),
+    "the last feature": ([*FIRST, ("Gather", ["y1", "ilast"], ["y"], {"axis": 2})], "slices data"),
     "softmax over time": ([*FIRST, ("Softmax", ["y1"], ["y"], {"axis": 0})], "not along the features"),
     "a step left out": (
         [*FIRST, ("Slice", ["y1", "i1", "i2", "i0"], ["s"], {}), ("Expand", ["s", "isame"], ["y"], {})],
-        "cuts data",
+        "slices data",
     ),
     "lengths for one layer alone": (
         [lstm("x", name="1", lens="lengths"), squeezed("1"), *SECOND, ("Identity", ["y2"], ["y"], {})],
-        "lengths of its own",
+        "has constant lengths",
     ),
     "lengths from outside for one layer alone": (
         [lstm("x", name="1", lens="rows"), squeezed("1"), *SECOND, ("Identity", ["y2"], ["y"], {})],
-        "its layers see different lengths",
+        "its layers have different lengths",
     ),
     "a matrix product alone": ([("MatMul", ["x", "M"], ["y"], {})], "no recurrent operator"),
 }

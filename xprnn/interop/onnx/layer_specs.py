@@ -1,4 +1,7 @@
-"""A network as a row of pieces: a look-up, single recurrent layers, matrix products. Export and import meet here."""
+"""A network as a list of layer specs: look-ups, single recurrent layers, linear and stateless layers.
+
+Export converts a model to specs and writes them; import finds specs in a graph and builds a model from them.
+"""
 
 from __future__ import annotations
 
@@ -28,19 +31,21 @@ class LayerSpec:
     """One layer of a network.
 
     Args:
-        name: of the part that it belongs to, "" where the network has but one.
-        kind: "embedding", "linear", "rnn" or "part".
-        inputs, outputs: V and D, H and V, or D and H (P where h is projected); 0 of a part that takes any number of
-            features.
-        bias: whether there is one.
+        name: the name of the layer in its Sequential; "" if the network is that layer alone.
+        kind: "embedding", "linear", "rnn" or "stateless".
+        input_size: V of an embedding, H of a linear layer, D of a recurrent layer; 0 for a stateless layer, which
+            accepts any number of features.
+        output_size: D of an embedding, V of a linear layer, H of a recurrent layer (P if h is projected); 0 for a
+            stateless layer.
+        bias: True if the layer has biases.
+        params: the arrays. Those of a recurrent layer have the names of a layer with num_layers=1 ("weight_ih_l0",
+            "weight_ih_l0_reverse", "initial_h" of shape (directions, H), ...); others are "weight" and "bias".
         cell: the Cell of a recurrent layer.
-        ways: its directions: for each, whether it walks from the end.
-        learned: whether its initial state is learned.
-        batch_first: whether x and y are (N, T, .).
-        projected: whether h is.
-        own: a recurrent layer's arrays by the names of a layer of its own ("weight_ih_l0", "weight_ih_l0_reverse",
-            "initial_h" (directions, H)...), else weight and bias.
-        part: one without parameters: Apply, Softmax, Last...
+        reverse: for each direction of a recurrent layer, True if it starts at the last step.
+        learned_state: True if the initial state is learned.
+        batch_first: True if x and y are (N, T, .).
+        projected: True if h is projected.
+        layer: the layer itself, of kind "stateless".
     """
 
     name: str
@@ -57,30 +62,30 @@ class LayerSpec:
     layer: Any = None
 
     def output_width(self, input_width: int) -> int:
-        """How many features it puts out, given that many."""
-        if self.kind == "part":
+        """The number of output features for an input of `input_width` features."""
+        if self.kind == "stateless":
             return input_width // 2 if isinstance(self.layer, MergeDirections) else input_width
         return self.output_size * max(1, len(self.reverse))
 
     def state_width(self, state: str) -> int:
-        """Features of a recurrent layer's state; h alone may be projected."""
+        """The number of features of a state of a recurrent layer: P for a projected h, else H."""
         if state == self.cell.states[0]:
             return self.output_size
         return int(self.params["weight_hh_l0"].shape[0]) // int(self.cell.gates)
 
 
 def specs_equal(a: Sequence[LayerSpec], b: Sequence[LayerSpec]) -> bool:
-    """Whether two rows compute the same, whatever their parts are called and whatever their arrays hold."""
-    return [_semantics(p) for p in a] == [_semantics(p) for p in b]
+    """True if two networks compute the same function of their parameters; names and array values are not compared."""
+    return [_semantics(spec) for spec in a] == [_semantics(spec) for spec in b]
 
 
-def _semantics(piece: LayerSpec) -> tuple[Any, ...]:
-    """What a piece computes; the constants of its cell as a file holds them, in float32."""
-    cell: Any = piece.cell
+def _semantics(spec: LayerSpec) -> tuple[Any, ...]:
+    """A comparable description of the function of a layer. Constants are rounded to float32, as in a file."""
+    cell: Any = spec.cell
     if cell is not None and cell.options is not None:
         cell = (cell.name, _round_to_float32(dict(cell.options)))
-    part = None if piece.layer is None else _round_to_float32(piece.layer.config())
-    return (replace(piece, name="", params={}, cell=None, layer=None), cell, part)
+    layer = None if spec.layer is None else _round_to_float32(spec.layer.config())
+    return (replace(spec, name="", params={}, cell=None, layer=None), cell, layer)
 
 
 def _round_to_float32(value: Any) -> Any:
@@ -90,7 +95,7 @@ def _round_to_float32(value: Any) -> Any:
 
 
 def named_layers(model: Any, name: str = "") -> dict[str, Any]:
-    """Name -> part; those of chains inside are "outer.inner", as their parameters' names have it.
+    """Name -> layer. A layer of a nested Sequential is named "outer.inner", as in the names of its parameters.
 
     >>> list(named_layers(Sequential(low=Sequential(rnn=RNN(2, 3)), head=Linear(3, 1))))
     ['low.rnn', 'head']
@@ -98,42 +103,45 @@ def named_layers(model: Any, name: str = "") -> dict[str, Any]:
     if not isinstance(model, Sequential):
         return {name: model}
     prefix = f"{name}." if name else ""
-    return {k: p for n, part in model.layers.items() for k, p in named_layers(part, prefix + n).items()}
+    return {k: p for n, layer in model.layers.items() for k, p in named_layers(layer, prefix + n).items()}
 
 
 def to_specs(model: Any, params: Params) -> list[LayerSpec]:
-    """The pieces of a layer or Sequential."""
+    """Convert a layer or Sequential to specs."""
     out = []
-    for name, part in named_layers(model).items():
+    for name, layer in named_layers(model).items():
         prefix = f"{name}." if name else ""
-        own = {k: params[prefix + k] for k in part.shapes()}
-        if isinstance(part, Embedding):
-            out.append(LayerSpec(name, "embedding", part.num_embeddings, part.embedding_dim, False, own))
-        elif isinstance(part, Linear):
-            out.append(LayerSpec(name, "linear", part.in_features, part.out_features, part.bias, own))
-        elif isinstance(part, (StatelessLayer, ContextShift)):
-            out.append(LayerSpec(name, "part", 0, 0, False, {}, layer=part))
+        arrays = {k: params[prefix + k] for k in layer.shapes()}
+        if isinstance(layer, Embedding):
+            out.append(LayerSpec(name, "embedding", layer.num_embeddings, layer.embedding_dim, False, arrays))
+        elif isinstance(layer, Linear):
+            out.append(LayerSpec(name, "linear", layer.in_features, layer.out_features, layer.bias, arrays))
+        elif isinstance(layer, (StatelessLayer, ContextShift)):
+            out.append(LayerSpec(name, "stateless", 0, 0, False, {}, layer=layer))
         else:
-            out += _recurrent_specs(name, part, own)
+            out += _recurrent_specs(name, layer, arrays)
     return out
 
 
-def _recurrent_specs(name: str, part: Recurrent, own: Params) -> list[LayerSpec]:
-    """A stack, layer by layer."""
-    ways = (False, True) if part.bidirectional else (part.reverse,)
-    out, width, d = [], part.input_size, part.num_directions
-    for k, h in enumerate(part.hidden_sizes):
-        mine = {_with_layer_index(n, k, 0): a for n, a in own.items() if _is_layer_param(n, k)}
-        for state in part.resolved_cell.states if part.learned_state else ():
-            whole = own[f"initial_{state}"] if isinstance(part.hidden_size, int) else own[f"initial_{state}_l{k}"]
-            at = k * d if isinstance(part.hidden_size, int) else 0
-            mine[f"initial_{state}"] = whole[at : at + d, ...]
-        learned, first = part.learned_state, part.batch_first
-        wide, projected = part.projection_size or h, part.projection_size > 0
+def _recurrent_specs(name: str, layer: Recurrent, params: Params) -> list[LayerSpec]:
+    """One spec for each layer of a recurrent stack."""
+    reverse = (False, True) if layer.bidirectional else (layer.reverse,)
+    out, input_size, d = [], layer.input_size, layer.num_directions
+    for k, hidden in enumerate(layer.hidden_sizes):
+        arrays = {_with_layer_index(n, k, 0): a for n, a in params.items() if _is_layer_param(n, k)}
+        for state in layer.resolved_cell.states if layer.learned_state else ():
+            one_size = isinstance(layer.hidden_size, int)
+            rows = params[f"initial_{state}"] if one_size else params[f"initial_{state}_l{k}"]
+            start = k * d if one_size else 0
+            arrays[f"initial_{state}"] = rows[start : start + d, ...]
+        output_size = layer.projection_size or hidden
         out.append(
-            LayerSpec(name, "rnn", width, wide, part.bias, mine, part.resolved_cell, ways, learned, first, projected)
-        )
-        width = d * wide
+            LayerSpec(
+                name, "rnn", input_size, output_size, layer.bias, arrays, layer.resolved_cell, reverse,
+                layer.learned_state, layer.batch_first, projected=layer.projection_size > 0,
+            )
+        )  # fmt: skip
+        input_size = d * output_size
     return out
 
 
@@ -142,79 +150,80 @@ def _is_layer_param(name: str, k: int) -> bool:
 
 
 def _with_layer_index(name: str, k: int, to: int) -> str:
-    end = "_reverse" if name.endswith("_reverse") else ""
-    return f"{name.removesuffix('_reverse').removesuffix(f'_l{k}')}_l{to}{end}"
+    """Replace _l{k} in a parameter's name by _l{to}."""
+    suffix = "_reverse" if name.endswith("_reverse") else ""
+    return f"{name.removesuffix('_reverse').removesuffix(f'_l{k}')}_l{to}{suffix}"
 
 
 def from_specs(specs: Sequence[LayerSpec]) -> tuple[Any, Params]:
-    """The model that these pieces are, like ones in a row as one stack; one part alone is itself."""
+    """Build (model, params). Adjacent recurrent layers of one kind become one stack, a single stack is not wrapped."""
     groups: list[list[LayerSpec]] = []
-    for piece in specs:
-        alike = groups and specs_equal(
-            [replace(groups[-1][-1], input_size=0, output_size=0)], [replace(piece, input_size=0, output_size=0)]
+    for spec in specs:
+        same_kind = groups and specs_equal(
+            [replace(groups[-1][-1], input_size=0, output_size=0)], [replace(spec, input_size=0, output_size=0)]
         )
-        if alike and piece.kind == "rnn":
-            groups[-1].append(piece)
+        if same_kind and spec.kind == "rnn":
+            groups[-1].append(spec)
         else:
-            groups.append([piece])
-    parts: dict[str, Any] = {}
+            groups.append([spec])
+    layers: dict[str, Any] = {}
     params: Params = {}
     for group in groups:
-        name = _unique_name(
-            group[0].name or _DEFAULT_NAMES.get(group[0].kind) or type(group[0].layer).__name__.lower(), parts
-        )
-        parts[name] = _build_layer(group)
-        params |= {f"{name}.{k}": a for k, a in _group_params(parts[name], group).items()}
-    if len(parts) == 1 and groups[0][0].kind == "rnn":
-        (name,) = parts
-        return parts[name], {k.removeprefix(f"{name}."): a for k, a in params.items()}
-    return Sequential(**parts), params
+        default = _DEFAULT_NAMES.get(group[0].kind) or type(group[0].layer).__name__.lower()
+        name = _unique_name(group[0].name or default, layers)
+        layers[name] = _build_layer(group)
+        params |= {f"{name}.{k}": a for k, a in _group_params(layers[name], group).items()}
+    if len(layers) == 1 and groups[0][0].kind == "rnn":
+        (name,) = layers
+        return layers[name], {k.removeprefix(f"{name}."): a for k, a in params.items()}
+    return Sequential(**layers), params
 
 
 _DEFAULT_NAMES = {"embedding": "embed", "rnn": "rnn", "linear": "head"}
 
 
-def _unique_name(name: str, taken: dict[str, Any]) -> str:
-    return name if name not in taken else next(n for k in range(2, 1000) if (n := f"{name}{k}") not in taken)
+def _unique_name(name: str, used: dict[str, Any]) -> str:
+    return name if name not in used else next(n for k in range(2, 1000) if (n := f"{name}{k}") not in used)
 
 
 def params_for(model: Any, specs: Sequence[LayerSpec]) -> Params:
-    """The parameters of `model`, which has these pieces, from their arrays."""
+    """The parameters of `model` from the arrays of its specs."""
     if not isinstance(model, Sequential):
         return _group_params(model, specs)
     params: Params = {}
-    at = 0
-    for name, part in named_layers(model).items():
-        count = getattr(part, "num_layers", 1)
-        params |= {f"{name}.{k}": a for k, a in _group_params(part, specs[at : at + count]).items()}
-        at += count
+    start = 0
+    for name, layer in named_layers(model).items():
+        stop = start + getattr(layer, "num_layers", 1)
+        params |= {f"{name}.{k}": a for k, a in _group_params(layer, specs[start:stop]).items()}
+        start = stop
     return {name: params[name] for name in model.shapes()}
 
 
-def _group_params(part: Any, group: Sequence[LayerSpec]) -> Params:
+def _group_params(layer: Any, group: Sequence[LayerSpec]) -> Params:
+    """The parameters of one layer or stack, by their names in it."""
     if group[0].kind != "rnn":
         return dict(group[0].params)
     out: Params = {}
-    for k, piece in enumerate(group):
-        out |= {_with_layer_index(n, 0, k): a for n, a in piece.params.items() if not n.startswith("initial_")}
-    for state in part.resolved_cell.states if part.learned_state else ():
-        rows = [piece.params[f"initial_{state}"] for piece in group]
-        if isinstance(part.hidden_size, int):
+    for k, spec in enumerate(group):
+        out |= {_with_layer_index(n, 0, k): a for n, a in spec.params.items() if not n.startswith("initial_")}
+    for state in layer.resolved_cell.states if layer.learned_state else ():
+        rows = [spec.params[f"initial_{state}"] for spec in group]
+        if isinstance(layer.hidden_size, int):
             out[f"initial_{state}"] = np.concatenate(rows, axis=0)
         else:
             out |= {f"initial_{state}_l{k}": row for k, row in enumerate(rows)}
-    return {name: out[name] for name in part.shapes()}
+    return {name: out[name] for name in layer.shapes()}
 
 
 def _build_layer(group: Sequence[LayerSpec]) -> Any:
     first = group[0]
-    if first.kind == "part":
+    if first.kind == "stateless":
         return first.layer
     if first.kind == "embedding":
         return Embedding(first.input_size, first.output_size)
     if first.kind == "linear":
         return Linear(first.input_size, first.output_size, first.bias)
-    sizes = tuple(p.output_size for p in group)
+    sizes = tuple(spec.output_size for spec in group)
     options: dict[str, Any] = {
         "num_layers": len(group),
         "bias": first.bias,
@@ -223,16 +232,17 @@ def _build_layer(group: Sequence[LayerSpec]) -> Any:
         "reverse": first.reverse == (True,),
         "learned_state": first.learned_state,
     }
-    make, special = _layer_class_and_options(first.cell)
-    return make(first.input_size, sizes[0] if len(set(sizes)) == 1 else sizes, **options, **special)
+    layer_class, cell_options = _layer_class_and_options(first.cell)
+    hidden_size = sizes[0] if len(set(sizes)) == 1 else sizes
+    return layer_class(first.input_size, hidden_size, **options, **cell_options)
 
 
 def _layer_class_and_options(cell: Any) -> tuple[Any, dict[str, Any]]:
-    """The class whose cell this is, and how to ask it for it."""
+    """The layer class for a cell, and the arguments with which that class makes this cell."""
     if cell.name == "elman":
-        chosen = dict(cell.options or ())
-        f = chosen.get("f")
-        if f is not None and chosen.get("clip") is None:
+        options = dict(cell.options or ())
+        f = options.get("f")
+        if f is not None and options.get("clip") is None:
             f = f if isinstance(f, str) else activation(**f)
             return RNN, {"nonlinearity": f}
         return RNN, {"cell": cell} if cell != elman() else {}

@@ -1,7 +1,8 @@
-"""ONNX models read without trusting them: sizes are compared before memory is taken, and no file outside the model's
-own folder is ever opened.
+"""Reading of ONNX files that are not trusted.
 
-Source: the ONNX IR specification (onnx.ai), version 14 of it and opsets 7 to 28.
+Sizes are compared before memory is allocated, and no file outside the folder of the model is opened.
+
+Source: the ONNX IR specification (onnx.ai), IR version 14 and opsets 7 to 28.
 """
 
 from __future__ import annotations
@@ -24,23 +25,23 @@ _MAX_BYTES = 1 << 31  # bytes: protobuf's own limit for one message
 
 
 def require_onnx(where: str) -> Any:
-    """The onnx package.
+    """Import and return the onnx package.
 
     Raises:
-        InputError: it is not installed; says what to install.
+        InputError: the package is not installed; the message says what to install.
     """
     return require_package(where, "onnx", "onnx", "checker", "inliner", "numpy_helper")
 
 
 def read_model(source: Any) -> Any:
-    """A checked ModelProto, its functions inlined and its external data loaded.
+    """Read and check a ModelProto, inline its functions and load its external data.
 
     Args:
-        source: a path, or an onnx.ModelProto, which is left as it is.
+        source: a path, or an onnx.ModelProto, which is not changed.
 
     Raises:
-        InputError: not an ONNX model, a damaged or lying one, or one whose data lies outside its folder; no
-            onnx package.
+        InputError: the source is not an ONNX model, is damaged or contradicts itself, or refers to data outside its
+            folder; the onnx package is missing.
     """
     onnx = require_onnx("from_onnx")
     if isinstance(source, onnx.ModelProto):
@@ -50,9 +51,9 @@ def read_model(source: Any) -> Any:
         path = as_path("from_onnx", source)
         where, folder, model = str(path), path.parent, _parse_model(onnx, path)
     if any(not isinstance(name, str) for name in _iter_names(onnx, model.graph)):
-        raise InputError(f"{where}: damaged: names that are no text")
-    for holder in _iter_tensors(onnx, model.graph):
-        _check_tensor(onnx, where, holder, folder)
+        raise InputError(f"{where}: damaged: some names are not valid UTF-8")
+    for tensor in _iter_tensors(onnx, model.graph):
+        _check_tensor(onnx, where, tensor, folder)
     try:
         onnx.checker.check_model(model)
         if model.functions:
@@ -63,18 +64,19 @@ def read_model(source: Any) -> Any:
 
 
 def opset_version(where: str, model: Any) -> int:
-    """The version of the standard's operators that the model uses.
+    """The opset version of a model.
 
     Raises:
-        InputError: one older or newer than what is known here.
+        InputError: the version is not one of SUPPORTED_OPSETS.
     """
     versions = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
-    found = versions[0] if versions else 0
-    if not SUPPORTED_OPSETS[0] <= found <= SUPPORTED_OPSETS[1]:
+    version = versions[0] if versions else 0
+    first, last = SUPPORTED_OPSETS
+    if not first <= version <= last:
         raise InputError(
-            f"{where}: opset {found}: expected {SUPPORTED_OPSETS[0]} to {SUPPORTED_OPSETS[1]}; convert it with onnx"
+            f"{where}: opset {version}, expected {first} to {last}: convert it with onnx.version_converter"
         )
-    return int(found)
+    return int(version)
 
 
 def _parse_model(onnx: Any, path: Path) -> Any:
@@ -88,7 +90,7 @@ def _parse_model(onnx: Any, path: Path) -> Any:
     model = onnx.ModelProto()
     try:
         model.ParseFromString(content)
-    except Exception as error:  # protobuf's DecodeError, which is importable only from one of its versions' places
+    except Exception as error:  # protobuf's DecodeError, whose module depends on the version of protobuf
         raise InputError(f"{path}: damaged, or not an ONNX file ({_first_line(error)})") from None
     if not model.HasField("graph"):
         raise InputError(f"{path}: damaged, or not an ONNX file (it has no graph)")
@@ -96,7 +98,7 @@ def _parse_model(onnx: Any, path: Path) -> Any:
 
 
 def subgraphs(onnx: Any, node: Any) -> Iterator[Any]:
-    """The graphs that stand in a node's attributes: bodies of Loop, branches of If."""
+    """The graphs in the attributes of a node: bodies of Loop and Scan, branches of If."""
     for attribute in node.attribute:
         if attribute.type == onnx.AttributeProto.GRAPH:
             yield attribute.g
@@ -116,9 +118,9 @@ def _iter_tensors(onnx: Any, graph: Any) -> Iterator[Any]:
 
 
 def _iter_names(onnx: Any, graph: Any) -> Iterator[Any]:
-    """Every name; protobuf hands out bytes for what is no UTF-8."""
-    for thing in (*graph.initializer, *graph.input, *graph.output):
-        yield thing.name
+    """Every name in a graph; protobuf returns bytes for a name that is not valid UTF-8."""
+    for value in (*graph.initializer, *graph.input, *graph.output):
+        yield value.name
     for node in graph.node:
         yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
         yield from (attribute.name for attribute in node.attribute)
@@ -127,27 +129,30 @@ def _iter_names(onnx: Any, graph: Any) -> Iterator[Any]:
 
 
 def _check_tensor(onnx: Any, where: str, t: Any, folder: Path | None) -> None:
-    """Raise InputError unless what the tensor holds is as much as its shape says; load what lies beside the model."""
+    """Raise InputError unless the size of a tensor's data is that of its shape; load external data."""
     name = f"{where}: tensor {t.name or '(without a name)'}"
     if any(d < 0 for d in t.dims):
         raise InputError(f"{name} has shape {tuple(t.dims)}")
     if t.data_type not in _STORAGE_FIELDS:
         known = onnx.TensorProto.DataType.Name(t.data_type) if t.data_type in _known_data_types(onnx) else t.data_type
-        raise InputError(f"{name} is of type {known}: expected floats, integers or booleans")
+        raise InputError(f"{name} is of type {known}, expected floats, integers or booleans")
     count = math.prod(t.dims)
     field, size = _STORAGE_FIELDS[t.data_type]
     if t.data_location == onnx.TensorProto.EXTERNAL:
         _load_external(onnx, name, t, folder, count * size)
-    found, wanted = (len(t.raw_data), count * size) if t.HasField("raw_data") else (len(getattr(t, field)), count)
-    if found != wanted:
-        raise InputError(f"{name} of shape {tuple(t.dims)} needs {wanted} values or bytes, found {found}")
+    if t.HasField("raw_data"):
+        found, expected, unit = len(t.raw_data), count * size, "bytes"
+    else:
+        found, expected, unit = len(getattr(t, field)), count, "values"
+    if found != expected:
+        raise InputError(f"{name} of shape {tuple(t.dims)} needs {expected} {unit}, found {found}")
 
 
 def _known_data_types(onnx: Any) -> list[int]:
     return list(onnx.TensorProto.DataType.values())
 
 
-# data type -> where its values stand when not in raw_data, and the bytes of one value there
+# data type -> the field that holds its values if raw_data does not, and the bytes of one value in raw_data
 _STORAGE_FIELDS = {
     1: ("float_data", 4),  # FLOAT
     2: ("int32_data", 1),  # UINT8
@@ -165,35 +170,37 @@ _STORAGE_FIELDS = {
 
 
 def _load_external(onnx: Any, name: str, t: Any, folder: Path | None, size: int) -> None:
-    about = {entry.key: entry.value for entry in t.external_data}
-    location = about.get("location", "")
+    entries = {entry.key: entry.value for entry in t.external_data}
+    location = entries.get("location", "")
     if folder is None:
-        raise InputError(f"{name} lies in the file {location!r}: give the model's path, or load its data first")
+        raise InputError(
+            f"{name} is in the file {location!r}: pass the path of the model, or load its external data first"
+        )
     try:
         root = folder.resolve()
         path = (root / location).resolve()
-        offset = int(about.get("offset", "0"))
-        length = int(about.get("length", str(size)))
+        offset = int(entries.get("offset", "0"))
+        length = int(entries.get("length", str(size)))
         inside = path.is_relative_to(root) and path.is_file() and not (root / location).is_symlink()
         if not location or not inside:
-            raise InputError(f"{name} lies in {location!r}: only a file in the model's own folder is opened")
+            raise InputError(f"{name} is in {location!r}: only files in the folder of the model are opened")
         if offset < 0 or length != size or offset + length > path.stat().st_size:
-            held = f"bytes {offset} to {offset + length} of {path.stat().st_size}"
-            raise InputError(f"{name} of shape {tuple(t.dims)} needs {size} bytes, found {held} in {location!r}")
+            found = f"bytes {offset} to {offset + length} of {path.stat().st_size}"
+            raise InputError(f"{name} of shape {tuple(t.dims)} needs {size} bytes, found {found} in {location!r}")
         with path.open("rb") as file:
             file.seek(offset)
             content = file.read(length)
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{name} lies in {location!r}, which cannot be read ({error})") from None
+        raise InputError(f"{name} is in {location!r}, which cannot be read ({error})") from None
     t.ClearField("external_data")
     t.data_location = onnx.TensorProto.DEFAULT
     t.raw_data = content
 
 
 def tensor_to_numpy(t: Any) -> Any:
-    """A TensorProto's values as NumPy, a copy: what the package gives may lie in the message and be read-only."""
+    """Copy the values of a TensorProto to a NumPy array; numpy_helper.to_array may return a read-only view."""
     return np.array(require_onnx("from_onnx").numpy_helper.to_array(t))
 
 

@@ -1,8 +1,7 @@
-"""What the operators of a graph are given: a node, and the values that flow between nodes.
+"""Nodes, operators, and the values between them.
 
-A value is an array of the caller's library, a list of them, or `HostValue`: a NumPy array of a shape, an axis, an index or
-a constant.
-An operator whose inputs are all on the host stays there, so that shapes never wait for a device.
+A value is an array of the caller's library, a list of such arrays, or a `HostValue`. An operator whose inputs are all
+HostValues is computed with NumPy on the host, so that the computation of shapes never waits for a device.
 """
 
 from __future__ import annotations
@@ -18,19 +17,29 @@ from xprnn.arrays.namespace import Array, InputError, Namespace, from_numpy, nam
 
 __all__ = ["FLOAT_TYPES", "Context", "HostValue", "Node", "Op", "check_size_limit", "host_context"]
 
-FLOAT_TYPES = (1, 10, 11)  # the standard's numbers for float32, float16 and float64
+FLOAT_TYPES = (1, 10, 11)  # TensorProto data types float32, float16 and float64
 
 
 @dataclass(frozen=True)
 class HostValue:
-    """A NumPy array that is not data: it never leaves the host unless data meets it."""
+    """A NumPy array: a shape, an axis, an index or a constant. It is copied to the device only to be used with data."""
 
     array: Any
 
 
 @dataclass(frozen=True)
 class Node:
-    """One node: names of what it reads ("" for what is left out) and writes, attributes decoded."""
+    """One node.
+
+    Args:
+        name: the name, unique in its graph.
+        op: the operator, for example "Gemm".
+        inputs: names of the inputs; "" for an omitted one.
+        outputs: names of the outputs; "" for an omitted one.
+        attrs: the attributes, decoded.
+        opset: the opset version.
+        bodies: the compiled graphs in the attributes, by attribute name.
+    """
 
     name: str
     op: str
@@ -46,32 +55,43 @@ class Node:
 
 @dataclass(frozen=True)
 class Context:
-    """Where an operator works: the namespace, and an array that shows library, device and the dtype of floats."""
+    """Where an operator is computed.
+
+    Args:
+        xp: the array namespace.
+        like: an array that sets the device and the dtype of floats.
+        on_host: True if the operator is computed with NumPy on HostValues.
+    """
 
     xp: Namespace
     like: Array
     on_host: bool = False
 
     def as_array(self, value: Any) -> Array:
-        """A value among the data: floats in the dtype of `like`, as all floats of a graph are."""
+        """Convert a HostValue to an array on the device, floats to the dtype of `like`; return an array unchanged."""
         if not isinstance(value, HostValue):
             return value
         a = value.array
-        # Widened here: torch refuses to do it for an array of no axes.
+        # Converted to int64 here, because torch cannot convert a 0-d array.
         return from_numpy(a.astype(np.int64) if a.dtype.kind == "i" else a, self.like)
 
 
 def host_context(dtype: Any) -> Context:
-    """The context of operators whose inputs are all on the host."""
+    """The context of operators whose inputs are all HostValues."""
     like = np.zeros(0, dtype)
     return Context(namespace(like), like, on_host=True)
 
 
 class Op(NamedTuple):
-    """An operator: run(context, node, *inputs) -> its outputs.
+    """An operator.
 
-    The inputs at `host` are given as NumPy arrays, wherever they are; those at `raw` as they are, Host or array.
-    `check` says what is unsupported about a node, or ""; `attrs` are those that `run` knows.
+    Args:
+        run: run(context, node, *inputs) -> one output, or a tuple of outputs.
+        attrs: names of the attributes that `run` supports.
+        host_inputs: numbers of the inputs that are passed as NumPy arrays.
+        raw_inputs: numbers of the inputs that are passed unconverted, as a HostValue or an array.
+        unsupported_reason: for a node, what about it is not supported; "" if all is.
+        runs_on_host: True if the operator is computed on the host when all its inputs are HostValues.
     """
 
     run: Callable[..., Any]
@@ -79,23 +99,23 @@ class Op(NamedTuple):
     host_inputs: tuple[int, ...] = ()
     raw_inputs: tuple[int, ...] = ()
     unsupported_reason: Callable[[Node], str] = lambda node: ""
-    runs_on_host: bool = True  # stays on the host when all its inputs are there
+    runs_on_host: bool = True
 
     def __call__(self, context: Context, node: Node, inputs: list[Any]) -> tuple[Any, ...]:
-        """The outputs, each a Host or an array."""
-        stays = self.runs_on_host and all(v is None or isinstance(v, HostValue) for v in inputs)
-        at = host_context(_float_dtype(inputs)) if stays else context
-        args = [self._argument(at, k, v, stays) for k, v in enumerate(inputs)]
-        result = self.run(at, node, *args)
+        """Compute the outputs, each a HostValue or an array."""
+        on_host = self.runs_on_host and all(v is None or isinstance(v, HostValue) for v in inputs)
+        context = host_context(_float_dtype(inputs)) if on_host else context
+        args = [self._argument(context, k, v, on_host) for k, v in enumerate(inputs)]
+        result = self.run(context, node, *args)
         outputs = result if isinstance(result, tuple) else (result,)
-        return tuple(HostValue(np.asarray(o)) if stays and not isinstance(o, HostValue) else o for o in outputs)
+        return tuple(HostValue(np.asarray(o)) if on_host and not isinstance(o, HostValue) else o for o in outputs)
 
-    def _argument(self, at: Context, k: int, value: Any, stays: bool) -> Any:
+    def _argument(self, context: Context, k: int, value: Any, on_host: bool) -> Any:
         if value is None or k in self.raw_inputs:
             return value
-        if k in self.host_inputs or (stays and isinstance(value, HostValue)):
+        if k in self.host_inputs or (on_host and isinstance(value, HostValue)):
             return value.array if isinstance(value, HostValue) else to_numpy(value)
-        return at.as_array(value)
+        return context.as_array(value)
 
 
 def _float_dtype(inputs: list[Any]) -> Any:
@@ -104,8 +124,8 @@ def _float_dtype(inputs: list[Any]) -> Any:
 
 
 def check_size_limit(node: Node, shape: Any) -> tuple[int, ...]:
-    """`shape` as a tuple; InputError if an array of it cannot be wanted."""
+    """Return `shape` as a tuple; raise InputError if it has a negative size or more than 2^28 elements."""
     out = tuple(int(d) for d in shape)
     if any(d < 0 for d in out) or math.prod(out) > 1 << 28:
-        raise InputError(f"{node}: makes an array of shape {out}: at most 2^28 elements")
+        raise InputError(f"{node}: the output would have shape {out}, expected at most 2^28 elements")
     return out

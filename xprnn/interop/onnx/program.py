@@ -1,4 +1,4 @@
-"""A GraphProto compiled to nodes that run. What is not supported is reported before anything runs, all in one error."""
+"""Compilation of a GraphProto to nodes that run; one error names all unsupported operators, before anything runs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The attributes of RNN, LSTM and GRU, and the cells they mean, both ways.
+"""Conversion between the attributes of RNN, LSTM and GRU and the cells of xprnn.
 
-Sources: the standard's text of the three operators. Which constant belongs to which activation is not said there: as
-in ONNX Runtime, the lists hold those of the functions that have such a constant, in order.
+Source: the ONNX standard's text of the three operators. It does not define which entry of activation_alpha and
+activation_beta is for which activation. Here, as in ONNX Runtime, each list holds one entry for each activation that
+has such a constant, in order.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 
-GATE_COUNTS = {"RNN": 1, "LSTM": 4, "GRU": 3}  # and their numbers of gates
+GATE_COUNTS = {"RNN": 1, "LSTM": 4, "GRU": 3}
 _DEFAULT_ACTIVATIONS = {"RNN": ("Tanh",), "LSTM": ("Sigmoid", "Tanh", "Tanh"), "GRU": ("Sigmoid", "Tanh")}
 _ACTIVATION_OPTIONS = {"elman": ("f",), "lstm": ("gate", "candidate", "output")}
 _ONNX_NAMES = {
@@ -50,48 +51,50 @@ def cells_from_attributes(op: str, attrs: dict[str, Any], peepholes: bool, direc
     """The cell of each direction.
 
     Raises:
-        InputError: an attribute that no cell has; says which.
+        InputError: no cell has the value of an attribute; the message names it.
 
     >>> cells_from_attributes("GRU", {"linear_before_reset": 1}, False, 1) == (gru(),)
     True
     """
     clip = attrs.get("clip")
     if clip is not None and not clip > 0:
-        raise InputError(f"clip={clip}: expected a number above 0")
+        raise InputError(f"clip={clip}, expected a number above 0")
     options: dict[str, Any] = {"clip": clip}
     if op == "LSTM":
         options |= {"peepholes": peepholes, "coupled": bool(attrs.get("input_forget", 0))}
-    make: Any = {"RNN": elman, "LSTM": lstm}.get(op)
+    make_cell: Any = {"RNN": elman, "LSTM": lstm}.get(op)
     if op == "GRU":
-        make = gru if attrs.get("linear_before_reset", 0) else gru_reset_before
-    return tuple(make(*group, **options) for group in _activations(op, attrs, directions))
+        make_cell = gru if attrs.get("linear_before_reset", 0) else gru_reset_before
+    return tuple(make_cell(*group, **options) for group in _activations(op, attrs, directions))
 
 
 def _activations(op: str, attrs: dict[str, Any], directions: int) -> list[Sequence[Activation]]:
+    """The activations of each direction."""
     default = _DEFAULT_ACTIVATIONS[op]
     names = list(attrs.get("activations") or default * directions)
     if len(names) != len(default) * directions:
-        raise InputError(f"activations={names}: expected {len(default) * directions}")
+        raise InputError(f"activations={names}, expected {len(default) * directions} names")
     lists = {key: list(attrs.get(f"activation_{key}") or ()) for key in ("alpha", "beta")}
-    made = []
+    functions = []
     for name in names:
-        has = _ACTIVATION_CONSTANTS.get(name.lower(), ())
-        f = activation(name, **{key: lists[key].pop(0) for key in has if lists[key]})
-        made.append(activation("identity") if f == activation("affine", 1.0, 0.0) else f)  # it has no name there
-    return [made[k * len(default) : (k + 1) * len(default)] for k in range(directions)]
+        constants = _ACTIVATION_CONSTANTS.get(name.lower(), ())
+        f = activation(name, **{key: lists[key].pop(0) for key in constants if lists[key]})
+        # The ONNX standard has no identity: _activation_attributes writes it as affine.
+        functions.append(activation("identity") if f == activation("affine", 1.0, 0.0) else f)
+    return [functions[k * len(default) : (k + 1) * len(default)] for k in range(directions)]
 
 
 def attributes_from_cell(cell: Cell, hidden: int, reverse: Sequence[bool]) -> dict[str, Any]:
-    """The attributes of the operator that does what `cell` does, in these directions (True: from the end).
+    """The attributes of the operator that computes `cell`; reverse: for each direction, True if it is reversed.
 
     >>> attributes_from_cell(elman("relu", clip=3.0), 5, (False,))
     {'hidden_size': 5, 'direction': 'forward', 'activations': ['Relu'], 'clip': 3.0}
     """
     options = dict(cell.options or ())
-    way = "bidirectional" if len(reverse) == 2 else "reverse" if reverse[0] else "forward"
-    out: dict[str, Any] = {"hidden_size": hidden, "direction": way}
-    places = _ACTIVATION_OPTIONS.get(cell.name, ("gate", "candidate"))
-    out |= _activation_attributes([activation_from_config(options[p]) for p in places] * len(reverse))
+    direction = "bidirectional" if len(reverse) == 2 else "reverse" if reverse[0] else "forward"
+    out: dict[str, Any] = {"hidden_size": hidden, "direction": direction}
+    names = _ACTIVATION_OPTIONS.get(cell.name, ("gate", "candidate"))
+    out |= _activation_attributes([activation_from_config(options[name]) for name in names] * len(reverse))
     if options.get("clip") is not None:
         out["clip"] = options["clip"]
     if options.get("coupled"):
@@ -102,7 +105,7 @@ def attributes_from_cell(cell: Cell, hidden: int, reverse: Sequence[bool]) -> di
 
 
 def is_supported_activation(f: Activation) -> bool:
-    """Whether RNN, LSTM and GRU have this activation.
+    """True if RNN, LSTM and GRU have this activation.
 
     >>> is_supported_activation(activation("elu", 0.5))
     True
@@ -111,12 +114,12 @@ def is_supported_activation(f: Activation) -> bool:
     return f.name in names and activation(f.name, f.alpha, f.beta) == f
 
 
-def _activation_attributes(chosen: list[Activation]) -> dict[str, Any]:
-    """Names, and the constants of those functions that have them, in order."""
+def _activation_attributes(functions: list[Activation]) -> dict[str, Any]:
+    """The attributes activations, activation_alpha and activation_beta."""
     names, constants = [], {"alpha": list[float](), "beta": list[float]()}
-    for f in chosen:
+    for f in functions:
         key, values = f.name, {"alpha": f.alpha, "beta": f.beta}
-        if key == "identity":  # which the standard does not name
+        if key == "identity":  # the standard has no such activation
             key, values = "affine", {"alpha": 1.0, "beta": 0.0}
         names.append(_ONNX_NAMES.get(key, key.capitalize()))
         for constant in _ACTIVATION_CONSTANTS.get(key, ()):
@@ -125,7 +128,7 @@ def _activation_attributes(chosen: list[Activation]) -> dict[str, Any]:
     return out | {f"activation_{k}": v for k, v in constants.items() if v}
 
 
-# Activations that are operators of their own, with the constants that they have there.
+# Operators that compute an activation, with their constants.
 ACTIVATION_OPERATORS = {
     "Tanh": (),
     "Sigmoid": (),
@@ -142,7 +145,7 @@ ACTIVATION_OPERATORS = {
 
 
 def activation_from_operator(op: str, attrs: dict[str, Any]) -> Activation:
-    """The activation that an operator of its own computes: their defaults are the same.
+    """The activation that an operator computes; xprnn and ONNX have the same default constants.
 
     >>> activation_from_operator("HardSigmoid", {"beta": 0.25}).alpha
     0.2
@@ -151,15 +154,15 @@ def activation_from_operator(op: str, attrs: dict[str, Any]) -> Activation:
 
 
 def operator_from_activation(f: Activation) -> tuple[str, dict[str, Any]] | None:
-    """The operator that computes an activation, and its attributes; None where there is none.
+    """The operator that computes an activation, and its attributes; None if ONNX has no such operator.
 
     >>> operator_from_activation(activation("elu", 0.5)), operator_from_activation(activation("affine"))
     (('Elu', {'alpha': 0.5}), None)
     """
-    found = {op.lower(): op for op in ACTIVATION_OPERATORS}.get(f.name)
-    if found is None or activation(f.name, f.alpha, f.beta) != f:
+    op = {op.lower(): op for op in ACTIVATION_OPERATORS}.get(f.name)
+    if op is None or activation(f.name, f.alpha, f.beta) != f:
         return None
-    return found, {key: float(getattr(f, key)) for key in ACTIVATION_OPERATORS[found]}
+    return op, {key: float(getattr(f, key)) for key in ACTIVATION_OPERATORS[op]}
 
 
-MERGE_MODES = {"Sum": "sum", "Mul": "mul", "Mean": "ave"}
+MERGE_MODES = {"Sum": "sum", "Mul": "mul", "Mean": "ave"}  # operator -> mode of MergeDirections

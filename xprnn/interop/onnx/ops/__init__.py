@@ -1,1 +1,1 @@
-"""ONNX operators on any array library."""
+"""ONNX operators on any array library of the Array API standard."""

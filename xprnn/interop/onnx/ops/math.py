@@ -1,6 +1,8 @@
-"""The arithmetic of ONNX over the Array API: elementwise functions, products, reductions, softmax.
+"""Arithmetic operators of ONNX: elementwise functions, matrix products, reductions, softmax.
 
-Each function is run(context, node, *inputs); the standard's text of each operator is its specification (onnx.ai).
+Each operator is a function run(context, node, *inputs).
+
+Source: the ONNX operators (onnx.ai/onnx/operators).
 """
 
 from __future__ import annotations
@@ -19,92 +21,96 @@ __all__ = ["MATH_OPS"]
 
 
 def _unary(f: Callable[[Any, Array], Array]) -> Op:
-    return Op(lambda at, node, x: f(at.xp, x))
+    return Op(lambda context, node, x: f(context.xp, x))
 
 
 def _binary(f: Callable[[Any, Array, Array], Array]) -> Op:
-    return Op(lambda at, node, a, b: f(at.xp, a, b))
+    return Op(lambda context, node, a, b: f(context.xp, a, b))
 
 
 def _variadic(f: Callable[[Any, Array, Array], Array]) -> Op:
-    return Op(lambda at, node, *xs: reduce(lambda a, b: f(at.xp, a, b), xs))
+    return Op(lambda context, node, *xs: reduce(lambda a, b: f(context.xp, a, b), xs))
 
 
 def _activation(name: str, alpha: float | None = None, beta: float | None = None) -> Op:
-    """One of xprnn.activation's, with the operator's own default constants."""
+    """An operator that computes `xprnn.activation(name)`; alpha and beta are the default constants of the operator."""
     constants = {"alpha": alpha, "beta": beta}
 
-    def chosen(node: Node) -> Any:
+    def build(node: Node) -> Any:
         return activation(name, **{k: node.attrs.get(k, v) for k, v in constants.items() if v is not None})
 
-    def check(node: Node) -> str:
+    def unsupported_reason(node: Node) -> str:
         try:
-            chosen(node)
+            build(node)
         except InputError as error:
             return str(error)
         return ""
 
     attrs = tuple(k for k, v in constants.items() if v is not None)
-    return Op(lambda at, node, x: chosen(node).build(at.xp)[0](x), attrs, unsupported_reason=check)
-
-
-def _gelu(at: Context, node: Node, x: Array) -> Array:
-    name = "gelutanh" if node.attrs.get("approximate", "none") == "tanh" else "gelu"
-    return activation(name).build(at.xp)[0](x)
-
-
-def _selu(at: Context, node: Node, x: Array) -> Array:
-    """The constants are the standard's, float32 numbers."""
-    alpha, gamma = (
-        node.attrs.get("alpha", 1.67326319217681884765625),
-        node.attrs.get("gamma", 1.05070102214813232421875),
+    return Op(
+        lambda context, node, x: build(node).build(context.xp)[0](x), attrs, unsupported_reason=unsupported_reason
     )
-    return gamma * at.xp.where(x > 0, x, alpha * at.xp.expm1(at.xp.minimum(x, 0 * x)))
+
+
+def _gelu(context: Context, node: Node, x: Array) -> Array:
+    name = "gelutanh" if node.attrs.get("approximate", "none") == "tanh" else "gelu"
+    return activation(name).build(context.xp)[0](x)
+
+
+def _selu(context: Context, node: Node, x: Array) -> Array:
+    """Selu. The default constants are the float32 numbers of the ONNX standard."""
+    alpha = node.attrs.get("alpha", 1.67326319217681884765625)
+    gamma = node.attrs.get("gamma", 1.05070102214813232421875)
+    return gamma * context.xp.where(x > 0, x, alpha * context.xp.expm1(context.xp.minimum(x, 0 * x)))
 
 
 def _divide(xp: Any, a: Array, b: Array) -> Array:
-    """Integers are divided as C does it, towards zero."""
+    """a / b; integers are rounded towards zero, as in C."""
     if xp.isdtype(a.dtype, "real floating"):
         return a / b
     return xp.sign(a) * xp.sign(b) * (xp.abs(a) // xp.abs(b))
 
 
-def _mod(at: Context, node: Node, a: Array, b: Array) -> Array:
+def _mod(context: Context, node: Node, a: Array, b: Array) -> Array:
     if not node.attrs.get("fmod", 0):
-        return at.xp.remainder(a, b)
-    return a - b * at.xp.trunc(a / b) if at.xp.isdtype(a.dtype, "real floating") else a - b * _divide(at.xp, a, b)
+        return context.xp.remainder(a, b)
+    return (
+        a - b * context.xp.trunc(a / b)
+        if context.xp.isdtype(a.dtype, "real floating")
+        else a - b * _divide(context.xp, a, b)
+    )
 
 
-def _mean(at: Context, node: Node, *xs: Array) -> Array:
+def _mean(context: Context, node: Node, *xs: Array) -> Array:
     return reduce(lambda a, b: a + b, xs) / len(xs)
 
 
-def _clip(at: Context, node: Node, x: Array, low: Any = None, high: Any = None) -> Array:
-    """Bounds are attributes before opset 11 and inputs since."""
+def _clip(context: Context, node: Node, x: Array, low: Any = None, high: Any = None) -> Array:
+    """Clip. The bounds are attributes before opset 11, inputs from opset 11 on."""
     low, high = node.attrs.get("min", low), node.attrs.get("max", high)
-    x = x if low is None else at.xp.maximum(x, low)
-    return x if high is None else at.xp.minimum(x, high)
+    x = x if low is None else context.xp.maximum(x, low)
+    return x if high is None else context.xp.minimum(x, high)
 
 
-def _where(at: Context, node: Node, condition: Array, a: Array, b: Array) -> Array:
-    return at.xp.where(condition, a, b)
+def _where(context: Context, node: Node, condition: Array, a: Array, b: Array) -> Array:
+    return context.xp.where(condition, a, b)
 
 
-def _pow(at: Context, node: Node, a: Array, b: Array) -> Array:
-    return at.xp.pow(a, at.xp.astype(b, a.dtype))
+def _pow(context: Context, node: Node, a: Array, b: Array) -> Array:
+    return context.xp.pow(a, context.xp.astype(b, a.dtype))
 
 
-def _matmul(at: Context, node: Node, a: Array, b: Array) -> Array:
+def _matmul(context: Context, node: Node, a: Array, b: Array) -> Array:
     if b.ndim != 2 or a.ndim < 3:
-        return at.xp.matmul(a, b)
-    lead = tuple(a.shape[:-1])  # one large product is faster than many small ones
-    out = at.xp.matmul(at.xp.reshape(a, (math.prod(lead), a.shape[-1])), b)
-    return at.xp.reshape(out, (*lead, b.shape[1]))
+        return context.xp.matmul(a, b)
+    lead = tuple(a.shape[:-1])  # one large matrix product is faster than a batch of small ones
+    out = context.xp.matmul(context.xp.reshape(a, (math.prod(lead), a.shape[-1])), b)
+    return context.xp.reshape(out, (*lead, b.shape[1]))
 
 
-def _gemm(at: Context, node: Node, a: Array, b: Array, c: Array | None = None) -> Array:
-    """alpha A B + beta C, either factor turned."""
-    xp, get = at.xp, node.attrs.get
+def _gemm(context: Context, node: Node, a: Array, b: Array, c: Array | None = None) -> Array:
+    """alpha * A @ B + beta * C; A and B may be transposed."""
+    xp, get = context.xp, node.attrs.get
     a = xp.permute_dims(a, (1, 0)) if get("transA", 0) else a
     b = xp.permute_dims(b, (1, 0)) if get("transB", 0) else b
     out = xp.matmul(a, b)
@@ -116,29 +122,33 @@ def _gemm(at: Context, node: Node, a: Array, b: Array, c: Array | None = None) -
 
 
 def _reduction(f: Callable[[Any, Array, tuple[int, ...], bool], Array]) -> Op:
-    """axes are an attribute at first and an input later; without any all axes, or none with noop_with_empty_axes."""
+    """A reduction f(xp, x, axes, keepdims).
 
-    def run(at: Context, node: Node, x: Array, axes: Any = None) -> Array:
-        given = node.attrs.get("axes") if axes is None else axes.reshape(-1).tolist()
-        if not given and node.attrs.get("noop_with_empty_axes", 0):
+    The axes are an attribute in older opsets and an input in newer ones. Without axes, all are reduced, or none if
+    noop_with_empty_axes is set.
+    """
+
+    def run(context: Context, node: Node, x: Array, axes: Any = None) -> Array:
+        listed = node.attrs.get("axes") if axes is None else axes.reshape(-1).tolist()
+        if not listed and node.attrs.get("noop_with_empty_axes", 0):
             return x
-        over = tuple(int(a) for a in given) if given else tuple(range(x.ndim))
-        return f(at.xp, x, over, bool(node.attrs.get("keepdims", 1)))
+        reduced = tuple(int(a) for a in listed) if listed else tuple(range(x.ndim))
+        return f(context.xp, x, reduced, bool(node.attrs.get("keepdims", 1)))
 
     return Op(run, ("axes", "keepdims", "noop_with_empty_axes"), host_inputs=(1,))
 
 
-def _sum(xp: Any, x: Array, over: tuple[int, ...], keep: bool) -> Array:
-    return xp.sum(x, axis=over, keepdims=keep, dtype=x.dtype)
+def _sum(xp: Any, x: Array, axes: tuple[int, ...], keepdims: bool) -> Array:
+    return xp.sum(x, axis=axes, keepdims=keepdims, dtype=x.dtype)
 
 
-def _argmax(at: Context, node: Node, x: Array) -> Array:
+def _argmax(context: Context, node: Node, x: Array) -> Array:
     get = node.attrs.get
-    return at.xp.argmax(x, axis=get("axis", 0), keepdims=bool(get("keepdims", 1)))
+    return context.xp.argmax(x, axis=get("axis", 0), keepdims=bool(get("keepdims", 1)))
 
 
-def _cumsum(at: Context, node: Node, x: Array, axis: Any) -> Array:
-    xp, k = at.xp, int(axis) % x.ndim
+def _cumsum(context: Context, node: Node, x: Array, axis: Any) -> Array:
+    xp, k = context.xp, int(axis) % x.ndim
     x = xp.flip(x, axis=k) if node.attrs.get("reverse", 0) else x
     out = xp.cumulative_sum(x, axis=k, dtype=x.dtype, include_initial=False)
     if node.attrs.get("exclusive", 0):
@@ -151,29 +161,31 @@ def _cumsum(at: Context, node: Node, x: Array, axis: Any) -> Array:
 
 
 def _softmax(log: bool) -> Op:
-    """Along one axis since opset 13; before, over all axes from `axis` on as if they were one."""
+    """Softmax or LogSoftmax. Before opset 13, all axes from `axis` on are treated as one axis."""
 
-    def run(at: Context, node: Node, x: Array) -> Array:
-        xp, shape = at.xp, tuple(x.shape)
+    def run(context: Context, node: Node, x: Array) -> Array:
+        xp, shape = context.xp, tuple(x.shape)
         axis = node.attrs.get("axis", -1 if node.opset >= 13 else 1)
         if node.opset < 13:
             axis = axis % x.ndim
             x = xp.reshape(x, (math.prod(shape[:axis]), math.prod(shape[axis:])))
-        along = axis if node.opset >= 13 else 1
-        shifted = x - xp.max(x, axis=along, keepdims=True)
-        total = xp.sum(xp.exp(shifted), axis=along, keepdims=True, dtype=x.dtype)
+        k = axis if node.opset >= 13 else 1
+        shifted = x - xp.max(x, axis=k, keepdims=True)
+        total = xp.sum(xp.exp(shifted), axis=k, keepdims=True, dtype=x.dtype)
         out = shifted - xp.log(total) if log else xp.exp(shifted) / total
         return out if node.opset >= 13 else xp.reshape(out, shape)
 
     return Op(run, ("axis",))
 
 
-def _require_attribute_value(name: str, allowed: int) -> Callable[[Node], str]:
-    def check(node: Node) -> str:
-        found = node.attrs.get(name, allowed)
-        return "" if found == allowed else f"{name}={found}"
+def _require_attribute_value(name: str, supported: int) -> Callable[[Node], str]:
+    """A function for Op.unsupported_reason: only one value of an attribute is supported."""
 
-    return check
+    def unsupported_reason(node: Node) -> str:
+        found = node.attrs.get(name, supported)
+        return "" if found == supported else f"{name}={found}"
+
+    return unsupported_reason
 
 
 MATH_OPS: dict[str, Op] = {
@@ -198,7 +210,7 @@ MATH_OPS: dict[str, Op] = {
     "ThresholdedRelu": _activation("thresholdedrelu", 1.0),
     "HardSigmoid": _activation("hardsigmoid", 0.2, 0.5),
     "Celu": _activation("celu", 1.0),
-    "Erf": Op(lambda at, node, x: erf(at.xp)(x)),
+    "Erf": Op(lambda context, node, x: erf(context.xp)(x)),
     "Gelu": Op(_gelu, ("approximate",)),
     "HardSwish": _activation("hardswish"),
     "Mish": _activation("mish"),
@@ -226,10 +238,10 @@ MATH_OPS: dict[str, Op] = {
     "MatMul": Op(_matmul),
     "Gemm": Op(_gemm, ("alpha", "beta", "transA", "transB")),
     "ReduceSum": _reduction(_sum),
-    "ReduceMean": _reduction(lambda xp, x, over, keep: xp.mean(x, axis=over, keepdims=keep)),
-    "ReduceMax": _reduction(lambda xp, x, over, keep: xp.max(x, axis=over, keepdims=keep)),
-    "ReduceMin": _reduction(lambda xp, x, over, keep: xp.min(x, axis=over, keepdims=keep)),
-    "ReduceProd": _reduction(lambda xp, x, over, keep: xp.prod(x, axis=over, keepdims=keep, dtype=x.dtype)),
+    "ReduceMean": _reduction(lambda xp, x, axes, keepdims: xp.mean(x, axis=axes, keepdims=keepdims)),
+    "ReduceMax": _reduction(lambda xp, x, axes, keepdims: xp.max(x, axis=axes, keepdims=keepdims)),
+    "ReduceMin": _reduction(lambda xp, x, axes, keepdims: xp.min(x, axis=axes, keepdims=keepdims)),
+    "ReduceProd": _reduction(lambda xp, x, axes, keepdims: xp.prod(x, axis=axes, keepdims=keepdims, dtype=x.dtype)),
     "ArgMax": Op(
         _argmax,
         ("axis", "keepdims", "select_last_index"),

@@ -1,9 +1,8 @@
-"""The operators RNN, LSTM and GRU of ONNX with all their attributes, as xprnn layers.
+"""The operators RNN, LSTM and GRU of ONNX, with all their attributes, computed by layers of xprnn.
 
-A node becomes one layer, or two where its directions have activations of their own. What it computes is then what the
-layer computes: the scan, its kernels and its checks are not written again here.
+A node is computed by one layer, or by two if its two directions have different activations.
 
-Source: the standard's text of RNN, LSTM and GRU (opsets 7, 14, 22).
+Source: the ONNX standard's text of RNN, LSTM and GRU (opsets 7, 14, 22).
 """
 
 from __future__ import annotations
@@ -41,14 +40,14 @@ _ATTRIBUTES = {
 
 @dataclass(frozen=True)
 class RecurrentSpec:
-    """What a node computes: the cell of each direction, and the directions it walks in.
+    """The function that a recurrent node computes.
 
     Args:
         op: RNN, LSTM or GRU.
-        cells: one for each direction.
-        reverse: for each direction, whether it walks from the end.
-        batch_first: layout 1.
-        hidden: hidden_size, or None where it is left to the shape of R.
+        cells: the cell of each direction.
+        reverse: for each direction, True if it starts at the last step.
+        batch_first: True for layout=1.
+        hidden_size: the attribute hidden_size; None if it is missing, and the shape of R determines it.
     """
 
     op: str
@@ -58,7 +57,7 @@ class RecurrentSpec:
     hidden_size: int | None
 
     def build_layers(self, input_size: int, hidden_size: int, bias: bool) -> list[Recurrent]:
-        """One layer for all directions; one for each where they differ."""
+        """Make one layer for all directions, or one for each direction if their cells differ."""
         if len(set(self.cells)) == 1 and len(self.cells) == 2:
             return [Recurrent(input_size, hidden_size, bias=bias, bidirectional=True, cell=self.cells[0])]
         pairs = zip(self.cells, self.reverse, strict=True)
@@ -66,10 +65,10 @@ class RecurrentSpec:
 
 
 def spec_from_node(node: Node) -> RecurrentSpec:
-    """What a node computes.
+    """Convert the attributes of a node.
 
     Raises:
-        InputError: an attribute that nothing here can do; says which.
+        InputError: the value of an attribute is not supported; the message names it.
     """
     get = node.attrs.get
     if node.attrs.get("direction", "forward") not in _DIRECTIONS:
@@ -89,106 +88,120 @@ def _unsupported_reason(node: Node) -> str:
 
 
 def params_from_weights(spec: RecurrentSpec, weights: dict[str, Any]) -> list[Params]:
-    """W, R, B and P of a node, NumPy arrays, as the parameters of each of `spec.layers`: in torch's order and names.
+    """Convert the NumPy arrays W, R, B and P of a node to the parameters of each layer of `spec.build_layers`.
 
     Raises:
-        InputError: shapes that do not fit each other.
+        InputError: the shapes do not fit each other.
     """
     check_weights(spec, weights)
-    each = [from_framework("onnx", c.name, {k: a[d] for k, a in weights.items()}) for d, c in enumerate(spec.cells)]
-    ends = ("_l0", "_l0_reverse")
-    if len(set(spec.cells)) == 1 and len(each) == 2:
-        return [{f"{k}{end}": a for own, end in zip(each, ends, strict=True) for k, a in own.items()}]
-    return [{f"{k}_l0": a for k, a in own.items()} for own in each]
+    directions = [
+        from_framework("onnx", c.name, {k: a[d] for k, a in weights.items()}) for d, c in enumerate(spec.cells)
+    ]
+    return _params_of_layers(spec, directions)
+
+
+def _params_of_layers(spec: RecurrentSpec, directions: list[Params]) -> list[Params]:
+    """The parameters of each layer of `spec.build_layers`, from those of each direction."""
+    if len(set(spec.cells)) == 1 and len(directions) == 2:
+        suffixes = ("_l0", "_l0_reverse")
+        return [{f"{k}{end}": a for arrays, end in zip(directions, suffixes, strict=True) for k, a in arrays.items()}]
+    return [{f"{k}_l0": a for k, a in arrays.items()} for arrays in directions]
 
 
 def check_weights(spec: RecurrentSpec, weights: dict[str, Any]) -> None:
-    """Raise InputError unless W (D,G*H,I), R (D,G*H,H), B (D,2*G*H) and P (D,3*H) fit each other."""
+    """Raise InputError unless the shapes fit each other.
+
+    W (directions,G*H,D), R (directions,G*H,H), B (directions,2*G*H), P (directions,3*H).
+    """
     gates, d = GATE_COUNTS[spec.op], len(spec.cells)
     shapes = {k: tuple(a.shape) for k, a in weights.items()}
     hidden = shapes["R"][-1] if len(shapes["R"]) == 3 else 0
     if spec.hidden_size is not None and hidden != spec.hidden_size:
-        raise InputError(f"R has shape {shapes['R']}, but hidden_size is {spec.hidden_size}")
+        raise InputError(f"R has shape {shapes['R']}, hidden_size is {spec.hidden_size}")
     width = shapes["W"][-1] if len(shapes["W"]) == 3 else 0
-    wanted: dict[str, tuple[int, ...]] = {"W": (d, gates * hidden, width), "R": (d, gates * hidden, hidden)}
-    wanted |= {"B": (d, 2 * gates * hidden), "P": (d, 3 * hidden)}
+    expected: dict[str, tuple[int, ...]] = {"W": (d, gates * hidden, width), "R": (d, gates * hidden, hidden)}
+    expected |= {"B": (d, 2 * gates * hidden), "P": (d, 3 * hidden)}
     for name, shape in shapes.items():
-        if shape != wanted[name] or 0 in shape:
-            raise InputError(f"{name} must have shape {wanted[name]}, found {shape}")
+        if shape != expected[name] or 0 in shape:
+            raise InputError(f"{name} must have shape {expected[name]}, found {shape}")
 
 
-def _reorder_weights(xp: Namespace, cell: Cell, given: dict[str, Array], d: int) -> Params:
-    """One direction's parameters from weights that are only known when the graph runs, of any array library."""
-    order, there = gate_order(cell.name, "onnx", "torch"), CONVENTIONS["onnx"]
+def _reorder_weights(xp: Namespace, cell: Cell, weights: dict[str, Array], d: int) -> Params:
+    """The parameters of direction d from weights of any array library, which are computed while the graph runs."""
+    order, convention = gate_order(cell.name, "onnx", "torch"), CONVENTIONS["onnx"]
 
-    def sorted_(a: Array) -> Array:
+    def reorder(a: Array) -> Array:
         size = a.shape[0] // len(order)
         return xp.concat([a[k * size : (k + 1) * size, ...] for k in order], axis=0)
 
-    own = {"weight_ih": sorted_(given["W"][d, ...]), "weight_hh": sorted_(given["R"][d, ...])}
-    if "B" in given:
-        both, half = given["B"][d, ...], given["B"].shape[1] // 2
-        own |= {"bias_ih": sorted_(both[:half]), "bias_hh": sorted_(both[half:])}
-    if "P" in given:
-        p, size = given["P"][d, ...], given["P"].shape[1] // 3
-        own |= {f"weight_p{gate}": p[k * size : (k + 1) * size] for k, gate in enumerate(there.peephole_order)}
-    return own
+    params = {"weight_ih": reorder(weights["W"][d, ...]), "weight_hh": reorder(weights["R"][d, ...])}
+    if "B" in weights:
+        b, half = weights["B"][d, ...], weights["B"].shape[1] // 2
+        params |= {"bias_ih": reorder(b[:half]), "bias_hh": reorder(b[half:])}
+    if "P" in weights:
+        p, size = weights["P"][d, ...], weights["P"].shape[1] // 3
+        params |= {f"weight_p{gate}": p[k * size : (k + 1) * size] for k, gate in enumerate(convention.peephole_order)}
+    return params
 
 
 def run_layers(
     xp: Namespace, spec: RecurrentSpec, params: list[Params], x: Array, lengths: Any, states: list[Array | None]
 ) -> tuple[Array, ...]:
-    """Y, Y_h and, for the LSTM, Y_c, from the parameters of each of `spec.layers`."""
+    """Compute Y, Y_h and, for an LSTM, Y_c.
+
+    Args:
+        xp: the array namespace.
+        spec: the function of the node.
+        params: the parameters of each layer of `spec.build_layers`.
+        x: X, in the node's layout.
+        lengths: sequence_lens (N,), or None.
+        states: [initial_h, initial_c] in the node's layout; None for a zero state.
+    """
     bias = "bias_ih_l0" in params[0]
     weight = params[0]["weight_hh_l0"]
     layers = spec.build_layers(params[0]["weight_ih_l0"].shape[1], weight.shape[1], bias)
     x = swap_leading_axes(xp, x) if spec.batch_first else x
     states = [swap_leading_axes(xp, s) if spec.batch_first and s is not None else s for s in states]
-    count, outputs, finals = len(spec.cells[0].states), [], []
-    start = _fill_missing_states(xp, states, count, (len(spec.cells), x.shape[1], weight.shape[1]), weight)
-    at = 0
-    for layer, own in zip(layers, params, strict=True):
-        part = None if start is None else tuple(s[at : at + layer.num_directions, ...] for s in start)
-        at += layer.num_directions
-        mine = {name: own[name] for name in layer.shapes()}
-        y, final = layer(mine, x, part if part is None or count > 1 else part[0], lengths=lengths)
+    num_states, outputs, finals = len(spec.cells[0].states), [], []
+    initial = _fill_missing_states(xp, states, num_states, (len(spec.cells), x.shape[1], weight.shape[1]))
+    start = 0
+    for layer, arrays in zip(layers, params, strict=True):
+        stop = start + layer.num_directions
+        state = None if initial is None else tuple(s[start:stop, ...] for s in initial)
+        start = stop
+        layer_params = {name: arrays[name] for name in layer.shapes()}
+        y, final = layer(layer_params, x, state if state is None or num_states > 1 else state[0], lengths=lengths)
         outputs.append(split_directions(xp, y, layer.num_directions))
-        finals.append(final if count > 1 else (final,))
-    joined = [outputs, *zip(*finals, strict=True)]
+        finals.append(final if num_states > 1 else (final,))
+    by_output = [outputs, *zip(*finals, strict=True)]
     axes = (1, 0, 0)
-    out = [a[0] if len(a) == 1 else xp.concat(list(a), axis=k) for a, k in zip(joined, axes, strict=False)]
+    out = [a[0] if len(a) == 1 else xp.concat(list(a), axis=k) for a, k in zip(by_output, axes, strict=False)]
     if spec.batch_first:
         out = [xp.permute_dims(out[0], (2, 0, 1, 3)), *(swap_leading_axes(xp, s) for s in out[1:])]
     return tuple(out)
 
 
-def _fill_missing_states(
-    xp: Namespace, states: list[Any], count: int, shape: tuple[int, ...], like: Array
-) -> list[Array] | None:
-    """The initial states, zeros for the one that is left out beside another; None where all are."""
-    given = states[:count]
-    if all(s is None for s in given):
+def _fill_missing_states(xp: Namespace, states: list[Any], count: int, shape: tuple[int, ...]) -> list[Array] | None:
+    """The first `count` initial states, zeros for a missing one; None if all are missing."""
+    states = states[:count]
+    if all(s is None for s in states):
         return None
-    for name, s in zip(("initial_h", "initial_c"), given, strict=False):
+    for name, s in zip(("initial_h", "initial_c"), states, strict=False):
         if s is not None and tuple(s.shape) != shape:
-            raise InputError(f"{name} must have shape {shape} (directions, N, H), found {tuple(s.shape)}")
-    zero = xp.zeros_like(next(s for s in given if s is not None))
-    return [zero if s is None else s for s in given]
+            raise InputError(f"{name} must have shape {shape} (directions,N,H), found {tuple(s.shape)}")
+    zeros = xp.zeros_like(next(s for s in states if s is not None))
+    return [zeros if s is None else s for s in states]
 
 
-def _run_node(at: Context, node: Node, x: Array, *rest: Any) -> tuple[Array, ...]:
-    """A node whose weights are values like any other: graph inputs, or computed."""
-    named = dict(zip(("W", "R", "B", "lengths", "h", "c", "P"), rest, strict=False))
-    given = {k: named[k] for k in "WRBP" if named.get(k) is not None}
+def _run_node(context: Context, node: Node, x: Array, *inputs: Any) -> tuple[Array, ...]:
+    """Run a node whose weights are inputs of the graph or outputs of other nodes, not parameters."""
+    named = dict(zip(("W", "R", "B", "lengths", "h", "c", "P"), inputs, strict=False))
+    weights = {k: named[k] for k in "WRBP" if named.get(k) is not None}
     spec = spec_from_node(node)
-    check_weights(spec, given)
-    ends = ("_l0", "_l0_reverse")
-    each = [_reorder_weights(at.xp, cell, given, d) for d, cell in enumerate(spec.cells)]
-    if len(set(spec.cells)) == 1 and len(each) == 2:
-        params = [{f"{k}{end}": a for own, end in zip(each, ends, strict=True) for k, a in own.items()}]
-    else:
-        params = [{f"{k}_l0": a for k, a in own.items()} for own in each]
-    return run_layers(at.xp, spec, params, x, _lengths_to_array(named.get("lengths")), [named.get("h"), named.get("c")])
+    check_weights(spec, weights)
+    directions = [_reorder_weights(context.xp, cell, weights, d) for d, cell in enumerate(spec.cells)]
+    lengths, states = _lengths_to_array(named.get("lengths")), [named.get("h"), named.get("c")]
+    return run_layers(context.xp, spec, _params_of_layers(spec, directions), x, lengths, states)
 
 
 def _lengths_to_array(value: Any) -> Any:

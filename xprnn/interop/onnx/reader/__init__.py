@@ -1,1 +1,1 @@
-"""Recognition of recurrent layers in an ONNX graph."""
+"""Recognition of ONNX graphs that are models of xprnn."""

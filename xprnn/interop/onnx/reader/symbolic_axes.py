@@ -1,4 +1,4 @@
-"""Stand-ins for the values of a graph: data as the labels of its axes, states and lengths as where they come from."""
+"""Symbolic values of a graph: data arrays, final states, and inputs that are states or lengths."""
 
 from __future__ import annotations
 
@@ -24,15 +24,19 @@ AxisLabels = tuple[str, ...]
 
 
 class NotALayerGraphError(Exception):
-    """The graph is none of xprnn's own models; the message says why."""
+    """Raised if a graph is not a model of xprnn; the message says why."""
 
 
 @dataclass(frozen=True)
 class SymbolicArray:
-    """What piece number `piece` wrote (-1: the input): for each axis the labels that it is made of.
+    """The output of a layer, described by its axes.
 
-    Labels: "0" and "1" for the first two axes of the input, d0, d1, ... for the directions of a piece, h0, h1, ... for
-    its features.
+    Args:
+        layer_index: the number of the layer; -1 for the input of the graph.
+        axes: for each axis, its labels; an axis that merges several axes has several. Labels are "0" and "1" for the
+            first two axes of the input (time and batch in either order), "x" for its features, "d2" for the directions
+            and "h2" for the features of layer number 2, "m2" for features that layer 2 merged, and "d_last" for an axis
+            of size 1 that a slice of the last time step left.
     """
 
     layer_index: int
@@ -47,54 +51,60 @@ class AxisSizes(dict[str, int]):
     """
 
     def size_of(self, labels: AxisLabels) -> int:
-        """The size of an axis."""
+        """The size of an axis with these labels."""
         return math.prod(self[label] for label in labels)
 
     def shape(self, node: Node, x: SymbolicArray) -> HostValue:
-        """Shape."""
+        """Evaluate Shape."""
         sizes = np.asarray([self.size_of(g) for g in x.axes], np.int64)
         return HostValue(sizes[node.attrs.get("start", 0) : node.attrs.get("end")])
 
     def transpose(self, node: Node, x: SymbolicArray) -> SymbolicArray:
-        """Transpose."""
+        """Evaluate Transpose."""
         perm = node.attrs.get("perm", range(len(x.axes) - 1, -1, -1))
         return replace(x, axes=tuple(x.axes[k] for k in perm))
 
     def squeeze(self, node: Node, x: SymbolicArray, axes: HostValue | None = None) -> SymbolicArray:
-        """Squeeze: only an axis of directions may go."""
-        given = node.attrs.get("axes") if axes is None else axes.array.reshape(-1).tolist()
-        over = [k for k, g in enumerate(x.axes) if self.size_of(g) == 1] if given is None else given
-        gone = {a % len(x.axes) for a in over}
-        if any(not x.axes[k][0].startswith("d") for k in gone):
+        """Evaluate Squeeze, which may only remove an axis of directions, or of the last time step."""
+        listed = node.attrs.get("axes") if axes is None else axes.array.reshape(-1).tolist()
+        listed = [k for k, g in enumerate(x.axes) if self.size_of(g) == 1] if listed is None else listed
+        removed = {a % len(x.axes) for a in listed}
+        if any(not x.axes[k][0].startswith("d") for k in removed):
             raise NotALayerGraphError(f"{node} removes an axis of data")
-        return replace(x, axes=tuple(g for k, g in enumerate(x.axes) if k not in gone))
+        return replace(x, axes=tuple(g for k, g in enumerate(x.axes) if k not in removed))
 
     def reshape(self, node: Node, x: SymbolicArray, shape: HostValue) -> SymbolicArray:
-        """Reshape: the labels in their order, cut anew where the products fit."""
-        wanted = np.asarray(shape.array).reshape(-1).tolist()
+        """Evaluate Reshape: keep the order of the labels and divide them into axes whose sizes are those of `shape`."""
+        sizes = np.asarray(shape.array).reshape(-1).tolist()
         if not node.attrs.get("allowzero", 0):
-            wanted = [self.size_of(x.axes[k]) if d == 0 else d for k, d in enumerate(wanted)]
+            sizes = [self.size_of(x.axes[k]) if d == 0 else d for k, d in enumerate(sizes)]
         labels = [a for g in x.axes for a in g]
-        if -1 in wanted:
-            rest = math.prod(d for d in wanted if d != -1)
-            wanted[wanted.index(-1)] = self.size_of(tuple(labels)) // max(rest, 1)
+        if -1 in sizes:
+            rest = math.prod(d for d in sizes if d != -1)
+            sizes[sizes.index(-1)] = self.size_of(tuple(labels)) // max(rest, 1)
         groups = []
-        for d in wanted:
+        for d in sizes:
             group: AxisLabels = ()
             while labels and (not group or self.size_of(group) < d):
                 group += (labels.pop(0),)
             groups.append(group)
-        if groups and labels and self.size_of(tuple(labels)) == 1:  # one unit, or one direction, at the end
+        if groups and labels and self.size_of(tuple(labels)) == 1:  # the last labels have size 1
             groups[-1] += tuple(labels)
             labels = []
-        if labels or [self.size_of(g) for g in groups] != wanted:
+        if labels or [self.size_of(g) for g in groups] != sizes:
             raise NotALayerGraphError(f"{node} mixes axes")
         return replace(x, axes=tuple(groups))
 
 
 @dataclass(frozen=True)
 class SymbolicInput:
-    """A graph input that is a state (its rows from start to stop) or the lengths; `default` where it has one."""
+    """A graph input that holds initial states or lengths.
+
+    Args:
+        name: the name of the input.
+        start, stop: the rows of it that this value holds.
+        default: the default value of the input, or None.
+    """
 
     name: str
     start: int
@@ -104,7 +114,13 @@ class SymbolicInput:
 
 @dataclass(frozen=True)
 class FinalState:
-    """Final states of recurrent pieces, h or c: (directions, N, H), or (N, directions, H) if batch_first."""
+    """Final states, concatenated along the directions.
+
+    Args:
+        layer_indices: the numbers of the recurrent layers.
+        state: "h" or "c".
+        batch_first: True for the shape (N,directions,H), False for (directions,N,H).
+    """
 
     layer_indices: tuple[int, ...]
     state: str
@@ -112,10 +128,10 @@ class FinalState:
 
 
 def initial_state_value(value: Any) -> Any:
-    """The initial state (directions, H) that a file holds, as `value`; None for zero.
+    """The initial state (directions,H) of a constant or of an input's default value; None for zeros.
 
     Raises:
-        NotALayerGraphError: one of its own for each row of the batch.
+        NotALayerGraphError: the rows of the batch have different initial states.
     """
     array = value.array if isinstance(value, HostValue) else getattr(value, "default", None)
     if array is None or not np.any(array):
@@ -123,5 +139,5 @@ def initial_state_value(value: Any) -> Any:
     if isinstance(value, SymbolicInput):
         array = array[value.start : value.stop]
     if not (array == array[:, :1]).all():
-        raise NotALayerGraphError("its rows start from states of their own")
+        raise NotALayerGraphError("the rows of the batch have different initial states")
     return array[:, 0]

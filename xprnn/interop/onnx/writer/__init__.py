@@ -1,1 +1,1 @@
-"""Export of models as ONNX graphs."""
+"""Export of models of xprnn as ONNX graphs."""

@@ -1,4 +1,4 @@
-"""A graph as it is written: nodes in their order, constants by name."""
+"""A builder of ONNX graphs: nodes in order, initializers by name."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["NodeBuilder"]
 
 
 class NodeBuilder:
-    """What has been written so far.
+    """The nodes and initializers of a graph under construction.
 
     Args:
-        onnx: the package.
-        dtype: that of all floats.
+        onnx: the onnx package.
+        dtype: the dtype of all floats.
     """
 
     def __init__(self, onnx: Any, dtype: str) -> None:
@@ -25,25 +25,25 @@ class NodeBuilder:
         self.nodes, self.initializers, self.name_counter = list[Any](), dict[str, Any](), 0
 
     def add_node(self, op: str, inputs: list[str], output: str | list[str], name: str = "", **attrs: Any) -> str:
-        """Add a node; the name of its first output."""
-        outs = [output] if isinstance(output, str) else output
-        self.nodes.append(self.onnx.helper.make_node(op, inputs, outs, name=name or f"{op}_{outs[0]}", **attrs))
-        return outs[0]
+        """Append a node with named outputs; return the name of the first output."""
+        outputs = [output] if isinstance(output, str) else output
+        self.nodes.append(self.onnx.helper.make_node(op, inputs, outputs, name=name or f"{op}_{outputs[0]}", **attrs))
+        return outputs[0]
 
     def emit_multi_output(self, count: int, op: str, *inputs: str, **attrs: Any) -> list[str]:
-        """Add a node with so many outputs, under names of its own."""
+        """Append a node with `count` outputs; return their generated names."""
         self.name_counter += 1
-        outs = [f"{op.lower()}{self.name_counter}{f'.{k}' if k else ''}" for k in range(count)]
-        self.add_node(op, list(inputs), outs, **attrs)
-        return outs
+        outputs = [f"{op.lower()}{self.name_counter}{f'.{k}' if k else ''}" for k in range(count)]
+        self.add_node(op, list(inputs), outputs, **attrs)
+        return outputs
 
     def emit(self, op: str, *inputs: str, **attrs: Any) -> str:
-        """Add a node under a name of its own; the name of its output."""
+        """Append a node with one output; return its generated name."""
         return self.emit_multi_output(1, op, *inputs, **attrs)[0]
 
     @contextmanager
     def subgraph_scope(self) -> Iterator[list[Any]]:
-        """Nodes go into a list of their own: a body."""
+        """Collect the nodes that are added within the context in a separate list, for a subgraph."""
         outer, self.nodes = self.nodes, []
         try:
             yield self.nodes
@@ -53,31 +53,30 @@ class NodeBuilder:
     def make_subgraph(
         self, name: str, nodes: list[Any], inputs: list[str], outputs: list[str], elem_types: list[int]
     ) -> Any:
-        """A graph inside a node, whose values have any shape; its outputs are floats."""
+        """Make a GraphProto for an attribute; inputs and outputs have any shape, the outputs are floats."""
         make = self.onnx.helper
-        given = [make.make_tensor_value_info(n, k, None) for n, k in zip(inputs, elem_types, strict=True)]
-        return make.make_graph(
-            nodes, name, given, [make.make_tensor_value_info(n, self.elem_type, None) for n in outputs]
-        )
+        input_infos = [make.make_tensor_value_info(n, k, None) for n, k in zip(inputs, elem_types, strict=True)]
+        output_infos = [make.make_tensor_value_info(n, self.elem_type, None) for n in outputs]
+        return make.make_graph(nodes, name, input_infos, output_infos)
 
     def add_initializer(self, name: str, array: Any) -> str:
-        """Add a constant; its name."""
+        """Add an initializer unless there is one of that name; return the name."""
         if name not in self.initializers:
             self.initializers[name] = self.onnx.numpy_helper.from_array(np.asarray(array, order="C"), name)
         return name
 
     def int64_vector(self, *values: int) -> str:
-        """Add integers, as axes and shapes are; their name."""
+        """Add a 1-d int64 initializer, for axes and shapes; return its name."""
         return self.add_initializer("int_" + "_".join(map(str, values)), np.asarray(values, np.int64))
 
     def int64_scalar(self, value: int) -> str:
-        """Add an integer without axes; its name."""
+        """Add a 0-d int64 initializer; return its name."""
         return self.add_initializer(f"integer_{value}", np.asarray(value, np.int64))
 
     def float_scalar(self, value: float) -> str:
-        """Add a float without axes; its name."""
+        """Add a 0-d float initializer; return its name."""
         return self.add_initializer(f"float_{float(value)!r}", np.asarray(value, self.dtype))
 
     def zero_tensor(self) -> Any:
-        """A 0 of the model's dtype, as an attribute."""
+        """A TensorProto of one zero, for an attribute."""
         return self.onnx.numpy_helper.from_array(np.zeros(1, self.dtype))

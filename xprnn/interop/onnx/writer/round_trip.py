@@ -1,7 +1,7 @@
-"""A file that to_onnx wrote, read back whole: its model, by its own word, held against the graph to the last bit.
+"""Verification of the model that the metadata of an ONNX file describes.
 
-The word alone proves nothing. Its model is written again, with the arrays that the file has where it would put them:
-only if that is the file's graph, node by node and bit by bit, is the file what it says.
+to_onnx stores the configuration of the model in the file. It is trusted only if exporting that model again, with the
+arrays of the file as parameters, gives the same graph: every node and every bit.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ __all__ = ["verify_round_trip"]
 
 
 def verify_round_trip(proto: Any, declared_model: Any) -> tuple[Any, Params] | None:
-    """The model and its parameters (NumPy), if the graph is what to_onnx writes of `told`; else None.
+    """Return (declared_model, params) with NumPy arrays if to_onnx writes the same graph for them, else None.
 
     Args:
         proto: a checked ModelProto.
-        told: the model that its metadata describes.
+        declared_model: the model that the metadata of the file describes.
     """
     try:
         return _rebuild_and_compare(proto, declared_model)
-    except Exception:  # a graph that lacks what is looked for, or the onnx package's own about one it cannot check
+    except Exception:  # an array is missing, or the onnx package cannot check the graph
         return None
 
 
-def _rebuild_and_compare(proto: Any, told: Any) -> tuple[Any, Params] | None:
+def _rebuild_and_compare(proto: Any, model: Any) -> tuple[Any, Params] | None:
     onnx, graph = require_onnx("from_onnx"), proto.graph
     weights = {t.name: t for t in graph.initializer}
     names = [v.name for v in graph.input]
@@ -42,19 +42,19 @@ def _rebuild_and_compare(proto: Any, told: Any) -> tuple[Any, Params] | None:
         "optional": any(name in weights for name in names),
         "dtype": floats[graph.output[0].type.tensor_type.elem_type],
     }
-    check_supported("from_onnx", told, options["dtype"], options["lengths"], options["optional"])
-    shapes = told.shapes()
+    check_supported("from_onnx", model, options["dtype"], options["lengths"], options["optional"])
+    shapes = model.shapes()
     if sum(len(t.raw_data) for t in graph.initializer) < sum(int(np.prod(s)) for s in shapes.values()):
-        return None  # before a claim takes memory
-    blank = {name: np.zeros(shape, options["dtype"]) for name, shape in shapes.items()}
-    pieces = to_specs(told, blank)
-    writer = ModelWriter(onnx, told, options["dtype"], options["lengths"], options["optional"])
-    writer.write(pieces)
-    for piece, own in zip(pieces, writer.weight_readers, strict=True):
-        found = own(lambda name: tensor_to_numpy(weights[name]))
-        if {k: a.shape for k, a in found.items()} != {k: a.shape for k, a in piece.params.items()}:
-            raise InputError("its arrays have other shapes")
-        piece.params.update({k: np.ascontiguousarray(a) for k, a in found.items()})
-    params = params_for(told, pieces)
-    again = build_model_proto(told, params, **options)
-    return (told, params) if again.graph == graph else None
+        return None  # the described model is larger than the file: do not allocate it
+    zeros = {name: np.zeros(shape, options["dtype"]) for name, shape in shapes.items()}
+    specs = to_specs(model, zeros)
+    writer = ModelWriter(onnx, model, options["dtype"], options["lengths"], options["optional"])
+    writer.write(specs)
+    for spec, read_weights in zip(specs, writer.weight_readers, strict=True):
+        arrays = read_weights(lambda name: tensor_to_numpy(weights[name]))
+        if {k: a.shape for k, a in arrays.items()} != {k: a.shape for k, a in spec.params.items()}:
+            raise InputError("the arrays of the file have other shapes")
+        spec.params.update({k: np.ascontiguousarray(a) for k, a in arrays.items()})
+    params = params_for(model, specs)
+    rebuilt = build_model_proto(model, params, **options)
+    return (model, params) if rebuilt.graph == graph else None

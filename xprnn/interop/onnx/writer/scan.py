@@ -1,7 +1,7 @@
-"""A recurrent layer as ONNX's Scan: for cells that are none of its three operators, and for projections.
+"""Recurrent layers written as a Scan: projections, and cells that RNN, LSTM and GRU cannot express.
 
-The body is one step, written by the cell's own lines (`onnx_trace`): the recurrent product, the cell, the projection,
-and at skipped steps the state as it was.
+The body of the Scan is one time step: the recurrent product, the cell, the projection, and the unchanged state at
+masked steps. The functions of the cell are run once in a tracing namespace to write its nodes (tracing_namespace).
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from xprnn.interop.onnx.writer.tracing_namespace import TracedValue, make_tracin
 
 __all__ = ["emit_scan", "needs_scan", "read_scan_weights", "untraceable_cell_reason"]
 
-_ACTIVATION_OPTIONS = ("f", "gate", "candidate", "output")
+_ACTIVATION_OPTIONS = ("f", "gate", "candidate", "output")  # options of a standard cell that are activations
+_BOOL = 9  # TensorProto.BOOL
 
 
 def needs_scan(cell: Cell, projected: bool) -> bool:
-    """Whether a layer of this cell has no operator of its own.
+    """True if none of the operators RNN, LSTM and GRU computes a layer of this cell.
 
     >>> from xprnn.cells import lstm
     >>> needs_scan(lstm(), False), needs_scan(lstm(), True)
@@ -34,109 +35,120 @@ def needs_scan(cell: Cell, projected: bool) -> bool:
     if projected or cell.options is None:
         return True
     return not all(
-        is_supported_activation(activation_from_config(form))
-        for place, form in cell.options
-        if place in _ACTIVATION_OPTIONS
+        is_supported_activation(activation_from_config(config))
+        for name, config in cell.options
+        if name in _ACTIVATION_OPTIONS
     )
 
 
 def untraceable_cell_reason(cell: Cell) -> str:
-    """Why a cell's step cannot be written; "" if it can."""
+    """Why the step of a cell cannot be written as nodes; "" if it can."""
 
-    def run(xp: Any, value: Any) -> Any:
+    def trace(xp: Any, value: Any) -> Any:
         gates, vectors = [value() for _ in range(cell.gates)], tuple(value() for _ in cell.vectors)
         state, e = tuple(value() for _ in cell.states), cell.pregates
-        fns, late = cell.bind(xp), gates
+        fns, x = cell.bind(xp), gates
         if fns.pregate is not None:
-            early, _ = fns.pregate(gates[:e], gates[:e], state, vectors)
-            late = [*early[:e], *gates[e:]]
-        new, _ = fns.step(tuple(late), tuple(gates[e:]), state, vectors)
-        return tuple(new)
+            pregates, _ = fns.pregate(gates[:e], gates[:e], state, vectors)
+            x = [*pregates[:e], *gates[e:]]
+        new_state, _ = fns.step(tuple(x), tuple(gates[e:]), state, vectors)
+        return tuple(new_state)
 
-    return untraceable_reason(run)
+    return untraceable_reason(trace)
 
 
 def emit_scan(writer: MaskedTimeWriter, name: str, spec: LayerSpec, x: str, states: list[str]) -> tuple[str, list[str]]:
-    """The nodes of one layer: y and the final states, from a time-major x and initial states (directions, N, .)."""
+    """Write one layer; return the names of y and of the final states.
+
+    Args:
+        writer: the graph.
+        name: prefix of the names of initializers.
+        spec: the layer.
+        x: the name of the time-major input.
+        states: the names of the initial states (directions,N,.).
+    """
     valid = writer.get_valid_mask(x)
-    extra = [writer.emit("Unsqueeze", valid, writer.int64_vector(2))] if valid else []
-    ys, ends = [], []
-    for k, back in enumerate(spec.reverse):
-        label, end = f"{name}.{'backward' if back else 'forward'}", "_l0_reverse" if k else "_l0"
-        own = {n.removesuffix(end): a for n, a in spec.params.items() if n.endswith(end)}
-        xg = writer.emit("MatMul", x, writer.add_initializer(f"{label}.weight_ih", own["weight_ih"].T))
-        if "bias_ih" in own:
-            xg = writer.emit("Add", xg, writer.add_initializer(f"{label}.bias_ih", own["bias_ih"]))
-        starts = [writer.emit("Gather", s, writer.int64_scalar(k), axis=0) for s in states]
-        ways = {f"scan_{what}_directions": [int(back)] * n for what, n in (("input", 1 + len(extra)), ("output", 1))}
-        body = _scan_body(writer, label, spec.cell, own, bool(extra))
-        *final, y = writer.emit_multi_output(
-            len(states) + 1, "Scan", *starts, xg, *extra, body=body, num_scan_inputs=1 + len(extra), **ways
-        )
+    mask = [writer.emit("Unsqueeze", valid, writer.int64_vector(2))] if valid else []
+    ys, finals = [], []
+    for k, reverse in enumerate(spec.reverse):
+        label, suffix = f"{name}.{'backward' if reverse else 'forward'}", "_l0_reverse" if k else "_l0"
+        params = {n.removesuffix(suffix): a for n, a in spec.params.items() if n.endswith(suffix)}
+        xg = writer.emit("MatMul", x, writer.add_initializer(f"{label}.weight_ih", params["weight_ih"].T))
+        if "bias_ih" in params:
+            xg = writer.emit("Add", xg, writer.add_initializer(f"{label}.bias_ih", params["bias_ih"]))
+        initial = [writer.emit("Gather", s, writer.int64_scalar(k), axis=0) for s in states]
+        attrs = {
+            "num_scan_inputs": 1 + len(mask),
+            "scan_input_directions": [int(reverse)] * (1 + len(mask)),
+            "scan_output_directions": [int(reverse)],
+        }
+        body = _scan_body(writer, label, spec.cell, params, bool(mask))
+        *final, y = writer.emit_multi_output(len(states) + 1, "Scan", *initial, xg, *mask, body=body, **attrs)
         ys.append(y)
-        ends.append([writer.emit("Unsqueeze", f, writer.int64_vector(0)) for f in final])
+        finals.append([writer.emit("Unsqueeze", f, writer.int64_vector(0)) for f in final])
     y = ys[0] if len(ys) == 1 else writer.emit("Concat", *ys, axis=-1)
-    joined = [e[0] if len(e) == 1 else writer.emit("Concat", *e, axis=0) for e in zip(*ends, strict=True)]
-    return y, joined
+    by_state = [e[0] if len(e) == 1 else writer.emit("Concat", *e, axis=0) for e in zip(*finals, strict=True)]
+    return y, by_state
 
 
-def _scan_body(w: MaskedTimeWriter, label: str, cell: Cell, own: dict[str, Any], skips: bool) -> Any:
-    """One step as a graph: states, the projected input and whether the step is valid -> states, y."""
+def _scan_body(writer: MaskedTimeWriter, label: str, cell: Cell, params: dict[str, Any], masked: bool) -> Any:
+    """The body of the Scan: (states, projected input[, valid]) -> (new states, y)."""
     state = [f"{label}.{s}" for s in cell.states]
-    inputs = [*state, f"{label}.xg", *([f"{label}.valid"] if skips else [])]
-    with w.subgraph_scope() as made:
-        new = _emit_step(w, label, cell, own, state, f"{label}.xg")
-        y = new[0]
-        if skips:
-            y = w.emit("Where", inputs[-1], new[0], w.float_scalar(0.0))
-            new = [w.emit("Where", inputs[-1], a, b) for a, b in zip(new, state, strict=True)]
-        outputs = [w.emit("Identity", a) for a in (*new, y)]
-    return w.make_subgraph(label, made, inputs, outputs, [*[w.elem_type] * (len(state) + 1), *([9] if skips else [])])
+    inputs = [*state, f"{label}.xg", *([f"{label}.valid"] if masked else [])]
+    with writer.subgraph_scope() as nodes:
+        new_state = _emit_step(writer, label, cell, params, state, f"{label}.xg")
+        y = new_state[0]
+        if masked:
+            y = writer.emit("Where", inputs[-1], new_state[0], writer.float_scalar(0.0))
+            new_state = [writer.emit("Where", inputs[-1], a, b) for a, b in zip(new_state, state, strict=True)]
+        outputs = [writer.emit("Identity", a) for a in (*new_state, y)]
+    elem_types = [*[writer.elem_type] * (len(state) + 1), *([_BOOL] if masked else [])]
+    return writer.make_subgraph(label, nodes, inputs, outputs, elem_types)
 
 
 def _emit_step(
-    w: MaskedTimeWriter, label: str, cell: Cell, own: dict[str, Any], state: list[str], xg: str
+    writer: MaskedTimeWriter, label: str, cell: Cell, params: dict[str, Any], state: list[str], xg: str
 ) -> list[str]:
-    """The names of the new states."""
-    e, g, hidden = cell.pregates, cell.gates, own["weight_hh"].shape[0] // cell.gates
-    vectors = tuple(TracedValue(w, w.add_initializer(f"{label}.{v}", own[v])) for v in cell.vectors)
+    """Write one time step; return the names of the new states."""
+    e, g, hidden = cell.pregates, cell.gates, params["weight_hh"].shape[0] // cell.gates
+    vectors = tuple(TracedValue(writer, writer.add_initializer(f"{label}.{v}", params[v])) for v in cell.vectors)
 
-    def product(h: str, first: int, last: int) -> tuple[TracedValue, ...]:
-        rows, part = slice(first * hidden, last * hidden), f".{first}" if first else ""
-        hg = w.emit("MatMul", h, w.add_initializer(f"{label}.weight_hh{part}", own["weight_hh"][rows].T))
-        if "bias_hh" in own:
-            hg = w.emit("Add", hg, w.add_initializer(f"{label}.bias_hh{part}", own["bias_hh"][rows]))
-        return gates(hg, last - first)
+    def recurrent_product(h: str, first: int, last: int) -> tuple[TracedValue, ...]:
+        rows, suffix = slice(first * hidden, last * hidden), f".{first}" if first else ""
+        weight = writer.add_initializer(f"{label}.weight_hh{suffix}", params["weight_hh"][rows].T)
+        hg = writer.emit("MatMul", h, weight)
+        if "bias_hh" in params:
+            hg = writer.emit("Add", hg, writer.add_initializer(f"{label}.bias_hh{suffix}", params["bias_hh"][rows]))
+        return split_gates(hg, last - first)
 
-    def gates(a: str, count: int) -> tuple[TracedValue, ...]:
+    def split_gates(a: str, count: int) -> tuple[TracedValue, ...]:
         if count == 1:
-            return (TracedValue(w, a),)
-        return tuple(
-            TracedValue(w, n)
-            for n in w.emit_multi_output(count, "Split", a, w.int64_vector(*[hidden] * count), axis=-1)
-        )
+            return (TracedValue(writer, a),)
+        sizes = writer.int64_vector(*[hidden] * count)
+        return tuple(TracedValue(writer, n) for n in writer.emit_multi_output(count, "Split", a, sizes, axis=-1))
 
-    fns, x, before = cell.bind(make_tracing_namespace(w)), gates(xg, g), tuple(TracedValue(w, s) for s in state)
+    fns, x = cell.bind(make_tracing_namespace(writer)), split_gates(xg, g)
+    old_state = tuple(TracedValue(writer, s) for s in state)
     if fns.pregate is None:
-        new, _ = fns.step(x, product(state[0], 0, g), before, vectors)
+        new_state, _ = fns.step(x, recurrent_product(state[0], 0, g), old_state, vectors)
     else:
-        early, q = fns.pregate(x[:e], product(state[0], 0, e), before, vectors)
-        new, _ = fns.step((*early[:e], *x[e:]), product(q.name, e, g), before, vectors)
-    names = [a.name for a in new]
-    if "weight_hr" in own:
-        names[0] = w.emit("MatMul", names[0], w.add_initializer(f"{label}.weight_hr", own["weight_hr"].T))
+        pregates, q = fns.pregate(x[:e], recurrent_product(state[0], 0, e), old_state, vectors)
+        new_state, _ = fns.step((*pregates[:e], *x[e:]), recurrent_product(q.name, e, g), old_state, vectors)
+    names = [a.name for a in new_state]
+    if "weight_hr" in params:
+        names[0] = writer.emit("MatMul", names[0], writer.add_initializer(f"{label}.weight_hr", params["weight_hr"].T))
     return names
 
 
 def read_scan_weights(name: str, spec: LayerSpec, read: Callable[[str], Any]) -> Params:
-    """The arrays of a layer that `scanned` wrote, as `read` finds them by name."""
+    """The parameters of a layer that `emit_scan` wrote; read(name) returns an initializer as a NumPy array."""
     out: Params = {}
-    cut = [0, spec.cell.pregates] if spec.cell.pregates else [0]
-    for k, back in enumerate(spec.reverse):
-        label, end = f"{name}.{'backward' if back else 'forward'}", "_l0_reverse" if k else "_l0"
-        for key in (n.removesuffix(end) for n in spec.params if n.endswith(end) and not n.startswith("initial_")):
-            ends = [f".{first}" if first and key.endswith("_hh") else "" for first in cut]
-            parts = [read(f"{label}.{key}{e}") for e in dict.fromkeys(ends)]
-            parts = [a.T if key.startswith(("weight_ih", "weight_hh", "weight_hr")) else a for a in parts]
-            out[key + end] = np.concatenate(parts)
+    first_gates = [0, spec.cell.pregates] if spec.cell.pregates else [0]
+    for k, reverse in enumerate(spec.reverse):
+        label, suffix = f"{name}.{'backward' if reverse else 'forward'}", "_l0_reverse" if k else "_l0"
+        for key in (n.removesuffix(suffix) for n in spec.params if n.endswith(suffix) and not n.startswith("initial_")):
+            block_suffixes = [f".{first}" if first and key.endswith("_hh") else "" for first in first_gates]
+            blocks = [read(f"{label}.{key}{b}") for b in dict.fromkeys(block_suffixes)]
+            blocks = [a.T if key.startswith(("weight_ih", "weight_hh", "weight_hr")) else a for a in blocks]
+            out[key + suffix] = np.concatenate(blocks)
     return out

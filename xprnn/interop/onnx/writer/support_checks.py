@@ -1,4 +1,4 @@
-"""What to_onnx refuses, and why: all of it said at once, before anything is written."""
+"""Checks of to_onnx before it writes: one error lists everything in a model that ONNX cannot express."""
 
 from __future__ import annotations
 
@@ -25,54 +25,56 @@ __all__ = ["check_supported"]
 
 
 def check_supported(where: str, model: Any, dtype: str, lengths: bool, optional: bool) -> None:
-    """Raise InputError for what cannot be written, with all reasons."""
+    """Raise InputError with all reasons why a model cannot be written, if there are any."""
     if not isinstance(model, (Sequential, Recurrent, Linear, Embedding, StatelessLayer)):
         raise InputError(f"{where}: model must be a layer or Sequential, found {type(model).__name__}")
     if dtype not in ("float32", "float64"):
         raise InputError(f"{where}: dtype must be float32 or float64, found {dtype!r}")
-    parts = named_layers(model, "" if isinstance(model, Sequential) else type(model).__name__)
-    reasons = [f"{name}: {reason}" for name, part in parts.items() if (reason := _layer_problem(part))]
-    reasons += _order_problems(list(parts.items()))
-    recurrent = [p for p in parts.values() if isinstance(p, Recurrent)]
-    timed = [p for p in parts.values() if isinstance(p, (Recurrent, TimeLayer))]
-    if len({p.batch_first for p in timed}) > 1:
-        reasons.append("some parts are batch_first and some are not")
-    if not optional and any(p.learned_state for p in recurrent):
-        reasons.append("a learned_state is the value of an input that may be left out: optional=False has none")
+    layers = named_layers(model, "" if isinstance(model, Sequential) else type(model).__name__)
+    reasons = [f"{name}: {reason}" for name, layer in layers.items() if (reason := _layer_problem(layer))]
+    reasons += _order_problems(list(layers.items()))
+    recurrent = [layer for layer in layers.values() if isinstance(layer, Recurrent)]
+    time_layers = [layer for layer in layers.values() if isinstance(layer, (Recurrent, TimeLayer))]
+    if len({layer.batch_first for layer in time_layers}) > 1:
+        reasons.append("some layers are batch_first and some are not")
+    if not optional and any(layer.learned_state for layer in recurrent):
+        reasons.append(
+            "a learned_state is written as the default value of an input, and optional=False has no defaults"
+        )
     if not recurrent:
         reasons.append("there is no recurrent layer")
     if reasons:
         raise InputError(f"{where}: ONNX's operators cannot express this model: {'; '.join(reasons)}")
 
 
-def _order_problems(parts: list[tuple[str, Any]]) -> list[str]:
-    """What is said against the places of parts."""
+def _order_problems(layers: list[tuple[str, Any]]) -> list[str]:
+    """Reasons why layers cannot be written in this order."""
     out = []
-    for (_, before), (name, part) in pairwise(parts):
-        if isinstance(part, Embedding) and not isinstance(before, Masking):
-            out.append(f"{name}: an Embedding must come first, or behind a Masking alone")
-    timeless = ""
-    for name, part in parts:
-        if timeless and isinstance(part, (Recurrent, TimeLayer)):
-            out.append(f"{name}: behind {timeless}, a Last, there is no time to walk in")
-        if isinstance(part, LastStep):
-            timeless = timeless or name
+    for (_, previous), (name, layer) in pairwise(layers):
+        if isinstance(layer, Embedding) and not isinstance(previous, Masking):
+            out.append(f"{name}: an Embedding must be the first layer, or follow a Masking")
+    last_step = ""
+    for name, layer in layers:
+        if last_step and isinstance(layer, (Recurrent, TimeLayer)):
+            out.append(f"{name}: there is no time axis after {last_step}, a LastStep")
+        if isinstance(layer, LastStep):
+            last_step = last_step or name
     return out
 
 
-def _layer_problem(part: Any) -> str:
-    if isinstance(part, (Linear, Embedding, Softmax, ContextShift, ReverseTime, Masking, HoldLastOutput, LastStep)):
+def _layer_problem(layer: Any) -> str:
+    """Why one layer cannot be written; "" if it can."""
+    if isinstance(layer, (Linear, Embedding, Softmax, ContextShift, ReverseTime, Masking, HoldLastOutput, LastStep)):
         return ""
-    if isinstance(part, ActivationLayer):
-        f = activation(part.f)
+    if isinstance(layer, ActivationLayer):
+        f = activation(layer.f)
         reason = "" if operator_from_activation(f) else untraceable_reason(lambda xp, value: f.build(xp)[0](value()))
-        return reason and f"{f.name!r} is no operator of its own, and {reason}"
-    if isinstance(part, MergeDirections):
-        return "a pair is two outputs, and a model has one" if part.mode == "pair" else ""
-    if not isinstance(part, Recurrent):
-        return f"{type(part).__name__} is a part of your own, whose maths is not known"
-    if needs_scan(part.resolved_cell, part.projection_size > 0) and (
-        reason := untraceable_cell_reason(part.resolved_cell)
-    ):
-        return f"the cell {part.resolved_cell.name!r} cannot be written: {reason}"
+        return reason and f"ONNX has no operator for the activation {f.name!r}, and {reason}"
+    if isinstance(layer, MergeDirections):
+        return 'mode="pair" has two outputs, and a model can have one' if layer.mode == "pair" else ""
+    if not isinstance(layer, Recurrent):
+        return f"{type(layer).__name__} is a user-defined layer"
+    cell = layer.resolved_cell
+    if needs_scan(cell, layer.projection_size > 0) and (reason := untraceable_cell_reason(cell)):
+        return f"the cell {cell.name!r} cannot be written: {reason}"
     return ""

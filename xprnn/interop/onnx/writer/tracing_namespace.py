@@ -1,6 +1,7 @@
-"""A namespace whose functions write ONNX nodes: a cell's own step, or an activation, run once, is its graph.
+"""An array namespace whose functions write ONNX nodes.
 
-What a cell computes is so written once, in its own lines, and not a second time as operators.
+The step of a cell, or an activation, is run once with traced values. The nodes that it appends compute the same
+function.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ __all__ = ["NodeSink", "TracedValue", "make_tracing_namespace", "untraceable_rea
 
 
 class NodeSink(Protocol):
-    """Where nodes go."""
+    """The interface of a graph to which nodes are appended."""
 
     def emit(self, op: str, *inputs: str, **attrs: Any) -> str:
-        """Add a node; the name of its output."""
+        """Append a node; return the name of its output."""
 
     def float_scalar(self, value: float) -> str:
-        """The name of a constant without axes."""
+        """Add a 0-d constant; return its name."""
 
 
 class TracedValue:
-    """A value of the graph to be."""
+    """A value of the graph under construction; operators on it append nodes."""
 
     __slots__ = ("name", "sink")
 
@@ -32,7 +33,7 @@ class TracedValue:
         self.sink, self.name = sink, name
 
     def __bool__(self) -> bool:
-        raise InputError("it asks whether a value is true, which a graph does not know when it is written")
+        raise InputError("it branches on the value of an array, which is not known when the graph is written")
 
     def __neg__(self) -> TracedValue:
         return TracedValue(self.sink, self.sink.emit("Neg", self.name))
@@ -43,13 +44,13 @@ def _value_name(sink: NodeSink, value: Any) -> str:
         return value.name
     if isinstance(value, (bool, int, float)):
         return sink.float_scalar(float(value))
-    raise InputError(f"it computes with a {type(value).__name__} of its own")
+    raise InputError(f"it computes with a constant of type {type(value).__name__}")
 
 
 def _binary(op: str, swapped: bool = False) -> Callable[[TracedValue, Any], TracedValue]:
     def method(self: TracedValue, other: Any) -> TracedValue:
-        pair = (self.name, _value_name(self.sink, other))
-        return TracedValue(self.sink, self.sink.emit(op, *(pair[::-1] if swapped else pair)))
+        operands = (self.name, _value_name(self.sink, other))
+        return TracedValue(self.sink, self.sink.emit(op, *(operands[::-1] if swapped else operands)))
 
     return method
 
@@ -61,7 +62,7 @@ for _method, _op in _OPERATORS.items():
 for _method, _op in {"lt": "Less", "le": "LessOrEqual", "gt": "Greater", "ge": "GreaterOrEqual"}.items():
     setattr(TracedValue, f"__{_method}__", _binary(_op))
 
-# Functions of the Array API (and sigmoid and erf, which some namespaces have) that are one operator.
+# Array functions that are one operator: of the Array API, and sigmoid and erf, which some namespaces have.
 _FUNCTIONS = {
     "abs": "Abs",
     "erf": "Erf",
@@ -82,7 +83,7 @@ _FUNCTIONS = {
 
 
 class _TracingNamespace:
-    """The functions, over one sink; what is missing here is missing there."""
+    """Array functions that append nodes to a sink. A function without an ONNX counterpart raises AttributeError."""
 
     def __init__(self, sink: NodeSink) -> None:
         self.sink = sink
@@ -99,7 +100,7 @@ class _TracingNamespace:
         return function
 
     def expm1(self, x: Any) -> Any:
-        # exp(x) - 1 = tanh(x/2) (exp(x) + 1), which does not cancel near 0.
+        # exp(x) - 1 = tanh(x/2) * (exp(x) + 1), without cancellation near 0.
         return self.tanh(0.5 * x) * (self.exp(x) + 1.0)
 
     def log1p(self, x: Any) -> Any:
@@ -110,12 +111,12 @@ class _TracingNamespace:
 
 
 def make_tracing_namespace(sink: NodeSink) -> Any:
-    """The namespace that writes into this sink."""
+    """Make a namespace that appends nodes to `sink`."""
     return _TracingNamespace(sink)
 
 
 class _NullSink:
-    """A sink that keeps nothing, to try a function."""
+    """A sink that discards the nodes, to test whether a function can be traced."""
 
     def emit(self, op: str, *inputs: str, **attrs: Any) -> str:
         return "value"
@@ -125,20 +126,23 @@ class _NullSink:
 
 
 def untraceable_reason(fn: Callable[[Any, Callable[[], TracedValue]], Any]) -> str:
-    """Why `run(xp, value)`, in which value() is any value, cannot be written; "" if it can.
+    """Why a function cannot be written as nodes; "" if it can.
+
+    Args:
+        fn: fn(xp, value), where value() returns a traced value.
 
     >>> untraceable_reason(lambda xp, value: xp.tanh(value()) + 1.0)
     ''
     >>> untraceable_reason(lambda xp, value: xp.cumulative_sum(value()))
-    'it uses xp.cumulative_sum, which has no counterpart'
+    'it uses xp.cumulative_sum, which has no ONNX counterpart'
     """
     sink = _NullSink()
     try:
-        found = fn(_TracingNamespace(sink), lambda: TracedValue(sink, "value"))
+        result = fn(_TracingNamespace(sink), lambda: TracedValue(sink, "value"))
     except AttributeError as error:
-        return f"it uses xp.{error.args[0]}, which has no counterpart" if error.args else "it fails"
-    except Exception as error:  # a function of the user's own may raise anything
+        return f"it uses xp.{error.args[0]}, which has no ONNX counterpart" if error.args else "it fails"
+    except Exception as error:  # a user-defined function may raise any exception
         return str(error).splitlines()[0] if str(error) else type(error).__name__
-    values = found if isinstance(found, tuple) else (found,)
-    strange = [type(v).__name__ for v in values if not isinstance(v, TracedValue)]
-    return f"it gives a {strange[0]}" if strange else ""
+    values = result if isinstance(result, tuple) else (result,)
+    untraced = [type(v).__name__ for v in values if not isinstance(v, TracedValue)]
+    return f"it returns a value of type {untraced[0]}" if untraced else ""
