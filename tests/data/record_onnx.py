@@ -1,9 +1,10 @@
-"""Writes onnx_files/*.onnx and .npz: what torch's and Keras's exporters make of small networks, and their answers.
+"""Script that writes onnx_files/: small networks exported by torch and Keras, with inputs and outputs.
 
     python tests/data/record_onnx.py torch     # needs torch, onnx, onnxscript
     python tests/data/record_onnx.py keras     # needs tensorflow, keras, tf2onnx, onnx
 
-Each file is one network, its .npz an input and the exporting framework's own outputs, in the order of the graph's.
+Each .onnx file is one network. The .npz file of the same name has inputs (in0, in1, ...) and the outputs of the
+exporting framework (out0, out1, ...) in the order of the outputs of the graph.
 """
 
 from __future__ import annotations
@@ -18,26 +19,26 @@ import numpy as np
 FILES = Path(__file__).parent / "onnx_files"
 
 
-def keep(name, inputs, outputs):
+def save_arrays(name, inputs, outputs):
     arrays = {f"in{k}": np.asarray(a) for k, a in enumerate(inputs)}
     arrays |= {f"out{k}": np.asarray(a) for k, a in enumerate(outputs)}
     np.savez(FILES / f"{name}.npz", **arrays)
 
 
-def stripped(path):
-    """Without the stack traces that the new exporter writes beside each node: they hold paths of this machine."""
+def remove_metadata(path):
+    """Delete metadata from a file; the new exporter of torch stores stack traces, with paths of the local machine."""
     import onnx
 
     model = onnx.load(path)
-    for thing in (*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output, model.graph):
-        del thing.metadata_props[:]
-        thing.doc_string = ""
+    for message in (*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output, model.graph):
+        del message.metadata_props[:]
+        message.doc_string = ""
     del model.metadata_props[:]
     onnx.save(model, path)
 
 
-# name -> arguments of torch's layer, and what stands around it
-TORCH = {
+# name -> (class in torch.nn, its arguments, other features of the network)
+TORCH_CASES = {
     "rnn": ("RNN", {}, {}),
     "rnn_relu_2_layers_bidirectional": ("RNN", {"nonlinearity": "relu", "num_layers": 2, "bidirectional": True}, {}),
     "lstm_2_layers_bidirectional": ("LSTM", {"num_layers": 2, "bidirectional": True, "batch_first": True}, {}),
@@ -48,14 +49,14 @@ TORCH = {
 }
 
 
-def network(kind, options, extra):
+def torch_network(class_name, options, extra):
     import torch
 
     class Network(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.embed = torch.nn.Embedding(11, 3) if "embedding" in extra else None
-            self.rnn = getattr(torch.nn, kind)(3, 4, **options)
+            self.rnn = getattr(torch.nn, class_name)(3, 4, **options)
             self.head = torch.nn.Linear(8 if options.get("bidirectional") else 4, 2)
 
         def forward(self, x, *more):
@@ -72,7 +73,7 @@ def network(kind, options, extra):
     return Network().eval()
 
 
-def arguments(options, extra):
+def torch_inputs(options, extra):
     import torch
 
     rng = np.random.default_rng(1)
@@ -88,11 +89,11 @@ def arguments(options, extra):
 
 
 def export(module, args, path, *, new):
-    """By the new exporter (dynamo, sizes fixed) or the old one (sizes free, but for packed sequences)."""
+    """Export with the new exporter (dynamo, static shapes) or the old one (dynamic axes, except with lengths)."""
     import torch
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns of itself
+        warnings.simplefilter("ignore")  # deprecation warnings of the exporters
         if new:
             torch.onnx.export(module, args, path, dynamo=True, verbose=False, external_data=False)
             return
@@ -105,22 +106,23 @@ def export(module, args, path, *, new):
 def record_torch():
     import torch
 
-    for name, (kind, options, extra) in TORCH.items():
-        module, args = network(kind, options, extra), arguments(options, extra)
+    for name, (class_name, options, extra) in TORCH_CASES.items():
+        module, args = torch_network(class_name, options, extra), torch_inputs(options, extra)
         with torch.no_grad():
-            out = module(*args)
+            outputs = module(*args)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         for new in (True, False):
             if new and "lengths" in extra:
-                continue  # the new exporter refuses packed sequences
+                continue  # the new exporter does not support packed sequences
             label = f"torch_{'new' if new else 'old'}_{name}"
             path = str(FILES / f"{label}.onnx")
             export(module, args, path, new=new)
-            stripped(path)
-            keep(label, [a.numpy() for a in args], [a.numpy() for a in (out if isinstance(out, tuple) else (out,))])
+            remove_metadata(path)
+            save_arrays(label, [a.numpy() for a in args], [a.numpy() for a in outputs])
 
 
 def keras_networks(layers):
-    both = layers.Bidirectional
+    bidirectional = layers.Bidirectional
     return {
         "simple_rnn": [layers.SimpleRNN(4, return_sequences=True), layers.SimpleRNN(3)],
         "lstm_dense": [layers.LSTM(4, return_sequences=True), layers.Dense(2)],
@@ -128,7 +130,10 @@ def keras_networks(layers):
         "gru": [layers.GRU(4, return_sequences=True)],
         "gru_reset_before": [layers.GRU(4, reset_after=False)],
         "gru_backwards": [layers.GRU(4, go_backwards=True, return_sequences=True)],
-        "bidirectional": [both(layers.LSTM(4, return_sequences=True)), both(layers.GRU(3, return_sequences=True))],
+        "bidirectional": [
+            bidirectional(layers.LSTM(4, return_sequences=True)),
+            bidirectional(layers.GRU(3, return_sequences=True)),
+        ],
         "masking_lstm": [layers.Masking(), layers.LSTM(4, return_sequences=True)],
         "embedding_mask_gru": [layers.Embedding(11, 3, mask_zero=True), layers.GRU(4)],
     }
@@ -146,9 +151,9 @@ def record_keras():
         x = rng.integers(0, 4, (2, 5)).astype("int32") if ids else rng.standard_normal((2, 5, 3)).astype("float32")
         if "masking" in name:
             x[0, 3:] = x[1, 1] = 0
-        answer = module.predict(x, verbose=0)
+        y = module.predict(x, verbose=0)
         module.export(str(FILES / f"keras_{name}.onnx"), format="onnx", verbose=False)
-        keep(f"keras_{name}", [x], [answer])
+        save_arrays(f"keras_{name}", [x], [y])
 
 
 if __name__ == "__main__":

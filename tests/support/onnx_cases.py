@@ -1,7 +1,7 @@
-"""One recurrent operator of the standard: drawn at random, written as a model, and worked out by a plain loop.
+"""Random RNN, LSTM and GRU nodes, their ModelProto, and an independent reference implementation.
 
-The loop follows the standard's text row by row and number by number, in float64, in its own gate order and layout; it
-shares nothing with xprnn.
+The reference follows the ONNX standard's text row by row in float64, in the gate order and layout of the standard. It
+shares no code with xprnn. Helpers of several ONNX test files are here too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def sigmoid(x, a, b):
     return 0.5 * np.tanh(0.5 * x) + 0.5
 
 
-# name -> (function of x, alpha, beta; which constants it has)
+# name -> (f(x, alpha, beta), the constants that it uses: a for alpha, b for beta)
 ACTIVATIONS: dict[str, Any] = {
     "Tanh": (lambda x, a, b: np.tanh(x), ""),
     "Sigmoid": (sigmoid, ""),
@@ -38,7 +38,7 @@ DEFAULT_CONSTANTS |= {"ThresholdedRelu": (1, 0), "Elu": (1, 0)}
 
 
 class OperatorCase(NamedTuple):
-    """An operator with its attributes, its inputs (float64; lengths int32) and the names of its outputs."""
+    """A recurrent node: operator, attributes, inputs (float64, lengths int32) and names of the outputs."""
 
     op: str
     attrs: dict[str, Any]
@@ -51,11 +51,11 @@ def random_bool(rng):
 
 
 def random_case(rng, op, *, zero_lengths=False, all_constants=False):
-    """A case with any of the operator's attributes and optional inputs."""
-    directions = ["forward", "reverse", "bidirectional"][rng.integers(3)]
-    d, g = 1 + (directions == "bidirectional"), GATE_COUNTS[op]
+    """A case with random sizes, attributes and optional inputs."""
+    direction = ["forward", "reverse", "bidirectional"][rng.integers(3)]
+    d, g = 1 + (direction == "bidirectional"), GATE_COUNTS[op]
     t, n, i, h = (int(k) for k in rng.integers(1, 5, 4))
-    attrs: dict[str, Any] = {"direction": directions, "hidden_size": h}
+    attrs: dict[str, Any] = {"direction": direction, "hidden_size": h}
     if (layout := int(rng.integers(2))) or random_bool(rng):
         attrs["layout"] = layout
     if random_bool(rng):
@@ -70,30 +70,30 @@ def random_case(rng, op, *, zero_lengths=False, all_constants=False):
     shapes |= {"initial_h": (d, n, h), "initial_c": (d, n, h), "P": (d, 3 * h)}
     if layout:
         shapes |= {"X": (n, t, i), "initial_h": (n, d, h), "initial_c": (n, d, h)}
-    wanted = [k for k in shapes if k in "XWR" or ((op == "LSTM" or k not in ("initial_c", "P")) and random_bool(rng))]
-    inputs = {k: rng.standard_normal(shapes[k]) * (1.0 if k == "X" else 0.6) for k in wanted}
+    names = [k for k in shapes if k in "XWR" or ((op == "LSTM" or k not in ("initial_c", "P")) and random_bool(rng))]
+    inputs = {k: rng.standard_normal(shapes[k]) * (1.0 if k == "X" else 0.6) for k in names}
     inputs = {k: a.astype(np.float32).astype(np.float64) for k, a in inputs.items()}
     if random_bool(rng) or zero_lengths:
         inputs["sequence_lens"] = rng.integers(0 if zero_lengths else 1, t + 1, n).astype(np.int32)
     outputs = ["Y", "Y_h", "Y_c"][: 3 if op == "LSTM" else 2]
-    kept = tuple(o if o == "Y" or random_bool(rng) else "" for o in outputs)
-    return OperatorCase(op, attrs, inputs, kept if random_bool(rng) else tuple(outputs))
+    some_outputs = tuple(o if o == "Y" or random_bool(rng) else "" for o in outputs)
+    return OperatorCase(op, attrs, inputs, some_outputs if random_bool(rng) else tuple(outputs))
 
 
 def random_activations(rng, count, all_constants):
-    """Activations in each place, with constants for those that have them, or for the first few only."""
+    """`count` random activations, with all constants, or with constants for the first few activations only."""
     names = [list(ACTIVATIONS)[k] for k in rng.integers(0, len(ACTIVATIONS), count)]
     out: dict[str, Any] = {"activations": names}
     for key, letter in (("activation_alpha", "a"), ("activation_beta", "b")):
-        having = [n for n in names if letter in ACTIVATIONS[n][1]]
-        values = [float(np.float32(rng.uniform(0.1, 0.9))) for _ in having]
+        users = [n for n in names if letter in ACTIVATIONS[n][1]]
+        values = [float(np.float32(rng.uniform(0.1, 0.9))) for _ in users]
         if values and (all_constants or random_bool(rng)):
             out[key] = values if all_constants else values[: int(rng.integers(1, len(values) + 1))]
     return out
 
 
 def operator_model(case, *, initializers=(), opset=22, dtype="float32"):
-    """The operator alone in a model; inputs named in `weights` are its initialisers, the others its inputs."""
+    """A ModelProto of the node alone; inputs named in `initializers` are initializers, the others model inputs."""
     import onnx
     from onnx import helper, numpy_helper
 
@@ -104,32 +104,35 @@ def operator_model(case, *, initializers=(), opset=22, dtype="float32"):
         case.op, [k if k in case.inputs else "" for k in names], list(case.outputs), name="the node", **case.attrs
     )
     types = {k: 6 if k == "sequence_lens" else helper.np_dtype_to_tensor_dtype(np.dtype(dtype)) for k in INPUT_NAMES}
-    given = [
+    inputs = [
         helper.make_tensor_value_info(k, types[k], a.shape) for k, a in case.inputs.items() if k not in initializers
     ]
     ranks = {"Y": [None] * 4, "Y_h": [None] * 3, "Y_c": [None] * 3}
-    results = [helper.make_tensor_value_info(k, types["X"], ranks[k]) for k in case.outputs if k]
-    kept = [numpy_helper.from_array(case.inputs[k].astype(dtype), k) for k in initializers if k in case.inputs]
-    graph = helper.make_graph([node], "one", given, results, kept)
-    built = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
-    onnx.checker.check_model(built)
-    return built
+    outputs = [helper.make_tensor_value_info(k, types["X"], ranks[k]) for k in case.outputs if k]
+    weights = [numpy_helper.from_array(case.inputs[k].astype(dtype), k) for k in initializers if k in case.inputs]
+    graph = helper.make_graph([node], "one", inputs, outputs, weights)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    onnx.checker.check_model(proto)
+    return proto
 
 
-def run_onnxruntime(built, inputs, outputs=None):
-    """What ONNX Runtime answers, a dict from names; in float32, or float64 where the model asks for that."""
+def run_onnxruntime(model, inputs):
+    """Run a ModelProto, its bytes or its path with ONNX Runtime: dict of output name -> array.
+
+    Floats are converted to the dtype that the model declares for the input.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    options.log_severity_level = 3  # errors; it warns of inputs that may be left out
-    content = built if isinstance(built, (bytes, str)) else built.SerializeToString()
-    run = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    kinds = {"tensor(float)": np.float32, "tensor(double)": np.float64}
-    asked = {i.name: kinds.get(i.type) for i in (*run.get_inputs(), *run.get_overridable_initializers())}
-    feed = {k: np.ascontiguousarray(a, asked[k]) for k, a in inputs.items()}
-    names = [o.name for o in run.get_outputs()]
-    return dict(zip(names, run.run(None, feed), strict=True))
+    options.log_severity_level = 3  # errors only: it warns of inputs with a default value
+    content = model if isinstance(model, (bytes, str)) else model.SerializeToString()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    float_types = {"tensor(float)": np.float32, "tensor(double)": np.float64}
+    dtypes = {i.name: float_types.get(i.type) for i in (*session.get_inputs(), *session.get_overridable_initializers())}
+    feed = {k: np.ascontiguousarray(a, dtypes[k]) for k, a in inputs.items()}
+    names = [o.name for o in session.get_outputs()]
+    return dict(zip(names, session.run(None, feed), strict=True))
 
 
 def outputs_by_name(graph, result):
@@ -142,36 +145,48 @@ def outputs_by_name(graph, result):
     return named | dict(zip([name for name in graph.outputs if name not in named], states, strict=True))
 
 
+def random_params(rng, model, dtype=np.float32):
+    """Random parameters for a layer or Sequential; none is zero, as initialised biases are."""
+    params = model.init(rng, like=np.zeros(0, dtype))
+    return {k: (rng.standard_normal(a.shape) * 0.6).astype(a.dtype) for k, a in params.items()}
+
+
+def is_batch_first(model):
+    """True if a layer or Sequential is batch-first."""
+    layers = getattr(model, "layers", {"": model}).values()
+    return any(getattr(layer, "batch_first", False) for layer in layers)
+
+
 def to_layout_0(case):
-    """The same case in layout 0."""
+    """Convert a case to layout 0."""
     if not case.attrs.get("layout", 0):
         return case
-    turned = {k: a.swapaxes(0, 1) if k in ("X", "initial_h", "initial_c") else a for k, a in case.inputs.items()}
-    return case._replace(attrs=case.attrs | {"layout": 0}, inputs=turned)
+    inputs = {k: a.swapaxes(0, 1) if k in ("X", "initial_h", "initial_c") else a for k, a in case.inputs.items()}
+    return case._replace(attrs=case.attrs | {"layout": 0}, inputs=inputs)
 
 
 def to_layout_1(outputs):
-    """Outputs of layout 0 in layout 1."""
+    """Convert outputs from layout 0 to layout 1."""
     return {k: a.transpose(2, 0, 1, 3) if k == "Y" else a.swapaxes(0, 1) for k, a in outputs.items()}
 
 
 def reference_outputs(case):
-    """Y, Y_h and Y_c, number by number."""
-    plain = to_layout_0(case)
-    x, get = plain.inputs["X"], plain.inputs.get
+    """Y, Y_h and Y_c, computed step by step and row by row."""
+    layout_0 = to_layout_0(case)
+    x, get = layout_0.inputs["X"], layout_0.inputs.get
     t, n, _ = x.shape
-    ways = {"forward": [False], "reverse": [True], "bidirectional": [False, True]}[case.attrs["direction"]]
-    h = plain.inputs["R"].shape[-1]
+    directions = {"forward": [False], "reverse": [True], "bidirectional": [False, True]}[case.attrs["direction"]]
+    h = layout_0.inputs["R"].shape[-1]
     lengths = get("sequence_lens", np.full(n, t))
-    y = np.zeros((t, len(ways), n, h))
-    finals = np.zeros((2, len(ways), n, h))
-    places = activation_functions(plain, len(ways))
-    for d, backwards in enumerate(ways):
+    y = np.zeros((t, len(directions), n, h))
+    finals = np.zeros((2, len(directions), n, h))
+    functions = activation_functions(layout_0, len(directions))
+    for d, reverse in enumerate(directions):
         for row in range(n):
-            state = [get(k, np.zeros((len(ways), n, h)))[d, row] for k in ("initial_h", "initial_c")]
+            state = [get(k, np.zeros((len(directions), n, h)))[d, row] for k in ("initial_h", "initial_c")]
             steps = range(lengths[row])
-            for s in reversed(steps) if backwards else steps:
-                state = reference_step(plain, d, x[s, row], *state, places[d])
+            for s in reversed(steps) if reverse else steps:
+                state = reference_step(layout_0, d, x[s, row], *state, functions[d])
                 y[s, d, row] = state[0]
             finals[:, d, row] = state
     out = {"Y": y, "Y_h": finals[0], "Y_c": finals[1]}
@@ -180,23 +195,23 @@ def reference_outputs(case):
 
 
 def activation_functions(case, directions):
-    """The functions of each direction, as functions of one number."""
+    """The elementwise activation functions of each direction."""
     names = case.attrs.get("activations", DEFAULT_ACTIVATIONS[case.op] * directions)
     lists = {c: list(case.attrs.get(f"activation_{k}", [])) for c, k in (("a", "alpha"), ("b", "beta"))}
-    made = []
+    functions = []
     for name in names:
-        f, has = ACTIVATIONS[name]
+        f, letters = ACTIVATIONS[name]
         constants = [
-            lists[c].pop(0) if c in has and lists[c] else DEFAULT_CONSTANTS.get(name, (0, 0))[k]
+            lists[c].pop(0) if c in letters and lists[c] else DEFAULT_CONSTANTS.get(name, (0, 0))[k]
             for k, c in enumerate("ab")
         ]
-        made.append(np.vectorize(lambda v, f=f, c=tuple(constants): f(v, *c), otypes=[float]))
-    each = len(DEFAULT_ACTIVATIONS[case.op])
-    return [made[d * each : d * each + each] for d in range(directions)]
+        functions.append(np.vectorize(lambda v, f=f, c=tuple(constants): f(v, *c), otypes=[float]))
+    count = len(DEFAULT_ACTIVATIONS[case.op])
+    return [functions[d * count : d * count + count] for d in range(directions)]
 
 
 def reference_step(case, d, x, h, c, f):
-    """One step of one row: the equations as the standard writes them."""
+    """One step of one row, by the equations of the ONNX standard."""
     W, R = case.inputs["W"][d], case.inputs["R"][d]
     wb, rb = np.split(case.inputs["B"][d], 2) if "B" in case.inputs else np.zeros((2, len(W)))
     g, bound = GATE_COUNTS[case.op], case.attrs.get("clip", np.inf)

@@ -1,4 +1,4 @@
-"""ONNX files that lie, are damaged, reach outside their folder, or ask for what is not supported: one clear line."""
+"""ONNX files that are corrupt, contradict themselves, refer to files elsewhere or are unsupported: one-line errors."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ pytestmark = pytest.mark.needs("onnx")
 
 
 @pytest.fixture
-def good(rng):
+def valid(rng):
     """A small model, its parameters and its ModelProto."""
     model = xprnn.Sequential(rnn=xprnn.LSTM(3, 4, 2, bidirectional=True), head=xprnn.Linear(8, 2))
     params = {k: a.astype(np.float32) for k, a in model.init(rng, like=np.zeros(1)).items()}
     return model, params, xprnn.to_onnx(model, params)
 
 
-def refused(source, *texts):
+def assert_rejected(source, *texts):
+    """from_onnx raises an InputError of one line that contains all texts."""
     with pytest.raises(xprnn.InputError) as caught:
         xprnn.from_onnx(source)
     message = str(caught.value)
@@ -31,74 +32,74 @@ def refused(source, *texts):
         assert text in message
 
 
-def test_not_a_model(tmp_path):
+def test_files_that_are_not_onnx_raise(tmp_path):
     for content in (b"", b"\0" * 9, b"hello, world", b"\xff" * 1000):
         (tmp_path / "bad.onnx").write_bytes(content)
-        refused(tmp_path / "bad.onnx", "bad.onnx: damaged, or not an ONNX file")
-    refused(tmp_path / "none.onnx", "cannot be read")
-    refused(tmp_path, "cannot be read")
-    refused(None, "expected a path, found NoneType")
+        assert_rejected(tmp_path / "bad.onnx", "bad.onnx: damaged, or not an ONNX file")
+    assert_rejected(tmp_path / "none.onnx", "cannot be read")
+    assert_rejected(tmp_path, "cannot be read")
+    assert_rejected(None, "expected a path, found NoneType")
 
 
-def test_everything_unsupported_is_named_at_once(good):
+def test_error_names_everything_unsupported(valid):
     from onnx import helper
 
-    proto = good[2]
+    proto = valid[2]
     proto.graph.node.extend(
         [
-            helper.make_node("Conv", ["x", "y"], ["z"], name="filter"),
-            helper.make_node("Mystery", ["x"], ["w"], name="whatever", domain="somewhere.else"),
-            helper.make_node("ArgMax", ["y"], ["v"], name="best", select_last_index=1),
+            helper.make_node("Conv", ["x", "y"], ["z"], name="conv"),
+            helper.make_node("Custom", ["x"], ["w"], name="custom", domain="com.example"),
+            helper.make_node("ArgMax", ["y"], ["v"], name="argmax", select_last_index=1),
             helper.make_node("Trilu", ["y"], ["u"], name=""),
         ]
     )
-    proto.opset_import.extend([helper.make_opsetid("somewhere.else", 1)])
+    proto.opset_import.extend([helper.make_opsetid("com.example", 1)])
     count = len(proto.graph.node) - 1
-    refused(
+    assert_rejected(
         proto,
-        "Conv 'filter'",
-        "somewhere.else.Mystery 'whatever' is of another domain",
-        "ArgMax 'best' has select_last_index=1",
+        "Conv 'conv'",
+        "com.example.Custom 'custom' is of another domain",
+        "ArgMax 'argmax' has select_last_index=1",
         f"Trilu 'Trilu_{count}'",
     )
 
 
-def test_opsets(good):
+def test_unsupported_opsets_raise(valid):
     for version in (6, 29, 1000):
-        good[2].opset_import[0].version = version
-        refused(good[2])
+        valid[2].opset_import[0].version = version
+        assert_rejected(valid[2])
 
 
 @pytest.mark.parametrize("dims", [[2**40, 2**40], [-1, 4], [5], [0], [2**62, 2, 2]])
-def test_lying_shapes_take_no_memory(good, dims):
+def test_shape_that_does_not_fit_data_raises(valid, dims):
     from onnx import TensorProto
 
-    proto = good[2]
-    proto.graph.initializer.append(TensorProto(name="liar", data_type=1, dims=dims, raw_data=b"1234"))
-    refused(proto, "tensor liar")
+    proto = valid[2]
+    proto.graph.initializer.append(TensorProto(name="weight", data_type=1, dims=dims, raw_data=b"1234"))
+    assert_rejected(proto, "tensor weight")
 
 
-def test_types_that_are_no_numbers(good):
+def test_non_numeric_types_raise(valid):
     from onnx import TensorProto
 
     for kind in (0, 8, 14, 999):
-        weights = good[2].graph.initializer
-        weights.append(TensorProto(name="liar", data_type=kind, dims=[1], raw_data=b"1234"))
-        refused(good[2], "tensor liar")
+        weights = valid[2].graph.initializer
+        weights.append(TensorProto(name="weight", data_type=kind, dims=[1], raw_data=b"1234"))
+        assert_rejected(valid[2], "tensor weight")
         del weights[-1]
 
 
-def external(proto, name, **about):
+def add_external_tensor(proto, name, **entries):
     from onnx import TensorProto
 
     weight = TensorProto(name=name, data_type=1, dims=[2, 2], data_location=TensorProto.EXTERNAL)
-    for key, value in about.items():
+    for key, value in entries.items():
         weight.external_data.add(key=key, value=str(value))
     proto.graph.initializer.append(weight)
 
 
 @pytest.mark.parametrize(
-    ("about", "text"),
+    ("entries", "text"),
     [
         ({"location": "../secret.bin"}, "only files in the folder of the model are opened"),
         ({"location": "/etc/hostname"}, "only files in the folder of the model are opened"),
@@ -106,58 +107,60 @@ def external(proto, name, **about):
         ({"location": "."}, "only files in the folder of the model are opened"),
         ({"location": ""}, "only files in the folder of the model are opened"),
         ({}, "only files in the folder of the model are opened"),
-        ({"location": "a\0b"}, "tensor far"),
-        ({"location": "far.bin", "offset": -8}, "needs 16 bytes"),
-        ({"location": "far.bin", "offset": 2**70}, "needs 16 bytes"),
-        ({"location": "far.bin", "length": 2**40}, "needs 16 bytes"),
-        ({"location": "far.bin", "length": 8}, "needs 16 bytes"),
-        ({"location": "far.bin", "offset": "x"}, "cannot be read"),
-        ({"location": "far.bin", "offset": 10}, "needs 16 bytes"),
+        ({"location": "a\0b"}, "tensor external"),
+        ({"location": "external.bin", "offset": -8}, "needs 16 bytes"),
+        ({"location": "external.bin", "offset": 2**70}, "needs 16 bytes"),
+        ({"location": "external.bin", "length": 2**40}, "needs 16 bytes"),
+        ({"location": "external.bin", "length": 8}, "needs 16 bytes"),
+        ({"location": "external.bin", "offset": "x"}, "cannot be read"),
+        ({"location": "external.bin", "offset": 10}, "needs 16 bytes"),
     ],
 )
-def test_data_outside_the_folder_is_never_opened(good, tmp_path, about, text):
+def test_external_data_outside_folder_is_not_opened(valid, tmp_path, entries, text):
     (tmp_path / "secret.bin").write_bytes(b"\1" * 64)
-    home = tmp_path / "home"
-    home.mkdir()
-    (home / "link.bin").symlink_to(tmp_path / "secret.bin")
-    (home / "far.bin").write_bytes(b"\1" * 20)
-    external(good[2], "far", **about)
-    (home / "model.onnx").write_bytes(good[2].SerializeToString())
-    refused(home / "model.onnx", text)
-    refused(good[2], "pass the path of the model")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "link.bin").symlink_to(tmp_path / "secret.bin")
+    (folder / "external.bin").write_bytes(b"\1" * 20)
+    add_external_tensor(valid[2], "external", **entries)
+    (folder / "model.onnx").write_bytes(valid[2].SerializeToString())
+    assert_rejected(folder / "model.onnx", text)
+    assert_rejected(valid[2], "pass the path of the model")
 
 
-def test_data_beside_the_model_is_read(good, tmp_path):
+def test_external_data_in_folder_is_read(valid, tmp_path):
     import onnx
 
-    model, params, proto = good
-    onnx.save(proto, str(tmp_path / "model.onnx"), save_as_external_data=True, location="far.bin", size_threshold=0)
-    assert (tmp_path / "far.bin").stat().st_size > 1000
-    back, found = xprnn.from_onnx(tmp_path / "model.onnx")
-    assert back == model
-    assert all(np.array_equal(a, params[k]) for k, a in found.items())
+    model, params, proto = valid
+    onnx.save(
+        proto, str(tmp_path / "model.onnx"), save_as_external_data=True, location="external.bin", size_threshold=0
+    )
+    assert (tmp_path / "external.bin").stat().st_size > 1000
+    loaded_model, loaded = xprnn.from_onnx(tmp_path / "model.onnx")
+    assert loaded_model == model
+    assert all(np.array_equal(a, params[k]) for k, a in loaded.items())
 
 
-def test_the_extra_is_named(monkeypatch, good):
-    monkeypatch.setitem(sys.modules, "onnx", None)  # an import then fails
+def test_error_names_missing_extra(monkeypatch, valid):
+    monkeypatch.setitem(sys.modules, "onnx", None)  # makes `import onnx` fail
     with pytest.raises(xprnn.InputError, match=r'from_onnx: needs onnx: pip install "xprnn\[onnx\]"'):
         xprnn.from_onnx("model.onnx")
     with pytest.raises(xprnn.InputError, match=r'to_onnx: needs onnx: pip install "xprnn\[onnx\]"'):
-        xprnn.to_onnx(*good[:2])
+        xprnn.to_onnx(*valid[:2])
 
 
-def lying(proto, r):
-    """A copy with one field in it changed."""
+def with_random_change(proto, r):
+    """A copy of a ModelProto with one field changed."""
     import onnx
 
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     node, weight = r.choice(copy.graph.node), r.choice(copy.graph.initializer)
     value = r.choice(list(copy.graph.input) + list(copy.graph.output))
-    whole = [n for n in BOUNDARY_NUMBERS if isinstance(n, int) and abs(n) < 2**63]
+    integers = [n for n in BOUNDARY_NUMBERS if isinstance(n, int) and abs(n) < 2**63]
     match r.randrange(8):
         case 0:
-            weight.dims[:] = [r.choice(whole) for _ in range(r.randrange(4))]
+            weight.dims[:] = [r.choice(integers) for _ in range(r.randrange(4))]
         case 1:
             weight.data_type = r.randrange(20)
         case 2:
@@ -166,29 +169,29 @@ def lying(proto, r):
             node.input[r.randrange(len(node.input))] = r.choice([w.name for w in copy.graph.initializer] + ["", "x"])
         case 4 if node.attribute:
             attribute = r.choice(node.attribute)
-            attribute.i, attribute.f, attribute.s = r.choice(whole), r.choice([0.0, -1.0, 1e30]), b"sideways"
-            attribute.ints[:] = [r.choice(whole) for _ in range(r.randrange(4))]
+            attribute.i, attribute.f, attribute.s = r.choice(integers), r.choice([0.0, -1.0, 1e30]), b"sideways"
+            attribute.ints[:] = [r.choice(integers) for _ in range(r.randrange(4))]
         case 5:
             value.type.tensor_type.elem_type = r.randrange(20)
         case 6 if value.type.tensor_type.shape.dim:
-            r.choice(value.type.tensor_type.shape.dim).dim_value = r.choice(whole)
+            r.choice(value.type.tensor_type.shape.dim).dim_value = r.choice(integers)
         case _:
             weight.raw_data = corrupt_bytes(weight.raw_data, r)
     return copy
 
 
 @pytest.mark.parametrize("kind", ["bytes", "fields"])
-def test_fuzzed_files(good, tmp_path, kind):
-    """Refused in one line, or read, and then run or refused in one line: nothing else."""
-    proto, messages = good[2], []
+def test_corrupted_files_are_read_or_raise_one_line(valid, tmp_path, kind):
+    """Reading and running either succeed or raise an InputError of one line."""
+    proto, messages = valid[2], []
     content = proto.SerializeToString()
     for seed in range(300):
         r = random.Random(seed)
-        bad = corrupt_bytes(content, r) if kind == "bytes" else lying(proto, r).SerializeToString()
-        (tmp_path / "bad.onnx").write_bytes(bad)
+        corrupted = corrupt_bytes(content, r) if kind == "bytes" else with_random_change(proto, r).SerializeToString()
+        (tmp_path / "bad.onnx").write_bytes(corrupted)
         try:
             model, params = xprnn.from_onnx(tmp_path / "bad.onnx", like=np.zeros(1, np.float32))
-            with np.errstate(all="ignore"):  # flipped bits make numbers of any size
+            with np.errstate(all="ignore"):  # flipped bits make huge weights
                 model(params, np.zeros((2, 1, 3), np.float32))
         except xprnn.InputError as error:
             messages.append(str(error))

@@ -1,142 +1,138 @@
-"""to_onnx: ONNX Runtime gives the same numbers, states stream, and from_onnx brings the same model back."""
+"""to_onnx of models that RNN, LSTM and GRU express: ONNX Runtime agrees, and from_onnx returns the same model."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.onnx_cases import run_onnxruntime
+from support.onnx_cases import is_batch_first, random_params, run_onnxruntime
 from support.onnx_models import OPERATOR_MODELS
 
 import xprnn
 
 pytestmark = pytest.mark.needs("onnx")
-# Time-major, and walked forward.
-STREAMS = [
+# Time-major models without a reverse direction, which can run in chunks.
+STREAMABLE = [
     "rnn",
     "elu",
     "clipped",
     "lstm",
-    "coupled",
+    "lstm, coupled",
     "gru",
-    "gru of one's own",
-    "with a head",
-    "of many parts",
-    "bent",
+    "gru with other activations",
+    "with linear",
+    "several recurrent layers",
+    "with activations",
 ]
 each_model = pytest.mark.parametrize("model", OPERATOR_MODELS.values(), ids=OPERATOR_MODELS)
 
 
-def trained(rng, model, like):
-    """Parameters none of which is special."""
-    params = model.init(rng, like=like)
-    return {k: (rng.standard_normal(a.shape) * 0.6).astype(a.dtype) for k, a in params.items()}
-
-
-def batch_first(model):
-    parts = getattr(model, "layers", {"": model}).values()
-    return any(getattr(p, "batch_first", False) for p in parts)
-
-
-def sequence(rng, model, steps, rows):
-    lead = (rows, steps) if batch_first(model) else (steps, rows)
-    if "words" in getattr(model, "layers", {}):
+def random_input(rng, model, steps, rows):
+    lead = (rows, steps) if is_batch_first(model) else (steps, rows)
+    if "ids" in getattr(model, "layers", {}):
         return rng.integers(0, 7, lead)
     return rng.standard_normal((*lead, 3)).astype(np.float32)
 
 
-def leaves(state):
-    """Arrays in nested states, under the names that to_onnx gives them."""
+def flatten_state(state):
+    """The arrays of a nested state, by the suffixes of the names that to_onnx gives them: "h", "c_l0", "part.h"."""
     if isinstance(state, dict):
-        return {f"{part}.{k}": a for part, s in state.items() for k, a in leaves(s).items()}
-    pair = state if isinstance(state, tuple) and not is_sizes(state) else (state,)
+        return {f"{part}.{k}": a for part, s in state.items() for k, a in flatten_state(s).items()}
+    states = state if isinstance(state, tuple) and not is_one_state(state) else (state,)
     out = {}
-    for letter, s in zip("hc", pair, strict=False):
+    for letter, s in zip("hc", states, strict=False):
         out |= {letter: s} if not isinstance(s, tuple) else {f"{letter}_l{k}": a for k, a in enumerate(s)}
     return out
 
 
-def is_sizes(state):
-    """Whether a tuple is one state of several sizes, not the pair of an LSTM."""
+def is_one_state(state):
+    """True if a tuple is h of layers with several hidden sizes, not (h, c) of an LSTM."""
     return all(not isinstance(s, tuple) for s in state) and len({s.shape[-1] for s in state}) > 1
 
 
-def renamed(state, what):
+def state_values(state, prefix):
+    """The arrays of a nested state by their names in the ONNX model; the prefix is "initial" or "final"."""
     out = {}
-    for name, a in leaves(state).items():
-        part, dot, letter = name.rpartition(".")
-        out[f"{part}{dot}{what}_{letter}"] = a
+    for name, a in flatten_state(state).items():
+        part, dot, suffix = name.rpartition(".")
+        out[f"{part}{dot}{prefix}_{suffix}"] = a
     return out
 
 
-def close(got, y, state):
-    wanted = {"y": y, **renamed(state, "final")}
-    assert wanted.keys() == got.keys()
-    for name, a in wanted.items():
-        near(got[name], a)
+def assert_outputs_close(found, y, state):
+    expected = {"y": y, **state_values(state, "final")}
+    assert expected.keys() == found.keys()
+    for name, a in expected.items():
+        assert_close(found[name], a)
 
 
-def near(have, want):
-    """1e-6, of the largest number where the activations have no bound."""
-    np.testing.assert_allclose(have, want, rtol=0, atol=1e-6 * max(1.0, float(np.abs(want).max())))
+def assert_close(found, expected):
+    """The tolerance is 1e-6 of the largest absolute value, since some activations are unbounded, and at least 1e-6."""
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * max(1.0, float(np.abs(expected).max())))
 
 
 @pytest.mark.needs("onnxruntime")
 @each_model
-def test_onnx_runtime_gives_the_same_numbers(rng, model, tmp_path):
-    """Alone, from a state, ragged, and for other T and N than those it was never told."""
-    params = trained(rng, model, np.zeros(1, np.float32))
+def test_onnx_runtime_agrees(rng, model, tmp_path):
+    """For several T and N; first with x alone, then with lengths and initial states."""
+    params = random_params(rng, model)
     path = tmp_path / "model.onnx"
     xprnn.to_onnx(model, params, path)
     for steps, rows in ((6, 3), (1, 1), (9, 2)):
-        x = sequence(rng, model, steps, rows)
+        x = random_input(rng, model, steps, rows)
         y, state = model(params, x)
-        close(run_onnxruntime(str(path), {"x": x}), y, state)
+        assert_outputs_close(run_onnxruntime(str(path), {"x": x}), y, state)
         lengths = rng.integers(1, steps + 1, rows)
+        inputs = {"x": x, "lengths": lengths.astype(np.int32), **state_values(state, "initial")}
         y, state = model(params, x, state, lengths=lengths)
-        given = {"x": x, "lengths": lengths.astype(np.int32), **renamed(model(params, x)[1], "initial")}
-        close(run_onnxruntime(str(path), given), y, state)
+        assert_outputs_close(run_onnxruntime(str(path), inputs), y, state)
 
 
 @pytest.mark.needs("onnxruntime")
-@pytest.mark.parametrize("name", STREAMS)
-def test_states_stream(rng, name):
-    """Chunks, each from the final state before it, are the whole."""
+@pytest.mark.parametrize("name", STREAMABLE)
+def test_chunks_with_passed_states_equal_whole_sequence(rng, name):
     model = OPERATOR_MODELS[name]
-    params = trained(rng, model, np.zeros(1, np.float32))
-    x = sequence(rng, model, 7, 2)
-    want, _ = model(params, x)
-    content, state, got = xprnn.to_onnx(model, params).SerializeToString(), {}, []
-    for a, b in ((0, 3), (3, 4), (4, 7)):
-        out = run_onnxruntime(content, {"x": x[a:b], **state})
-        got.append(out.pop("y"))
-        state = {k.replace("final", "initial"): v for k, v in out.items()}
-    near(np.concatenate(got), want)
+    params = random_params(rng, model)
+    x = random_input(rng, model, 7, 2)
+    expected, _ = model(params, x)
+    content, state, chunks = xprnn.to_onnx(model, params).SerializeToString(), {}, []
+    for start, stop in ((0, 3), (3, 4), (4, 7)):
+        outputs = run_onnxruntime(content, {"x": x[start:stop], **state})
+        chunks.append(outputs.pop("y"))
+        state = {name.replace("final", "initial"): a for name, a in outputs.items()}
+    assert_close(np.concatenate(chunks), expected)
 
 
 @each_model
-@pytest.mark.parametrize("told", [True, False], ids=["told", "from the graph alone"])
-def test_comes_back_bit_for_bit(rng, model, told):
-    params = trained(rng, model, np.zeros(1, np.float32))
+@pytest.mark.parametrize("metadata", [True, False], ids=["with metadata", "without metadata"])
+def test_from_onnx_returns_equal_model_and_bits(rng, model, metadata):
+    """The metadata has the names of layers and the dropout rate; without it the function is the same."""
+    params = random_params(rng, model)
     proto = xprnn.to_onnx(model, params)
-    if not told:
-        del proto.metadata_props[:]  # names of parts, dropout
-    back, found = xprnn.from_onnx(proto)
-    if told:
-        assert repr(back) == repr(model) or back == model
-        assert found.keys() == params.keys()
-        assert all(np.array_equal(found[k], params[k]) for k in params)
-    x = sequence(rng, model, 5, 3)
-    np.testing.assert_array_equal(back(found, x, lengths=[5, 0, 2])[0], model(params, x, lengths=[5, 0, 2])[0])
-    y, _, tape = back.forward(found, x)
-    mine, _, own_tape = model.forward(params, x)
-    grads, want = back.backward(tape, y).dparams, model.backward(own_tape, mine).dparams
-    for a, b in zip(sorted(grads.values(), key=norm), sorted(want.values(), key=norm), strict=False):
-        if told or grads.keys() == want.keys():
+    if not metadata:
+        del proto.metadata_props[:]
+    loaded_model, loaded = xprnn.from_onnx(proto)
+    if metadata:
+        assert repr(loaded_model) == repr(model) or loaded_model == model
+        assert loaded.keys() == params.keys()
+        assert all(np.array_equal(loaded[k], params[k]) for k in params)
+    x = random_input(rng, model, 5, 3)
+    lengths = [5, 0, 2]
+    np.testing.assert_array_equal(loaded_model(loaded, x, lengths=lengths)[0], model(params, x, lengths=lengths)[0])
+    y, _, tape = loaded_model.forward(loaded, x)
+    expected_y, _, expected_tape = model.forward(params, x)
+    grads = loaded_model.backward(tape, y).dparams
+    expected = model.backward(expected_tape, expected_y).dparams
+    for a, b in zip(sorted(grads.values(), key=square_sum), sorted(expected.values(), key=square_sum), strict=False):
+        if metadata or grads.keys() == expected.keys():
             np.testing.assert_array_equal(a, b)
 
 
-def drawn(r):
-    """A recurrent layer of any configuration, perhaps with a head."""
+def square_sum(a):
+    return float(np.sum(a.astype(np.float64) ** 2))
+
+
+def random_model(r):
+    """A recurrent layer of any configuration, with or without a Linear; and its input size."""
     options = {k: bool(r.integers(2)) for k in ("bias", "batch_first", "learned_state")}
     options |= [{}, {"bidirectional": True}, {"reverse": True}][r.integers(3)]
     layers, width = (int(k) for k in r.integers(1, 4, 2))
@@ -151,77 +147,73 @@ def drawn(r):
 
 @pytest.mark.needs("onnxruntime")
 @pytest.mark.parametrize("seed", range(40))
-def test_any_model_goes_around(seed):
-    """xprnn -> ONNX -> ONNX Runtime, and back to xprnn, with and without our own word for what it is."""
+def test_random_model_round_trip(seed):
+    """ONNX Runtime agrees; from_onnx returns the model with metadata, and the same y without."""
     r = np.random.default_rng(seed)
-    model, width = drawn(r)
-    params = trained(r, model, np.zeros(1, np.float32))
+    model, width = random_model(r)
+    params = random_params(r, model)
     steps, rows = (int(k) for k in r.integers(1, 5, 2))
-    lead = (rows, steps) if batch_first(model) else (steps, rows)
+    lead = (rows, steps) if is_batch_first(model) else (steps, rows)
     x, lengths = r.standard_normal((*lead, width)).astype(np.float32), r.integers(1, steps + 1, rows)
     y, _ = model(params, x, lengths=lengths)
     proto = xprnn.to_onnx(model, params)
-    near(run_onnxruntime(proto, {"x": x, "lengths": lengths.astype(np.int32)})["y"], y)
+    assert_close(run_onnxruntime(proto, {"x": x, "lengths": lengths.astype(np.int32)})["y"], y)
     assert xprnn.from_onnx(proto)[0] == model
     del proto.metadata_props[:]
-    back, found = xprnn.from_onnx(proto)
-    np.testing.assert_array_equal(back(found, x, lengths=lengths)[0], y)
+    loaded_model, loaded = xprnn.from_onnx(proto)
+    np.testing.assert_array_equal(loaded_model(loaded, x, lengths=lengths)[0], y)
 
 
-def norm(a):
-    return float(np.sum(a.astype(np.float64) ** 2))
-
-
-def test_wrong_metadata_is_not_believed(rng):
+def test_wrong_metadata_is_ignored(rng):
     model = xprnn.GRU(3, 4)
-    params = trained(rng, model, np.zeros(1, np.float32))
+    params = random_params(rng, model)
     proto = xprnn.to_onnx(model, params)
-    for lie in ('{"type": "LSTM", "input_size": 3, "hidden_size": 4}', "[[[", '{"type": 3}', "9" * 5000):
-        proto.metadata_props[0].value = lie
-        back, found = xprnn.from_onnx(proto)
-        assert back == model
-        np.testing.assert_array_equal(found["weight_hh_l0"], params["weight_hh_l0"])
+    for metadata in ('{"type": "LSTM", "input_size": 3, "hidden_size": 4}', "[[[", '{"type": 3}', "9" * 5000):
+        proto.metadata_props[0].value = metadata
+        loaded_model, loaded = xprnn.from_onnx(proto)
+        assert loaded_model == model
+        np.testing.assert_array_equal(loaded["weight_hh_l0"], params["weight_hh_l0"])
 
 
-def test_from_any_array_library(xp):
+def test_parameters_of_any_array_library(xp):
     model = xprnn.LSTM(3, 4)
     rng = np.random.default_rng(1)
-    params = trained(rng, model, np.zeros(1, np.float32))
+    params = random_params(rng, model)
     with xp.allow_host_conversion():
         proto = xprnn.to_onnx(model, xp.asarray(params))
-    back, found = xprnn.from_onnx(proto, like=xp.asarray(np.zeros(1, np.float32)))
-    assert back == model
-    xp.assert_close(found, params, condition=0)
+    loaded_model, loaded = xprnn.from_onnx(proto, like=xp.asarray(np.zeros(1, np.float32)))
+    assert loaded_model == model
+    xp.assert_close(loaded, params, condition=0)
 
 
-def test_float64_stays_float64(rng):
+def test_float64_parameters_round_trip(rng):
     model = xprnn.GRU(3, 4, 2)
-    params = trained(rng, model, np.zeros(1))
-    back, found = xprnn.from_onnx(xprnn.to_onnx(model, params, dtype="float64"))
-    assert back == model
-    assert all(a.dtype == np.float64 and np.array_equal(a, params[k]) for k, a in found.items())
+    params = random_params(rng, model, np.float64)
+    loaded_model, loaded = xprnn.from_onnx(xprnn.to_onnx(model, params, dtype="float64"))
+    assert loaded_model == model
+    assert all(a.dtype == np.float64 and np.array_equal(a, params[k]) for k, a in loaded.items())
 
 
 @pytest.mark.needs("onnxruntime")
-def test_inputs_may_be_required(rng):
+def test_options_optional_and_lengths(rng):
     model = xprnn.LSTM(3, 4)
-    params = trained(rng, model, np.zeros(1, np.float32))
+    params = random_params(rng, model)
     proto = xprnn.to_onnx(model, params, optional=False)
     assert [i.name for i in proto.graph.input] == ["x", "lengths", "initial_h", "initial_c"]
     assert not {i.name for i in proto.graph.input} & {t.name for t in proto.graph.initializer}
-    x, state = sequence(rng, model, 4, 2), (np.ones((1, 2, 4), np.float32), np.zeros((1, 2, 4), np.float32))
+    x, state = random_input(rng, model, 4, 2), (np.ones((1, 2, 4), np.float32), np.zeros((1, 2, 4), np.float32))
     y, final = model(params, x, state, lengths=[4, 1])
-    given = {"x": x, "lengths": np.asarray([4, 1], np.int32), **renamed(state, "initial")}
-    close(run_onnxruntime(proto, given), y, final)
+    inputs = {"x": x, "lengths": np.asarray([4, 1], np.int32), **state_values(state, "initial")}
+    assert_outputs_close(run_onnxruntime(proto, inputs), y, final)
     assert xprnn.from_onnx(proto)[0] == model
     without = xprnn.to_onnx(model, params, lengths=False)
     assert "lengths" not in {i.name for i in without.graph.input}
-    close(run_onnxruntime(without, {"x": x}), *model(params, x))
+    assert_outputs_close(run_onnxruntime(without, {"x": x}), *model(params, x))
 
 
-def test_bad_arguments(rng, tmp_path):
+def test_invalid_arguments_raise(rng, tmp_path):
     model = xprnn.RNN(3, 4)
-    params = trained(rng, model, np.zeros(1, np.float32))
+    params = random_params(rng, model)
     with pytest.raises(xprnn.InputError, match="missing bias_hh_l0"):
         xprnn.to_onnx(model, {k: a for k, a in params.items() if k != "bias_hh_l0"})
     with pytest.raises(xprnn.InputError, match="dtype must be float32 or float64, found 'float16'"):
@@ -235,6 +227,6 @@ def test_bad_arguments(rng, tmp_path):
             xprnn.to_onnx(model, params, tmp_path / name)
     assert list(tmp_path.iterdir()) == []
     learned = xprnn.RNN(3, 4, learned_state=True)
-    params = trained(rng, learned, np.zeros(1, np.float32))
+    params = random_params(rng, learned)
     with pytest.raises(xprnn.InputError, match="learned_state"):
         xprnn.to_onnx(learned, params, optional=False)

@@ -1,4 +1,4 @@
-"""Scan: in graphs of others, its axes, directions and states, against ONNX Runtime; and every activation in ours."""
+"""Scan and GatherElements nodes, and every activation in exported models, against ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ pytestmark = pytest.mark.needs("onnx", "onnxruntime")
 T, N, D = 4, 2, 3
 
 
-def built(axes, backs, out_axis, out_back, outer=False):
-    """sum, product = scan over a and b of (s + a*b, p * a); y = s - b, z = p."""
+def scan_model(axes, reverse, output_axis, output_reverse, outer=False):
+    """A ModelProto of a Scan over a and b, and the shapes of a and b.
+
+    States: s' = s + a * b; p' = p * a, or p * outside if `outer`, where `outside` is an initializer of the outer graph.
+    Outputs: y = s' - b, z = p'.
+    """
     from onnx import helper, numpy_helper
 
     def value(name, shape):
@@ -38,9 +42,9 @@ def built(axes, backs, out_axis, out_back, outer=False):
         body=body,
         num_scan_inputs=2,
         scan_input_axes=axes,
-        scan_input_directions=backs,
-        scan_output_axes=[out_axis, 0],
-        scan_output_directions=[0, out_back],
+        scan_input_directions=reverse,
+        scan_output_axes=[output_axis, 0],
+        scan_output_directions=[0, output_reverse],
     )
     shapes = {name: np.insert([N, D], axis, T).tolist() for name, axis in zip("ab", axes, strict=True)}
     inputs = [value("s0", [N, D]), value("p0", [N, D]), *(value(k, s) for k, s in shapes.items())]
@@ -51,30 +55,31 @@ def built(axes, backs, out_axis, out_back, outer=False):
 
 
 @pytest.mark.parametrize("axes", [[0, 0], [1, 2], [-1, 0]], ids=str)
-def test_scan(rng, xp, axes):
-    for backs, out_axis, out_back, outer in itertools.product([[0, 0], [1, 0], [0, 1]], [0, -1], [0, 1], [False, True]):
-        proto, shapes = built([a % 3 for a in axes], backs, out_axis % 3, out_back, outer)
-        sizes = {"s0": (N, D), "p0": (N, D), **shapes}
-        given = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in sizes.items()}
-        want = run_onnxruntime(proto, given)
+def test_scan_equals_onnx_runtime(rng, xp, axes):
+    options = itertools.product([[0, 0], [1, 0], [0, 1]], [0, -1], [0, 1], [False, True])
+    for reverse, output_axis, output_reverse, outer in options:
+        proto, shapes = scan_model([a % 3 for a in axes], reverse, output_axis % 3, output_reverse, outer)
+        shapes = {"s0": (N, D), "p0": (N, D), **shapes}
+        inputs = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+        expected = run_onnxruntime(proto, inputs)
         model, params = xprnn.from_onnx(proto, like=xp.asarray(np.zeros(0, np.float32)))
         with xp.allow_host_conversion():
-            found = outputs_by_name(model, model(params, {k: xp.asarray(a) for k, a in given.items()}))
-        xp.assert_close(found, want, condition=60)
+            found = outputs_by_name(model, model(params, {k: xp.asarray(a) for k, a in inputs.items()}))
+        xp.assert_close(found, expected, condition=60)
 
 
-def test_scanned_inputs_of_several_lengths_are_refused(rng):
-    proto, shapes = built([0, 0], [0, 0], 0, 0)
+def test_scan_inputs_of_different_lengths_raise(rng):
+    proto, shapes = scan_model([0, 0], [0, 0], 0, 0)
     proto.graph.input[3].type.tensor_type.shape.dim[0].dim_param = "any"
     model, params = xprnn.from_onnx(proto)
-    given = {"s0": np.ones((N, D), np.float32), "p0": np.ones((N, D), np.float32)}
-    given |= {"a": np.ones(shapes["a"], np.float32), "b": np.ones((T + 1, N, D), np.float32)}
+    inputs = {"s0": np.ones((N, D), np.float32), "p0": np.ones((N, D), np.float32)}
+    inputs |= {"a": np.ones(shapes["a"], np.float32), "b": np.ones((T + 1, N, D), np.float32)}
     with pytest.raises(xprnn.InputError, match=r"scan inputs have lengths \[4, 5\]"):
-        model(params, given)
+        model(params, inputs)
 
 
 @pytest.mark.parametrize("axis", [0, 1, -1])
-def test_gather_elements(rng, xp, axis):
+def test_gather_elements_equals_onnx_runtime(rng, xp, axis):
     from onnx import helper
 
     node = helper.make_node("GatherElements", ["x", "ids"], ["y"], axis=axis)
@@ -89,41 +94,35 @@ def test_gather_elements(rng, xp, axis):
     xp.assert_close(y, run_onnxruntime(proto, {"x": x, "ids": ids})["y"], condition=0)
 
 
-def test_the_last_step_of_a_graph_with_lengths_is_no_rows_own_last_step(rng):
-    """y[-1] of a layer whose rows end early is 0 there: ONNX Runtime says so, and so does what is read."""
+def test_last_index_with_lengths_is_not_last_valid_step(rng):
+    """y[-1] is 0 in a row that ends before T: in ONNX Runtime and in the LastStep(valid_only=False) that is read."""
     model = xprnn.Sequential(rnn=xprnn.GRU(3, 4), last=xprnn.LastStep(valid_only=False), head=xprnn.Linear(4, 2))
     params = model.init(rng, like=np.zeros(0, np.float32))
     proto = xprnn.to_onnx(model, params)
     x, lengths = rng.standard_normal((5, 3, 3)).astype(np.float32), [2, 5, 1]
-    want = run_onnxruntime(proto, {"x": x, "lengths": np.asarray(lengths, np.int32)})["y"]
+    expected = run_onnxruntime(proto, {"x": x, "lengths": np.asarray(lengths, np.int32)})["y"]
     for _ in range(2):
-        back, found = xprnn.from_onnx(proto)
-        assert next(p for p in back.layers.values() if isinstance(p, xprnn.LastStep)) == xprnn.LastStep(
-            valid_only=False
-        )
-        np.testing.assert_allclose(back(found, x, lengths=lengths)[0], want, atol=1e-6)
-        del proto.metadata_props[:]  # the graph alone says it too
+        loaded_model, loaded = xprnn.from_onnx(proto)
+        (last_step,) = (layer for layer in loaded_model.layers.values() if isinstance(layer, xprnn.LastStep))
+        assert last_step == xprnn.LastStep(valid_only=False)
+        np.testing.assert_allclose(loaded_model(loaded, x, lengths=lengths)[0], expected, atol=1e-6)
+        del proto.metadata_props[:]  # the second pass reads the graph alone
 
 
 @pytest.mark.parametrize("name", activation_names())
-def test_every_activation_goes_out(rng, name):
-    """In Apply, in a layer of its operator or of a Scan, and before a product."""
-    parts = {
-        "rnn": xprnn.GRU(3, 4),
-        "bend": xprnn.ActivationLayer(name),
-        "head": xprnn.Linear(4, 2),
-        "end": xprnn.ActivationLayer(name),
-    }
+def test_every_activation_is_exported(rng, name):
+    """In an ActivationLayer, and, if it can be an activation of a cell, in a GRU and an RNN."""
+    low = {"rnn": xprnn.GRU(3, 4), "bend": xprnn.ActivationLayer(name)}
     if name not in FROM_INPUT:
-        low = xprnn.GRU(3, 4, cell=xprnn.cells.gru_reset_before(candidate=name), bidirectional=True)
-        parts |= {
-            "rnn": low,
+        cell = xprnn.cells.gru_reset_before(candidate=name)
+        low = {
+            "rnn": xprnn.GRU(3, 4, cell=cell, bidirectional=True),
             "down": xprnn.MergeDirections(4, "ave"),
             "bend": xprnn.RNN(4, 4, nonlinearity=activation(name)),
         }
-        parts = {k: parts[k] for k in ("rnn", "down", "bend", "head", "end")}
-    model = xprnn.Sequential(**parts)
-    params = {k: 0.4 * a for k, a in model.init(rng, like=np.zeros(0, np.float32)).items()}  # exponentials explode
+    model = xprnn.Sequential(**low, head=xprnn.Linear(4, 2), end=xprnn.ActivationLayer(name))
+    # Small weights, since exponential activations grow fast.
+    params = {k: 0.4 * a for k, a in model.init(rng, like=np.zeros(0, np.float32)).items()}
     proto = xprnn.to_onnx(model, params)
     x, lengths = rng.standard_normal((5, 3, 3)).astype(np.float32), [5, 1, 3]
     y, _ = model(params, x, lengths=lengths)

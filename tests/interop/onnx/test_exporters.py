@@ -1,12 +1,10 @@
-"""What torch's two exporters and Keras's write runs, and learns where it is one of xprnn's own models.
+"""Files of the exporters of torch (old and new) and Keras: they run, and become models of xprnn where they can.
 
-The files in tests/recorded hold the exporting framework's own answers; in the torch session its exporters run live.
+tests/data/onnx_files has exported networks and the outputs of the exporting framework (tests/data/record_onnx.py). If
+torch is installed, its exporters also run in the tests.
 """
 
 from __future__ import annotations
-
-import importlib.util
-import sys
 
 import numpy as np
 import pytest
@@ -18,10 +16,9 @@ from xprnn.cli.main import main
 from xprnn.interop.onnx.graph_model import GraphModel
 
 pytestmark = pytest.mark.needs("onnx")
-RECORDED = DATA
-FILES = sorted((RECORDED / "onnx_files").glob("*.onnx"))
-# Where the graph is one of ours: the model that must come out of it.
-OWN = {
+FILES = sorted((DATA / "onnx_files").glob("*.onnx"))
+# Graphs that are models of xprnn -> the layers of the model.
+LAYERS = {
     "keras_lstm_dense": (xprnn.LSTM(3, 4, batch_first=True), xprnn.Linear(4, 2, bias=False)),
     "keras_lstm_last": (
         xprnn.LSTM(3, 4, batch_first=True),
@@ -47,20 +44,18 @@ OWN = {
         xprnn.Linear(8, 2),
     ),
 }
-OWN |= {n.replace("_new_", "_old_"): parts for n, parts in OWN.items() if "_new_" in n}
+LAYERS |= {name.replace("_new_", "_old_"): layers for name, layers in LAYERS.items() if "_new_" in name}
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
 
-def named(path):
-    return path.stem
-
-
-def recorded(path):
+def recorded_arrays(path):
+    """The inputs and the outputs that the exporting framework computed."""
     arrays = np.load(path.with_suffix(".npz"))
     return [[arrays[k] for k in sorted(arrays) if k.startswith(kind)] for kind in ("in", "out")]
 
 
-def answers(model, params, inputs):
-    """y and the final states, or the graph's outputs."""
+def run(model, params, inputs):
+    """Call a model with the inputs of the graph; its outputs in the order of the graph."""
     if isinstance(model, GraphModel):
         return list(outputs_by_name(model, model(params, *inputs)).values())
     x, *state = inputs
@@ -68,108 +63,109 @@ def answers(model, params, inputs):
     return [y, *(final if isinstance(final, tuple) else (final,))]
 
 
-@pytest.mark.parametrize("path", FILES, ids=named)
-def test_recorded_graphs_answer_as_their_framework_did(xp, path):
-    inputs, outputs = recorded(path)
+@each_file
+def test_outputs_equal_those_of_exporting_framework(xp, path):
+    inputs, outputs = recorded_arrays(path)
     model, params = xprnn.from_onnx(path, like=xp.asarray(np.zeros(1, np.float32)))
-    got = answers(model, params, [xp.asarray(a) for a in inputs])
-    for have, want in zip(got, outputs, strict=False):
-        np.testing.assert_allclose(xp.to_numpy(have), want, rtol=0, atol=2e-6)
-        assert have.dtype == xp.asarray(np.zeros(1, np.float32)).dtype
+    found = run(model, params, [xp.asarray(a) for a in inputs])
+    for a, expected in zip(found, outputs, strict=False):
+        np.testing.assert_allclose(xp.to_numpy(a), expected, rtol=0, atol=2e-6)
+        assert a.dtype == xp.asarray(np.zeros(1, np.float32)).dtype
 
 
-@pytest.mark.parametrize("path", FILES, ids=named)
-def test_graphs_of_ours_become_models_of_ours(path):
+@each_file
+def test_graph_becomes_expected_layers_or_graph_model(path):
     model, params = xprnn.from_onnx(path)
-    if named(path) not in OWN:
+    if path.stem not in LAYERS:
         assert isinstance(model, GraphModel)
         with pytest.raises(xprnn.InputError, match=r"GraphModel\.forward: this ONNX graph can only be called, since "):
             model.forward(params, np.zeros((2, 2, 3), np.float32))
         return
-    assert tuple(model.layers.values()) == OWN[named(path)]
+    assert tuple(model.layers.values()) == LAYERS[path.stem]
     assert model.shapes() == {k: a.shape for k, a in params.items()}
-    inputs, _ = recorded(path)
+    inputs, _ = recorded_arrays(path)
     y, state, tape = model.forward(params, inputs[0])
     assert model.backward(tape, y, state).dparams.keys() == params.keys()
 
 
-def test_every_recorded_kind_is_there():
+def test_recorded_files_are_complete():
     assert len(FILES) == 22
-    assert {named(p) for p in FILES} >= OWN.keys()
+    assert {path.stem for path in FILES} >= LAYERS.keys()
 
 
-def test_shapes_never_leave_the_host(monkeypatch):
-    """No array is read back: on a GPU that would be a wait. Sequences sorted by their lengths are no exception."""
+def test_no_array_is_copied_from_device_to_host(monkeypatch):
+    """Shapes are computed on the host, so that a GPU is not synchronised; for a batch sorted by lengths too."""
     from xprnn.interop.onnx import graph_model, node
 
-    def refuse(a):
-        raise AssertionError(f"an array {a.shape} was read back")
+    def raise_error(a):
+        raise AssertionError(f"an array of shape {a.shape} was copied to the host")
 
-    monkeypatch.setattr(graph_model, "to_numpy", refuse)
-    monkeypatch.setattr(node, "to_numpy", refuse)
+    monkeypatch.setattr(graph_model, "to_numpy", raise_error)
+    monkeypatch.setattr(node, "to_numpy", raise_error)
     for path in FILES:
-        inputs, _ = recorded(path)
+        inputs, _ = recorded_arrays(path)
         model, params = xprnn.from_onnx(path, like=np.zeros(1, np.float32))
-        answers(model, params, inputs)
+        run(model, params, inputs)
 
 
 @pytest.mark.parametrize("name", ["keras_gru", "torch_old_rnn", "torch_old_lstm_lengths"])
-def test_the_command_line_knows_them(name, tmp_path, capsys):
-    """info and run on each; a graph that is only run is not converted."""
-    path = RECORDED / "onnx_files" / f"{name}.onnx"
-    inputs, outputs = recorded(path)
+def test_commands_info_run_and_convert(name, tmp_path, capsys):
+    """A GraphModel runs, but is not converted."""
+    path = DATA / "onnx_files" / f"{name}.onnx"
+    inputs, outputs = recorded_arrays(path)
     np.save(tmp_path / "x.npy", inputs[0])
     assert main(["info", str(path)]) == 0
-    assert "GraphModel(" in capsys.readouterr().out or name in OWN
+    assert "GraphModel(" in capsys.readouterr().out or name in LAYERS
     status = main(["run", str(path), str(tmp_path / "x.npy"), "--output", str(tmp_path / "y.npy")])
     if len(inputs) > 1:
         assert "missing h" in capsys.readouterr().err
         return
     assert status == 0
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), outputs[0], rtol=0, atol=2e-6)
-    assert (main(["convert", str(path), str(tmp_path / "out.onnx")]) == 0) == (name in OWN)
-    assert name in OWN or "only run" in capsys.readouterr().err
+    assert (main(["convert", str(path), str(tmp_path / "out.onnx")]) == 0) == (name in LAYERS)
+    assert name in LAYERS or "only run" in capsys.readouterr().err
 
 
-def test_names_follow_torchs_modules():
-    model, _ = xprnn.from_onnx(RECORDED / "onnx_files" / "torch_old_gru_embedding.onnx")
+def test_layer_names_are_those_of_torch_modules():
+    model, _ = xprnn.from_onnx(DATA / "onnx_files" / "torch_old_gru_embedding.onnx")
     assert list(model.layers) == ["embed", "rnn", "head"]
 
 
 @pytest.mark.needs("torch")
-@pytest.mark.parametrize("new", [True, False], ids=["new exporter", "old exporter"])
+@pytest.mark.parametrize(
+    "new",
+    [
+        pytest.param(True, id="new exporter", marks=pytest.mark.needs("onnxscript")),
+        pytest.param(False, id="old exporter"),
+    ],
+)
 @pytest.mark.parametrize("name", ["rnn", "lstm_2_layers_bidirectional", "gru_embedding", "lstm_states"])
-@pytest.mark.filterwarnings("ignore")  # torch's exporters warn of themselves
-def test_torch_exports_live(name, new, tmp_path):
-    if new and importlib.util.find_spec("onnxscript") is None:
-        pytest.skip("onnxscript is not installed")
+@pytest.mark.filterwarnings("ignore")  # torch's exporters issue deprecation warnings
+def test_live_torch_export_equals_torch(name, new, tmp_path):
     import torch
+    from data import record_onnx
 
-    sys.path.insert(0, str(RECORDED))
-    try:
-        from data import record_onnx as recorder
-    finally:
-        sys.path.pop(0)
-    kind, options, extra = recorder.TORCH[name]
-    module, args = recorder.network(kind, options, extra), recorder.arguments(options, extra)
-    recorder.export(module, args, str(tmp_path / "net.onnx"), new=new)
+    class_name, options, extra = record_onnx.TORCH_CASES[name]
+    module = record_onnx.torch_network(class_name, options, extra)
+    args = record_onnx.torch_inputs(options, extra)
+    record_onnx.export(module, args, str(tmp_path / "net.onnx"), new=new)
     with torch.no_grad():
-        want = module(*args)
+        outputs = module(*args)
     model, params = xprnn.from_onnx(tmp_path / "net.onnx", like=args[-1] if "embedding" not in extra else None)
     if "embedding" in extra:
         params = {k: torch.asarray(a) for k, a in params.items()}
-    for have, expected in zip(answers(model, params, args), want if isinstance(want, tuple) else (want,), strict=False):
-        torch.testing.assert_close(have, expected, rtol=0, atol=2e-6)
-    assert isinstance(model, GraphModel) == (new and name == "rnn")  # unrolled for one T
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    for a, expected in zip(run(model, params, args), outputs, strict=False):
+        torch.testing.assert_close(a, expected, rtol=0, atol=2e-6)
+    # The new exporter unrolls an nn.RNN for the T of its example input.
+    assert isinstance(model, GraphModel) == (new and name == "rnn")
 
 
-@pytest.mark.needs("torch")
+@pytest.mark.needs("torch", "onnxscript")
 @pytest.mark.parametrize("options", [{}, {"nonlinearity": "relu", "num_layers": 2, "bidirectional": True}], ids=str)
 @pytest.mark.filterwarnings("ignore")
-def test_torchs_new_exporter_with_free_sizes(options, tmp_path):
-    """It unrolls an nn.RNN by sequences then, for the T that it saw and any N."""
-    if importlib.util.find_spec("onnxscript") is None:
-        pytest.skip("onnxscript is not installed")
+def test_live_torch_export_with_dynamic_shapes(options, tmp_path):
+    """The new exporter unrolls an nn.RNN with SplitToSequence, for the T of the example input and any N."""
     import torch
 
     torch.manual_seed(2)
@@ -181,8 +177,8 @@ def test_torchs_new_exporter_with_free_sizes(options, tmp_path):
     for rows in (2, 5):
         x = torch.randn(6, rows, 3)
         with torch.no_grad():
-            want = module(x)
-        for have, expected in zip(answers(model, params, [x]), want, strict=True):
-            torch.testing.assert_close(have, expected, rtol=0, atol=2e-6)
+            outputs = module(x)
+        for a, expected in zip(run(model, params, [x]), outputs, strict=True):
+            torch.testing.assert_close(a, expected, rtol=0, atol=2e-6)
     with pytest.raises(xprnn.InputError, match="position 5 is outside a sequence of length 5"):
         model(params, torch.randn(5, 2, 3))

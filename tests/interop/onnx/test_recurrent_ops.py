@@ -1,4 +1,4 @@
-"""RNN, LSTM and GRU of the standard, with everything their attributes can say, on every array library."""
+"""RNN, LSTM and GRU nodes with all attributes, on every array library: against a reference and ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from support.onnx_cases import (
 )
 
 import xprnn
+from xprnn.interop.onnx.graph_model import GraphModel
 
 pytestmark = pytest.mark.needs("onnx")
-operators = pytest.mark.parametrize("op", GATE_COUNTS)
-SEEDS = range(25)
+each_op = pytest.mark.parametrize("op", GATE_COUNTS)
 WEIGHTS = ("W", "R", "B", "P")
 
 
-def standard():
-    """The standard's own tests of the three operators, as the onnx package carries them."""
+def onnx_node_tests():
+    """The test cases of the three operators in the onnx package; none if it is not installed."""
     if importlib.util.find_spec("onnx") is None:
         return []
     cases = importlib.import_module("onnx.backend.test.case.node")
@@ -35,97 +35,95 @@ def standard():
     return [case for case in cases._NodeTestCases if case.model.graph.node[0].op_type in GATE_COUNTS]
 
 
-@pytest.mark.parametrize("case", standard(), ids=lambda case: case.name)
-def test_the_standards_own_node_tests(xp, case):
-    graph, params = xprnn.from_onnx(case.model, like=xp.asarray(np.zeros(1, np.float32)))
+@pytest.mark.parametrize("case", onnx_node_tests(), ids=lambda case: case.name)
+def test_onnx_node_tests(xp, case):
+    model, params = xprnn.from_onnx(case.model, like=xp.asarray(np.zeros(1, np.float32)))
     assert params == {}
     for inputs, outputs in case.data_sets:
         names = [v.name for v in case.model.graph.input]
-        got = outputs_by_name(graph, graph({}, {k: xp.asarray(a) for k, a in zip(names, inputs, strict=True)}))
-        for name, want in zip(graph.outputs, outputs, strict=True):
-            np.testing.assert_allclose(xp.to_numpy(got[name]), want, rtol=case.rtol, atol=case.atol)
+        arrays = {k: xp.asarray(a) for k, a in zip(names, inputs, strict=True)}
+        found = outputs_by_name(model, model({}, arrays))
+        for name, expected in zip(model.outputs, outputs, strict=True):
+            np.testing.assert_allclose(xp.to_numpy(found[name]), expected, rtol=case.rtol, atol=case.atol)
 
 
-def test_all_of_the_standards_node_tests_are_here():
-    pytest.importorskip("onnx")
-    assert len(standard()) >= 18
+def test_onnx_package_has_node_tests():
+    assert len(onnx_node_tests()) >= 18
 
 
-@operators
+@each_op
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("known", [False, True], ids=["weights are inputs", "weights are in the file"])
-def test_equals_the_plain_loop(xp, op, seed, known):
-    """Every attribute at random, rows without steps among them."""
+@pytest.mark.parametrize("initializers", [(), WEIGHTS], ids=["weights as inputs", "weights as initializers"])
+def test_equals_reference(xp, op, seed, initializers):
+    """Random attributes; some rows have length 0."""
     case = random_case(np.random.default_rng([seed, GATE_COUNTS[op]]), op, zero_lengths=seed % 2 == 0)
-    weights = WEIGHTS if known else ()
     like = xp.asarray(np.zeros(1))
-    graph, params = xprnn.from_onnx(operator_model(case, initializers=weights, dtype="float64"), like=like)
-    given = {k: xp.asarray(a) for k, a in case.inputs.items() if k not in weights}
-    got, want = run(graph, params, given), reference_outputs(case)
-    size = max(1.0, *(float(np.abs(a).max()) for a in want.values()))  # states can grow, as with Affine
-    xp.assert_close(got, want, condition=2000, scale=size)
-    assert all(a.dtype == like.dtype for a in got.values())
+    found = run(operator_model(case, initializers=initializers, dtype="float64"), case, initializers, like, xp.asarray)
+    expected = reference_outputs(case)
+    scale = max(1.0, *(float(np.abs(a).max()) for a in expected.values()))  # activations such as Affine are unbounded
+    xp.assert_close(found, expected, condition=2000, scale=scale)
+    assert all(a.dtype == like.dtype for a in found.values())
 
 
-def run(graph, params, given):
-    """The named outputs, also where the model is one of xprnn's own."""
-    if hasattr(graph, "reason"):
-        return outputs_by_name(graph, graph(params, given))
-    pytest.fail("an operator alone is laid out as no layer of xprnn's")
+def run(proto, case, initializers, like, asarray):
+    """The outputs by name, for the inputs of the case that are not initializers."""
+    model, params = xprnn.from_onnx(proto, like=like)
+    assert isinstance(model, GraphModel)
+    inputs = {k: asarray(a) for k, a in case.inputs.items() if k not in initializers}
+    return outputs_by_name(model, model(params, inputs))
 
 
 @pytest.mark.needs("onnxruntime")
-@operators
-@pytest.mark.parametrize("seed", SEEDS)
+@each_op
+@pytest.mark.parametrize("seed", range(25))
 def test_equals_onnx_runtime(op, seed):
-    # Where a constant is left out, ONNX Runtime (1.32) does not take the corresponding operator's default.
+    # all_constants: ONNX Runtime 1.32 has other defaults for missing constants than the standard.
     case = random_case(np.random.default_rng([seed, 7, GATE_COUNTS[op]]), op, all_constants=True)
-    plain = to_layout_0(case)  # all that ONNX Runtime knows
-    want = run_onnxruntime(operator_model(plain, opset=14), plain.inputs)
-    want = to_layout_1(want) if case.attrs.get("layout", 0) else want
-    weights = WEIGHTS if seed % 2 else ()
-    opset = 22 if "layout" in case.attrs else 7  # which is new in 14
-    graph, params = xprnn.from_onnx(
-        operator_model(case, initializers=weights, opset=opset), like=np.zeros(1, np.float32)
-    )
-    given = {k: a.astype(np.float32) if a.dtype.kind == "f" else a for k, a in case.inputs.items() if k not in weights}
-    got = run(graph, params, given)
-    assert got.keys() == want.keys()
-    for name, expected in want.items():
-        size = max(1.0, float(np.abs(expected).max()))  # states can grow, as with Affine
-        np.testing.assert_allclose(got[name], expected, rtol=0, atol=3e-6 * size, err_msg=str(case.attrs))
+    layout_0 = to_layout_0(case)  # ONNX Runtime does not support layout 1
+    expected = run_onnxruntime(operator_model(layout_0, opset=14), layout_0.inputs)
+    expected = to_layout_1(expected) if case.attrs.get("layout", 0) else expected
+    initializers = WEIGHTS if seed % 2 else ()
+    opset = 22 if "layout" in case.attrs else 7  # opset 14 added the attribute layout
+    proto = operator_model(case, initializers=initializers, opset=opset)
+    found = run(proto, case, initializers, np.zeros(1, np.float32), to_float32)
+    assert found.keys() == expected.keys()
+    for name, a in expected.items():
+        scale = max(1.0, float(np.abs(a).max()))  # activations such as Affine are unbounded
+        np.testing.assert_allclose(found[name], a, rtol=0, atol=3e-6 * scale, err_msg=str(case.attrs))
 
 
-def test_each_bias_goes_to_its_own_product():
-    """A GRU that resets after the product is the one operator that can tell its two biases apart."""
+def to_float32(a):
+    return a.astype(np.float32) if a.dtype.kind == "f" else a
+
+
+def test_gru_adds_each_bias_to_its_product():
+    """Only a GRU with linear_before_reset=1 depends on which of its two biases is which."""
     seeds = (np.random.default_rng(k) for k in range(99))
     case = next(c for c in (random_case(r, "GRU") for r in seeds) if c.attrs["linear_before_reset"] and "B" in c.inputs)
-    for weights in ((), WEIGHTS):
-        graph, params = xprnn.from_onnx(operator_model(case, initializers=weights, dtype="float64"), like=np.zeros(1))
-        got, want = (
-            run(graph, params, {k: a for k, a in case.inputs.items() if k not in weights}),
-            reference_outputs(case),
-        )
-        np.testing.assert_allclose(got["Y"], want["Y"], rtol=0, atol=1e-12)
+    expected = reference_outputs(case)
+    for initializers in ((), WEIGHTS):
+        proto = operator_model(case, initializers=initializers, dtype="float64")
+        found = run(proto, case, initializers, np.zeros(1), np.asarray)
+        np.testing.assert_allclose(found["Y"], expected["Y"], rtol=0, atol=1e-12)
 
 
-@operators
-def test_what_cannot_be_is_named_before_anything_runs(op):
+@each_op
+def test_unsupported_attributes_raise_in_from_onnx(op):
     case = random_case(np.random.default_rng(5), op)
-    bad = case._replace(attrs=case.attrs | {"clip": -1.0})
+    invalid = case._replace(attrs=case.attrs | {"clip": -1.0})
     with pytest.raises(xprnn.InputError, match=rf"{op} 'the node' has clip=-1.0"):
-        xprnn.from_onnx(operator_model(bad))
-    bad = case._replace(attrs=case.attrs | {"activations": ["Swish"] * 9})
+        xprnn.from_onnx(operator_model(invalid))
+    invalid = case._replace(attrs=case.attrs | {"activations": ["Swish"] * 9})
     with pytest.raises(xprnn.InputError, match="activations="):
-        xprnn.from_onnx(operator_model(bad))
+        xprnn.from_onnx(operator_model(invalid))
 
 
-@operators
-def test_weights_that_do_not_fit_are_named(op):
+@each_op
+def test_weights_of_wrong_shape_raise(op):
     case = random_case(np.random.default_rng(3), op)
     inputs = case.inputs | {"R": case.inputs["R"][:, :-1]}
     with pytest.raises(xprnn.InputError, match=rf"{op} 'the node': R must have shape"):
         xprnn.from_onnx(operator_model(case._replace(inputs=inputs), initializers=WEIGHTS))
-    graph, params = xprnn.from_onnx(operator_model(case._replace(inputs=inputs)))
+    model, params = xprnn.from_onnx(operator_model(case._replace(inputs=inputs)))
     with pytest.raises(xprnn.InputError, match=rf"{op} 'the node': R must have shape"):
-        graph(params, inputs)
+        model(params, inputs)
