@@ -63,13 +63,7 @@ def forward(
     x_sorted, initial = rows.sort(contiguous(x), 1), tuple(rows.sort(s, 0) for s in state)
     w = ScanWorkspace(plan, cell, params, rows, reverse, tuple(rows.sort(s, 0) for s in reset_state))
     count, n = x.shape[:2]
-    # The states before and after each step are views of the same memory, one step apart.
-    memory = tuple(np.empty((count + 1, *s.shape), s.dtype) for s in initial)
-    first, last = (count, 0) if reverse else (0, count)
-    for m, s in zip(memory, initial, strict=True):
-        m[first] = s
-    before = tuple(m[1:] if reverse else m[:-1] for m in memory)
-    after = tuple(m[:-1] if reverse else m[1:] for m in memory)
+    before, after, end = _allocate_states(initial, count, reverse)
     _allocate_arrays(w, before, after, (count, n, w.hidden_size), record_tape)
     activation = FusedGateActivation.from_workspace(w, initial[0].dtype)
     project_in_place = cell.gates == plan.summed_gates == 1 and "weight_hr" not in params
@@ -77,7 +71,7 @@ def forward(
     if plan.gate_activations:
         w.arrays |= w.gate_views("a", xg)  # the activations overwrite the input projection
     _forward_time_loop(w, activation, xg, before, after)
-    final = tuple(rows.unsort(m[last].copy(), 0) for m in memory)
+    final = tuple(rows.unsort(s.copy(), 0) for s in end)
     y = rows.unsort(after[0].view(), 1)
     if rows.active is not None:
         y = np.where(np.asarray(step_mask.active)[..., None], y, 0)
@@ -92,6 +86,20 @@ def forward(
     saved = (w, x_sorted)
     tape = Tape(backward, np, cell, params, x, state, reset_state, step_mask, reverse, states, saved, NAME)
     return y, final, tape
+
+
+def _allocate_states(initial: State, count: int, reverse: bool) -> tuple[State, State, State]:
+    """Allocate the states of all steps: those before each step, those after it, and the final states (views).
+
+    The states before and after each step are views of the same memory, one step apart.
+    """
+    memory = tuple(np.empty((count + 1, *s.shape), s.dtype) for s in initial)
+    first, last = (count, 0) if reverse else (0, count)
+    for m, s in zip(memory, initial, strict=True):
+        m[first] = s
+    before = tuple(m[1:] if reverse else m[:-1] for m in memory)
+    after = tuple(m[:-1] if reverse else m[1:] for m in memory)
+    return before, after, tuple(m[last] for m in memory)
 
 
 def _allocate_arrays(w: ScanWorkspace, before: State, after: State, shape: tuple[int, ...], record_tape: bool) -> None:
