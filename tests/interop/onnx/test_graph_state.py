@@ -1,4 +1,4 @@
-"""A GraphModel returns (y, state) as a layer does: which outputs are the state, and in what containers."""
+"""A GraphModel returns (y, state): which outputs of the graph are the state, and in what containers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xprnn.interop.onnx.graph_model import GraphModel
 pytestmark = pytest.mark.needs("onnx", "onnxruntime")
 GATES = {"RNN": 1, "LSTM": 4, "GRU": 3}
 H = 2
-# (op, inputs, output, attributes): the final states of nodes a and b as torch stacks them, and without directions axis.
+# Nodes (op, inputs, output, attributes): torch stacks the final states of layers; Keras removes the directions axis.
 STACKED = [("Concat", ["a_h", "b_h"], "h", {"axis": 0}), ("Concat", ["a_c", "b_c"], "c", {"axis": 0})]
 LAST_AND_STATES = [
     ("Squeeze", ["a_h", "zero"], "last", {}),
@@ -26,14 +26,14 @@ def recurrent_model(rng, ops, outputs, nodes=()):
     import onnx
     from onnx import helper, numpy_helper
 
-    weights, made = {"zero": np.asarray([0], np.int64), "two": np.float32(2)}, []
+    weights, protos = {"zero": np.asarray([0], np.int64), "two": np.float32(2)}, []
     for label, op in zip("ab", ops, strict=False):
         weights |= {f"{label}_{w}": rng.standard_normal((1, GATES[op] * H, H)).astype(np.float32) for w in "WR"}
         names = [f"{label}_{k}" for k in ("y", "h", "c")][: 3 if op == "LSTM" else 2]
-        made.append(helper.make_node(op, ["x", f"{label}_W", f"{label}_R"], names, label, hidden_size=H))
-    made += [helper.make_node(op, inputs, [output], **attrs) for op, inputs, output, attrs in nodes]
+        protos.append(helper.make_node(op, ["x", f"{label}_W", f"{label}_R"], names, label, hidden_size=H))
+    protos += [helper.make_node(op, inputs, [output], **attrs) for op, inputs, output, attrs in nodes]
     graph = helper.make_graph(
-        made,
+        protos,
         "g",
         [helper.make_tensor_value_info("x", 1, ["t", "n", H])],
         [onnx.ValueInfoProto(name=name) for name in outputs],
@@ -43,6 +43,7 @@ def recurrent_model(rng, ops, outputs, nodes=()):
     return onnx.shape_inference.infer_shapes(model)
 
 
+# name -> (recurrent ops, outputs, further nodes, y, state). A str is an array, a tuple a tuple, a list a dict.
 CASES = {
     "no state": (["LSTM"], ["a_y"], [], "a_y", None),
     "h and c": (["LSTM"], ["a_y", "a_h", "a_c"], [], "a_y", ("a_h", "a_c")),

@@ -27,8 +27,9 @@ def from_onnx(source: Any, like: Array | None = None) -> tuple[Any, Params]:
     are passed by position, by name, or as one dict. A GraphModel returns
 
     - y: the output, an array; a dict of output name -> array if the graph has several outputs that are not states.
-    - state: the final states of recurrent operators that the graph outputs. An array, or a tuple (h, c) for an LSTM; a
-      dict of output name -> array if several recurrent operators have them; None if the graph outputs none.
+    - state: the outputs of the graph that are final states of recurrent operators. An array; a tuple (h, c) if the
+      graph outputs both states of an LSTM; a dict of output name -> array if the states come from several operators
+      that are not one stack; None if the graph outputs no final state.
 
     Args:
         source: a path, or an onnx.ModelProto.

@@ -42,7 +42,12 @@ class OutputRoles(NamedTuple):
 
 
 class _FinalState(NamedTuple):
-    """A final state: numbers of the recurrent nodes that compute it, and 0 for h (Y_h) or 1 for c (Y_c)."""
+    """A final state of one recurrent node, or the concatenation of those of several nodes.
+
+    Args:
+        nodes: the numbers of the nodes in the graph.
+        state: 0 for h (Y_h), 1 for c (Y_c); for a Scan, the number of the state.
+    """
 
     nodes: frozenset[int]
     state: int

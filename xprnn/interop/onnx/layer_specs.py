@@ -156,7 +156,10 @@ def _with_layer_index(name: str, k: int, to: int) -> str:
 
 
 def from_specs(specs: Sequence[LayerSpec]) -> tuple[Any, Params]:
-    """Build (model, params). Adjacent recurrent layers of one kind become one stack, a single stack is not wrapped."""
+    """Build (model, params). Adjacent recurrent layers with equal options become one stack.
+
+    If the network is one stack alone, the model is that layer; otherwise it is a Sequential.
+    """
     groups: list[list[LayerSpec]] = []
     for spec in specs:
         same_kind = groups and specs_equal(

@@ -61,9 +61,10 @@ def match_layers(graph: CompiledGraph, declared_model: Any) -> tuple[Any, Params
 
 
 def declared_model_from_metadata(metadata: dict[str, str], array_count: int) -> Any:
-    """The model that the metadata of a file describes; None if there is none.
+    """The model that the metadata of a file describes; None if the metadata describes no valid model.
 
-    A description with more layers than the file has arrays (`array_count`) is rejected before it is built.
+    If the description has more layers than `array_count`, the number of arrays in the file, it is rejected before any
+    layer is made.
     """
     try:
         config = json.loads(metadata["xprnn"])

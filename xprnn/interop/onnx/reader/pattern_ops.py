@@ -127,7 +127,7 @@ class PatternOps:
         return x.axes[:axis] + x.axes[axis + 1 :]
 
     def _last_step_layer(self) -> LastStep:
-        """The layer that takes step T-1, which is not the last valid step of a row if the graph has lengths."""
+        """A LastStep that takes step T-1, which may be after the last valid step of a row if the graph has lengths."""
         return LastStep(valid_only=not self.length_inputs - {None})
 
     def _on_gather(self, node: Node, table: Any, ids: Any) -> SymbolicArray:

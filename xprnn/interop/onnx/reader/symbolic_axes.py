@@ -65,7 +65,7 @@ class AxisSizes(dict[str, int]):
         return replace(x, axes=tuple(x.axes[k] for k in perm))
 
     def squeeze(self, node: Node, x: SymbolicArray, axes: HostValue | None = None) -> SymbolicArray:
-        """Evaluate Squeeze, which may only remove an axis of directions, or of the last time step."""
+        """Evaluate Squeeze. Only an axis of directions, or the axis "d_last" of the last time step, may be removed."""
         listed = node.attrs.get("axes") if axes is None else axes.array.reshape(-1).tolist()
         listed = [k for k, g in enumerate(x.axes) if self.size_of(g) == 1] if listed is None else listed
         removed = {a % len(x.axes) for a in listed}
