@@ -97,10 +97,34 @@ def forward(
     count, n = x.shape[:2]
     step_mask = arguments.make_step_mask(where, layer, xp, x, lengths, mask, reset)
     initial = state_layout.unpack(where, layer, xp, params, n, state)
-    interval = _checkpoint_interval(where, layer, checkpoint, params, count, n)
-    y, masks = x, []
-    finals, tapes, stacks = list[Any](), list[Any](), _direction_stacks(layer, xp, params)
-    group = len(stacks) // layer.num_layers or 1  # stacks that read the same input
+    options = {
+        "record_tape": record_tape,
+        "rng": rng,
+        "checkpoint_interval": _checkpoint_interval(where, layer, checkpoint, params, count, n),
+    }
+    stacks = _direction_stacks(layer, xp, params)
+    y, finals, tapes, masks = _run_stacks(layer, xp, stacks, x, initial, step_mask, options)
+    y = state_layout.time_major(layer, xp, y)
+    tape = StackTape(layer, xp, params, x, y, tapes, masks, state is None) if record_tape else None
+    return y, state_layout.pack(layer, xp, finals), tape
+
+
+def _run_stacks(
+    layer: RecurrentLayer,
+    xp: Namespace,
+    stacks: list[DirectionStack],
+    x: Array,
+    initial: list[State],
+    step_mask: StepMask,
+    options: dict[str, Any],
+) -> tuple[Array, list[State], list[Any], list[Array]]:
+    """Run the stacks one after the other, with dropout between the layers of a bidirectional stack.
+
+    Returns y time-major, the final states, the pairs (stack, tape), and the dropout masks.
+    """
+    y, rng, masks = x, options["rng"], []
+    finals, tapes = list[State](), list[Any]()
+    group = len(stacks) // layer.num_layers or 1  # the number of stacks that read the same input
     for i in range(0, len(stacks), group):
         if i and rng is not None and layer.dropout:
             masks.append(dropout_mask(rng, layer.dropout, y))

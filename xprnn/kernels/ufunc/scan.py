@@ -60,7 +60,7 @@ def forward(
     """Run the scan; see dispatch.forward for the arguments."""
     plan, rows = ufunc_plan(cell), RowOrder.from_step_mask(x.shape[:2], step_mask)
     assert plan is not None
-    x_sorted, initial = rows.sort(contiguous(x), 1), tuple(rows.sort(s, 0) for s in state)
+    x_sorted = rows.sort(contiguous(x), 1)
     w = ScanWorkspace(plan, cell, params, rows, reverse, tuple(rows.sort(s, 0) for s in reset_state))
     count, n = x.shape[:2]
     before, after, end = _allocate_states(initial, count, reverse)
