@@ -129,36 +129,15 @@ def _run_stacks(
         if i and rng is not None and layer.dropout:
             masks.append(dropout_mask(rng, layer.dropout, y))
             y = y * masks[-1]
-        readers = stacks[i : i + group]
-        options = {"record_tape": record_tape, "rng": rng, "checkpoint_interval": interval}
-        y, states, recorded = _layer_forward(xp, readers, y, initial[len(finals) :], step_mask, options)
-        finals += states
-        tapes += recorded
-    y = state_layout.time_major(layer, xp, y)
-    stack_tape = StackTape(layer, xp, params, x, y, tapes, masks, state is None) if record_tape else None
-    return y, state_layout.pack(layer, xp, finals), stack_tape
-
-
-def _layer_forward(
-    xp: Namespace,
-    group: Sequence[DirectionStack],
-    x: Array,
-    initial: Sequence[State],
-    step_mask: StepMask,
-    options: dict[str, Any],
-) -> tuple[Array, list[State], list[tuple[DirectionStack, Any]]]:
-    """Run the stacks that read the same input: one, or both directions of a layer.
-
-    Returns their outputs side by side, their final states, and each stack with its tape.
-    """
-    outputs, finals, tapes = list[Array](), list[State](), list[tuple[DirectionStack, Any]]()
-    for stack in group:
-        start = list(initial[len(finals) : len(finals) + len(stack.params)])
-        output, final, tape = stack.forward(x, start, step_mask, **options)
-        outputs.append(output)
-        finals += final
-        tapes.append((stack, tape))
-    return outputs[0] if len(outputs) == 1 else xp.concat(outputs, axis=-1), finals, tapes
+        outputs = []
+        for stack in stacks[i : i + group]:
+            start = initial[len(finals) : len(finals) + len(stack.params)]
+            output, final, tape = stack.forward(y, start, step_mask, **options)
+            outputs.append(output)
+            finals += final
+            tapes.append((stack, tape))
+        y = outputs[0] if len(outputs) == 1 else xp.concat(outputs, axis=-1)
+    return y, finals, tapes, masks
 
 
 def backward(

@@ -62,16 +62,15 @@ def forward(
     assert plan is not None
     x_sorted = rows.sort(contiguous(x), 1)
     w = ScanWorkspace(plan, cell, params, rows, reverse, tuple(rows.sort(s, 0) for s in reset_state))
-    count, n = x.shape[:2]
-    before, after, end = _allocate_states(initial, count, reverse)
-    _allocate_arrays(w, before, after, (count, n, w.hidden_size), record_tape)
-    activation = FusedGateActivation.from_workspace(w, initial[0].dtype)
+    memory, before, after = _allocate_states(tuple(rows.sort(s, 0) for s in state), x.shape[0], reverse)
+    _allocate_arrays(w, before, after, (*x.shape[:2], w.hidden_size), record_tape)
+    activation = FusedGateActivation.from_workspace(w, before[0].dtype)
     project_in_place = cell.gates == plan.summed_gates == 1 and "weight_hr" not in params
     xg = project_inputs(w, activation, x_sorted, after[0] if project_in_place else None)
     if plan.gate_activations:
         w.arrays |= w.gate_views("a", xg)  # the activations overwrite the input projection
     _forward_time_loop(w, activation, xg, before, after)
-    final = tuple(rows.unsort(s.copy(), 0) for s in end)
+    final = tuple(rows.unsort(m[0 if reverse else -1].copy(), 0) for m in memory)
     y = rows.unsort(after[0].view(), 1)
     if rows.active is not None:
         y = np.where(np.asarray(step_mask.active)[..., None], y, 0)
@@ -89,17 +88,12 @@ def forward(
 
 
 def _allocate_states(initial: State, count: int, reverse: bool) -> tuple[State, State, State]:
-    """Allocate the states of all steps: those before each step, those after it, and the final states (views).
-
-    The states before and after each step are views of the same memory, one step apart.
-    """
+    """Allocate the states of all steps: memory (T+1, N, .), and its views before and after each step (T, N, .)."""
     memory = tuple(np.empty((count + 1, *s.shape), s.dtype) for s in initial)
-    first, last = (count, 0) if reverse else (0, count)
     for m, s in zip(memory, initial, strict=True):
-        m[first] = s
-    before = tuple(m[1:] if reverse else m[:-1] for m in memory)
-    after = tuple(m[:-1] if reverse else m[1:] for m in memory)
-    return before, after, tuple(m[last] for m in memory)
+        m[-1 if reverse else 0] = s
+    first_steps, last_steps = tuple(m[:-1] for m in memory), tuple(m[1:] for m in memory)
+    return (memory, last_steps, first_steps) if reverse else (memory, first_steps, last_steps)
 
 
 def _allocate_arrays(w: ScanWorkspace, before: State, after: State, shape: tuple[int, ...], record_tape: bool) -> None:
