@@ -276,7 +276,7 @@ def test_a_step_beyond_two_billion_numbers(rng, name, kernel):
     stepped |= {
         field: n * width for field in names if field in ("X", "G") or (field == "Y" and kernel != "forward_step")
     }
-    sizes = {"T": late + 1, "N": n, "H": hidden, "W": width, "turned": 0, "keep": 1, "from": 0, "active": 0, "reset": 0}
+    sizes = {"T": late + 1, "N": n, "H": hidden, "W": width, "reverse": 0, "save": 1, "first": 0, "active": 0, "reset": 0}
     sizes |= {f"{c}{k}": n * hidden for c in "sm" for k in range(len(cell.states))}
 
     def after(t):

@@ -10,13 +10,13 @@ pytestmark = pytest.mark.needs("cupy")
 
 SEVERAL, ONE = ("tanh", 256, 2), ("tanh", 64, 2)  # blocks of the cluster
 FORWARD_WAIT, BACKWARD_WAIT = "if (i > 0) exchange.wait(i - 1);", "    exchange.wait(i);\n"
-OPEN = "exchange.open(me.thread);\n  xp_cluster_sync();"
+OPEN = "exchange.open(item.thread);\n  xp_cluster_sync();"
 
 # name: (configuration, what stands in the source, what takes its place)
 SYNCHRONISATION = {
     "forward does not wait": (SEVERAL, FORWARD_WAIT, ""),
     "backward does not wait": (SEVERAL, BACKWARD_WAIT, ""),
-    "one warp does not wait": (SEVERAL, FORWARD_WAIT, "if (i > 0 && me.thread >= 32) exchange.wait(i - 1);"),
+    "one warp does not wait": (SEVERAL, FORWARD_WAIT, "if (i > 0 && item.thread >= 32) exchange.wait(i - 1);"),
     "forward reads the buffer that is being filled": (
         SEVERAL,
         "product(p, u, exchange.at(i + 1)",
@@ -33,9 +33,9 @@ SYNCHRONISATION = {
     "the barrier's parity stays": (SEVERAL, "e >> 1 & 1", "0"),
     "the barrier's parity turns at every step": (SEVERAL, "e >> 1 & 1", "e & 1"),
     "one block: no block barrier": (ONE, "else xp_block_sync();", "else;"),
-    "no barrier after opening": (SEVERAL, OPEN, "exchange.open(me.thread);"),
-    "one block: no barrier after loading": (ONE, OPEN, "exchange.open(me.thread);"),
-    "a block barrier where a cluster's is needed": (SEVERAL, OPEN, "exchange.open(me.thread);\n  xp_block_sync();"),
+    "no barrier after opening": (SEVERAL, OPEN, "exchange.open(item.thread);"),
+    "one block: no barrier after loading": (ONE, OPEN, "exchange.open(item.thread);"),
+    "a block barrier where a cluster's is needed": (SEVERAL, OPEN, "exchange.open(item.thread);\n  xp_block_sync();"),
     "a barrier is not initialised": (SEVERAL, ", xp_barrier_init(bar + 1)", ""),
     "too few bytes expected": (SEVERAL, "4 * FLOATS", "4 * FLOATS - 16"),
     "too many bytes expected": (SEVERAL, "4 * FLOATS", "4 * FLOATS + 16"),
@@ -48,17 +48,17 @@ SYNCHRONISATION = {
         FORWARD_WAIT,
         "if (xp_rank() == 1 && i + 1 == T) return;\n" + FORWARD_WAIT,
     ),
-    "lanes without a unit leave": (SEVERAL, OPEN, "if (me.unit >= H) return;\n  " + OPEN),
+    "lanes without a unit leave": (SEVERAL, OPEN, "if (item.unit >= H) return;\n  " + OPEN),
     "one peer gets nothing": (SEVERAL, "j % CL);", "j % CL / 2 * 2);"),
     "the last group of units is not sent": (SEVERAL, "j >= Q / 4 * CL", "j >= Q / 4 * CL - CL"),
 }
 ARITHMETIC = {
-    "backward ignores who is active": (SEVERAL, "if (!now.on)", "if (false)"),
-    "forward ignores who is active": (SEVERAL, "if (on) state = next;", "state = next;"),
-    "a row past the batch is stored": (SEVERAL, "real = row < M && unit < H;", "real = unit < H;"),
+    "backward ignores who is active": (SEVERAL, "if (!now.is_active)", "if (false)"),
+    "forward ignores who is active": (SEVERAL, "if (is_active) state = next;", "state = next;"),
+    "a row past the batch is stored": (SEVERAL, "valid = row < M && unit < H;", "valid = unit < H;"),
     "the reverse direction stores a slot off": (SEVERAL, "after = (t + !reverse)", "after = (t + 1)"),
     "a unit's weights stand in another row": (SEVERAL, "* H + unit) * H + k]", "* H + k) * H + unit]"),
-    "halves change places": (SEVERAL, "given = upper ? v[j] : v[j + half]", "given = upper ? v[j + half] : v[j]"),
+    "halves change places": (SEVERAL, "sent = upper ? v[j] : v[j + half]", "sent = upper ? v[j + half] : v[j]"),
     "tanh: no slope": (SEVERAL, "d.h * (1.f - after.h * after.h)", "d.h"),
     "gru: the state's direct path": (("gru", 128, 2), "d.h = d.h * z;", "d.h = 0.f;"),
     "gru: the reset gate's product": (("gru", 128, 2), "dp[2] = dan * r;", "dp[2] = dan;"),

@@ -1,9 +1,12 @@
-"""Kernels for CuPy arrays. The fastest that knows a case runs it; what none knows takes the generic scan.
+"""CUDA kernels for CuPy arrays, and their dispatch.
 
-    persistent   one launch for the whole sequence, the recurrent weight kept on the chip (persistent.py)
-    fused        two launches a step: the recurrent product, and the cell's printed kernel (fused.py)
+The first of these that supports the layer runs it:
 
-No decision waits for the device: it is made from shapes, dtypes and the device's number.
+    persistent   one launch for the whole sequence, with the recurrent weight in registers and shared memory
+    fused        two launches per step: the recurrent product (cuBLAS) and a pointwise kernel generated from the cell
+    generic      the generic scan, on CuPy's array functions
+
+Dispatch reads only shapes, dtypes and the device number, so it never waits for the device.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,12 +23,12 @@ from xprnn.kernels.cuda.cluster_config import ClusterConfig
 
 __all__ = ["compute_capability", "explain", "find_kernel", "no_persistent"]
 
-_no_persistent: ContextVar[bool] = ContextVar("fused", default=False)
+_no_persistent: ContextVar[bool] = ContextVar("no_persistent", default=False)
 
 
 @contextmanager
 def no_persistent() -> Iterator[None]:
-    """Within this context no persistent kernel runs: to compare, or to rule one out."""
+    """Disable the persistent kernels within this context, for example to compare results or times."""
     token = _no_persistent.set(True)
     try:
         yield
@@ -34,43 +37,55 @@ def no_persistent() -> Iterator[None]:
 
 
 def find_kernel(cell: Cell, params: Params, shape: Any, step_mask: Any) -> Callable[..., Any] | None:
-    """`forward` of the fastest kernel for `shape` = (T, N), or None; it is called as the generic scan is."""
+    """Return the `forward` function of the fastest kernel that supports the layer, or None.
+
+    Args:
+        cell: the cell.
+        params: the parameters of one layer in one direction.
+        shape: (T, N).
+        step_mask: the active and the reset rows of each step.
+
+    Returns:
+        A function with the signature of xprnn.kernels.dispatch.forward, or None: the generic scan runs.
+    """
     return _select_kernel(cell, params, shape, step_mask)[0]
 
 
 def explain(cell: Cell, params: Params, shape: Any, step_mask: Any) -> str:
-    """What `find` takes, and why nothing faster."""
+    """Name the kernel that `find_kernel` selects, and say why no faster one applies."""
     return _select_kernel(cell, params, shape, step_mask)[1]
 
 
 @cache
 def compute_capability(device: int) -> tuple[int, int]:
-    """The compute capability of a device, by its number."""
+    """Return the compute capability (major, minor) of a device number."""
     import cupy
 
     text = cupy.cuda.Device(device).compute_capability
     return int(text[:-1]), int(text[-1])
 
 
-def _select_kernel(cell: Cell, params: Params, shape: Any, steps: Any) -> tuple[Callable[..., Any] | None, str]:
-    u = params["weight_hh"]
-    if why := _unsupported_reason(params, shape):
-        return None, f"{REFERENCE_NAME} ({why})"
+def _select_kernel(cell: Cell, params: Params, shape: Any, step_mask: Any) -> tuple[Callable[..., Any] | None, str]:
+    weight = params["weight_hh"]
+    if reason := _unsupported_reason(params, shape):
+        return None, f"{REFERENCE_NAME} ({reason})"
     config: ClusterConfig | str = "ruled out by no_persistent"
     if not _no_persistent.get():
-        config = persistent.find_config(cell, params, tuple(shape), steps, compute_capability(int(device_of(u).id)))
+        config = persistent.find_config(
+            cell, params, tuple(shape), step_mask, compute_capability(int(device_of(weight).id))
+        )
         if not isinstance(config, str):
             return partial(persistent.forward, config), persistent.NAME
-    if why := _fused_unsupported_reason(cell, params):
-        return None, f"{REFERENCE_NAME} (not fused: {why}; not persistent: {config})"
+    if reason := _fused_unsupported_reason(cell, params):
+        return None, f"{REFERENCE_NAME} (not fused: {reason}; not persistent: {config})"
     name = f"{fused.NAME} (not persistent: {config})"
-    printed = pointwise.pointwise_kernels(cell, 8 * u.dtype.itemsize)
-    assert printed is not None
-    return partial(fused.forward, printed, name), name
+    kernels = pointwise.pointwise_kernels(cell, 8 * weight.dtype.itemsize)
+    assert kernels is not None
+    return partial(fused.forward, kernels, name), name
 
 
 def _unsupported_reason(params: Params, shape: Any) -> str:
-    """Why no kernel can run, or ""."""
+    """Return the reason why no CUDA kernel can run, or ""."""
     if not jit_enabled():
         return "kernels are switched off: XPRNN_FAST=0 or allow_jit(False)"
     if str(dtype := params["weight_hh"].dtype) not in ("float32", "float64"):
@@ -79,10 +94,10 @@ def _unsupported_reason(params: Params, shape: Any) -> str:
 
 
 def _fused_unsupported_reason(cell: Cell, params: Params) -> str:
-    """Why the cell has no printed kernel, or ""."""
+    """Return the reason why the fused kernels cannot run the cell, or ""."""
     if "weight_hr" in params:
         return "h is projected by weight_hr"
     if cell.pregates:
         return "gates act before their product"
-    printed = pointwise.pointwise_kernels(cell, 8 * params["weight_hh"].dtype.itemsize)
-    return "its cell can't be printed as CUDA code" if printed is None else ""
+    kernels = pointwise.pointwise_kernels(cell, 8 * params["weight_hh"].dtype.itemsize)
+    return "its cell can't be printed as CUDA code" if kernels is None else ""

@@ -1,76 +1,83 @@
-// A whole sequence in one launch: the recurrent weights stay on the chip, only states travel.
+// Persistent kernels: one launch computes a whole sequence. The recurrent weight stays in registers and shared memory;
+// only states move between blocks.
 //
-// The rows of a batch know nothing of each other, so each cluster of CL blocks takes B rows for all T steps, and clusters
-// never talk. Inside a cluster the HP hidden units (H of them in use) are split over blocks, then over warps:
+// Batch rows are independent of each other. Each cluster of CL blocks therefore computes B rows for all T steps, and
+// clusters never communicate. Inside a cluster the HP hidden units (H of them used, the rest padding) are split over
+// blocks, then over warps:
 //
 //                 all T steps of rows m0 .. m0 + B - 1                            one warp
 //      block 0            block 1           ...   block CL-1              RT units, G gates of each:
-//   +--------------+   +--------------+        +--------------+        ROWS rows of the weight, K numbers long
+//   +--------------+   +--------------+        +--------------+        ROWS rows of the weight, each of length K
 //   | units        |   | units        |        | units        |         lane 0   1   2  ...  31   0   1  ...
 //   | 0 .. UPB-1   |   | UPB .. 2UPB-1|        |   .. HP-1    |        +---+---+---+---+---+---+---+---+
 //   | warp 0: RT   |   | warp 0: RT   |        |              |        | V | V | V |       | V | V |     | row 0
 //   | warp 1: RT   |   | warp 1: RT   |        |              |        +---+---+---+---+---+---+---+---+
 //   |   ...        |   |   ...        |        |              |        |   |   |   |       |   |   |     | row 1
 //   +------+-------+   +------+-------+        +------+-------+           chunk 0: 32 V      chunk 1: 32 V
-//          |   every block has all the numbers        |                 the first chunks in registers, the rest in
-//          +---- of its rows: it sends its own -------+                 shared memory
-//                units to all blocks (and itself)
+//          |   every block receives all K values      |                 the first chunks in registers, the rest in
+//          +---- of its rows: each block sends -------+                 shared memory
+//                its units to all blocks (and itself)
 //
-// The numbers that travel are h (forward, K = HP) and the gates' adjoints (backward, K = G HP). A step:
+// The exchanged values are h in forward (K = HP) and the cotangents of the gates in backward (K = G HP). One step:
 //
-//   wait for all K numbers of the B rows  ->  each lane multiplies its columns  ->  the lanes' sums are added up so that
-//   each (row, unit) ends in one lane with all its gates  ->  the cell  ->  results to global memory, four units at a
-//   time to every block
+//   1. Wait until all K values of the B rows have arrived.
+//   2. Each lane multiplies its columns of the weight.
+//   3. Sum over the lanes, so that each (row, unit) ends in one lane with all its gates.
+//   4. Apply the cell.
+//   5. Write the results to global memory, and send four units at a time to every block.
 //
-// Sums take halving steps: in each a lane gives away one half of what it holds and gets the other half's summands. With
-// Q = B RT items, lane l ends with item l / (32 / Q) = row * RT + unit; the first lane of each group stores it.
+// The sum over lanes halves the data in each round: a lane sends one half of its values and adds the received values
+// to the other half. With Q = B RT items, lane l ends with item l / (32 / Q) = row * RT + unit. The first lane of each
+// group stores the item.
 //
-// The exchange has two buffers and two barriers. Exchange e fills buffer e & 1 of every block with exactly 4 B K bytes;
-// its barrier completes when they are there (thread 0 announces them). A block writes exchange e into a peer's buffer only
-// when it has received all of e - 1, which that peer's warps sent after they had read e - 2, the buffer's last content: no
-// other synchronisation is needed in the loop. A cluster of one block uses its own shared memory and a block barrier.
+// The exchange has two buffers and two barriers. Exchange e fills buffer e & 1 of every block with exactly 4 B K bytes.
+// Its barrier completes when all of these bytes have arrived; thread 0 announces the byte count. A block writes
+// exchange e into a peer's buffer only after it has received all of exchange e - 1. The peer's warps sent exchange e - 1 after
+// they had read exchange e - 2, the previous content of that buffer. The loop therefore needs no other synchronization.
+// A cluster of one block uses its shared memory and a block barrier.
 //
-// To be defined: CELL, HP, CL, NT (threads), B, KF and KB (chunks in registers, forward and backward).
-// Arrays are C-ordered: x (T,M,G,H), saved (T,M,SAVED,H), states h and c (T+1,M,H) with the initial state before the first
-// step (at T where the walk is reversed), active (T,M) bytes or null for all, weight (G,H,H).
+// Macros to define: CELL, HP, CL, NT (threads per block), B, KF and KB (chunks in registers, forward and backward).
+// Arrays are C-contiguous: x (T,M,G,H), saved (T,M,SAVED,H), states h and c (T+1,M,H), active (T,M) bytes or null for
+// all rows, weight (G,H,H). M is the batch size. The initial state is at index 0 of h and c, or at T if `reverse`.
 
-#define UPB (HP / CL)    // units of a block
-#define RT (UPB / (NT / 32))  // units of a warp
-#define Q (B * RT)       // (row, unit) items of a warp
+#define UPB (HP / CL)    // units per block
+#define RT (UPB / (NT / 32))  // units per warp
+#define Q (B * RT)       // (row, unit) items per warp
 #define GROUP (32 / Q)   // lanes that end with the same item
 
-static_assert(RT % 4 == 0 && RT * (NT / 32) * CL == HP, "whole groups of four units for each warp");
-static_assert(Q <= 32 && 32 % Q == 0, "an item for each lane at most");
+static_assert(RT % 4 == 0 && RT * (NT / 32) * CL == HP, "each warp needs a multiple of four units");
+static_assert(Q <= 32 && 32 % Q == 0, "at most one item per lane");
 
 typedef long long wide;
 
-// ROWS rows of a matrix, K long, spread over the lanes of a warp in chunks of 32 V columns, KR of them in registers.
+// ROWS matrix rows of length K, split over the lanes of a warp in chunks of 32 V columns; KR chunks are in registers.
 template <int ROWS, int K, int KR>
 struct Slice {
   static constexpr int V = K % 128 ? 2 : 4, CHUNKS = K / (32 * V), SHARED = (CHUNKS - KR) * ROWS * V * NT;
-  static_assert(K % 64 == 0 && KR >= 1 && KR <= CHUNKS, "whole chunks");
-  float held[KR][ROWS][V];
-  float* rest;
+  static_assert(K % 64 == 0 && KR >= 1 && KR <= CHUNKS, "K must be a multiple of the chunk length");
+  float in_registers[KR][ROWS][V];
+  float* in_shared;
 
   template <class At>
-  XP_MEMBER void load(float* room, int thread, At at) {
-    rest = room + thread * V;
+  XP_MEMBER void load(float* shared, int thread, At at) {
+    in_shared = shared + thread * V;
 #pragma unroll
     for (int k = 0; k < KR; ++k)
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const int column = xp_opaque((k * 32 + thread % 32) * V + i);  // else addresses take the registers
+        const int column = xp_opaque((k * 32 + thread % 32) * V + i);  // avoids precomputed addresses in registers
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) held[k][r][i] = at(r, column);
+        for (int r = 0; r < ROWS; ++r) in_registers[k][r][i] = at(r, column);
       }
 #pragma unroll 1
     for (int k = KR; k < CHUNKS; ++k)
 #pragma unroll 1
       for (int r = 0; r < ROWS; ++r)
-        for (int i = 0; i < V; ++i) rest[((k - KR) * ROWS + r) * V * NT + i] = at(r, (k * 32 + thread % 32) * V + i);
+        for (int i = 0; i < V; ++i)
+          in_shared[((k - KR) * ROWS + r) * V * NT + i] = at(r, (k * 32 + thread % 32) * V + i);
   }
 
-  // sum[r][b]: this lane's share of row r times vector b of in (B, K)
+  // sum[r][b]: this lane's part of the dot product of row r with vector b of in (B, K)
   XP_MEMBER void multiply(float (&sum)[ROWS][B], const float* in, int lane) const {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r)
@@ -82,9 +89,9 @@ struct Slice {
 #pragma unroll
       for (int b = 0; b < B; ++b) xp_read(v[b], in + b * K + (k * 32 + lane) * V);
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r) add(sum[r], held[k][r], v);
+      for (int r = 0; r < ROWS; ++r) add(sum[r], in_registers[k][r], v);
     }
-#pragma unroll 1  // a chunk at a time: the registers are taken
+#pragma unroll 1  // not unrolled: no registers are left for a second chunk
     for (int k = KR; k < CHUNKS; ++k) {
       float v[B][V];
 #pragma unroll
@@ -92,7 +99,7 @@ struct Slice {
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
         float w[V];
-        xp_read(w, rest + ((k - KR) * ROWS + r) * V * NT);
+        xp_read(w, in_shared + ((k - KR) * ROWS + r) * V * NT);
         add(sum[r], w, v);
       }
     }
@@ -106,8 +113,8 @@ struct Slice {
   }
 };
 
-// The sum over all lanes of v[lane / GROUP].
-XP_DEV float add_up(float (&v)[Q], int lane) {
+// Return the sum over all lanes of v[item], where item = lane / GROUP is that of the calling lane.
+XP_DEV float lane_sum(float (&v)[Q], int lane) {
 #pragma unroll
   for (int s = 0; s < 5; ++s) {
     const int mask = 16 >> s, half = Q >> (s + 1);
@@ -116,14 +123,14 @@ XP_DEV float add_up(float (&v)[Q], int lane) {
 #pragma unroll
     for (int j = 0; j < Q / 2; ++j)
       if (j < half) {
-        const float given = upper ? v[j] : v[j + half], kept = upper ? v[j + half] : v[j];
-        v[j] = kept + xp_swap(given, mask);
+        const float sent = upper ? v[j] : v[j + half], kept = upper ? v[j + half] : v[j];
+        v[j] = kept + xp_swap(sent, mask);
       }
   }
   return v[0];
 }
 
-// For each of GATES: the product of its RT rows with the B vectors at `in`, as this lane's item.
+// out[g]: for the row and unit of this lane, the product of gate g's weight row with the vector at `in` (B, K).
 template <int GATES, class Weight>
 XP_DEV void product(float (&out)[GATES], const Weight& weight, const float* in, int lane) {
   float sum[GATES * RT][B];
@@ -135,11 +142,11 @@ XP_DEV void product(float (&out)[GATES], const Weight& weight, const float* in, 
     for (int b = 0; b < B; ++b)
 #pragma unroll
       for (int r = 0; r < RT; ++r) v[b * RT + r] = sum[g * RT + r][b];
-    out[g] = add_up(v, lane);
+    out[g] = lane_sum(v, lane);
   }
 }
 
-// Two buffers (B, PARTS, HP) in shared memory that every block of the cluster fills together.
+// Two buffers (B, PARTS, HP) in shared memory. Every block writes its units into the buffers of all blocks.
 template <int PARTS>
 struct Exchange {
   static constexpr int FLOATS = B * PARTS * HP;
@@ -152,12 +159,12 @@ struct Exchange {
     if (CL > 1 && thread == 0) xp_barrier_init(bar), xp_barrier_init(bar + 1);
   }
 
-  // Once for each exchange by one thread of each block, after it has waited for the exchange before.
+  // Announce the bytes of exchange e: once per exchange, by one thread of each block, after waiting for exchange e - 1.
   XP_MEMBER void expect(int e, int thread) const {
     if (CL > 1 && thread == 0) xp_barrier_expect(bar + (e & 1), 4 * FLOATS);
   }
 
-  // All lanes: this lane's item of each part, to every block. unit0 is the warp's first unit.
+  // Send this lane's item of each part to every block. All lanes must call it; unit0 is the warp's first unit.
   XP_MEMBER void send(int e, const float (&v)[PARTS], int unit0, int lane) const {
 #pragma unroll
     for (int p = 0; p < PARTS; ++p)
@@ -180,10 +187,10 @@ struct Exchange {
   }
 };
 
-// What a lane looks after: one unit of one row.
+// The (row, unit) pair that a lane computes.
 struct Item {
   int lane, thread, unit0, unit, row0, row;
-  bool real, mine;  // inside the arrays; and stored by this lane
+  bool valid, stores;  // inside the arrays; this lane stores the item
 
   XP_MEMBER Item(int M, int H) {
     thread = xp_thread(), lane = thread % 32;
@@ -191,8 +198,8 @@ struct Item {
     unit = unit0 + lane / GROUP % RT;
     row0 = xp_cluster() * B;
     row = row0 + lane / GROUP / RT;
-    real = row < M && unit < H;
-    mine = real && lane % GROUP == 0;
+    valid = row < M && unit < H;
+    stores = valid && lane % GROUP == 0;
   }
 };
 
@@ -202,142 +209,143 @@ struct Item {
 #define HAS_C 0
 #endif
 
-// bias (G,H): what is added to x; bn (H): the GRU's bias that r multiplies; null for none.
+// bias (G,H): added to x. bn (H): the GRU's bias that the reset gate multiplies. Either is null if absent.
 XP_KERNEL xp_forward(const float* __restrict__ weight, const float* __restrict__ bias, const float* __restrict__ bn,
                      const float* __restrict__ x, const unsigned char* __restrict__ active, float* h, float* c,
                      float* saved, int T, int M, int H, int reverse) {
-  const Item me(M, H);
+  const Item item(M, H);
   Slice<G * RT, HP, KF> u;
   Exchange<1> exchange = {xp_shared() + u.SHARED, (u64*)(xp_shared() + u.SHARED + 2 * B * HP)};
-  u.load(xp_shared(), me.thread, [&](int r, int k) {
-    const int unit = me.unit0 + r % RT;
+  u.load(xp_shared(), item.thread, [&](int r, int k) {
+    const int unit = item.unit0 + r % RT;
     return unit < H && k < H ? weight[((wide)(r / RT) * H + unit) * H + k] : 0.f;
   });
-  const wide first = reverse ? T - 1 : 0, way = reverse ? -1 : 1, before = reverse ? T : 0;
-  const wide MH = (wide)M * H, place = (wide)me.row * H + me.unit;
-  for (int i = me.thread; i < B * HP; i += NT) {
-    const int row = me.row0 + i / HP, k = i % HP;
-    exchange.at(1)[i] = row < M && k < H ? h[before * MH + (wide)row * H + k] : 0.f;
+  const wide first = reverse ? T - 1 : 0, dt = reverse ? -1 : 1, initial = reverse ? T : 0;
+  const wide MH = (wide)M * H, offset = (wide)item.row * H + item.unit;
+  for (int i = item.thread; i < B * HP; i += NT) {
+    const int row = item.row0 + i / HP, k = i % HP;
+    exchange.at(1)[i] = row < M && k < H ? h[initial * MH + (wide)row * H + k] : 0.f;
   }
   State state = {0.f, 0.f};
-  float added[G] = {}, inner = 0.f, xt[G], ahead[G] = {};
-  bool on, on_ahead = true;
+  float bias_reg[G] = {}, bn_reg = 0.f, xt[G], x_next[G] = {};
+  bool is_active, active_next = true;
   const auto fetch = [&](wide t) {
 #pragma unroll
-    for (int g = 0; g < G; ++g) ahead[g] = x[((t * M + me.row) * G + g) * H + me.unit];
-    if (active) on_ahead = active[t * M + me.row];
+    for (int g = 0; g < G; ++g) x_next[g] = x[((t * M + item.row) * G + g) * H + item.unit];
+    if (active) active_next = active[t * M + item.row];
   };
-  if (me.real) {
-    state.h = h[before * MH + place];
-    if (HAS_C) state.c = c[before * MH + place];
+  if (item.valid) {
+    state.h = h[initial * MH + offset];
+    if (HAS_C) state.c = c[initial * MH + offset];
     if (bias)
-      for (int g = 0; g < G; ++g) added[g] = bias[g * H + me.unit];
-    if (CELL == GRU && bn) inner = bn[me.unit];
+      for (int g = 0; g < G; ++g) bias_reg[g] = bias[g * H + item.unit];
+    if (CELL == GRU && bn) bn_reg = bn[item.unit];
     fetch(first);
   }
-  exchange.open(me.thread);
+  exchange.open(item.thread);
   xp_cluster_sync();
 #pragma unroll 1
   for (int i = 0; i < T; ++i) {
-    const wide t = first + way * i;
+    const wide t = first + dt * i;
     if (i > 0) exchange.wait(i - 1);
-    if (i + 1 < T) exchange.expect(i, me.thread);
+    if (i + 1 < T) exchange.expect(i, item.thread);
 #pragma unroll
-    for (int g = 0; g < G; ++g) xt[g] = ahead[g] + added[g];
-    on = on_ahead;
-    if (me.real && i + 1 < T) fetch(t + way);  // on its way while this step multiplies
+    for (int g = 0; g < G; ++g) xt[g] = x_next[g] + bias_reg[g];
+    is_active = active_next;
+    if (item.valid && i + 1 < T) fetch(t + dt);  // prefetch: the loads overlap with this step's product
     float p[G], s[SAVED + 1];
-    product(p, u, exchange.at(i + 1), me.lane);
-    const State next = step(xt, p, state, inner, s);
-    if (on) state = next;
+    product(p, u, exchange.at(i + 1), item.lane);
+    const State next = step(xt, p, state, bn_reg, s);
+    if (is_active) state = next;
     const float out[1] = {state.h};
-    if (i + 1 < T) exchange.send(i, out, me.unit0, me.lane);
-    if (me.mine) {
-      const wide after = (t + !reverse) * MH + place;
+    if (i + 1 < T) exchange.send(i, out, item.unit0, item.lane);
+    if (item.stores) {
+      const wide after = (t + !reverse) * MH + offset;
       h[after] = state.h;
       if (HAS_C) c[after] = state.c;
       if (saved)
 #pragma unroll
-        for (int k = 0; k < SAVED; ++k) saved[(t * M + me.row) * SAVED * H + (wide)k * H + me.unit] = s[k];
+        for (int k = 0; k < SAVED; ++k) saved[(t * M + item.row) * SAVED * H + (wide)k * H + item.unit] = s[k];
     }
   }
-  xp_cluster_sync();  // all messages were awaited: this only makes it plain that none finds its block gone
+  xp_cluster_sync();  // redundant, all sends were awaited: makes explicit that no block exits before its last message
 }
 
-// What the adjoint of one step reads.
-struct Record {
+// Values that the backward pass of one step reads.
+struct StepInputs {
   float s[SAVED + 1], dy, dcs;
   State before, after;
-  bool on;
+  bool is_active;
 };
 
-// dh, dc (M,H): in, the adjoint of the final state; out, that of the initial one. dy, dcs (T,M,H): adjoints of the states
-// after each step, or null. dx, dp (T,M,G,H): those of x and of the products, dp only for the GRU, where they differ.
+// dh, dc (M,H): cotangent of the final state as input, of the initial state as output. dy, dcs (T,M,H): cotangents of h
+// and c after each step, or null. dx, dp (T,M,G,H): gradients of x and of the recurrent products. dp is written only
+// for the GRU; for the other cells it equals dx.
 XP_KERNEL xp_backward(const float* __restrict__ weight, const float* __restrict__ saved, const float* __restrict__ h,
                       const float* __restrict__ c, const unsigned char* __restrict__ active,
                       const float* __restrict__ dy, const float* __restrict__ dcs, float* dh, float* dc, float* dx,
                       float* dp, int T, int M, int H, int reverse) {
-  const Item me(M, H);
+  const Item item(M, H);
   Slice<RT, G * HP, KB> u;
   Exchange<G> exchange = {xp_shared() + u.SHARED, (u64*)(xp_shared() + u.SHARED + 2 * B * G * HP)};
-  u.load(xp_shared(), me.thread, [&](int r, int k) {
-    const int unit = me.unit0 + r;
+  u.load(xp_shared(), item.thread, [&](int r, int k) {
+    const int unit = item.unit0 + r;
     return unit < H && k % HP < H ? weight[((wide)(k / HP) * H + k % HP) * H + unit] : 0.f;
   });
-  const wide first = reverse ? 0 : T - 1, way = reverse ? 1 : -1;
-  const wide MH = (wide)M * H, place = (wide)me.row * H + me.unit;
-  const auto fetch = [&](Record& r, wide t) {
-    const wide at = t * MH + place, late = at + (reverse ? 0 : MH), early = at + (reverse ? MH : 0);
+  const wide first = reverse ? 0 : T - 1, dt = reverse ? 1 : -1;
+  const wide MH = (wide)M * H, offset = (wide)item.row * H + item.unit;
+  const auto fetch = [&](StepInputs& r, wide t) {
+    const wide at = t * MH + offset, after = at + (reverse ? 0 : MH), before = at + (reverse ? MH : 0);
     if (dy) r.dy = dy[at];
     if (HAS_C && dcs) r.dcs = dcs[at];
-    if (active) r.on = active[t * M + me.row];
-    if (CELL == GRU) r.before.h = h[early];
-    if (CELL == TANH || CELL == RELU) r.after.h = h[late];
-    if (HAS_C) r.before.c = c[early];
+    if (active) r.is_active = active[t * M + item.row];
+    if (CELL == GRU) r.before.h = h[before];
+    if (CELL == TANH || CELL == RELU) r.after.h = h[after];
+    if (HAS_C) r.before.c = c[before];
 #pragma unroll
-    for (int k = 0; k < SAVED; ++k) r.s[k] = saved[(t * M + me.row) * SAVED * H + (wide)k * H + me.unit];
+    for (int k = 0; k < SAVED; ++k) r.s[k] = saved[(t * M + item.row) * SAVED * H + (wide)k * H + item.unit];
   };
-  Record now = {}, ahead = {};
+  StepInputs now = {}, ahead = {};
   State d = {0.f, 0.f};
-  now.on = ahead.on = true;
-  if (me.real) {
-    d.h = dh[place];
-    if (HAS_C) d.c = dc[place], ahead.after.c = c[(first + !reverse) * MH + place];
+  now.is_active = ahead.is_active = true;
+  if (item.valid) {
+    d.h = dh[offset];
+    if (HAS_C) d.c = dc[offset], ahead.after.c = c[(first + !reverse) * MH + offset];
     fetch(ahead, first);
   }
-  exchange.open(me.thread);
+  exchange.open(item.thread);
   xp_cluster_sync();
 #pragma unroll 1
   for (int i = 0; i < T; ++i) {
-    const wide t = first + way * i;
-    exchange.expect(i, me.thread);
+    const wide t = first + dt * i;
+    exchange.expect(i, item.thread);
     now = ahead;
     if (HAS_C) ahead.after.c = ahead.before.c;
-    if (me.real && i + 1 < T) fetch(ahead, t + way);
-    float da[G], dq[G], out[1];
+    if (item.valid && i + 1 < T) fetch(ahead, t + dt);
+    float dxt[G], dpt[G], out[1];
     d.h += now.dy, d.c += now.dcs;
-    const State whole = d;
-    back(d, now.s, now.before, now.after, da, dq);
-    if (!now.on) {  // the row sat this step out: its state was handed on as it was
-      d = whole;
+    const State unchanged = d;
+    step_backward(d, now.s, now.before, now.after, dxt, dpt);
+    if (!now.is_active) {  // a masked row passes its state, and so its cotangent, through unchanged
+      d = unchanged;
 #pragma unroll
-      for (int g = 0; g < G; ++g) da[g] = dq[g] = 0.f;
+      for (int g = 0; g < G; ++g) dxt[g] = dpt[g] = 0.f;
     }
-    exchange.send(i, dq, me.unit0, me.lane);
-    if (me.mine)
+    exchange.send(i, dpt, item.unit0, item.lane);
+    if (item.stores)
 #pragma unroll
       for (int g = 0; g < G; ++g) {
-        const wide at = ((t * M + me.row) * G + g) * H + me.unit;
-        dx[at] = da[g];
-        if (CELL == GRU) dp[at] = dq[g];
+        const wide at = ((t * M + item.row) * G + g) * H + item.unit;
+        dx[at] = dxt[g];
+        if (CELL == GRU) dp[at] = dpt[g];
       }
     exchange.wait(i);
-    product(out, u, exchange.at(i), me.lane);
+    product(out, u, exchange.at(i), item.lane);
     d.h += out[0];
   }
-  if (me.mine) {
-    dh[place] = d.h;
-    if (HAS_C) dc[place] = d.c;
+  if (item.stores) {
+    dh[offset] = d.h;
+    if (HAS_C) dc[offset] = d.c;
   }
   xp_cluster_sync();
 }

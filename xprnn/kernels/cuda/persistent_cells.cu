@@ -1,11 +1,13 @@
-// The cells, for one unit of one row: a step and, right below, its adjoint. The letters are those of xprnn/cells.py.
+// The cells, for one unit of one row: the forward step and, below it, its backward step. The letters are those of
+// xprnn/cells.
 //
-//   x[g]   the projected input of gate g, biases included     p[g]   the recurrent product of gate g
-//   s[k]   what a step saves for its adjoint                  bn     GRU: the bias inside the reset gate's product
-//   before, after   the state (h, c) around the step
+//   x[g]   input projection of gate g, biases included       p[g]   recurrent product of gate g
+//   s[k]   values saved for backward                         bn     GRU: the bias inside the reset gate's product
+//   before, after   the state (h, c) before and after the step
 //
-// `back` takes the adjoint d of the state after the step and leaves in d that of the state before it without what comes
-// through the product, which the kernel adds; dx[g] and dp[g] are the adjoints of x[g] and p[g].
+// `step_backward` reads from d the cotangent of the state after the step. It stores the gradients dx[g] of x[g] and
+// dp[g] of p[g]. It leaves in d the cotangent of the state before the step, without the part that comes through the recurrent
+// product; the kernel adds that part.
 
 #define TANH 0
 #define RELU 1
@@ -18,18 +20,18 @@ XP_DEV float sigmoid(float a) { return 1.f / (1.f + expf(-a)); }
 
 #if CELL == TANH || CELL == RELU
 #define G 1      // gates
-#define SAVED 0  // the adjoint needs the output only
+#define SAVED 0  // backward needs only the output
 
 XP_DEV State step(const float (&x)[G], const float (&p)[G], State, float, float*) {
   const float a = x[0] + p[0];
 #if CELL == TANH
   return {tanhf(a), 0.f};
 #else
-  return {a <= 0.f ? 0.f : a, 0.f};  // a NaN stays one
+  return {a <= 0.f ? 0.f : a, 0.f};  // written so that NaN propagates
 #endif
 }
 
-XP_DEV void back(State& d, const float*, State, State after, float (&dx)[G], float (&dp)[G]) {
+XP_DEV void step_backward(State& d, const float*, State, State after, float (&dx)[G], float (&dp)[G]) {
 #if CELL == TANH
   dp[0] = dx[0] = d.h * (1.f - after.h * after.h);
 #else
@@ -40,7 +42,7 @@ XP_DEV void back(State& d, const float*, State, State after, float (&dx)[G], flo
 
 #elif CELL == GRU
 #define G 3
-#define SAVED 4  // r, z, n, and the product that r multiplies
+#define SAVED 4  // r, z, n, and the product that the reset gate r multiplies
 
 XP_DEV State step(const float (&x)[G], const float (&p)[G], State before, float bn, float* s) {
   const float r = sigmoid(x[0] + p[0]), z = sigmoid(x[1] + p[1]), hn = p[2] + bn;
@@ -49,7 +51,7 @@ XP_DEV State step(const float (&x)[G], const float (&p)[G], State before, float 
   return {n + z * (before.h - n), 0.f};
 }
 
-XP_DEV void back(State& d, const float* s, State before, State, float (&dx)[G], float (&dp)[G]) {
+XP_DEV void step_backward(State& d, const float* s, State before, State, float (&dx)[G], float (&dp)[G]) {
   const float r = s[0], z = s[1], n = s[2], hn = s[3];
   const float dan = d.h * ((1.f - z) * (1.f - n * n));
   const float daz = d.h * ((before.h - n) * (z * (1.f - z)));
@@ -70,7 +72,7 @@ XP_DEV State step(const float (&x)[G], const float (&p)[G], State before, float,
   return {o * tanhf(c), c};
 }
 
-XP_DEV void back(State& d, const float* s, State before, State after, float (&dx)[G], float (&dp)[G]) {
+XP_DEV void step_backward(State& d, const float* s, State before, State after, float (&dx)[G], float (&dp)[G]) {
   const float i = s[0], f = s[1], g = s[2], o = s[3], tc = tanhf(after.c);
   dx[3] = d.h * (tc * (o * (1.f - o)));
   const float dc = d.c + d.h * (o * (1.f - tc * tc));
