@@ -1,5 +1,5 @@
 // Persistent kernels: one launch computes a whole sequence. The recurrent weight stays in registers and shared memory;
-// only states move between blocks.
+// only states (in backward, gate cotangents) move between blocks.
 //
 // Batch rows are independent of each other. Each cluster of CL blocks therefore computes B rows for all T steps, and
 // clusters never communicate. Inside a cluster the HP hidden units (H of them used, the rest padding) are split over
@@ -30,11 +30,11 @@
 // to the other half. With Q = B RT items, lane l ends with item l / (32 / Q) = row * RT + unit. The first lane of each
 // group stores the item.
 //
-// The exchange has two buffers and two barriers. Exchange e fills buffer e & 1 of every block with exactly 4 B K bytes.
-// Its barrier completes when all of these bytes have arrived; thread 0 announces the byte count. A block writes
-// exchange e into a peer's buffer only after it has received all of exchange e - 1. The peer's warps sent exchange e - 1 after
-// they had read exchange e - 2, the previous content of that buffer. The loop therefore needs no other synchronization.
-// A cluster of one block uses its shared memory and a block barrier.
+// The exchange has two buffers and two barriers. Exchange e fills buffer e & 1 of every block with exactly 4 B K
+// bytes. Its barrier completes when all of these bytes have arrived; thread 0 announces the byte count. A block
+// writes exchange e into a peer's buffer only after it has received all of exchange e - 1. The peer's warps sent
+// exchange e - 1 after they had read exchange e - 2, the previous content of that buffer. The loop therefore needs
+// no other synchronization. A cluster of one block uses its shared memory and a block barrier.
 //
 // Macros to define: CELL, HP, CL, NT (threads per block), B, KF and KB (chunks in registers, forward and backward).
 // Arrays are C-contiguous: x (T,M,G,H), saved (T,M,SAVED,H), states h and c (T+1,M,H), active (T,M) bytes or null for

@@ -6,8 +6,8 @@
 //   before, after   the state (h, c) before and after the step
 //
 // `step_backward` reads from d the cotangent of the state after the step. It stores the gradients dx[g] of x[g] and
-// dp[g] of p[g]. It leaves in d the cotangent of the state before the step, without the part that comes through the recurrent
-// product; the kernel adds that part.
+// dp[g] of p[g]. It leaves in d the cotangent of the state before the step, without the part that comes through the
+// recurrent product; the kernel adds that part.
 
 #define TANH 0
 #define RELU 1
