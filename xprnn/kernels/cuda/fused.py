@@ -27,7 +27,7 @@ from xprnn.kernels.cuda.pointwise import PointwiseKernels
 from xprnn.kernels.cuda.segment_sum import segment_sum
 from xprnn.kernels.tape import State, StepMask, Tape
 
-__all__ = ["NAME", "forward", "input_gradients", "project_inputs"]
+__all__ = ["NAME", "forward", "input_gradients", "project_inputs", "recurrent_gradients"]
 
 NAME = "CUDA fused steps"
 
@@ -118,18 +118,19 @@ def _allocate(
         for buffer in kernels.saved_buffers
         if buffer[0] == "V" and record_tape
     }
-    if (
-        width == hidden
-        and set(kernels.saved_buffers) <= {"M0"}
-        and not kernels.separate_recurrent
-        and len(after[0]) == num_steps
-    ):
-        gates = after[0]  # an Elman layer overwrites its input projection with its states
-    else:
-        block = max(1, _BLOCK_BYTES // (n * width * dtype.itemsize))
-        gates = empty((num_steps if record_tape else min(num_steps, block), n, width), dtype)
+    gates = _allocate_gates(kernels, after[0], (num_steps, n, width), record_tape)
     active, reset = (None if a is None else contiguous(a) for a in (step_mask.active, step_mask.reset))
     return _FusedSavedArrays(kernels, contiguous(x), active, reset, gates, extra_values, tuple(before), tuple(after))
+
+
+def _allocate_gates(kernels: PointwiseKernels, h_after: Array, shape: tuple[int, int, int], record_tape: bool) -> Array:
+    """Allocate the input projection of `shape` (T, N, W), or without a tape one block of its steps."""
+    num_steps, n, width = shape
+    only_h_saved = set(kernels.saved_buffers) <= {"M0"} and not kernels.separate_recurrent
+    if width == h_after.shape[2] and only_h_saved and len(h_after) == num_steps:
+        return h_after  # an Elman layer overwrites its input projection with its states
+    block = max(1, _BLOCK_BYTES // (n * width * h_after.dtype.itemsize))
+    return empty((num_steps if record_tape else min(num_steps, block), n, width), h_after.dtype)
 
 
 def _forward_time_loop(
@@ -224,11 +225,7 @@ def backward(
             ]
             dstate_out = [xp.where(is_reset, xp.zeros_like(d), d) for d in dstate_out]
         dx, grads = input_gradients(gemm, tape, saved.x, dxg)
-        du = grads["weight_hh"] = empty(weight.shape, dtype)
-        gemm.matmul_lhs_transposed(du, flatten_leading(xp, dhg), flatten_leading(xp, saved.states_before[0]))
-        if "bias_ih" in params:
-            grads["bias_ih"] = flatten_leading(xp, dxg).sum(axis=0)
-            grads["bias_hh"] = copy(grads["bias_ih"]) if dhg is dxg else flatten_leading(xp, dhg).sum(axis=0)
+        grads |= recurrent_gradients(gemm, tape, saved.states_before[0], dxg, dhg)
         grads |= {name: v.sum(axis=0) for name, v in zip(tape.cell.vectors, vectors, strict=True)}
     return dx, tuple(dstate_out), dreset_state, {name: grads[name] for name in params}
 
@@ -258,6 +255,17 @@ def _backward_time_loop(
     for t in range(num_steps) if tape.reverse else range(num_steps - 1, -1, -1):
         launch(t)
         multiply(d_address, dgates_address + t * step, u_address)
+
+
+def recurrent_gradients(gemm: CublasGemm, tape: Tape, h_before: Array, dxg: Array, dhg: Array) -> Params:
+    """Return the gradients of weight_hh and of the biases; h_before (T, N, H) is h before each step."""
+    xp, weight = tape.xp, tape.params["weight_hh"]
+    grads = {"weight_hh": empty(weight.shape, weight.dtype)}
+    gemm.matmul_lhs_transposed(grads["weight_hh"], flatten_leading(xp, dhg), flatten_leading(xp, h_before))
+    if "bias_ih" in tape.params:
+        grads["bias_ih"] = flatten_leading(xp, dxg).sum(axis=0)
+        grads["bias_hh"] = copy(grads["bias_ih"]) if dhg is dxg else flatten_leading(xp, dhg).sum(axis=0)
+    return grads
 
 
 def input_gradients(gemm: CublasGemm, tape: Tape, x: Array, dxg: Array) -> tuple[Array | None, Params]:

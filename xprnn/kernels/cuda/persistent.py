@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from xprnn import cells
-from xprnn.arrays.linear import flatten_leading
 from xprnn.arrays.namespace import Array, Namespace, Params, device_of
 from xprnn.cells.cell import Cell
 from xprnn.kernels.cuda.cluster_config import GATE_COUNTS, ClusterConfig, choose_config
 from xprnn.kernels.cuda.device import contiguous, copy, cublas_gemm, empty, zeros
-from xprnn.kernels.cuda.fused import input_gradients, project_inputs
+from xprnn.kernels.cuda.fused import input_gradients, project_inputs, recurrent_gradients
 from xprnn.kernels.tape import State, StepMask, Tape
 
 __all__ = ["KERNEL_NAMES", "NAME", "find_config", "forward", "kernel_source", "launch", "launch_error"]
@@ -209,13 +208,7 @@ def _backward(
             (*pointers, num_steps, n, hidden, int(tape.reverse)),
         )
         dx, grads = input_gradients(gemm, tape, saved.x, dxg)
-        du = grads["weight_hh"] = empty(weight.shape, dtype)
-        gemm.matmul_lhs_transposed(
-            du, flatten_leading(xp, dhg), flatten_leading(xp, saved.h[1:] if tape.reverse else saved.h[:-1])
-        )
-        if "bias_ih" in params:
-            grads["bias_ih"] = flatten_leading(xp, dxg).sum(axis=0)
-            grads["bias_hh"] = copy(grads["bias_ih"]) if dhg is dxg else flatten_leading(xp, dhg).sum(axis=0)
+        grads |= recurrent_gradients(gemm, tape, saved.h[1:] if tape.reverse else saved.h[:-1], dxg, dhg)
     return dx, tuple(dstate_out), [None] * len(dstate_out), {name: grads[name] for name in params}
 
 
