@@ -1,83 +1,46 @@
-"""The CUDA kernels behind CuPy arrays mean what the generic scan means, and their time loops hold nothing but launches.
+"""The fused CUDA kernels equal the generic scan, and their time loops contain only launches.
 
 pytest --backend cupy tests/kernels/cuda/test_fused.py              on a GPU
-pytest --backend cupy:standin tests/kernels/cuda/test_fused.py      anywhere: standin.py takes CuPy's place, g++ that of NVRTC
+pytest --backend cupy:standin tests/kernels/cuda/test_fused.py      on a CPU: a fake CuPy, and g++ instead of NVRTC
 """
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.backends import Backend
+from support.cuda.layer_runs import forward_backward, only_cupy, only_fake_cupy, output_cotangents
 from support.kernel_cases import PATTERNS, every_other
 from support.layer_cases import CASES, MAIN_CASES, inputs_on, random_cotangents, random_inputs
 
 import xprnn
 from xprnn.kernels.config import reference_only
 
-pytestmark = pytest.mark.needs("cupy")
-# A projected h and early gates have no printed kernel.
+pytestmark = [pytest.mark.needs("cupy"), only_cupy, pytest.mark.usefixtures("fused_kernels")]
+# A projected h, and gates before the recurrent product, have no generated kernel.
 FUSED = [name for name in CASES if name != "lstm-proj" and not name.startswith("gru-before")]
-
-
-@pytest.fixture(autouse=True)
-def on_cupy(xp):
-    if xp.library != "cupy":
-        pytest.skip("about CuPy's kernels")
-    from xprnn.kernels.cuda import no_persistent
-
-    with no_persistent():
-        yield
-    if xp is Backend.CUPY_FAKE:
-        from support.cuda import fake_cupy as standin
-
-        standin.DEVICE_MEMORY.check_guards()
-
-
-@pytest.fixture
-def log(xp):
-    """What the stand-in has seen since."""
-    if xp is not Backend.CUPY_FAKE:
-        pytest.skip("only the stand-in counts")
-    from support.cuda import fake_cupy as standin
-
-    standin.EVENT_LOG.clear()
-    return standin.EVENT_LOG
-
-
-def results(xp, layer, p, dtype, dy, dfinal):
-    """Everything a pass gives, and its tape."""
-    params, x, state, flags = inputs_on(xp, p, dtype)
-    y, final, tape = layer.forward(params, x, state, **flags)
-    put = lambda tree: tuple(map(put, tree)) if isinstance(tree, tuple) else xp.asarray(tree, dtype)  # noqa: E731
-    return (y, final, tape.states(), *layer.backward(tape, put(dy), put(dfinal))), tape
-
-
-def drawn(rng, layer, p):
-    """Cotangents of y and of the final state."""
-    shape = (*p.x.shape[:2], layer.output_size)
-    return rng.normal(size=shape), random_cotangents(rng, p.state)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("name", FUSED)
-def test_fused_steps_equal_generic(xp, rng, dtype, name, pattern):
+def test_fused_steps_equal_generic_scan(xp, rng, dtype, name, pattern):
     layer = CASES[name].make(3, 4, 2, bidirectional=True)
     p = random_inputs(rng, layer, T=6, N=4)._replace(flags={k: np.asarray(v) for k, v in PATTERNS[pattern].items()})
-    dy, dfinal = drawn(rng, layer, p)
-    fast, tape = results(xp, layer, p, dtype, dy, dfinal)
+    dy, dfinal = output_cotangents(rng, layer, p)
+    fast, tape = forward_backward(xp, layer, p, dtype, dy, dfinal)
     with reference_only():
-        slow, generic = results(xp, layer, p, dtype, dy, dfinal)
+        slow, generic = forward_backward(xp, layer, p, dtype, dy, dfinal)
     assert tape.explain().count("CUDA fused steps") == 2 * layer.num_layers
     assert generic.explain().count("reference scan") == 2 * layer.num_layers
     xp.assert_close(fast, slow, condition=200)
     xp.assert_like(fast, xp.asarray(np.zeros(1), dtype))
     params, x, state, flags = inputs_on(xp, p, dtype)
-    xp.assert_close(layer(params, x, state, **flags), fast[:2], condition=0)  # no tape, the same bits
+    xp.assert_close(
+        layer(params, x, state, **flags), fast[:2], condition=0
+    )  # the pass without a tape gives the same bits
 
 
 @pytest.mark.parametrize("name", MAIN_CASES)
-def test_class_numbers_and_inner_cotangents(xp, rng, dtype, name):
+def test_class_number_input_and_state_cotangents_equal_generic_scan(xp, rng, dtype, name):
     layer = CASES[name].make(5, 4, bidirectional=True)
     p = random_inputs(rng, layer, T=6, N=4, flags="lr")
     params, _, state, flags = inputs_on(xp, p, dtype)
@@ -85,8 +48,8 @@ def test_class_numbers_and_inner_cotangents(xp, rng, dtype, name):
 
     def run():
         y, _, tape = layer.forward(params, x, state, **flags)
-        inner = [tuple(xp.asarray(d, dtype) for d in s) for s in injected] if injected else None
-        return y, tape, layer.backward(tape, None, dstates=inner)
+        state_cotangents = [tuple(xp.asarray(d, dtype) for d in s) for s in injected] if injected else None
+        return y, tape, layer.backward(tape, None, dstates=state_cotangents)
 
     injected = None
     injected = [random_cotangents(rng, s) for s in run()[1].states()]
@@ -98,7 +61,7 @@ def test_class_numbers_and_inner_cotangents(xp, rng, dtype, name):
 
 
 @pytest.mark.parametrize("persistent", [False, True])
-def test_one_bias_as_the_article_has_it(xp, rng, dtype, persistent):
+def test_article_rnn_with_one_bias_equals_generic_scan(xp, rng, dtype, persistent):
     from xprnn.kernels import cuda
 
     cuda._no_persistent.set(not persistent)
@@ -117,8 +80,8 @@ def test_one_bias_as_the_article_has_it(xp, rng, dtype, persistent):
 
 
 @pytest.mark.parametrize("name", ["rnn", "lstm", "gru"])
-def test_segments_with_a_home_of_their_own(xp, rng, name):
-    """With checkpoints a reset leads to another state than the segment's first: the two adjoints part."""
+def test_checkpointed_segments_with_resets_equal_generic_scan(xp, rng, name):
+    """With checkpoints, the reset state differs from the first state of a segment, and so do their cotangents."""
     layer = CASES[name].make(3, 4, 2, bidirectional=True)
     p = random_inputs(rng, layer, T=6, N=4, flags="r")
     p.flags["reset"][::2] |= np.asarray([True, False, True, False])
@@ -128,14 +91,14 @@ def test_segments_with_a_home_of_their_own(xp, rng, name):
         y, final, tape = layer.forward(params, x, state, **flags, checkpoint=2)
         return y, final, *layer.backward(tape, dy)
 
-    dy = xp.asarray(drawn(rng, layer, p)[0])
+    dy = xp.asarray(output_cotangents(rng, layer, p)[0])
     fast = run()
     with reference_only():
         xp.assert_close(fast, run(), condition=200)
 
 
 @pytest.mark.parametrize(("m", "k", "v"), [(1, 1, 1), (7, 3, 5), (300, 5, 2), (40, 2, 90)])
-def test_rows_summed_by_class(xp, rng, dtype, m, k, v):
+def test_segment_sum_equals_numpy_add_at(xp, rng, dtype, m, k, v):
     from xprnn.kernels.cuda.segment_sum import segment_sum
 
     ids, rows = rng.integers(0, v, size=m).astype(np.uint8), rng.normal(size=(m, k)).astype(dtype)
@@ -146,17 +109,17 @@ def test_rows_summed_by_class(xp, rng, dtype, m, k, v):
 
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("name", ["rnn", "lstm", "gru", "leaky"])
-def test_blocks_of_steps_and_of_rows_are_the_whole(xp, rng, monkeypatch, name, keep):
+def test_results_do_not_depend_on_block_sizes(xp, rng, monkeypatch, name, keep):
     from xprnn.kernels.cuda import device, fused
 
     layer = CASES[name].make(3, 4, 2, bidirectional=True)
     p = random_inputs(rng, layer, T=6, N=4, flags="lmr")
-    dy, dfinal = drawn(rng, layer, p)
+    dy, dfinal = output_cotangents(rng, layer, p)
     params, x, state, flags = inputs_on(xp, p, "float64")
 
     def run():
         if keep:
-            return results(xp, layer, p, "float64", dy, dfinal)[0]
+            return forward_backward(xp, layer, p, "float64", dy, dfinal)[0]
         return layer(params, x, state, **flags), layer(params, x, state)
 
     want = run()
@@ -166,18 +129,18 @@ def test_blocks_of_steps_and_of_rows_are_the_whole(xp, rng, monkeypatch, name, k
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_any_memory_layout(xp, rng, name):
-    """Fortran-ordered and strided arguments: the same numbers, and none of them is written to."""
+def test_fortran_and_strided_inputs_give_equal_results(xp, rng, name):
+    """The inputs themselves stay unchanged."""
     layer = CASES[name].make(3, 4, 2, bidirectional=True)
     p = random_inputs(rng, layer, T=5, N=4, flags="lr")
-    dy, dfinal = drawn(rng, layer, p)
-    want = results(xp, layer, p, "float64", dy, dfinal)[0]
+    dy, dfinal = output_cotangents(rng, layer, p)
+    want = forward_backward(xp, layer, p, "float64", dy, dfinal)[0]
 
-    def turned(tree):
+    def fortran_order(tree):
         if isinstance(tree, dict):
-            return {k: turned(v) for k, v in tree.items()}
+            return {k: fortran_order(v) for k, v in tree.items()}
         if isinstance(tree, tuple):
-            return tuple(map(turned, tree))
+            return tuple(map(fortran_order, tree))
         axes = tuple(reversed(range(tree.ndim)))
         return xp.xp.permute_dims(xp.asarray(np.ascontiguousarray(np.transpose(tree, axes))), axes)
 
@@ -189,105 +152,119 @@ def test_any_memory_layout(xp, rng, name):
         return xp.asarray(np.ascontiguousarray(every_other(tree).base))[..., ::2]
 
     flags = {k: xp.asarray(v) for k, v in p.flags.items()}
-    for twist in (turned, strided):
-        params, x, state = twist(p.params), twist(p.x), twist(p.state)
+    for layout in (fortran_order, strided):
+        params, x, state = layout(p.params), layout(p.x), layout(p.state)
         y, final, tape = layer.forward(params, x, state, **flags)
-        got = layer.backward(tape, twist(dy), twist(dfinal))
+        got = layer.backward(tape, layout(dy), layout(dfinal))
         xp.assert_close((y, final, tape.states(), *got), want, condition=64)
         xp.assert_close((params, x, state), (p.params, p.x, p.state), condition=0)
 
 
 @pytest.mark.parametrize("name", MAIN_CASES)
-def test_what_comes_out_is_not_what_the_tape_holds(xp, rng, name):
+def test_overwriting_results_does_not_change_the_tape(xp, rng, name):
     layer = CASES[name].make(3, 4)
     p = random_inputs(rng, layer)
     params, x, state, _ = inputs_on(xp, p, "float64")
     y, final, tape = layer.forward(params, x, state)
     dy = xp.asarray(rng.normal(size=tuple(y.shape)))
     want = layer.backward(tape, dy)
-    kept = xp.to_numpy(want.dparams)
+    dparams = xp.to_numpy(want.dparams)
     arrays = [y, *tape.states()[0], want.dx, *want.dparams.values()]
     for array in [*arrays, *(final if isinstance(final, tuple) else [final])]:
         array[...] = 7.0
-    xp.assert_close(layer.backward(tape, dy).dparams, kept, condition=0)
+    xp.assert_close(layer.backward(tape, dy).dparams, dparams, condition=0)
 
 
+@only_fake_cupy
 @pytest.mark.parametrize("flags", ["", "l", "lmr"])
 @pytest.mark.parametrize("name", FUSED)
-def test_the_time_loops_hold_two_launches_a_step_and_nothing_else(xp, rng, log, name, flags):
+def test_time_loops_have_two_launches_per_step_and_nothing_else(xp, rng, event_log, name, flags):
     layer = CASES[name].make(3, 4)
     p = random_inputs(rng, layer, T=9, N=4, flags=flags)
     params, x, state, given_flags = inputs_on(xp, p, "float32")
-    log.clear()
+    event_log.clear()
     y, _, tape = layer.forward(params, x, state, **given_flags)
-    check_loop(log, "forward_step", ["gemm", "launch"])
+    check_loop(event_log, "forward_step", ["gemm", "launch"])
     layer(params, x, state, **given_flags)
-    assert not [event for event in log if event[0] == "sync"]
-    log.clear()
+    assert not [event for event in event_log if event[0] == "sync"]
+    event_log.clear()
     layer.backward(tape, y)
-    check_loop(log, "backward_step", ["launch", "gemm"])
-    assert not [event for event in log if event[0] == "sync"]
+    check_loop(event_log, "backward_step", ["launch", "gemm"])
+    assert not [event for event in event_log if event[0] == "sync"]
 
 
-def check_loop(log, name, step):
-    """Nine steps, each these two events."""
-    at = [i for i, event in enumerate(log) if event == ("launch", name)]
+def check_loop(event_log, name, step):
+    """Assert that the log has nine consecutive steps, each with the two events `step`."""
+    at = [i for i, event in enumerate(event_log) if event == ("launch", name)]
     start = at[0] - step.index("launch")
     assert len(at) == 9
-    assert [kind for kind, _ in log[start : at[-1] + 1 + (step[0] == "launch")]] == 9 * step
+    assert [kind for kind, _ in event_log[start : at[-1] + 1 + (step[0] == "launch")]] == 9 * step
 
 
+@only_fake_cupy
 @pytest.mark.parametrize("name", ["rnn", "lstm", "gru"])
-def test_memory_does_not_grow_beyond_what_is_kept(xp, rng, log, name):
+def test_memory_per_step_is_that_of_the_saved_arrays(xp, rng, event_log, name):
     layer = CASES[name].make(2, 16)
     params = {k: xp.asarray(0.1 * rng.normal(size=s), "float64") for k, s in layer.shapes().items()}
     sizes = []
     for T in (20, 40):
         x = xp.asarray(rng.normal(size=(T, 8, 2)))
-        log.clear()
+        event_log.clear()
         layer(params, x)
-        inference = sum(size for kind, size in log if kind == "alloc")
-        log.clear()
+        inference = sum(size for kind, size in event_log if kind == "alloc")
+        event_log.clear()
         layer.forward(params, x)
-        sizes.append((inference, sum(size for kind, size in log if kind == "alloc")))
+        sizes.append((inference, sum(size for kind, size in event_log if kind == "alloc")))
     step = 20 * 8 * 16 * 8
     gates = (
         layer.resolved_cell.gates if name != "rnn" else 0
-    )  # an Elman layer's projection lies where its states will be
+    )  # an Elman layer overwrites its projection with its states
     assert sizes[1][0] - sizes[0][0] == step * (1 + gates)
-    extra = {"rnn": 0, "lstm": 1, "gru": 1}[name]  # tanh(c') and c, with g in place of a gate; h_n of the GRU
+    extra = {"rnn": 0, "lstm": 1, "gru": 1}[
+        name
+    ]  # saved beside the gates: tanh(c') of the LSTM, the recurrent term of n of the GRU
     assert sizes[1][1] - sizes[0][1] == step * (2 + gates + extra + (name == "lstm"))
 
 
-@pytest.mark.usefixtures("log")
+@only_fake_cupy
 @pytest.mark.parametrize("kernel", ["forward_step", "backward_step"])
 @pytest.mark.parametrize("name", MAIN_CASES)
-def test_a_step_beyond_two_billion_numbers(rng, name, kernel):
-    """Late in a sequence too long to be kept here: addresses of its step alone, which no 32-bit index would find."""
-    from support.cuda import fake_cupy_cuda as standin_cuda
+def test_element_offsets_beyond_32_bits(rng, name, kernel):
+    """Run a late step of a sequence too long to allocate: only the memory of this step exists, at shifted addresses."""
+    from support.cuda import fake_cupy_cuda
 
     from xprnn.kernels.cuda.pointwise import pointwise_kernels
 
     cell, n, hidden = CASES[name].make(3, 4).resolved_cell, 3, 5
-    made, width, late = pointwise_kernels(cell, 32), cell.gates * hidden, (1 << 31) // (n * hidden) + 7
-    names = made.forward_fields if kernel == "forward_step" else made.backward_fields
+    kernels, width, late_step = pointwise_kernels(cell, 32), cell.gates * hidden, (1 << 31) // (n * hidden) + 7
+    names = kernels.forward_fields if kernel == "forward_step" else kernels.backward_fields
     start = {field: rng.normal(size=(n, width)).astype(np.float32) for field in names}
     stepped = {field: n * hidden for field in names if field[0] in "YOISMV"}
     stepped |= {
         field: n * width for field in names if field in ("X", "G") or (field == "Y" and kernel != "forward_step")
     }
-    sizes = {"T": late + 1, "N": n, "H": hidden, "W": width, "reverse": 0, "save": 1, "first": 0, "active": 0, "reset": 0}
+    sizes = {
+        "T": late_step + 1,
+        "N": n,
+        "H": hidden,
+        "W": width,
+        "reverse": 0,
+        "save": 1,
+        "first": 0,
+        "active": 0,
+        "reset": 0,
+    }
     sizes |= {f"{c}{k}": n * hidden for c in "sm" for k in range(len(cell.states))}
 
     def after(t):
         memory = {field: a.copy() for field, a in start.items()}
         values = sizes | {"t": t}
         numbers = [values.get(f, memory[f].ctypes.data - 4 * t * stepped.get(f, 0)) for f in names]
-        getattr(standin_cuda.compile_for_host(made.source), f"run_{kernel}")(
+        getattr(fake_cupy_cuda.compile_for_host(kernels.source), f"run_{kernel}")(
             np.asarray(numbers, np.int64).tobytes(), 1, 128, 0
         )
         return memory
 
-    first, last = after(0), after(late)
+    first, last = after(0), after(late_step)
     assert any(not np.array_equal(first[field], start[field]) for field in names)
     assert all(np.array_equal(first[field], last[field]) for field in names)

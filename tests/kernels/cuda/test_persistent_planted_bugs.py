@@ -1,18 +1,18 @@
-"""Bugs planted in the persistent kernels: the host machine, or the comparison, catches each of them."""
+"""Bugs planted in the persistent kernels are detected by the emulator or by the comparison with the generic scan."""
 
 from __future__ import annotations
 
 import pytest
-from support.cuda import persistent_emulator as host
+from support.cuda import persistent_emulator
 from support.cuda.persistent_cases import config_for, excessive_errors, kernel_results, random_inputs
 
 pytestmark = pytest.mark.needs("cupy")
 
-SEVERAL, ONE = ("tanh", 256, 2), ("tanh", 64, 2)  # blocks of the cluster
+SEVERAL, ONE = ("tanh", 256, 2), ("tanh", 64, 2)  # clusters of several blocks, of one block
 FORWARD_WAIT, BACKWARD_WAIT = "if (i > 0) exchange.wait(i - 1);", "    exchange.wait(i);\n"
 OPEN = "exchange.open(item.thread);\n  xp_cluster_sync();"
 
-# name: (configuration, what stands in the source, what takes its place)
+# name: (configuration, text in the source, its replacement)
 SYNCHRONISATION = {
     "forward does not wait": (SEVERAL, FORWARD_WAIT, ""),
     "backward does not wait": (SEVERAL, BACKWARD_WAIT, ""),
@@ -27,50 +27,50 @@ SYNCHRONISATION = {
         "product(out, u, exchange.at(i)",
         "product(out, u, exchange.at(i + 1)",
     ),
-    "one buffer for all": (SEVERAL, "buffer + (e & 1) * FLOATS", "buffer"),
-    "one block: one buffer for all": (ONE, "buffer + (e & 1) * FLOATS", "buffer"),
-    "one barrier for all": (SEVERAL, "bar + (e & 1)", "bar"),
-    "the barrier's parity stays": (SEVERAL, "e >> 1 & 1", "0"),
-    "the barrier's parity turns at every step": (SEVERAL, "e >> 1 & 1", "e & 1"),
+    "a single buffer": (SEVERAL, "buffer + (e & 1) * FLOATS", "buffer"),
+    "one block: a single buffer": (ONE, "buffer + (e & 1) * FLOATS", "buffer"),
+    "a single barrier": (SEVERAL, "bar + (e & 1)", "bar"),
+    "the barrier's parity never flips": (SEVERAL, "e >> 1 & 1", "0"),
+    "the barrier's parity flips at every step": (SEVERAL, "e >> 1 & 1", "e & 1"),
     "one block: no block barrier": (ONE, "else xp_block_sync();", "else;"),
-    "no barrier after opening": (SEVERAL, OPEN, "exchange.open(item.thread);"),
+    "no barrier after initialization": (SEVERAL, OPEN, "exchange.open(item.thread);"),
     "one block: no barrier after loading": (ONE, OPEN, "exchange.open(item.thread);"),
-    "a block barrier where a cluster's is needed": (SEVERAL, OPEN, "exchange.open(item.thread);\n  xp_block_sync();"),
+    "a block barrier instead of a cluster barrier": (SEVERAL, OPEN, "exchange.open(item.thread);\n  xp_block_sync();"),
     "a barrier is not initialised": (SEVERAL, ", xp_barrier_init(bar + 1)", ""),
     "too few bytes expected": (SEVERAL, "4 * FLOATS", "4 * FLOATS - 16"),
     "too many bytes expected": (SEVERAL, "4 * FLOATS", "4 * FLOATS + 16"),
-    "every warp expects": (SEVERAL, "thread == 0) xp_barrier_expect", "thread % 32 == 0) xp_barrier_expect"),
-    "nobody expects": (SEVERAL, "thread == 0) xp_barrier_expect", "thread < 0) xp_barrier_expect"),
-    "expected once too often": (SEVERAL, "if (i + 1 < T) exchange.expect", "exchange.expect"),
-    "a peer without units leaves": (SEVERAL, OPEN, "if (xp_rank() * UPB >= H) return;\n  " + OPEN),
-    "a peer leaves before the end": (
+    "every warp announces bytes": (SEVERAL, "thread == 0) xp_barrier_expect", "thread % 32 == 0) xp_barrier_expect"),
+    "no thread announces bytes": (SEVERAL, "thread == 0) xp_barrier_expect", "thread < 0) xp_barrier_expect"),
+    "announced once too often": (SEVERAL, "if (i + 1 < T) exchange.expect", "exchange.expect"),
+    "a block without units exits": (SEVERAL, OPEN, "if (xp_rank() * UPB >= H) return;\n  " + OPEN),
+    "a block exits before the last step": (
         SEVERAL,
         FORWARD_WAIT,
         "if (xp_rank() == 1 && i + 1 == T) return;\n" + FORWARD_WAIT,
     ),
-    "lanes without a unit leave": (SEVERAL, OPEN, "if (item.unit >= H) return;\n  " + OPEN),
-    "one peer gets nothing": (SEVERAL, "j % CL);", "j % CL / 2 * 2);"),
+    "lanes without a unit exit": (SEVERAL, OPEN, "if (item.unit >= H) return;\n  " + OPEN),
+    "one block receives nothing": (SEVERAL, "j % CL);", "j % CL / 2 * 2);"),
     "the last group of units is not sent": (SEVERAL, "j >= Q / 4 * CL", "j >= Q / 4 * CL - CL"),
 }
 ARITHMETIC = {
-    "backward ignores who is active": (SEVERAL, "if (!now.is_active)", "if (false)"),
-    "forward ignores who is active": (SEVERAL, "if (is_active) state = next;", "state = next;"),
+    "backward ignores the mask": (SEVERAL, "if (!now.is_active)", "if (false)"),
+    "forward ignores the mask": (SEVERAL, "if (is_active) state = next;", "state = next;"),
     "a row past the batch is stored": (SEVERAL, "valid = row < M && unit < H;", "valid = unit < H;"),
-    "the reverse direction stores a slot off": (SEVERAL, "after = (t + !reverse)", "after = (t + 1)"),
-    "a unit's weights stand in another row": (SEVERAL, "* H + unit) * H + k]", "* H + k) * H + unit]"),
-    "halves change places": (SEVERAL, "sent = upper ? v[j] : v[j + half]", "sent = upper ? v[j + half] : v[j]"),
-    "tanh: no slope": (SEVERAL, "d.h * (1.f - after.h * after.h)", "d.h"),
+    "the reverse direction stores at an index off by one": (SEVERAL, "after = (t + !reverse)", "after = (t + 1)"),
+    "the weight is transposed": (SEVERAL, "* H + unit) * H + k]", "* H + k) * H + unit]"),
+    "lane sum: swapped halves": (SEVERAL, "sent = upper ? v[j] : v[j + half]", "sent = upper ? v[j + half] : v[j]"),
+    "tanh: no derivative": (SEVERAL, "d.h * (1.f - after.h * after.h)", "d.h"),
     "gru: the state's direct path": (("gru", 128, 2), "d.h = d.h * z;", "d.h = 0.f;"),
     "gru: the reset gate's product": (("gru", 128, 2), "dp[2] = dan * r;", "dp[2] = dan;"),
-    "gru: the inner bias": (("gru", 128, 2), "hn = p[2] + bn", "hn = p[2]"),
+    "gru: the bias inside the reset gate's product": (("gru", 128, 2), "hn = p[2] + bn", "hn = p[2]"),
     "lstm: the cell's direct path": (("lstm", 128, 2), "d = {0.f, dc * f};", "d = {0.f, dc};"),
-    "lstm: the output's way to the cell": (("lstm", 128, 2), "d.c + d.h * (o * (1.f - tc * tc))", "d.c"),
-    "lstm: the cell after is the cell before": (("lstm", 128, 2), "ahead.after.c = ahead.before.c;", ";"),
+    "lstm: the path from output to cell state": (("lstm", 128, 2), "d.c + d.h * (o * (1.f - tc * tc))", "d.c"),
+    "lstm: the cell state after the step is not updated": (("lstm", 128, 2), "ahead.after.c = ahead.before.c;", ";"),
 }  # fmt: skip
 
 
-def caught(rng, config, mutate):
-    """How the first schedule that shows it does: a message, or the arrays that differ."""
+def detected(rng, config, mutate):
+    """Return the first detection over all schedules: the emulator's error, or the arrays that differ; else None."""
     p = random_inputs(
         rng,
         config.cell_name,
@@ -81,23 +81,25 @@ def caught(rng, config, mutate):
         reverse=True,
     )
     want = kernel_results(p)
-    for seed in range(host.SCHEDULE_COUNT):
+    for seed in range(persistent_emulator.SCHEDULE_COUNT):
         try:
-            far = excessive_errors(kernel_results(p, config, seed=seed, mutate=mutate, extra=("-w",)), want)
-        except host.EmulatorError as error:
+            errors = excessive_errors(
+                kernel_results(p, config, seed=seed, mutate=mutate, compile_options=("-w",)), want
+            )
+        except persistent_emulator.EmulatorError as error:
             return str(error)
-        if far:
-            return str(far)
+        if errors:
+            return str(errors)
     return None
 
 
 @pytest.mark.parametrize("bug", {**SYNCHRONISATION, **ARITHMETIC})
-def test_planted_bugs_are_caught(rng, bug):
+def test_planted_bugs_are_detected(rng, bug):
     where, old, new = {**SYNCHRONISATION, **ARITHMETIC}[bug]
-    assert old in host.kernel_source(), "the line to spoil is gone from the source"
-    assert caught(rng, config_for(*where), lambda text: text.replace(old, new)) is not None
+    assert old in persistent_emulator.kernel_source(), "the kernel source no longer contains this text"
+    assert detected(rng, config_for(*where), lambda text: text.replace(old, new)) is not None
 
 
-def test_the_kernels_themselves_pass(rng):
+def test_unchanged_kernels_pass(rng):
     for where in (SEVERAL, ONE, ("gru", 128, 2), ("lstm", 128, 2)):
-        assert caught(rng, config_for(*where), lambda text: text) is None
+        assert detected(rng, config_for(*where), lambda text: text) is None

@@ -1,4 +1,4 @@
-// What a printed kernel needs to be compiled by g++ and run on the host: the words of CUDA C++ it is written in.
+// The CUDA C++ names that generated kernels use, defined for g++, so that the kernels run on the host.
 #include <cmath>
 #include <cstring>
 #define __global__
@@ -8,13 +8,13 @@ static inline double __longlong_as_double(long long bits) {
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
-// All threads of a launch, one after the other: forwards, or backwards, which a kernel must not notice.
+// Run all threads of a launch one after the other, in ascending or descending order. Results must not depend on it.
 template <class Kernel, class Arguments>
-static void launch(Kernel kernel, const Arguments& a, unsigned grid, unsigned block, int backwards) {
+static void launch(Kernel kernel, const Arguments& a, unsigned grid, unsigned block, int descending) {
   blockDim.x = block;
-  const unsigned long long all = (unsigned long long)grid * block;
-  for (unsigned long long k = 0; k < all; ++k) {
-    const unsigned long long thread = backwards ? all - 1 - k : k;
+  const unsigned long long count = (unsigned long long)grid * block;
+  for (unsigned long long k = 0; k < count; ++k) {
+    const unsigned long long thread = descending ? count - 1 - k : k;
     blockIdx.x = thread / block, threadIdx.x = thread % block;
     kernel(a);
   }

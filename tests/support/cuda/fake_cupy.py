@@ -1,9 +1,9 @@
-"""A stand-in for the CuPy module on a machine without a GPU: its arrays are NumPy's inside, its rules are CuPy's.
+"""A fake of the CuPy module for machines without a GPU: NumPy arrays under the rules of CuPy.
 
-`install()` puts it into `sys.modules` as `cupy`. What CuPy refuses, it refuses: NumPy arrays among the operands,
-implicit conversions. What costs a GPU program dearly is written into `EVENT_LOG`: allocations, waits for the
-device, launches, products. Fresh memory is NaN, and is fenced with NaN on both sides; every address that reaches a
-kernel or a product must lie in memory that is alive and on the current device (standin_cuda.py).
+`install()` registers it in `sys.modules` as `cupy`. Like CuPy, it rejects NumPy arrays as operands and implicit
+conversions to the host. `EVENT_LOG` records what is expensive on a GPU: allocations, waits for the device, launches and
+matrix products. New memory is filled with NaN and has NaN guards on both sides. Every address that reaches a kernel or
+a matrix product must lie in a live array on the current device (fake_cupy_cuda.py checks this).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-# What NumPy has and CuPy 14.2 has not: names of the module and of `linalg`, keywords; and what its flags are.
+# Names and keywords of NumPy that CuPy 14.2 lacks, and the array flags that CuPy has.
 MISSING_NAMES = (
     "block bmat emath errstate frompyfunc geomspace insert matvec ndenumerate nditer spacing unstack vecdot vecmat"
 )
@@ -29,17 +29,18 @@ UNSUPPORTED_KEYWORDS, ARRAY_FLAGS = (
     ("c_contiguous", "f_contiguous", "owndata", "fnc", "forc"),
 )
 
-GUARD_ELEMENTS = 64  # elements on each side of an array
+GUARD_ELEMENTS = 64  # on each side of an array
 EVENT_LOG: list[tuple[str, Any]] = []  # ("alloc", bytes), ("sync", how), ("launch", kernel), ("gemm", (m, n, k)), ...
-FORBID_SYNC = [False]  # whether a wait for the device raises
-CURRENT_DEVICE = [0]  # the current device
+FORBID_SYNC = [False]  # if true, a wait for the device raises
+CURRENT_DEVICE = [0]
 
 
 class SyncError(AssertionError):
-    """A pass waited for the device."""
+    """A forward or backward pass waited for the device."""
 
 
 def record_sync(how: str) -> None:
+    """Log a wait for the device; raise if waits are forbidden."""
     EVENT_LOG.append(("sync", how))
     if FORBID_SYNC[0]:
         raise SyncError(f"{how} of an array inside a pass: on a GPU, a wait for the device")
@@ -47,6 +48,7 @@ def record_sync(how: str) -> None:
 
 @contextmanager
 def sync_forbidden(refuse: bool):
+    """Within this context a wait for the device raises if `refuse`."""
     before, FORBID_SYNC[0] = FORBID_SYNC[0], refuse
     try:
         yield
@@ -55,15 +57,15 @@ def sync_forbidden(refuse: bool):
 
 
 class DeviceMemory:
-    """Where live arrays lie, by address."""
+    """Addresses of the live arrays."""
 
     def __init__(self) -> None:
         self.block_starts: list[int] = []
         self.blocks: dict[int, tuple[int, int]] = {}  # start -> (end, device)
-        self.guarded_blocks: Any = weakref.WeakValueDictionary()  # start -> the array with its fences
+        self.guarded_blocks: Any = weakref.WeakValueDictionary()  # start -> the array with its guards
 
     def allocate(self, shape: Any, dtype: Any) -> np.ndarray:
-        """Fresh memory on the current device."""
+        """Allocate memory filled with NaN on the current device."""
         dtype = np.dtype(dtype)
         count = int(np.prod(shape, dtype=np.int64))
         whole = np.empty(count + 2 * GUARD_ELEMENTS, dtype)
@@ -82,7 +84,7 @@ class DeviceMemory:
         del self.blocks[start]
 
     def check_address(self, what: str, start: int, size: int = 1) -> None:
-        """Raise unless all of [start, start + size) is alive, in one array, on the current device."""
+        """Raise unless [start, start + size) lies in one live array on the current device."""
         place = bisect.bisect_right(self.block_starts, start) - 1
         if place < 0 or start + size > self.blocks[self.block_starts[place]][0]:
             raise AssertionError(f"{what}: address outside all live arrays")
@@ -91,17 +93,17 @@ class DeviceMemory:
             raise AssertionError(f"{what}: memory of device {device} while device {CURRENT_DEVICE[0]} is current")
 
     def check_guards(self) -> None:
-        """Raise if something wrote beyond the ends of a live array."""
+        """Raise if a write beyond the ends of a live array happened."""
         for whole in list(self.guarded_blocks.values()):
             for edge in (whole[:GUARD_ELEMENTS], whole[-GUARD_ELEMENTS:]):
-                assert (edge.view(np.uint8) == 0xFF).all(), "something wrote beyond the end of an array"
+                assert (edge.view(np.uint8) == 0xFF).all(), "a kernel wrote beyond the end of an array"
 
 
 DEVICE_MEMORY = DeviceMemory()
 
 
 class ndarray:  # noqa: N801 - CuPy's name
-    """A NumPy array under CuPy's rules."""
+    """A NumPy array under the rules of CuPy."""
 
     __array_priority__ = 100
 
@@ -124,8 +126,8 @@ class ndarray:  # noqa: N801 - CuPy's name
     data = property(lambda s: _Pointer(s._host.ctypes.data))
 
     def get(self) -> np.ndarray:
-        """A copy as NumPy's array."""
-        EVENT_LOG.append(("sync", "get()"))  # asked for in so many words: never refused
+        """Return a NumPy copy."""
+        EVENT_LOG.append(("sync", "get()"))  # explicit, so never forbidden
         return self._host.copy()
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
@@ -156,7 +158,7 @@ class ndarray:  # noqa: N801 - CuPy's name
         return float(self._host)
 
     def __repr__(self) -> str:
-        return f"standin{self._host!r}"
+        return f"fake_cupy.{self._host!r}"
 
 
 class _Pointer:
@@ -165,7 +167,7 @@ class _Pointer:
 
 
 def from_numpy(value: Any, device: int | None = None) -> Any:
-    """What NumPy returned, as this module's; own memory becomes an allocation."""
+    """Convert results of NumPy to this module's arrays; an array that owns its memory is copied to an allocation."""
     if isinstance(value, (tuple, list)):
         return (
             type(value)(*(from_numpy(v) for v in value))
@@ -184,7 +186,7 @@ def from_numpy(value: Any, device: int | None = None) -> Any:
 
 
 def numpy_operand(value: Any) -> Any:
-    """What NumPy is to work on; NumPy's own arrays are no operands here."""
+    """Return the NumPy array inside an operand; reject NumPy arrays as operands."""
     if isinstance(value, ndarray):
         if value._device != CURRENT_DEVICE[0]:
             raise AssertionError(f"array of device {value._device} while device {CURRENT_DEVICE[0]} is current")
@@ -199,7 +201,7 @@ def numpy_operand(value: Any) -> Any:
 
 
 def cupy_function(function: Any) -> Any:
-    """A NumPy function as this module's."""
+    """Wrap a NumPy function for this module's arrays."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if unknown := kwargs.keys() & UNSUPPORTED_KEYWORDS:
@@ -245,15 +247,15 @@ ndarray.__hash__ = None
 
 
 def array(obj: Any, dtype: Any = None, copy: bool = True, order: str = "K") -> ndarray:
-    """Host data go to the current device here, and only by asking."""
-    ours = isinstance(obj, ndarray)
-    if ours and not copy and order == "K" and dtype in (None, obj.dtype):
+    """`cupy.array`: copy host data to the current device, or copy an array."""
+    is_cupy = isinstance(obj, ndarray)
+    if is_cupy and not copy and order == "K" and dtype in (None, obj.dtype):
         return obj
-    made = np.asarray(numpy_operand(obj) if ours or isinstance(obj, list) else obj, dtype)
-    turned = order == "K" and made.flags.f_contiguous and not made.flags.c_contiguous
+    made = np.asarray(numpy_operand(obj) if is_cupy or isinstance(obj, list) else obj, dtype)
+    keep_fortran = order == "K" and made.flags.f_contiguous and not made.flags.c_contiguous
     fresh = (
         DEVICE_MEMORY.allocate(made.shape[::-1], made.dtype).T
-        if turned
+        if keep_fortran
         else DEVICE_MEMORY.allocate(made.shape, made.dtype)
     )
     fresh[...] = made
@@ -269,16 +271,29 @@ def ascontiguousarray(a: ndarray, dtype: Any = None) -> ndarray:
     return a if same else array(a, dtype, order="C")
 
 
-def install() -> ModuleType:
-    """Make it `cupy` in this process."""
-    from support.cuda import fake_cupy_cuda as standin_cuda
+def _make_submodule(name: str) -> ModuleType:
+    """Wrap the functions of `numpy.linalg` or `numpy.fft`."""
+    submodule = ModuleType(f"cupy.{name}")
+    for key in dir(getattr(np, name)):
+        value = getattr(getattr(np, name), key)
+        absent = key.startswith("_") or (name == "linalg" and key in MISSING_LINALG_NAMES.split())
+        if not absent and not isinstance(value, ModuleType):
+            plain = isinstance(value, type) or not hasattr(value, "__name__")
+            setattr(submodule, key, value if plain else cupy_function(value))
+    submodule.__all__ = [k for k in dir(submodule) if not k.startswith("_")]
+    return submodule
 
-    if (module := sys.modules.get("cupy")) is not None and getattr(module, "standin", False):
+
+def install() -> ModuleType:
+    """Register the fake as `cupy` in this process and return it."""
+    from support.cuda import fake_cupy_cuda
+
+    if (module := sys.modules.get("cupy")) is not None and getattr(module, "is_fake", False):
         return module
     module = ModuleType("cupy")
     module.__spec__ = ModuleSpec("cupy", None)
     module.__version__ = "14.2.0"
-    module.standin = True
+    module.is_fake = True
     for name in dir(np):
         value = getattr(np, name)
         if name.startswith("_") or isinstance(value, ModuleType) or name in MISSING_NAMES.split():
@@ -294,20 +309,13 @@ def install() -> ModuleType:
     module.asarray = lambda a, dtype=None, order=None, *, copy=None, blocking=False: array(a, dtype, copy=bool(copy))
     module.result_type = lambda *args: np.result_type(*(a.dtype if isinstance(a, ndarray) else a for a in args))
     module.ndarray = ndarray
-    module.cuda = standin_cuda.make_module()
+    module.cuda = fake_cupy_cuda.make_module()
     module.get_default_memory_pool = lambda: SimpleNamespace(free_all_blocks=lambda: None)
-    module.RawModule, module.RawKernel = standin_cuda.RawModule, standin_cuda.RawKernel
+    module.RawModule, module.RawKernel = fake_cupy_cuda.RawModule, fake_cupy_cuda.RawKernel
     for name in ("linalg", "fft"):
-        part = ModuleType(f"cupy.{name}")
-        for key in dir(getattr(np, name)):
-            value = getattr(getattr(np, name), key)
-            absent = key.startswith("_") or (name == "linalg" and key in MISSING_LINALG_NAMES.split())
-            if not absent and not isinstance(value, ModuleType):
-                plain = isinstance(value, type) or not hasattr(value, "__name__")
-                setattr(part, key, value if plain else cupy_function(value))
-        part.__all__ = [k for k in dir(part) if not k.startswith("_")]
-        setattr(module, name, part)
-        sys.modules[f"cupy.{name}"] = part
+        submodule = _make_submodule(name)
+        setattr(module, name, submodule)
+        sys.modules[f"cupy.{name}"] = submodule
     sys.modules["cupy"] = module
     sys.modules["cupy.cuda"] = sys.modules["cupy.cuda.device"] = module.cuda
     return module

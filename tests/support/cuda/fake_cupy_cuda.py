@@ -1,4 +1,4 @@
-"""`cupy.cuda` of the stand-in (standin.py): devices, cuBLAS, and raw kernels that g++ compiles for the host."""
+"""`cupy.cuda` of the fake CuPy (fake_cupy.py): devices, cuBLAS, and raw kernels that g++ compiles for the host."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
-from support.cuda import fake_cupy as standin
+from support.cuda import fake_cupy
 
 from xprnn.kernels.cuda import persistent
 
 HEADER = Path(__file__).with_name("fake_cuda.h")
 KERNEL_PATTERN = re.compile(r'extern "C" __global__ void (\w+)\(const (\w+) a\)')
 STRUCT_PATTERN = re.compile(r"struct (\w+) \{(.*?)\};", re.DOTALL)
-CAPABILITIES = {0: "90", 1: "80"}  # of the two devices
+CAPABILITIES = {0: "90", 1: "80"}  # compute capability of each fake device
 CUBLAS_STATE = {"math": 0, "pointers": 0}
-BUILD_FOLDER = tempfile.TemporaryDirectory(prefix="xprnn-standin")
+BUILD_FOLDER = tempfile.TemporaryDirectory(prefix="xprnn-fake-cuda")
 
 
 class Device:
-    """`cupy.cuda.Device`: a number, and a context in which it is the current one."""
+    """`cupy.cuda.Device`: a device number, and a context that makes it current."""
 
     def __init__(self, device: Any = None) -> None:
-        self.id = standin.CURRENT_DEVICE[0] if device is None else getattr(device, "id", device)
+        self.id = fake_cupy.CURRENT_DEVICE[0] if device is None else getattr(device, "id", device)
         self._previous: list[int] = []
 
     def __enter__(self) -> Self:
-        self._previous.append(standin.CURRENT_DEVICE[0])
-        standin.CURRENT_DEVICE[0] = self.id
+        self._previous.append(fake_cupy.CURRENT_DEVICE[0])
+        fake_cupy.CURRENT_DEVICE[0] = self.id
         return self
 
     def __exit__(self, *_: object) -> None:
-        standin.CURRENT_DEVICE[0] = self._previous.pop()
+        fake_cupy.CURRENT_DEVICE[0] = self._previous.pop()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Device) and other.id == self.id
 
-    __hash__ = None  # type: ignore[assignment]  # as CuPy's
+    __hash__ = None  # type: ignore[assignment]  # as in CuPy
 
     def __repr__(self) -> str:
         return f"<CUDA Device {self.id}>"
@@ -55,43 +55,44 @@ class Device:
 
 
 class Event:
-    """`cupy.cuda.Event`: everything is done at once here, so the host's clock tells the time."""
+    """`cupy.cuda.Event`. The fake runs everything synchronously, so the host clock measures the time."""
 
     def record(self) -> None:
-        """Now."""
+        """Record the current time."""
         self.time = time.perf_counter()
 
     def synchronize(self) -> None:
-        """Wait."""
-        standin.EVENT_LOG.append(("sync", "event"))
+        """Log a wait for the device."""
+        fake_cupy.EVENT_LOG.append(("sync", "event"))
 
 
-# --- cuBLAS: column-major, by address, as in cublasSgemm's manual
+# --- cuBLAS: column-major matrices by address, as the manual of cublasSgemm specifies
 
 
 def _matrix(at: int, rows: int, columns: int, ld: int, dtype: Any, what: str) -> np.ndarray:
+    """Return the host memory at an address as a column-major matrix, after checking all its arguments."""
     if not all(0 < k < 1 << 31 for k in (rows, columns, ld)):
         raise OverflowError(f"{what}: {rows}, {columns}, {ld} as C ints")
     if ld < rows:
         raise RuntimeError(f"CUBLAS_STATUS_INVALID_VALUE: {what}: leading dimension {ld} of {rows} rows")
     item = np.dtype(dtype).itemsize
     count = ld * (columns - 1) + rows
-    standin.DEVICE_MEMORY.check_address(what, at, count * item)
+    fake_cupy.DEVICE_MEMORY.check_address(what, at, count * item)
     flat = np.frombuffer((ctypes.c_char * (count * item)).from_address(at), dtype)
     return as_strided(flat, (rows, columns), (item, ld * item))
 
 
 def _tf32(a: np.ndarray) -> np.ndarray:
-    """Rounded to ten bits after the point."""
+    """Round to ten mantissa bits."""
     bits = a.astype(np.float32).view(np.uint32)
     return ((bits + 0x1000) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def _gemm(dtype: Any) -> Any:
     def gemm(handle, ta, tb, m, n, k, alpha, a_at, lda, b_at, ldb, beta, c_at, ldc):
-        assert handle == CUBLAS_HANDLE + standin.CURRENT_DEVICE[0], "a handle of another device"
-        assert CUBLAS_STATE["pointers"] == 0, "scalars are read from the host"
-        standin.EVENT_LOG.append(("gemm", (m, n, k)))
+        assert handle == CUBLAS_HANDLE + fake_cupy.CURRENT_DEVICE[0], "the handle belongs to another device"
+        assert CUBLAS_STATE["pointers"] == 0, "the pointer mode must be host"
+        fake_cupy.EVENT_LOG.append(("gemm", (m, n, k)))
         scale = [
             float(np.frombuffer((ctypes.c_char * np.dtype(dtype).itemsize).from_address(p), dtype)[0])
             for p in (alpha, beta)
@@ -103,7 +104,7 @@ def _gemm(dtype: Any) -> Any:
         if CUBLAS_STATE["math"] == 3 and dtype is np.float32:
             a, b = _tf32(np.ascontiguousarray(a)), _tf32(np.ascontiguousarray(b))
         product = scale[0] * np.matmul(a, b)
-        c[...] = product + scale[1] * c if scale[1] else product  # where beta is 0, C is not read
+        c[...] = product + scale[1] * c if scale[1] else product  # cuBLAS does not read C if beta is 0
 
     return gemm
 
@@ -123,10 +124,10 @@ def _state_setter(name: str) -> Any:
 
 @cache
 def compile_for_host(code: str) -> ctypes.CDLL:
-    """The kernels of a source, compiled for the host."""
+    """Compile the kernels of a CUDA source for the host."""
     calls = "".join(
-        f'extern "C" void run_{name}(const void* a, unsigned g, unsigned b, int backwards)'
-        f" {{ launch({name}, *(const {struct}*)a, g, b, backwards); }}\n"
+        f'extern "C" void run_{name}(const void* a, unsigned g, unsigned b, int descending)'
+        f" {{ launch({name}, *(const {struct}*)a, g, b, descending); }}\n"
         for name, struct in KERNEL_PATTERN.findall(code)
     )
     stem = Path(BUILD_FOLDER.name) / hashlib.sha256(code.encode()).hexdigest()[:16]
@@ -150,13 +151,13 @@ def compile_for_host(code: str) -> ctypes.CDLL:
 
 @cache
 def struct_fields(code: str, struct: str) -> tuple[tuple[str, bool], ...]:
-    """(name, whether a pointer) of each field, in order; all have 8 bytes."""
+    """Return (name, is_pointer) of each struct field in order; every field has 8 bytes."""
     body = dict(STRUCT_PATTERN.findall(code))[struct]
-    found = []
+    fields = []
     for line in filter(None, map(str.strip, body.split(";"))):
         names = line.removeprefix("const ").partition(" ")[2]
-        found += [(n.strip().lstrip("*"), "*" in n) for n in names.split(",")]
-    return tuple(found)
+        fields += [(n.strip().lstrip("*"), "*" in n) for n in names.split(",")]
+    return tuple(fields)
 
 
 class RawModule:
@@ -167,37 +168,37 @@ class RawModule:
         self.code, self.options = code, options
 
     def get_function(self, name: str) -> Any:
-        """The kernel of this name."""
+        """Return the kernel of this name."""
         if name in persistent.KERNEL_NAMES:
-            from support.cuda import persistent_emulator as persistent_host
+            from support.cuda import persistent_emulator
 
-            return persistent_host.EmulatedKernel(name, self.options)
+            return persistent_emulator.EmulatedKernel(name, self.options)
         return RawKernel(self.code, name)
 
 
 class RawKernel:
-    """`cupy.RawKernel`; its one argument is a structure passed by value."""
+    """`cupy.RawKernel` of a kernel with one struct argument, passed by value."""
 
     def __init__(self, code: str, name: str) -> None:
         self.name, self.code, self.launch_count = name, code, 0
         self.struct = dict(KERNEL_PATTERN.findall(code))[name]
 
     def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...]) -> None:
-        """Launch it."""
+        """Check the arguments and run the kernel."""
         assert type(grid) is type(block) is tuple
-        (whole,) = args
-        assert isinstance(whole, np.ndarray), "by value"
-        assert whole.size == 1, "You are trying to pass a numpy.ndarray as a kernel parameter"
+        (struct,) = args
+        assert isinstance(struct, np.ndarray), "the argument must be a NumPy array, passed by value"
+        assert struct.size == 1, "You are trying to pass a numpy.ndarray as a kernel parameter"
         assert 0 < grid[0] < 1 << 31 and 0 < block[0] <= 1024  # noqa: PT018
-        values = np.frombuffer(whole.tobytes(), np.int64)
+        values = np.frombuffer(struct.tobytes(), np.int64)
         names = struct_fields(self.code, self.struct)
         assert len(names) == len(values), f"{self.name}: {len(values)} numbers for {len(names)} fields"
         for (name, pointer), value in zip(names, values.tolist(), strict=True):
             if pointer and value:
-                standin.DEVICE_MEMORY.check_address(f"{self.name}: {name}", value)
-        standin.EVENT_LOG.append(("launch", self.name))
+                fake_cupy.DEVICE_MEMORY.check_address(f"{self.name}: {name}", value)
+        fake_cupy.EVENT_LOG.append(("launch", self.name))
         self.launch_count += 1
-        copy = whole.tobytes()  # as a launch does
+        copy = struct.tobytes()  # a launch copies its arguments
         getattr(compile_for_host(self.code), f"run_{self.name}")(copy, grid[0], block[0], self.launch_count % 2)
 
 
@@ -210,23 +211,23 @@ class CompileException(Exception):  # noqa: N818 - CuPy's name
 
 
 def make_module() -> ModuleType:
-    """`cupy.cuda`."""
-    made: Any = ModuleType("cupy.cuda")
-    made.Device = Device
-    made.is_available = lambda: True
-    made.Event = Event
-    made.get_elapsed_time = lambda start, stop: 1e3 * (stop.at - start.at)
-    made.get_current_stream = Event
-    made.runtime = SimpleNamespace(
-        getDeviceProperties=lambda device: {"name": b"stand-in"}, driverGetVersion=lambda: 13000
+    """Build the fake module `cupy.cuda`."""
+    module: Any = ModuleType("cupy.cuda")
+    module.Device = Device
+    module.is_available = lambda: True
+    module.Event = Event
+    module.get_elapsed_time = lambda start, stop: 1e3 * (stop.time - start.time)
+    module.get_current_stream = Event
+    module.runtime = SimpleNamespace(
+        getDeviceProperties=lambda device: {"name": b"fake CuPy"}, driverGetVersion=lambda: 13000
     )
-    made.get_cublas_handle = lambda: CUBLAS_HANDLE + standin.CURRENT_DEVICE[0]
-    made.driver = SimpleNamespace(
+    module.get_cublas_handle = lambda: CUBLAS_HANDLE + fake_cupy.CURRENT_DEVICE[0]
+    module.driver = SimpleNamespace(
         CUDADriverError=CUDADriverError,
         funcSetAttribute=lambda function, name, value: function.attributes.__setitem__(name, value),
     )
-    made.compiler = SimpleNamespace(CompileException=CompileException)
-    made.cublas = SimpleNamespace(
+    module.compiler = SimpleNamespace(CompileException=CompileException)
+    module.cublas = SimpleNamespace(
         sgemm=_gemm(np.float32),
         dgemm=_gemm(np.float64),
         getMathMode=lambda handle: CUBLAS_STATE["math"],
@@ -234,4 +235,4 @@ def make_module() -> ModuleType:
         getPointerMode=lambda handle: CUBLAS_STATE["pointers"],
         setPointerMode=_state_setter("pointers"),
     )
-    return made
+    return module

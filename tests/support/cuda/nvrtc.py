@@ -1,7 +1,7 @@
-"""NVRTC, NVIDIA's run-time compiler, by ctypes: it needs no GPU, and its report says what a kernel takes.
+"""NVRTC, NVIDIA's runtime compiler, called by ctypes: compiles kernels without a GPU and reports their resources.
 
-The library comes with the wheel nvidia-cuda-nvrtc (a dependency group of pyproject.toml). CuPy compiles kernels with
-the same library.
+The library comes with the wheel nvidia-cuda-nvrtc (dependency group `cuda` of pyproject.toml). CuPy compiles kernels
+with the same library.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# What CuPy adds to every compilation (cupy/cuda/compiler.py, 14.2).
+# CuPy 14.2 adds these options to every compilation (cupy/cuda/compiler.py).
 CUPY_OPTIONS = ("-ftz=true", "--std=c++17")
 _PTXAS_ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'.*?(?P<stack>\d+) bytes stack frame, "
@@ -24,15 +24,15 @@ _PTXAS_ENTRY = re.compile(
 
 
 class KernelResources(NamedTuple):
-    """What ptxas says of one kernel."""
+    """Resources of one kernel, as ptxas reports them."""
 
     registers: int
     stack_bytes: int
-    spilled_bytes: int  # bytes
+    spilled_bytes: int  # spill stores plus spill loads
 
 
 def missing_reason() -> str:
-    """Why NVRTC can't be used here, or ""."""
+    """Return the reason why NVRTC cannot be used, or ""."""
     return "" if _library_path() else "the wheel nvidia-cuda-nvrtc is not installed"
 
 
@@ -41,14 +41,14 @@ def _library_path() -> Path | None:
 
 
 def _wheel_files(pattern: str) -> list[Path]:
-    """Files in NVIDIA's wheels, those of the newest release first."""
+    """List files in NVIDIA's wheels, those of the newest release first."""
     try:
         spec = importlib.util.find_spec("nvidia")
     except ModuleNotFoundError:
         return []
     roots = spec.submodule_search_locations if spec else None
-    found = [p for root in roots or () for p in Path(root).glob(pattern)]
-    return sorted(found, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)], reverse=True)
+    paths = [p for root in roots or () for p in Path(root).glob(pattern)]
+    return sorted(paths, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)], reverse=True)
 
 
 @cache
@@ -61,22 +61,22 @@ def _library() -> Any:
 
 
 def compile_resources(code: str, arch: str, options: tuple[str, ...] = ()) -> dict[str, KernelResources]:
-    """The report on each kernel of a source, compiled to machine code for `arch`, "sm_90" or another.
+    """Compile a source to machine code for `arch`, such as "sm_90", and return the resources of each kernel.
 
     Raises:
-        AssertionError: it does not compile, or not without a warning; the compiler's words are in the message.
+        AssertionError: the compiler reports an error or a warning; the message contains its log.
     """
     return compile_cubin(code, arch, options)[0]
 
 
 def compile_cubin(code: str, arch: str, options: tuple[str, ...] = ()) -> tuple[dict[str, KernelResources], bytes]:
-    """As `compiled`, and the machine code."""
+    """Return the resources of each kernel and the machine code; see `compile_resources`."""
     lib, program = _library(), ctypes.c_void_p()
-    made = lib.nvrtcCreateProgram(ctypes.byref(program), code.encode(), b"kernel.cu", 0, None, None)
-    assert made == 0, "nvrtcCreateProgram"
-    given = [o.encode() for o in (f"--gpu-architecture={arch}", "--ptxas-options=-v", *CUPY_OPTIONS, *options)]
+    status = lib.nvrtcCreateProgram(ctypes.byref(program), code.encode(), b"kernel.cu", 0, None, None)
+    assert status == 0, "nvrtcCreateProgram"
+    arguments = [o.encode() for o in (f"--gpu-architecture={arch}", "--ptxas-options=-v", *CUPY_OPTIONS, *options)]
     try:
-        failed = lib.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given))
+        failed = lib.nvrtcCompileProgram(program, len(arguments), (ctypes.c_char_p * len(arguments))(*arguments))
         size = ctypes.c_size_t()
         lib.nvrtcGetProgramLogSize(program, ctypes.byref(size))
         log = ctypes.create_string_buffer(size.value)
@@ -97,12 +97,12 @@ def compile_cubin(code: str, arch: str, options: tuple[str, ...] = ()) -> tuple[
 
 
 def disassembler_path() -> Path | None:
-    """Of the wheel nvidia-cuda-nvdisasm."""
+    """Return the path of nvdisasm from the wheel nvidia-cuda-nvdisasm, or None."""
     return next(iter(_wheel_files("c*/bin/nvdisasm")), None)
 
 
 def instructions(binary: bytes, folder: Path) -> dict[str, list[str]]:
-    """The machine instructions of each kernel, in order, without their predicates."""
+    """Disassemble: list the machine instructions of each kernel in order, without their predicates."""
     path = folder / "kernel.cubin"
     path.write_bytes(binary)
     run = subprocess.run([disassembler_path(), "-c", path], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""One layer in one direction by the persistent kernels on the host machine, beside the generic scan in float64."""
+"""Runs of one layer and direction on the emulated persistent kernels, compared with the generic scan in float64."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from array_api_compat import array_namespace
-from support.cuda import persistent_emulator as host
+from support.cuda import persistent_emulator
 
 from xprnn import cells
 from xprnn.kernels import dispatch
@@ -16,12 +16,12 @@ from xprnn.kernels.cuda.cluster_config import ClusterConfig, all_configs
 from xprnn.kernels.tape import StepMask
 
 CELLS = {"tanh": cells.elman("tanh"), "relu": cells.elman("relu"), "gru": cells.gru(), "lstm": cells.lstm()}
-MAX_RELATIVE_ERROR = 1e-6  # of each array's norm: float32 sums of up to 1024 products, over up to 7 steps
-MAX_RELATIVE_ERROR_DX = 3e-6  # NumPy's float32 product that gives dx sums up to 4 * 512 terms that mostly cancel
+MAX_RELATIVE_ERROR = 1e-6  # of each array's norm; float32 sums of up to 1024 products, over up to 7 steps
+MAX_RELATIVE_ERROR_DX = 3e-6  # dx is a NumPy float32 product with sums of up to 4 * 512 terms that mostly cancel
 
 
 class KernelInputs(NamedTuple):
-    """Everything in float32."""
+    """Inputs and cotangents of one layer and direction, all in float32."""
 
     cell: Any
     params: dict[str, Any]
@@ -35,10 +35,11 @@ class KernelInputs(NamedTuple):
 
 
 def config_for(cell: str, units: int, rows: int) -> ClusterConfig:
-    (found,) = [
+    """Return the configuration of a cell with these padded units and batch rows per cluster."""
+    (config,) = [
         c for c in all_configs() if (c.cell_name, c.padded_hidden_size, c.rows_per_cluster) == (cell, units, rows)
     ]
-    return found
+    return config
 
 
 def random_inputs(
@@ -53,6 +54,7 @@ def random_inputs(
     bias: bool = True,
     with_dstates: bool = False,
 ) -> KernelInputs:
+    """Draw inputs, parameters and cotangents of a layer with T steps, N batch rows and H units."""
     D, gates, states = 5, cluster_config.GATE_COUNTS[cell], len(CELLS[cell].states)
 
     def draw(*shape: int, scale: float = 1.0) -> Any:
@@ -62,18 +64,18 @@ def random_inputs(
     if bias:
         params |= {name: draw(gates * H, scale=0.3) for name in ("bias_ih", "bias_hh")}
     active = None
-    if ragged:  # any order, zero among them
+    if ragged:  # unsorted lengths, 0 among them
         lengths = rng.permutation(np.r_[0, T, rng.integers(0, T + 1, size=N)][-N:] if N > 1 else [max(T - 1, 0)])
         active = np.arange(T)[:, None] < lengths
-    several = tuple(draw(T, N, H) for _ in range(states)) if with_dstates else ()
+    dstates = tuple(draw(T, N, H) for _ in range(states)) if with_dstates else ()
     initial, last = (tuple(draw(N, H) for _ in range(states)) for _ in range(2))
     return KernelInputs(
-        CELLS[cell], params, draw(T, N, D), initial, StepMask(active), reverse, draw(T, N, H), last, several
+        CELLS[cell], params, draw(T, N, D), initial, StepMask(active), reverse, draw(T, N, H), last, dstates
     )
 
 
 def kernel_results(p: KernelInputs, config: ClusterConfig | None = None, **settings: Any) -> dict[str, Any]:
-    """Every result and gradient; by the generic scan in float64 where there is no configuration."""
+    """Return every output and gradient by name; without a configuration, those of the generic scan in float64."""
     if config is None:
         return _reference_results(p)
     import cupy
@@ -84,7 +86,7 @@ def kernel_results(p: KernelInputs, config: ClusterConfig | None = None, **setti
     state, dstate, dstates = tuple(rest[:k]), tuple(rest[k : 2 * k]), tuple(rest[2 * k :])
     steps = p.steps if p.steps.active is None else StepMask(cupy.asarray(p.steps.active))
     namespace = array_namespace(x)
-    with host.launch_settings(**settings):
+    with persistent_emulator.launch_settings(**settings):
         y, final, tape = persistent.forward(
             config,
             p.cell,
@@ -98,8 +100,8 @@ def kernel_results(p: KernelInputs, config: ClusterConfig | None = None, **setti
             record_tape=True,
         )
         dx, dinitial, _, dparams = dispatch.backward(tape, dy, dstate, dstates)
-    found = _named_results(y, final, tape.states(), dx, dinitial, dparams)
-    return {name: a.get() for name, a in found.items()}
+    results = _named_results(y, final, tape.states(), dx, dinitial, dparams)
+    return {name: a.get() for name, a in results.items()}
 
 
 def _reference_results(p: KernelInputs) -> dict[str, Any]:
@@ -122,8 +124,8 @@ def _named_results(y: Any, final: Any, states: Any, dx: Any, dinitial: Any, dpar
 
 
 def excessive_errors(got: dict[str, Any], want: dict[str, Any]) -> dict[str, float]:
-    """What is further away than float32 sums explain, with its relative distance."""
+    """Return the relative error of every array whose error exceeds the tolerance of float32 sums."""
     assert got.keys() == want.keys()
     assert all(got[k].shape == want[k].shape and got[k].dtype == np.float32 for k in want)
-    far = {k: float(np.linalg.norm(got[k] - want[k]) / (np.linalg.norm(want[k]) or 1.0)) for k in want}
-    return {k: d for k, d in far.items() if not d <= (MAX_RELATIVE_ERROR_DX if k == "dx" else MAX_RELATIVE_ERROR)}
+    errors = {k: float(np.linalg.norm(got[k] - want[k]) / (np.linalg.norm(want[k]) or 1.0)) for k in want}
+    return {k: d for k, d in errors.items() if not d <= (MAX_RELATIVE_ERROR_DX if k == "dx" else MAX_RELATIVE_ERROR)}
