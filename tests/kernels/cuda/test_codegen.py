@@ -30,11 +30,11 @@ def test_every_kernel_compiles_without_register_spills(name, arch):
         text = pointwise_kernels(everything_cell() if name == "everything" else CELLS[name], bits).source
         report = nvrtc.compile_resources(text, arch)
         assert report.keys() == {"forward_step", "backward_step"}
-        for kernel, found in report.items():
-            assert found.spilled_bytes == 0, (kernel, found)
+        for kernel, resources in report.items():
+            assert resources.spilled_bytes == 0, (kernel, resources)
             # Only sin and cos use the stack: for the table of the Payne-Hanek reduction of large angles.
-            assert found.stack_bytes == 0 or name == "everything", (kernel, found)
-            assert found.registers <= (MAX_REGISTERS if name != "everything" else 128), (kernel, found)
+            assert resources.stack_bytes == 0 or name == "everything", (kernel, resources)
+            assert resources.registers <= (MAX_REGISTERS if name != "everything" else 128), (kernel, resources)
 
 
 @pytest.mark.usefixtures("nvrtc_installed")
@@ -62,8 +62,8 @@ def test_compiler_report_shows_spills_errors_and_warnings():
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("bits", [32, 64])
 def test_segment_sum_compiles_without_register_spills(bits, arch):
-    found = nvrtc.compile_resources(segment_sum.kernel_source(bits), arch)["segment_sum_into"]
-    assert (found.spilled_bytes, found.stack_bytes) == (0, 0)
+    resources = nvrtc.compile_resources(segment_sum.kernel_source(bits), arch)["segment_sum_into"]
+    assert (resources.spilled_bytes, resources.stack_bytes) == (0, 0)
 
 
 def test_float32_source_contains_no_double():

@@ -251,14 +251,14 @@ def array(obj: Any, dtype: Any = None, copy: bool = True, order: str = "K") -> n
     is_cupy = isinstance(obj, ndarray)
     if is_cupy and not copy and order == "K" and dtype in (None, obj.dtype):
         return obj
-    made = np.asarray(numpy_operand(obj) if is_cupy or isinstance(obj, list) else obj, dtype)
-    keep_fortran = order == "K" and made.flags.f_contiguous and not made.flags.c_contiguous
+    values = np.asarray(numpy_operand(obj) if is_cupy or isinstance(obj, list) else obj, dtype)
+    keep_fortran = order == "K" and values.flags.f_contiguous and not values.flags.c_contiguous
     fresh = (
-        DEVICE_MEMORY.allocate(made.shape[::-1], made.dtype).T
+        DEVICE_MEMORY.allocate(values.shape[::-1], values.dtype).T
         if keep_fortran
-        else DEVICE_MEMORY.allocate(made.shape, made.dtype)
+        else DEVICE_MEMORY.allocate(values.shape, values.dtype)
     )
-    fresh[...] = made
+    fresh[...] = values
     return ndarray(fresh, CURRENT_DEVICE[0])
 
 
