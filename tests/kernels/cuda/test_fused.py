@@ -1,7 +1,7 @@
 """The fused CUDA kernels equal the generic scan, and their time loops contain only launches.
 
-    pytest --backend cupy tests/kernels/cuda/test_fused.py              on a GPU
-    pytest --backend cupy:standin tests/kernels/cuda/test_fused.py      on a CPU: a fake CuPy, and g++ instead of NVRTC
+pytest --backend cupy tests/kernels/cuda/test_fused.py              on a GPU
+pytest --backend cupy:standin tests/kernels/cuda/test_fused.py      on a CPU: a fake CuPy, and g++ instead of NVRTC
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ def test_fused_steps_equal_generic_scan(xp, rng, dtype, name, pattern):
     xp.assert_close(fast, slow, condition=200)
     xp.assert_like(fast, xp.asarray(np.zeros(1), dtype))
     params, x, state, flags = inputs_on(xp, p, dtype)
-    xp.assert_close(
-        layer(params, x, state, **flags), fast[:2], condition=0
-    )  # the pass without a tape gives the same bits
+    without_tape = layer(params, x, state, **flags)
+    xp.assert_close(without_tape, fast[:2], condition=0)
 
 
 @pytest.mark.parametrize("name", MAIN_CASES)
@@ -107,9 +106,9 @@ def test_segment_sum_equals_numpy_add_at(xp, rng, dtype, m, k, v):
     xp.assert_close(segment_sum(xp.xp, xp.asarray(ids), xp.asarray(rows), v), want.astype(dtype), condition=2)
 
 
-@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("record_tape", [True, False])
 @pytest.mark.parametrize("name", ["rnn", "lstm", "gru", "leaky"])
-def test_results_do_not_depend_on_block_sizes(xp, rng, monkeypatch, name, keep):
+def test_results_do_not_depend_on_block_sizes(xp, rng, monkeypatch, name, record_tape):
     from xprnn.kernels.cuda import device, fused
 
     layer = CASES[name].make(3, 4, 2, bidirectional=True)
@@ -118,7 +117,7 @@ def test_results_do_not_depend_on_block_sizes(xp, rng, monkeypatch, name, keep):
     params, x, state, flags = inputs_on(xp, p, "float64")
 
     def run():
-        if keep:
+        if record_tape:
             return forward_backward(xp, layer, p, "float64", dy, dfinal)[0]
         return layer(params, x, state, **flags), layer(params, x, state)
 
@@ -181,11 +180,11 @@ def test_overwriting_results_does_not_change_the_tape(xp, rng, name):
 def test_time_loops_have_two_launches_per_step_and_nothing_else(xp, rng, event_log, name, flags):
     layer = CASES[name].make(3, 4)
     p = random_inputs(rng, layer, T=9, N=4, flags=flags)
-    params, x, state, given_flags = inputs_on(xp, p, "float32")
+    params, x, state, options = inputs_on(xp, p, "float32")
     event_log.clear()
-    y, _, tape = layer.forward(params, x, state, **given_flags)
+    y, _, tape = layer.forward(params, x, state, **options)
     check_loop(event_log, "forward_step", ["gemm", "launch"])
-    layer(params, x, state, **given_flags)
+    layer(params, x, state, **options)
     assert not [event for event in event_log if event[0] == "sync"]
     event_log.clear()
     layer.backward(tape, y)
@@ -216,13 +215,11 @@ def test_memory_per_step_is_that_of_the_saved_arrays(xp, rng, event_log, name):
         layer.forward(params, x)
         sizes.append((inference, sum(size for kind, size in event_log if kind == "alloc")))
     step = 20 * 8 * 16 * 8
-    gates = (
-        layer.resolved_cell.gates if name != "rnn" else 0
-    )  # an Elman layer overwrites its projection with its states
+    # An Elman layer overwrites its projection with its states.
+    gates = layer.resolved_cell.gates if name != "rnn" else 0
     assert sizes[1][0] - sizes[0][0] == step * (1 + gates)
-    extra = {"rnn": 0, "lstm": 1, "gru": 1}[
-        name
-    ]  # saved beside the gates: tanh(c') of the LSTM, the recurrent term of n of the GRU
+    # Saved beside the gates: tanh(c') of the LSTM, the recurrent term of the candidate of the GRU.
+    extra = {"rnn": 0, "lstm": 1, "gru": 1}[name]
     assert sizes[1][1] - sizes[0][1] == step * (2 + gates + extra + (name == "lstm"))
 
 
@@ -239,8 +236,8 @@ def test_element_offsets_beyond_32_bits(rng, name, kernel):
     kernels, width, late_step = pointwise_kernels(cell, 32), cell.gates * hidden, (1 << 31) // (n * hidden) + 7
     names = kernels.forward_fields if kernel == "forward_step" else kernels.backward_fields
     start = {field: rng.normal(size=(n, width)).astype(np.float32) for field in names}
-    stepped = {field: n * hidden for field in names if field[0] in "YOISMV"}
-    stepped |= {
+    step_strides = {field: n * hidden for field in names if field[0] in "YOISMV"}
+    step_strides |= {
         field: n * width for field in names if field in ("X", "G") or (field == "Y" and kernel != "forward_step")
     }
     sizes = {
@@ -256,15 +253,15 @@ def test_element_offsets_beyond_32_bits(rng, name, kernel):
     }
     sizes |= {f"{c}{k}": n * hidden for c in "sm" for k in range(len(cell.states))}
 
-    def after(t):
+    def memory_after_step(t):
         memory = {field: a.copy() for field, a in start.items()}
         values = sizes | {"t": t}
-        numbers = [values.get(f, memory[f].ctypes.data - 4 * t * stepped.get(f, 0)) for f in names]
+        numbers = [values.get(f, memory[f].ctypes.data - 4 * t * step_strides.get(f, 0)) for f in names]
         getattr(fake_cupy_cuda.compile_for_host(kernels.source), f"run_{kernel}")(
             np.asarray(numbers, np.int64).tobytes(), 1, 128, 0
         )
         return memory
 
-    first, last = after(0), after(late_step)
+    first, last = memory_after_step(0), memory_after_step(late_step)
     assert any(not np.array_equal(first[field], start[field]) for field in names)
     assert all(np.array_equal(first[field], last[field]) for field in names)
