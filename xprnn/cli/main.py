@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from xprnn.arrays.namespace import InputError
+from xprnn.cli import bench
 from xprnn.cli.model_arguments import MODEL_COMMANDS
 
 
@@ -94,25 +95,6 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     add("--backend", choices=("auto", "numpy", "cupy"), default="numpy", help="array library (default: numpy)")
 
 
-def _shape_arg(text: str) -> tuple[int, ...]:
-    from benchmarks.harness.short import parse_shape
-
-    try:
-        return parse_shape(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected D,H,N,T, four positive integers, found {text!r}") from None
-
-
-def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    add, cells, peers = parser.add_argument, ("elman", "lstm", "gru"), ("loop", "torch", "jax", "onnxruntime")
-    add("--cell", nargs="+", choices=cells, default=cells, help="recurrent cells (default: all three)")
-    add("--rows", nargs="+", type=_shape_arg, metavar="D,H,N,T", help="sizes: inputs, hidden units, batch, steps")
-    add("--peers", nargs="*", choices=peers, default=peers, help="whom to try (default: all that are installed)")
-    add("--threads", type=_positive_int, default=1, help="of everyone (default: 1)")
-    add("--quick", action="store_true", help="fewer rows and rounds, for a first look")
-    add("--json", metavar="FILE", help="write all figures here too")
-
-
 def _train(args: argparse.Namespace) -> int:
     from xprnn.charlm.training_run import train_command
 
@@ -156,12 +138,6 @@ def _sample(args: argparse.Namespace) -> int:
     return 0
 
 
-def _bench(args: argparse.Namespace) -> int:
-    from benchmarks.harness.short import bench_command
-
-    return bench_command(args.cell, args.rows, args.peers, args.threads, args.quick, args.json)
-
-
 _EXAMPLES = """
   python -m xprnn train
   python -m xprnn sample xprnn-run --prompt "The "
@@ -181,15 +157,14 @@ _SAMPLE_EXAMPLES = """
   python -m xprnn sample book --temperature 0.4 --length 5000 > more.txt
 """
 _BENCH_EXAMPLES = """
-  python -m xprnn bench                                    about a minute, beside torch, JAX and ONNX Runtime if there
+  python -m xprnn bench                                    all three cells, less than a minute
   python -m xprnn bench --quick --cell lstm
   python -m xprnn bench --rows 1,16,1,1000 64,128,32,100 --threads 2 --json figures.json
-Everyone's results are compared before the clock starts; the exit code is 1 where they disagree.
 """
 COMMANDS = {
     "train": ("train a character language model on a text", _TRAIN_EXAMPLES, _train_arguments, _train),
     "sample": ("generate text with a trained model", _SAMPLE_EXAMPLES, _sample_arguments, _sample),
-    "bench": ("say how fast this is here, beside what else is installed", _BENCH_EXAMPLES, _bench_arguments, _bench),
+    "bench": ("time the layers of xprnn on this machine", _BENCH_EXAMPLES, bench.add_arguments, bench.bench_command),
     **MODEL_COMMANDS,
 }
 
