@@ -1,1 +1,1 @@
-"""TODO."""
+"""Benchmarks of xprnn against other libraries; run them as modules from the repository root."""

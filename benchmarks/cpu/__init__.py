@@ -1,1 +1,1 @@
-"""TODO."""
+"""Benchmarks on the CPU: time, memory, installation."""

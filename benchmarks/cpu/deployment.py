@@ -1,27 +1,25 @@
-"""Running a small LSTM from a file: install size, import, first output, latency of a step; against its peers.
+"""Measures what it takes to run a small LSTM from a file: install size, import, first output, latency, memory.
 
-    python benchmarks/cpu/deployment.py                       installs each contender into a folder of its own, then measures
-    python benchmarks/cpu/deployment.py --targets DIR         keeps these folders in DIR, and finds them there again
-    python benchmarks/cpu/deployment.py --install-only ...    the first half
+    python -m benchmarks.cpu.deployment                       installs each runtime into its own folder, then measures
+    python -m benchmarks.cpu.deployment --targets DIR         keeps these folders in DIR and uses them again
+    python -m benchmarks.cpu.deployment --install-only ...    only installs
 
-An install is `pip install --target` into an empty folder: its size is that of everything that came. Every figure is
-from fresh processes that see this folder and the standard library, the contenders taking turns. Outputs are compared
-before anything is reported. "First output" runs from the start of the process, the interpreter included; numba compiles
-at the second step, which is why there is a tenth.
-Needs the extra `onnx` here, to write the model for ONNX Runtime.
+Each runtime is installed by `pip install --target` into an empty folder; the install size includes all dependencies.
+Every figure comes from fresh processes that see only this folder and the standard library; the runtimes take turns.
+Outputs are compared before anything is reported. The time to the first output includes the start of the interpreter.
+numba compiles at the second step, so the time to the tenth output is reported, too.
+Writing the model files needs torch and the extra `onnx` in this environment.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,11 +27,16 @@ import numpy as np
 
 import xprnn
 from benchmarks.harness import machine
+from benchmarks.harness.options import argument_parser
+from benchmarks.harness.peers import PEERS
+from benchmarks.harness.report import Report, format_time, machine_line, markdown_table, write_results
+from benchmarks.harness.timing import quartile_summary
+from benchmarks.harness.worker_pool import ROOT, run_process
 
-ROOT = Path(__file__).resolve().parents[1]
-TORCH_REQUIREMENT = "torch==2.13.0"  # the one of pyproject.toml
+WORKER = Path(__file__).with_name("deployment_worker.py")
 D, H, V, T = 16, 64, 8, 100
-COLUMNS = {
+MAX_DIFFERENCE = 1e-5  # between outputs
+COLUMNS = {  # key -> heading and factor
     "size": ("installed, MB", 1e-6),
     "import": ("import, ms", 1e3),
     "first": ("first output, ms", 1e3),
@@ -41,49 +44,56 @@ COLUMNS = {
     "step": ("a step, µs", 1.0),
     "step99": ("99 of 100 steps within, µs", 1.0),
     "sequence": (f"a step of {T} at once, µs", 1.0),
-    "memory": ("memory at most, MB", 1.0),
+    "memory": ("peak memory, MB", 1.0),
 }
+Run = dict[str, Any]
 
 
 class Deployment(NamedTuple):
-    """What is installed, which part of runtime_child.py runs, on which file."""
+    """A runtime to measure.
 
-    packages: tuple[str, ...]
+    runtime: name of the runtime in deployment_worker.
+    requirements: what pip installs.
+    model_file: the file that it runs.
+    cold_cache: True: nothing was compiled before.
+    """
+
     runtime: str
+    requirements: tuple[str, ...]
     model_file: str
-    cold_cache: bool = False  # nothing compiled before
+    cold_cache: bool = False
 
 
 DEPLOYMENTS = {
-    "xprnn": Deployment((".",), "xprnn", "model.safetensors"),
-    "xprnn[fast]": Deployment((".[fast]",), "xprnn", "model.safetensors"),
-    "xprnn[fast], first time ever": Deployment((".[fast]",), "xprnn", "model.safetensors", cold_cache=True),
-    "ONNX Runtime": Deployment(("onnxruntime",), "onnxruntime", "model.onnx"),
-    "torch": Deployment((TORCH_REQUIREMENT, "numpy"), "torch", "model.pt"),
-    "(NumPy alone)": Deployment(("numpy",), "numpy", "model.safetensors"),
+    "xprnn": Deployment("xprnn", (".",), "model.safetensors"),
+    "xprnn[fast]": Deployment("xprnn", (".[fast]",), "model.safetensors"),
+    "xprnn[fast], nothing compiled yet": Deployment("xprnn", (".[fast]",), "model.safetensors", cold_cache=True),
+    "ONNX Runtime": Deployment("onnxruntime", PEERS["onnxruntime"].requirements[0], "model.onnx"),
+    "torch": Deployment("torch", PEERS["torch"].requirements[0], "model.pt"),
+    "(NumPy alone)": Deployment("numpy", ("numpy",), "model.safetensors"),
 }
 
 
-def install(targets: Path, contender: Deployment) -> Path:
-    """The folder with the contender's packages, filled if it is not there."""
-    name = "-".join(re.sub(r"^\.", "xprnn", package) for package in contender.packages)
-    place = targets / name
-    if not place.exists():
-        beside = targets / f"{name}.part"
-        shutil.rmtree(beside, ignore_errors=True)
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(beside), *contender.packages]
-        subprocess.run(command, cwd=ROOT, check=True)
-        beside.rename(place)
-    return place
+def install(targets: Path, deployment: Deployment) -> Path:
+    """Return the folder with the deployment's packages; install them if it does not exist."""
+    name = "-".join(re.sub(r"^\.", "xprnn", requirement) for requirement in deployment.requirements)
+    folder = targets / name
+    if not folder.exists():
+        partial = targets / f"{name}.part"
+        shutil.rmtree(partial, ignore_errors=True)
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(partial)]
+        subprocess.run([*command, *deployment.requirements], cwd=ROOT, check=True)
+        partial.rename(folder)
+    return folder
 
 
-def directory_size(place: Path) -> int:
-    """Bytes of all files below."""
-    return sum(path.lstat().st_size for path in place.rglob("*") if path.is_file())
+def directory_size(folder: Path) -> int:
+    """Return the bytes of all files below a folder."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def write_models(folder: Path) -> None:
-    """The same network for everyone, and the inputs."""
+    """Write the network in the format of each runtime, and the inputs."""
     rng = np.random.default_rng(0)
     model = xprnn.Sequential(rnn=xprnn.LSTM(D, H), head=xprnn.Linear(H, V))
     params = model.init(rng, like=np.zeros(0, np.float32))
@@ -95,99 +105,93 @@ def write_models(folder: Path) -> None:
     (folder / "inputs.bin").write_bytes(rng.standard_normal((T, 1, D)).astype(np.float32).tobytes())
 
 
-def run_process(contender: Deployment, place: Path, folder: Path, cache: Path) -> dict[str, Any]:
-    """One process of its own."""
-    environment = machine.benchmark_environment(1) | {"PYTHONPATH": str(place), "XPRNN_CACHE": str(cache)}
-    python = getattr(sys, "_base_executable", sys.executable)  # not a virtual environment's: nothing else is to be seen
-    child = [python, "-s", "-S", "-P", str(ROOT / "benchmarks" / "runtime_child.py"), contender.runtime]
-    files = [str(folder / contender.model_file), str(folder / "inputs.bin")]
-    begin = time.perf_counter()
-    with subprocess.Popen([*child, *files], env=environment, stdout=subprocess.PIPE, text=True, cwd=folder) as process:
-        assert process.stdout is not None
-        times, line = {}, process.stdout.readline()
-        while line.strip() in ("first", "tenth"):
-            times[line.strip()] = time.perf_counter() - begin
-            line = process.stdout.readline()
-    if process.returncode:
-        raise SystemExit(f"{contender.runtime}: exit code {process.returncode}")
-    if contender.runtime == "numpy":
-        times.clear()  # it has no outputs
-    return json.loads(line) | times
+def run_once(deployment: Deployment, packages: Path, folder: Path, cache: Path) -> Run:
+    """Measure one fresh process.
+
+    Args:
+        deployment: the runtime.
+        packages: the only folder of packages that the process sees.
+        folder: holds the model files and inputs.
+        cache: folder of kernels that xprnn compiles.
+    """
+    environment = machine.benchmark_environment(1) | {"PYTHONPATH": str(packages), "XPRNN_CACHE": str(cache)}
+    python = getattr(sys, "_base_executable", sys.executable)  # not a virtual environment's: its packages stay hidden
+    files = [str(folder / deployment.model_file), str(folder / "inputs.bin")]
+    result = run_process([python, "-s", "-S", "-P", str(WORKER), deployment.runtime, *files], environment, folder)
+    if result.returncode:
+        raise SystemExit(f"{deployment.runtime}: exit code {result.returncode}")
+    marks = {line: seconds for line, seconds in zip(result.lines, result.line_times, strict=True) if line[0] != "{"}
+    return json.loads(result.lines[-1]) | ({} if deployment.runtime == "numpy" else marks)
 
 
-def measure(targets: Path, rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """The figures of each round of each contender, who take turns."""
-    places = {name: install(targets, contender) for name, contender in DEPLOYMENTS.items()}
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in DEPLOYMENTS}
+def measure(targets: Path, rounds: int) -> dict[str, list[Run]]:
+    """Measure all deployments in turns. Return name -> figures of each round."""
+    packages = {name: install(targets, deployment) for name, deployment in DEPLOYMENTS.items()}
+    runs: dict[str, list[Run]] = {name: [] for name in DEPLOYMENTS}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_models(folder)
-        run_process(DEPLOYMENTS["xprnn[fast]"], places["xprnn[fast]"], folder, folder / "warm")
+        run_once(DEPLOYMENTS["xprnn[fast]"], packages["xprnn[fast]"], folder, folder / "warm")
         for k in range(rounds):
-            for name, contender in DEPLOYMENTS.items():
-                cache = folder / (f"cold{k}" if contender.cold_cache else "warm")
-                found[name].append(run_process(contender, places[name], folder, cache))
-    for name, runs in found.items():
-        for run in runs:
-            run["size"] = directory_size(places[name])
-    return found
+            for name, deployment in DEPLOYMENTS.items():
+                cache = folder / (f"cold{k}" if deployment.cold_cache else "warm")
+                size = directory_size(packages[name]) if not k else runs[name][0]["size"]
+                runs[name].append(run_once(deployment, packages[name], folder, cache) | {"size": size})
+    return runs
 
 
-def max_difference(found: dict[str, list[dict[str, Any]]]) -> float:
-    """The largest difference between anyone's outputs and ours, streamed ones included."""
-    want = np.asarray(found["xprnn"][0].get("y"))
-    others = [run[key] for runs in found.values() for run in runs for key in ("y", "streamed") if key in run]
-    return max(float(np.max(np.abs(np.asarray(y) - want))) for y in others)
+def max_difference(runs: dict[str, list[Run]]) -> float:
+    """Return the largest difference between any output, streamed or not, and that of xprnn."""
+    expected = np.asarray(runs["xprnn"][0]["y"])
+    outputs = [run[key] for seen in runs.values() for run in seen for key in ("y", "streamed") if key in run]
+    return max(float(np.max(np.abs(np.asarray(y) - expected))) for y in outputs)
 
 
-def markdown_table(found: dict[str, list[dict[str, Any]]]) -> str:
-    """Medians, half the interquartile range, and in brackets the figure over xprnn's."""
-    lines = ["| | " + " | ".join(title for title, _ in COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for name, runs in found.items():
+def report(description: dict[str, Any], runs: dict[str, list[Run]], rounds: int) -> list[str]:
+    """Format medians, half the interquartile range, and in brackets the ratio to xprnn."""
+    table = []
+    for name, seen in runs.items():
         cells = []
         for key, (_, scale) in COLUMNS.items():
-            values = [scale * run[key] for run in runs if run.get(key) is not None]
+            values = [run[key] for run in seen if run.get(key) is not None]
             if not values:
                 cells.append("")
                 continue
-            middle, ours = statistics.median(values), scale * statistics.median(run[key] for run in found["xprnn"])
-            low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (middle,) * 3
-            spread = f" ±{50 * (high - low) / middle:.0f}%" if high > low else ""
-            ratio = "" if name == "xprnn" else f" ({middle / ours:.2f})"
-            cells.append(f"{middle:.3g}{spread}{ratio}" if middle < 1000 else f"{middle:,.0f}{spread}{ratio}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            summary = quartile_summary(values)
+            xprnn_median = quartile_summary([run[key] for run in runs["xprnn"]])["median"]
+            ratios = [] if name == "xprnn" else [summary["median"] / xprnn_median]
+            cells.append(format_time(summary, scale, ratios))
+        table.append([name, *cells])
+    return [
+        machine_line(description),
+        "",
+        f"LSTM of {H} units, {D} inputs, {V} outputs, one sequence, float32, one thread; {rounds} processes each.",
+        "",
+        *markdown_table(["", *(heading for heading, _ in COLUMNS.values())], table),
+        "",
+        f"Outputs differ by at most {max_difference(runs):.1e}.",
+    ]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Install, measure, compare, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", type=Path, help="where the contenders are installed (default: a temporary folder)")
-    parser.add_argument("--install-only", action="store_true", help="install them, and measure another time")
-    parser.add_argument("--rounds", type=int, default=7, help="processes of each (default: 7)")
-    parser.add_argument("--json", type=Path, help="write all figures here too")
-    args = parser.parse_args()
+    parser = argument_parser(__doc__, rounds=7)
+    parser.add_argument("--targets", type=Path, metavar="DIR", help="install here (default: a temporary folder)")
+    parser.add_argument("--install-only", action="store_true", help="install, and do not measure")
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         targets = (args.targets or Path(temporary)).resolve()
         targets.mkdir(parents=True, exist_ok=True)
-        for contender in DEPLOYMENTS.values():
-            install(targets, contender)
+        for deployment in DEPLOYMENTS.values():
+            install(targets, deployment)
         if args.install_only:
             return 0
-        about = machine.describe()
-        found = measure(targets, args.rounds)
-    apart = max_difference(found)
-    print("\n".join(f"{key}: {value}" for key, value in about.items()))
-    print(
-        f"LSTM of {H} units, {D} inputs, {V} outputs, one sequence, float32, one thread; {args.rounds} processes each."
-    )
-    print(markdown_table(found))
-    print(f"\nOutputs differ by at most {apart:.1e}.")
-    if args.json:
-        args.json.write_text(
-            json.dumps({"machine": about, "rounds": args.rounds, "apart": apart, "runs": found}), encoding="utf-8"
-        )
-    return 0 if apart < 1e-5 else 1
+        description = machine.describe()
+        runs = measure(targets, args.rounds)
+    difference = max_difference(runs)
+    figures = {"machine": description, "rounds": args.rounds, "difference": difference, "runs": runs}
+    failed = not difference < MAX_DIFFERENCE
+    return write_results(Report(figures, report(description, runs, args.rounds), failed=failed), json_file=args.json)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Peak bytes against T: full tape, checkpoints, an endless stream in windows; and what checkpoints cost in time.
+"""Measures peak memory against T, and the time that checkpoints cost.
 
-    python benchmarks/cpu/memory.py            about two minutes
-    python benchmarks/cpu/memory.py --quick    smaller T
+    python -m benchmarks.cpu.memory            about two minutes
+    python -m benchmarks.cpu.memory --quick    shorter sequences
 
-Memory is what NumPy reports to tracemalloc, from an empty start to the end of the backward pass, less what is the
-caller's: x, dy, y and dx. The exponent is the slope of log(peak) over log(T) between the two largest T.
-Time is the process's own (time.process_time), medians of interleaved runs, one BLAS thread.
+Measured are the full tape, checkpoints, and an endless stream in windows. Memory is what NumPy reports to tracemalloc
+from before the forward pass to the end of the backward pass, less the caller's arrays x, dy, y and dx. The exponent is
+the slope of log(peak) over log(T) between the two largest T. Times are CPU times of the process (time.process_time),
+medians of interleaved runs, with one BLAS thread.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import statistics
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 import xprnn
-from benchmarks.harness.options import argument_parser, write_results
+from benchmarks.harness.options import argument_parser
+from benchmarks.harness.report import Goal, Report, markdown_table, write_results
 from xprnn.training.truncated_bptt import window_gradients, windows
 
 CHECKPOINT_BUDGET = "4MiB"
@@ -33,19 +35,21 @@ CHECKPOINT_SETTINGS: dict[str, Any] = {
 K1, K2, CHUNK_STEPS = 256, 512, 5000
 LAYERS = {"RNN": xprnn.RNN, "LSTM": xprnn.LSTM, "GRU": xprnn.GRU}
 TIMED_SHAPES = [(1, 16, 1, 4000), (64, 128, 32, 400), (128, 256, 64, 200)]
+MAX_TAPE_EXPONENT, MAX_EXPONENT = 1.02, 0.1  # of the full tape, which grows linearly, and of everything else
+Row = dict[str, Any]
 
 
 def peak_bytes(run: Callable[[], int]) -> int:
-    """The most bytes held at a time while `run` works, less the bytes that it says are the caller's."""
+    """Return the largest number of bytes held during `run`, less the caller's bytes, which `run` returns."""
     tracemalloc.start()
-    theirs = run()
-    high = tracemalloc.get_traced_memory()[1]
+    caller_bytes = run()
+    peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    return high - theirs
+    return peak - caller_bytes
 
 
 def run_sequence(layer: Any, params: Any, steps: int, checkpoint: Any) -> int:
-    """Forward and backward over a sequence in memory."""
+    """Run forward and backward over one sequence. Return the bytes of x, y, dy and dx."""
     x = np.ones((steps, 1, layer.input_size), np.float32)
     y, _, tape = layer.forward(params, x, checkpoint=checkpoint)
     dy = np.ones_like(y)
@@ -54,7 +58,7 @@ def run_sequence(layer: Any, params: Any, steps: int, checkpoint: Any) -> int:
 
 
 def run_windows(layer: Any, params: Any, steps: int) -> int:
-    """The same sequence as a generator of chunks, trained in windows of K1 fresh steps, gradients K2 steps back."""
+    """Run the sequence from a generator of chunks, in windows of K1 new steps and gradients K2 steps back. Return 0."""
 
     def chunks() -> Iterator[Any]:
         for t in range(0, steps, CHUNK_STEPS):
@@ -67,100 +71,110 @@ def run_windows(layer: Any, params: Any, steps: int) -> int:
     return 0
 
 
-def measure_memory(lengths: list[int]) -> list[dict[str, Any]]:
-    """Peaks of an LSTM of 16 units, batch 1, at each T."""
+def measure_memory(lengths: list[int]) -> list[Row]:
+    """Measure the peaks of an LSTM of 16 units, batch 1, at each T."""
     layer = xprnn.LSTM(1, 16)
     params = layer.init(np.random.default_rng(0), like=np.zeros(0, np.float32))
     rows = []
     for steps in lengths:
-        row: dict[str, Any] = {"T": steps}
+        row: Row = {"T": steps}
         for name, checkpoint in CHECKPOINT_SETTINGS.items():
-            run_sequence(layer, params, min(steps, 500), checkpoint)  # what is compiled once is not counted
+            run_sequence(layer, params, min(steps, 500), checkpoint)  # compiles; its memory is not counted
             row[name] = peak_bytes(lambda c=checkpoint, t=steps: run_sequence(layer, params, t, c))
         row["windows"] = peak_bytes(lambda t=steps: run_windows(layer, params, t))
         rows.append(row)
-        print(f"  T = {steps:,} measured", file=sys.stderr, flush=True)
+        print(f"T = {steps:,}: measured", file=sys.stderr, flush=True)
     return rows
 
 
-def measure_times(rounds: int) -> list[dict[str, Any]]:
-    """Forward and backward with and without checkpoints."""
+def cpu_seconds(call: Callable[[], Any]) -> float:
+    """Return the CPU time of one call."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def timed_calls(layer: Any, shape: tuple[int, int, int, int]) -> dict[str, Callable[[], Any]]:
+    """Return the calls to time: both passes with the full tape and with checkpoints, and forward alone."""
+    d, h, n, steps = shape
+    rng = np.random.default_rng(0)
+    params = layer.init(rng, like=np.zeros(0, np.float32))
+    x, dy = (rng.standard_normal((steps, n, k)).astype(np.float32) for k in (d, h))
+
+    def forward_backward(checkpoint: Any) -> None:
+        _, _, tape = layer.forward(params, x, checkpoint=checkpoint)
+        layer.backward(tape, dy)
+
+    return {
+        "full": lambda: forward_backward(None),
+        "sqrt": lambda: forward_backward("sqrt"),
+        "forward": lambda: layer.forward(params, x),
+    }
+
+
+def measure_times(rounds: int) -> list[Row]:
+    """Measure forward and backward with and without checkpoints."""
     rows = []
-    for cell, maker in LAYERS.items():
-        for d, h, n, steps in TIMED_SHAPES:
-            layer, rng = maker(d, h), np.random.default_rng(0)
-            params = layer.init(rng, like=np.zeros(0, np.float32))
-            x, dy = (rng.standard_normal((steps, n, k)).astype(np.float32) for k in (d, h))
-
-            def once(checkpoint: Any, layer: Any = layer, params: Any = params, x: Any = x, dy: Any = dy) -> float:
-                start = time.process_time()
-                _, _, tape = layer.forward(params, x, checkpoint=checkpoint)
-                layer.backward(tape, dy)
-                return time.process_time() - start
-
-            def forward(layer: Any = layer, params: Any = params, x: Any = x) -> float:
-                start = time.process_time()
-                layer.forward(params, x)
-                return time.process_time() - start
-
-            seen: dict[Any, list[float]] = {None: [], "sqrt": [], "forward": []}
-            once(None), once("sqrt")
+    for cell, layer_class in LAYERS.items():
+        for shape in TIMED_SHAPES:
+            calls = timed_calls(layer_class(*shape[:2]), shape)
+            calls["full"](), calls["sqrt"]()
+            times: dict[str, list[float]] = {name: [] for name in calls}
             for _ in range(rounds):
-                seen[None].append(once(None))
-                seen["sqrt"].append(once("sqrt"))
-                seen["forward"].append(forward())
-            full, cut, ahead = (statistics.median(seen[k]) for k in (None, "sqrt", "forward"))
-            rows.append(
-                {"cell": cell, "shape": (d, h, n, steps), "full": full, "ratio": cut / full, "floor": 1 + ahead / full}
-            )
+                for name, call in calls.items():
+                    times[name].append(cpu_seconds(call))
+            full, sqrt, forward = (statistics.median(seen) for seen in times.values())
+            row = {"cell": cell, "shape": shape, "full": full, "ratio": sqrt / full, "floor": 1 + forward / full}
+            rows.append(row)
     return rows
 
 
-def exponents(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The slope between the two largest T, for each setting."""
+def exponents(rows: list[Row]) -> dict[str, float]:
+    """Return the slope between the two largest T, for each setting."""
     a, b = rows[-2:]
     return {n: math.log(b[n] / a[n]) / math.log(b["T"] / a["T"]) for n in (*CHECKPOINT_SETTINGS, "windows")}
 
 
-def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A full tape grows with T, and nothing else does."""
-    found = exponents(rows).items()
+def goals(rows: list[Row]) -> list[Goal]:
+    """Judge the exponents: only the full tape may grow with T."""
     return [
-        {"what": f"memory with T, {n}: exponent", "value": v, "most": 1.02 if "full" in n else 0.1} for n, v in found
+        Goal(f"memory with T, {name}: exponent", value, most=MAX_TAPE_EXPONENT if "full" in name else MAX_EXPONENT)
+        for name, value in exponents(rows).items()
     ]
 
 
-def report(run: dict[str, Any]) -> str:
-    """The tables, as markdown."""
+def report(run: dict[str, Any]) -> list[str]:
+    """Format both tables."""
     names = [*CHECKPOINT_SETTINGS, "windows"]
-    lines = ["", f"LSTM, D=1, H=16, N=1, float32; windows: k1={K1}, k2={K2}. Peak MB beyond x, y, dy, dx:", ""]
-    lines += ["| T | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    lines += [f"| {r['T']:,} | " + " | ".join(f"{r[n] / 1e6:.2f}" for n in names) + " |" for r in run["memory"]]
-    lines += ["| exponent | " + " | ".join(f"{s:.2f}" for s in exponents(run["memory"]).values()) + " |", ""]
-    lines += [
-        'Time of checkpoint="sqrt", over that of the full tape; running all steps again costs 1 + forward/total:',
-        "",
+    peaks = [[f"{r['T']:,}", *(f"{r[n] / 1e6:.2f}" for n in names)] for r in run["memory"]]
+    peaks.append(["exponent", *(f"{s:.2f}" for s in exponents(run["memory"]).values())])
+    times = [
+        [r["cell"], str(tuple(r["shape"])), f"{r['full'] * 1e3:.1f}", f"{r['ratio']:.2f}", f"{r['floor']:.2f}"]
+        for r in run["times"]
     ]
-    lines += ["| cell | (D, H, N, T) | full tape, ms | ratio | 1 + forward/total |", "|---|---|---|---|---|"]
-    for r in run["times"]:
-        lines.append(
-            f"| {r['cell']} | {tuple(r['shape'])} | {r['full'] * 1e3:.1f} | {r['ratio']:.2f} | {r['floor']:.2f} |"
-        )
-    return "\n".join(lines)
+    return [
+        f"LSTM, D=1, H=16, N=1, float32; windows: k1={K1}, k2={K2}. Peak memory in MB beyond x, y, dy and dx:",
+        "",
+        *markdown_table(["T", *names], peaks),
+        "",
+        'Time of checkpoint="sqrt" over the time of the full tape. Computing all steps again costs 1 + forward/total:',
+        "",
+        *markdown_table(["cell", "(D, H, N, T)", "full tape, ms", "ratio", "1 + forward/total"], times),
+    ]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     parser = argument_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="T up to 20,000")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     from threadpoolctl import threadpool_limits
 
     lengths = [5_000, 20_000] if args.quick else [10_000, 100_000, 1_000_000]
     with threadpool_limits(1):
-        run: dict[str, Any] = {"times": measure_times(5 if args.quick else 15), "memory": measure_memory(lengths)}
-    run["goals"] = [] if args.quick else goals(run["memory"])  # short sequences do not show an exponent
-    return write_results(args, [report(run)], run)
+        run = {"times": measure_times(5 if args.quick else 15), "memory": measure_memory(lengths)}
+    # Short sequences do not show an exponent.
+    return write_results(Report(run, report(run), () if args.quick else goals(run["memory"])), json_file=args.json)
 
 
 if __name__ == "__main__":

@@ -1,160 +1,172 @@
-"""What one step of a stream costs, over many steps: ours beside torch's cells, ONNX Runtime and the article's cell.
+"""Measures the latency of one step of a stream: xprnn against torch's cells, ONNX Runtime and the article's cell.
 
-    python benchmarks/cpu/step_latency.py                      100,000 steps of each contender, some two minutes
-    python benchmarks/cpu/step_latency.py --steps 5000         quicker, without a trustworthy p99.9
+    python -m benchmarks.cpu.step_latency                  100,000 steps of each implementation, some two minutes
+    python -m benchmarks.cpu.step_latency --steps 5000     quicker, but p99.9 is then unreliable
 
-float32, N = 1, the state carried from step to step, one thread. "floor" is the arithmetic alone on ready arrays: the
-compiled kernel called with arrays that are there already, or the same NumPy calls written out by hand; what a step
-takes above it is its overhead. Contenders take turns in blocks, so that what disturbs the machine hits all alike.
+Float32, N = 1, D = 1, the state carried from step to step, one thread. "floor" is the arithmetic alone on arrays that
+exist already: the compiled kernel, or the same NumPy calls written by hand. The overhead is what xprnn's median takes
+beyond it. The implementations take turns in blocks of 500 steps, so that a disturbance of the machine affects all.
 """
 
 from __future__ import annotations
 
+import gc
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import article_baseline, machine, step_latency
-from benchmarks.harness.options import CELLS, argument_parser, write_results
-from benchmarks.harness.peers import missing_reason
-from benchmarks.harness.problem import Problem
-from benchmarks.harness.step_latency import StreamStep
+from benchmarks.cpu import step_implementations as steps
+from benchmarks.harness import machine
+from benchmarks.harness.agreement import mismatches
+from benchmarks.harness.options import CELLS, argument_parser
+from benchmarks.harness.peers import PEERS, missing_reason
+from benchmarks.harness.problem import STEP, Array, Implementation, Problem
+from benchmarks.harness.report import Goal, Report, markdown_table, write_results
 from xprnn.kernels.config import allow_jit
 from xprnn.kernels.jit import compile_cache
-from xprnn.kernels.jit.step import step_source
 
 XPRNN_NUMPY = "xprnn, NumPy"
-MAX_OVERHEAD_US = {"fast": 2.0, "NumPy": 6.0}  # microseconds above the floor
+MAX_OVERHEAD_US = {"fast": 2.0, "NumPy": 6.0}  # microseconds of xprnn's median beyond the floor
+D = 1
+BLOCK_STEPS = 500
+WARMUP_STEPS = 20  # at the start of each block
+RTOL = 1e-5  # of float32 values below 1, after a few steps
+Row = dict[str, Any]
+Factory = Callable[[Problem], Implementation]
+ContextFor = Callable[[str], AbstractContextManager[Any]]
 
 
-def compiled_floor(problem: Problem) -> StreamStep:
-    """The bare compiled step, its arrays made before."""
-    layer = step_latency.LAYERS[problem.cell](*problem.shape[:2])
-    printed = step_source(layer.resolved_cell, 32, True, False)
-    assert printed is not None
-    kernel, x, d = compile_cache.compile_kernel(*printed), problem.x[0], problem.shape[0]
-    weights = tuple(problem.params[name] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-    states = [np.zeros((1, 1, problem.shape[1]), np.float32) for _ in problem.state]
-    after, y = [np.empty_like(s) for s in states], np.empty((1, problem.shape[1]), np.float32)
-    calls = [(0, d, *weights, x, *states, y, *after), (0, d, *weights, x, *after, y, *states)]  # there and back
-
-    def step() -> Any:
-        calls.reverse()
-        kernel(*calls[1])
-        return y
-
-    return step
-
-
-def numpy_floor(problem: Problem) -> StreamStep:
-    """The straight NumPy calls, by hand, for one row."""
-    h_size, dot, add, multiply, tanh = problem.shape[1], np.ndarray.dot, np.add, np.multiply, np.tanh
-    w, u, bi, bh = (problem.params[name] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-    x, h, c = problem.x[0, 0], np.zeros(h_size, np.float32), np.zeros(h_size, np.float32)
-    half = np.full(len(bi), 0.5, np.float32)
-    half[2 * h_size : 3 * h_size] = 1.0  # the LSTM's candidate is a tanh
-    gru_half, offset, held = half[: 2 * h_size].copy(), 1 - half, [h, c]
-
-    def elman() -> Any:
-        held[0] = tanh(add(add(dot(w, x), dot(u, held[0])), add(bi, bh)))
-        return held[0][None]
-
-    def lstm() -> Any:
-        a = add(add(dot(w, x), dot(u, held[0])), add(bi, bh))
-        a = add(multiply(tanh(multiply(a, half)), half), offset)
-        i, f, g, o = a[:h_size], a[h_size : 2 * h_size], a[2 * h_size : 3 * h_size], a[3 * h_size :]
-        held[1] = add(multiply(f, held[1]), multiply(i, g))
-        held[0] = multiply(o, tanh(held[1]))
-        return held[0][None]
-
-    def gru() -> Any:
-        a, b = add(dot(w, x), bi), add(dot(u, held[0]), bh)
-        s = add(a[: 2 * h_size], b[: 2 * h_size])
-        s = add(multiply(tanh(multiply(s, gru_half)), gru_half), gru_half)
-        n = tanh(add(a[2 * h_size :], multiply(s[:h_size], b[2 * h_size :])))
-        held[0] = add(n, multiply(s[h_size:], np.subtract(held[0], n)))
-        return held[0][None]
-
-    return {"elman": elman, "lstm": lstm, "gru": gru}[problem.cell]
+def _step_times(implementations: dict[str, Implementation], count: int, context: ContextFor) -> dict[str, Array]:
+    """Return the nanoseconds of each step, less those of reading the clock."""
+    clock, times = time.perf_counter_ns, {name: np.empty(count) for name in implementations}
+    clock_cost = float(np.median([-(clock() - clock()) for _ in range(1000)]))
+    order = list(implementations)
+    gc.collect()
+    gc.disable()
+    try:
+        for first in range(0, count, BLOCK_STEPS):
+            for name in order:
+                step, out = implementations[name].calls[STEP], times[name]
+                with context(name):
+                    for _ in range(WARMUP_STEPS):
+                        step()
+                    for k in range(first, min(first + BLOCK_STEPS, count)):
+                        start = clock()
+                        step()
+                        out[k] = clock() - start
+            order = order[1:] + order[:1]
+    finally:
+        gc.enable()
+    return {name: t - clock_cost for name, t in times.items()}
 
 
-def article_step(problem: Problem) -> StreamStep:
-    """The article's cell, its prediction included: it has no other."""
-    _, _, _, parameters = problem.article_arrays()
-    x, held = problem.x[0].T.copy(), [np.zeros((problem.shape[1], 1), np.float32)]
+def compare_steps(
+    factories: Mapping[str, Factory],
+    problem: Problem,
+    count: int,
+    context: ContextFor = lambda _: nullcontext(),
+) -> Row:
+    """Compare the first steps of all implementations, then time those that agree with the first one.
 
-    def step() -> Any:
-        held[0], _, _ = article_baseline.rnn_cell_forward(x, held[0], parameters)
-        return held[0].T
+    Args:
+        factories: name -> factory of an implementation with the call STEP.
+        problem: a problem of one row (N = 1).
+        count: number of timed steps of each.
+        context: name -> the context in which the implementation runs.
 
-    return step
-
-
-def measure_row(cell: str, hidden: int, count: int, jit: bool) -> dict[str, Any]:
-    """One cell and size, with everyone who is installed."""
-    makers: dict[str, Callable[[Problem], StreamStep]] = {}
-    if jit:
-        makers |= {"xprnn, fast": step_latency.xprnn_step, "floor, fast": compiled_floor}
-    makers |= {XPRNN_NUMPY: step_latency.xprnn_step, "floor, NumPy": numpy_floor}
-    makers |= {
-        title: make
-        for name, title, make in (
-            ("torch", "torch", step_latency.torch_step),
-            ("onnxruntime", "ONNX Runtime", step_latency.onnxruntime_step),
-        )
-        if not missing_reason(name)
+    Returns:
+        {"cell", "hidden", "microseconds": name -> {"p50", "p99", "p99.9"}, "disagree": descriptions}.
+    """
+    expected: dict[str, Array] = {}
+    agreeing, problems = {}, []
+    for name, factory in factories.items():
+        try:
+            implementation = factory(problem)
+            with context(name):
+                results = implementation.results()
+        except Exception as error:  # shown in the table; the other figures still count
+            problems.append(f"{name} raises {type(error).__name__}: {error}")
+            continue
+        differences = mismatches(expected, results, RTOL)
+        problems += [f"{name}: {difference}" for difference in differences]
+        expected = results | expected
+        if not differences:
+            agreeing[name] = implementation
+    microseconds = {
+        name: {f"p{q:g}": float(np.percentile(times, q)) / 1e3 for q in (50, 99, 99.9)}
+        for name, times in _step_times(agreeing, count, context).items()
     }
-    makers |= {"the article": article_step} if cell == "elman" else {}
-    problem = Problem(cell, (step_latency.D, hidden, 1, 1))
-    return step_latency.compare_steps(makers, problem, count, lambda name: allow_jit(name != XPRNN_NUMPY))
+    return {"cell": problem.cell, "hidden": problem.shape[1], "microseconds": microseconds, "disagree": problems}
 
 
-def overhead(row: dict[str, Any], variant: str) -> float | None:
-    """Microseconds that our median takes above the arithmetic's."""
-    found = row["microseconds"]
-    ours, floor = found.get(f"xprnn, {variant}"), found.get(f"floor, {variant}")
-    return ours["p50"] - floor["p50"] if ours and floor else None
+def measure_row(cell: str, hidden: int, count: int, jit: bool) -> Row:
+    """Measure one cell and size with every implementation that is installed."""
+    factories: dict[str, Factory] = {}
+    if jit:
+        factories |= {"xprnn, fast": steps.xprnn_step, "floor, fast": steps.compiled_floor}
+    factories |= {XPRNN_NUMPY: steps.xprnn_step, "floor, NumPy": steps.numpy_floor}
+    peers = {"torch": steps.torch_step, "onnxruntime": steps.onnxruntime_step}
+    factories |= {PEERS[name].title: factory for name, factory in peers.items() if not missing_reason(name)}
+    factories |= {PEERS["article"].title: steps.article_step} if cell == "elman" else {}
+    problem = Problem(cell, (D, hidden, 1, 1))
+    return compare_steps(factories, problem, count, lambda name: allow_jit(name != XPRNN_NUMPY))
 
 
-def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The overhead of each cell and size."""
+def measure(cells: list[str], sizes: list[int], count: int) -> list[Row]:
+    """Measure all cells and sizes."""
+    jit = compile_cache.numba_available()
+    return [measure_row(cell, hidden, count, jit) for cell in cells for hidden in sizes]
+
+
+def overhead(row: Row, variant: str) -> float | None:
+    """Return the microseconds that xprnn's median takes beyond the floor; None if one is missing."""
+    microseconds = row["microseconds"]
+    xprnn, floor = microseconds.get(f"xprnn, {variant}"), microseconds.get(f"floor, {variant}")
+    return xprnn["p50"] - floor["p50"] if xprnn and floor else None
+
+
+def goals(rows: list[Row]) -> list[Goal]:
+    """Judge the overhead of each cell and size."""
     return [
-        {"what": f"step, {r['cell']}, H={r['hidden']}, {way}: overhead, microseconds", "value": value, "most": most}
-        for r in rows
-        for way, most in MAX_OVERHEAD_US.items()
-        if (value := overhead(r, way)) is not None
+        Goal(f"step, {row['cell']}, H={row['hidden']}, {variant}: overhead, microseconds", value, most=most)
+        for row in rows
+        for variant, most in MAX_OVERHEAD_US.items()
+        if (value := overhead(row, variant)) is not None
     ]
 
 
-def markdown_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: p50 / p99 / p99.9, and the overhead of our median."""
-    names = list(dict.fromkeys(name for r in rows for name in r["microseconds"]))
-    lines = [f"| cell | H | {' | '.join(names)} | overhead, fast | overhead, NumPy |"]
-    lines += ["|" + "---|" * (len(names) + 4)]
-    for r in rows:
-        found = r["microseconds"]
-        cells = ["" if n not in found else " / ".join(f"{v:.1f}" for v in found[n].values()) for n in names]
-        cells += ["" if (value := overhead(r, way)) is None else f"{value:.1f}" for way in MAX_OVERHEAD_US]
-        note = f" (disagree: {', '.join(r['disagree'])})" if r["disagree"] else ""
-        lines.append(f"| {r['cell']}{note} | {r['hidden']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def report(rows: list[Row]) -> list[str]:
+    """Format the table: p50 / p99 / p99.9, and the overhead of xprnn's median."""
+    names = list(dict.fromkeys(name for row in rows for name in row["microseconds"]))
+    headings = ["cell", "H", *names, *(f"overhead, {variant}" for variant in MAX_OVERHEAD_US)]
+    table: list[list[str] | str] = []
+    for row in rows:
+        seen = row["microseconds"]
+        cells = [" / ".join(f"{v:.1f}" for v in seen[n].values()) if n in seen else "" for n in names]
+        cells += ["" if (value := overhead(row, v)) is None else f"{value:.1f}" for v in MAX_OVERHEAD_US]
+        table.append([row["cell"], str(row["hidden"]), *cells])
+        table += [f"excluded: {problem}" for problem in row["disagree"]]
+    return ["Microseconds of a step, p50 / p99 / p99.9:", "", *markdown_table(headings, table)]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     parser = argument_parser(__doc__, cells=CELLS)
-    parser.add_argument("--steps", type=int, default=100_000)
-    parser.add_argument("--hidden", nargs="+", type=int, default=[16, 32, 64])
+    parser.add_argument("--steps", type=int, default=100_000, help="timed steps (default: 100000)")
+    parser.add_argument("--hidden", nargs="+", type=int, default=[16, 32, 64], metavar="H", help="default: 16 32 64")
     parser.add_argument("--short", action="store_true", help="a tenth of the steps")
-    args = parser.parse_args()
-    steps = max(1, args.steps // 10) if args.short else args.steps
-    machine.pin_to_cores(machine.available_cores()[:1])  # one core, so that nobody's threads help
-    rows = [measure_row(c, h, steps, compile_cache.numba_available()) for c in args.cell for h in args.hidden]
-    lines = ["Microseconds a step, p50 / p99 / p99.9:", "", markdown_table(rows)]
-    failed = any(r["disagree"] for r in rows)
-    return write_results(args, lines, {"steps": steps, "rows": rows, "goals": goals(rows)}, failed)
+    args = parser.parse_args(argv)
+    count = max(1, args.steps // 10) if args.short else args.steps
+    machine.pin_to_cores(machine.available_cores()[:1])  # one core: no library gains from its threads
+    rows = measure(args.cell, args.hidden, count)
+    failed = any(row["disagree"] for row in rows)
+    return write_results(
+        Report({"steps": count, "rows": rows}, report(rows), goals(rows), failed=failed), json_file=args.json
+    )
 
 
 if __name__ == "__main__":

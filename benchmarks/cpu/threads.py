@@ -1,91 +1,92 @@
-"""What a second thread does to each row of the grid: xprnn's time with two threads over that with one.
+"""Measures the effect of a second thread: xprnn's time with two threads over its time with one.
 
-    python benchmarks/cpu/threads.py [--cell elman lstm gru] [--rounds N]
+    python -m benchmarks.cpu.threads [--cell elman lstm gru] [--rows COUNT] [--rounds COUNT]
 
-Small work must not be slowed by threads that it doesn't need. One process with one thread on one core and one with two
-on two, in turns.
+A second thread must not slow down small rows. One worker process has one thread on one core, another has two threads
+on two cores; they take turns.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import machine, timing
-from benchmarks.harness.contenders import check_agreement, make_implementation
-from benchmarks.harness.options import CELLS, argument_parser, write_results
+from benchmarks.harness.agreement import check_agreement
+from benchmarks.harness.options import CELLS, argument_parser
+from benchmarks.harness.peers import make_implementation
 from benchmarks.harness.problem import FORWARD, FORWARD_BACKWARD, GRID
+from benchmarks.harness.report import Goal, Report, markdown_table, write_results
 from benchmarks.harness.worker_pool import WorkerPool, run_rounds
 
 MAX_RATIO = 1.05
 PASSES = (FORWARD, FORWARD_BACKWARD)
+Row = dict[str, Any]
 
 
-def measure(cells: list[str], shapes: list[tuple[int, ...]], count: int, seconds: float) -> list[dict[str, Any]]:
-    """Seconds with one and with two threads, and the rounds' ratios."""
+def measure(cells: list[str], shapes: Sequence[tuple[int, ...]], rounds: int, seconds: float) -> list[Row]:
+    """Measure each pass with one and with two threads: seconds, and the median of the rounds' ratios."""
     rows = []
-    with WorkerPool() as company, tempfile.TemporaryDirectory() as folder:
-        players = {str(k): company.worker(str(k), k) for k in (1, 2)}
+    with WorkerPool() as pool, tempfile.TemporaryDirectory() as folder:
+        workers = {str(k): pool.worker(str(k), k) for k in (1, 2)}
         for cell in cells:
             for shape in shapes:
-                about = {"name": "core", "cell": cell, "shape": shape, "order": "C"}
-                tasks = {name: about | {"threads": p.threads} for name, p in players.items()}
-                _, wrong = check_agreement(players, make_implementation, tasks, Path(folder))
-                if wrong:
-                    raise RuntimeError(f"{cell} {shape}: {'; '.join(wrong)}")
-                for which in PASSES:
-                    seen = run_rounds(players, which, 0.0, count, count, seconds)
-                    ratio = timing.paired_ratio(seen.times["2"], seen.times["1"])
-                    row = {"cell": cell, "shape": shape, "pass": which, "seconds": seen.times, "ratio": ratio}
-                    rows.append(row | {"discarded": seen.discarded})
+                arguments = {"name": "layer", "cell": cell, "shape": shape}
+                tasks = {name: arguments | {"threads": w.threads} for name, w in workers.items()}
+                _, problems = check_agreement(workers, make_implementation, tasks, Path(folder))
+                if problems:
+                    raise RuntimeError(f"{cell} {shape}: {'; '.join(problems)}")
+                for pass_name in PASSES:
+                    found = run_rounds(workers, pass_name, 0.0, rounds, rounds, seconds)
+                    ratio = timing.paired_ratio(found.times["2"], found.times["1"])
+                    row = {"cell": cell, "shape": shape, "pass": pass_name, "seconds": found.times, "ratio": ratio}
+                    rows.append(row | {"discarded": found.discarded})
             print(f"{cell}: measured", file=sys.stderr, flush=True)
     return rows
 
 
-def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every undisturbed row."""
-    return [
-        {
-            "what": f"two threads over one, {r['cell']} {tuple(r['shape'])} {r['pass']}",
-            "value": r["ratio"],
-            "most": MAX_RATIO,
-        }
-        for r in rows
-        if r["discarded"] >= 0
+def _label(row: Row) -> str:
+    return f"two threads over one, {row['cell']} {tuple(row['shape'])} {row['pass']}"
+
+
+def goals(rows: list[Row]) -> list[Goal]:
+    """Judge every undisturbed row."""
+    return [Goal(_label(row), row["ratio"], most=MAX_RATIO) for row in rows if row["discarded"] >= 0]
+
+
+def inconclusive(rows: list[Row]) -> list[str]:
+    """Name the rows of which other processes disturbed most rounds."""
+    return [_label(row) for row in rows if row["discarded"] < 0]
+
+
+def report(rows: list[Row]) -> list[str]:
+    """Format a table with a line for each shape."""
+    cells = list(dict.fromkeys(row["cell"] for row in rows))
+    ratios = {(row["cell"], tuple(row["shape"]), row["pass"]): f"{row['ratio']:.2f}" for row in rows}
+    headings = ["(D, H, N, T)", *(f"{cell}, {pass_name}" for cell in cells for pass_name in PASSES)]
+    lines = [
+        [str(shape), *(ratios[cell, shape, pass_name] for cell in cells for pass_name in PASSES)]
+        for shape in dict.fromkeys(tuple(row["shape"]) for row in rows)
     ]
+    caption = "Time with two threads on two cores over time with one thread on one core; medians of the rounds' ratios."
+    return [caption, "", *markdown_table(headings, lines)]
 
 
-def inconclusive(rows: list[dict[str, Any]]) -> list[str]:
-    """The rows of which other processes disturbed most rounds."""
-    return [f"two threads over one, {r['cell']} {tuple(r['shape'])} {r['pass']}" for r in rows if r["discarded"] < 0]
-
-
-def report(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown: a line for each row, the ratios of both passes of each cell."""
-    cells = list(dict.fromkeys(r["cell"] for r in rows))
-    heads = [f"{cell}, {which}" for cell in cells for which in PASSES]
-    lines = ["xprnn's time with two threads on two cores over that with one on one; medians of the rounds' ratios.", ""]
-    lines += [f"| (D, H, N, T) | {' | '.join(heads)} |", "|" + "---|" * (1 + len(heads))]
-    for shape in dict.fromkeys(tuple(r["shape"]) for r in rows):
-        found = {(r["cell"], r["pass"]): r["ratio"] for r in rows if tuple(r["shape"]) == shape}
-        lines.append(f"| {shape} | " + " | ".join(f"{found[c, w]:.2f}" for c in cells for w in PASSES) + " |")
-    return lines
-
-
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     parser = argument_parser(__doc__, rounds=9, cells=CELLS)
     parser.add_argument(
-        "--rows", type=int, default=len(GRID), metavar="COUNT", help="the first of the grid; default: all"
+        "--rows", type=int, default=len(GRID), metavar="COUNT", help="first rows of the grid (default: all)"
     )
-    parser.add_argument("--seconds", type=float, default=0.1, help="of a turn; default: 0.1")
-    args = parser.parse_args()
+    parser.add_argument("--seconds", type=float, default=0.1, help="duration of a turn (default: 0.1)")
+    args = parser.parse_args(argv)
     if len(machine.available_cores()) < 2:
-        return write_results(args, ["one core here: nothing to compare"], {})
+        return write_results(Report({}, ["This machine has one core: nothing to compare."]), json_file=args.json)
     rows = measure(args.cell, GRID[: args.rows], args.rounds, args.seconds)
-    return write_results(args, report(rows), {"rows": rows, "goals": goals(rows), "undecided": inconclusive(rows)})
+    return write_results(Report({"rows": rows}, report(rows), goals(rows), inconclusive(rows)), json_file=args.json)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Comparison of features: each answer comes from running a library."""

@@ -1,4 +1,4 @@
-"""The peers that bring their own differentiation: torch and Keras (on JAX or torch)."""
+"""Adapters of the libraries with automatic differentiation: torch, and Keras on JAX or torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Keras", "Torch"]
 
 
 class Torch(LibraryAdapter):
-    """torch.nn.RNN, LSTM, GRU."""
+    """torch: nn.RNN, nn.LSTM, nn.GRU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,19 +34,20 @@ class Torch(LibraryAdapter):
         self.module, self.version = torch, torch.__version__.split("+")[0]
 
     def to_array(self, value: Any) -> Any:
-        """A tensor."""
+        """Convert to a tensor."""
         return self.module.tensor(value)
 
     def run(self, p: FeatureProblem, to_array: Any = None) -> dict[str, Any]:
-        """The layer, packed sequences for lengths, autograd."""
+        """Run the layer, with packed sequences for lengths, and autograd."""
         nn, tensor = self.module.nn, self.to_array
-        kind = {"rnn": nn.RNN, "leaky": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}[p.cell]
+        layer_class = {"rnn": nn.RNN, "leaky": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}[p.cell]
         if (p.mask is not None and p.lengths is None) or p.reset is not None:
-            raise signature_error(kind.forward)
-        layer = kind(D, H, **({"nonlinearity": np.sin} if p.cell == "leaky" else {})).to(tensor(p.dy).dtype)
+            raise signature_error(layer_class.forward)
+        options = {"nonlinearity": np.sin} if p.cell == "leaky" else {}  # any function of the user
+        layer = layer_class(D, H, **options).to(tensor(p.dy).dtype)
         with self.module.no_grad():
-            for name, key in (("weight_ih_l0", "W"), ("weight_hh_l0", "U"), ("bias_ih_l0", "b")):
-                getattr(layer, name).copy_(tensor(p.arrays[key]))
+            for name in ("weight_ih", "weight_hh", "bias_ih"):
+                getattr(layer, f"{name}_l0").copy_(tensor(p.arrays[name]))
             layer.bias_hh_l0.zero_()
         x, h0, c0 = ((to_array or tensor)(p.arrays[k] if k == "x" else p.arrays[k][None]) for k in ("x", "h0", "c0"))
         leaves = [v.requires_grad_() for v in (x, h0, c0) if self.module.is_tensor(v)]
@@ -58,30 +59,30 @@ class Torch(LibraryAdapter):
         y = rnn.pad_packed_sequence(y, total_length=len(p.dy))[0] if p.lengths else y
         h = (final[0] if p.cell == "lstm" else final)[0]
         ((y * tensor(p.dy)).sum() + (h * tensor(p.dh)).sum()).backward()
-        grads = {"dx": leaves[0].grad, "dW": layer.weight_ih_l0.grad, "dU": layer.weight_hh_l0.grad}
-        grads |= {"db": layer.bias_ih_l0.grad, "dh0": leaves[1].grad[0]}
+        grads = {"dx": leaves[0].grad, "dh0": leaves[1].grad[0]}
+        grads |= {f"d{name}": getattr(layer, f"{name}_l0").grad for name in ("weight_ih", "weight_hh", "bias_ih")}
         return {"y": y, "h": h} | grads | ({"dc0": leaves[2].grad[0]} if p.cell == "lstm" else {})
 
     def gru(self) -> str:
-        """There is one GRU."""
+        """Compare torch's GRU, which resets after the product, with the original one."""
         return super().gru().replace("wrong:", "no, its GRU is another:")
 
     def column_softmax(self, x: Any) -> Any:
-        """Over the columns."""
+        """Call torch.softmax."""
         return self.module.softmax(x, 0)
 
     def layer_sizes(self) -> str:
-        """As its constructor says."""
-        self.module.nn.RNN(D, self.widths, 2)
+        """Call the constructor with two hidden sizes."""
+        self.module.nn.RNN(D, self.layer_widths, 2)
         return "yes"
 
     def lstm_outputs(self, p: FeatureProblem) -> list[Any]:
-        """output, h_n, c_n."""
+        """Return output, h_n and c_n."""
         y, final = self.module.nn.LSTM(D, H).double()(self.to_array(p.arrays["x"]))
         return [y, *final]
 
     def gradient_checker(self) -> str:
-        """A function whose backward forgets a 2."""
+        """Check a right gradient, and one that lacks a factor of 2, with autograd.gradcheck."""
         torch = self.module
 
         class Square(torch.autograd.Function):
@@ -100,36 +101,36 @@ class Torch(LibraryAdapter):
         return "yes (autograd.gradcheck)" if right and not wrong else "no"
 
     def bounded_memory(self) -> str:
-        """torch.utils.checkpoint needs a loop of one's own over the chunks."""
+        """Report the arguments: torch.utils.checkpoint needs a user's loop over the chunks."""
         raise signature_error(self.module.nn.LSTM.forward)
 
 
 class Keras(LibraryAdapter):
-    """keras.layers.SimpleRNN, LSTM, GRU, RNN, on the back end that KERAS_BACKEND names."""
+    """Keras: SimpleRNN, LSTM, GRU and RNN, on the back end that KERAS_BACKEND names."""
 
     def __init__(self) -> None:
-        super().__init__(precision="float32")  # what it computes in on some back ends, whatever comes in: see `dtype`
+        super().__init__(precision="float32")  # some back ends compute in float32 for any input
         import keras
 
         self.module, self.backend = keras, keras.backend.backend()
         self.version = f"{keras.__version__} on {self.backend} {metadata.version(self.backend).split('+')[0]}"
 
     def to_array(self, value: Any) -> Any:
-        """The back end's tensor."""
+        """Convert to the back end's tensor."""
         return self.module.ops.convert_to_tensor(value)
 
     def layer(self, cell: str, dtype: str) -> Any:
-        """With the options that give y, zeros under a mask, and the states."""
+        """Create a layer that returns y, with zeros at masked steps, and the states."""
         layers = self.module.layers
-        how = {"return_sequences": True, "return_state": True, "zero_output_for_mask": True, "dtype": dtype}
+        options = {"return_sequences": True, "return_state": True, "zero_output_for_mask": True, "dtype": dtype}
         if cell == "leaky":
-            return layers.RNN(self.leaky_cell(dtype), **how)
+            return layers.RNN(self.leaky_cell(dtype), **options)
         if cell == "gru":
-            return layers.GRU(H, reset_after=False, **how)
-        return (layers.SimpleRNN if cell == "rnn" else layers.LSTM)(H, **how)
+            return layers.GRU(H, reset_after=False, **options)
+        return (layers.SimpleRNN if cell == "rnn" else layers.LSTM)(H, **options)
 
     def leaky_cell(self, dtype: str) -> Any:
-        """A subclass, as its guide shows."""
+        """Create the user-defined cell as a subclass, as Keras's guide shows."""
         ops = self.module.ops
 
         class Leaky(self.module.layers.SimpleRNNCell):  # type: ignore[misc, name-defined]
@@ -142,13 +143,17 @@ class Keras(LibraryAdapter):
         return Leaky(H, dtype=dtype)
 
     def run(self, p: FeatureProblem, to_array: Any = None) -> dict[str, Any]:
-        """The layer as a function of x, its weights and the states; the back end differentiates."""
+        """Run the layer; the back end differentiates with respect to x, the states and the weights."""
         if p.reset is not None:
             raise signature_error(self.module.layers.LSTM.call, exclude=("sequence",))
         to_array, pair, a = to_array or self.to_array, p.cell == "lstm", p.arrays
         layer = self.layer(p.cell, str(p.dtype))
         layer.build((N, len(a["x"]), D))
-        weights = [a["W"].T, a["U"].T, a["b"]]  # Keras keeps (D, GH), and the GRU as z,r,n
+        weights = [
+            a["weight_ih"].T,
+            a["weight_hh"].T,
+            a["bias_ih"],
+        ]  # Keras stores (D, GH), and the gates of the GRU as z,r,n
         if p.cell == "gru":
             weights = [swap_reset_update(w) for w in weights]
         layer.set_weights(weights)
@@ -159,12 +164,12 @@ class Keras(LibraryAdapter):
         (y, h), (dx, *dstates), dweights = grad(layer, leaves, mask, (p.dy.transpose(1, 0, 2), p.dh))
         if p.cell == "gru":
             dweights = [swap_reset_update(w) for w in dweights]
-        found = {"y": y.swapaxes(1, 0), "dx": dx.swapaxes(1, 0), "h": h}
-        found |= {"dW": dweights[0].T, "dU": dweights[1].T, "db": dweights[2]}
-        return found | {f"d{k}0": d for k, d in zip("hc", dstates, strict=False)}
+        results = {"y": y.swapaxes(1, 0), "dx": dx.swapaxes(1, 0), "h": h}
+        results |= {"dweight_ih": dweights[0].T, "dweight_hh": dweights[1].T, "dbias_ih": dweights[2]}
+        return results | {f"d{k}0": d for k, d in zip("hc", dstates, strict=False)}
 
     def gradients_by_jax(self, layer: Any, leaves: list[Any], mask: Any, cotangents: Any) -> Any:
-        """jax.vjp of stateless_call."""
+        """Differentiate stateless_call by jax.vjp."""
         import jax
 
         fixed = [v.value for v in layer.non_trainable_variables]
@@ -177,7 +182,7 @@ class Keras(LibraryAdapter):
         return out, *back(tuple(map(jax.numpy.asarray, cotangents)))
 
     def gradients_by_torch(self, layer: Any, leaves: list[Any], mask: Any, cotangents: Any) -> Any:
-        """Autograd."""
+        """Differentiate by torch's autograd."""
         import torch
 
         weights = [v.value for v in layer.trainable_variables]
@@ -187,35 +192,35 @@ class Keras(LibraryAdapter):
         return (y, h), grads[: len(leaves)], grads[len(leaves) :]
 
     def column_softmax(self, x: Any) -> Any:
-        """Over the columns."""
+        """Call keras.ops.softmax."""
         return self.module.ops.softmax(x, axis=0)
 
     def layer_sizes(self) -> str:
-        """A list of cells is one layer."""
+        """Create one layer from a list of cells."""
         layers = self.module.layers
-        y = layers.RNN([layers.SimpleRNNCell(h) for h in self.widths])(self.to_array(np.ones((N, T, D), "f")))
-        return "yes" if y.shape[-1] == self.widths[-1] else "no"
+        y = layers.RNN([layers.SimpleRNNCell(h) for h in self.layer_widths])(self.to_array(np.ones((N, T, D), "f")))
+        return "yes" if y.shape[-1] == self.layer_widths[-1] else "no"
 
     def lstm_outputs(self, p: FeatureProblem) -> list[Any]:
-        """With return_sequences and return_state."""
+        """Return all outputs with return_sequences and return_state."""
         layer = self.layer("lstm", str(p.dtype))
         layer.build((N, T, D))
-        layer.set_weights([p.arrays["W"].T, p.arrays["U"].T, p.arrays["b"]])
+        layer.set_weights([p.arrays["weight_ih"].T, p.arrays["weight_hh"].T, p.arrays["bias_ih"]])
         return list(layer(self.to_array(np.ascontiguousarray(p.arrays["x"].transpose(1, 0, 2)))))
 
     def gradient_checker(self) -> str:
-        """Among its public names."""
-        places = (self.module, self.module.ops, self.module.utils)
-        found = [n for place in places for n in public_names_containing(place, "grad", "check")]
+        """Search the public names for a gradient checker."""
+        modules = (self.module, self.module.ops, self.module.utils)
+        found = [name for module in modules for name in public_names_containing(module, "grad", "check")]
         raise UnsupportedFeatureError(f"names with 'grad' and 'check': {', '.join(found) or 'none'}")
 
     def bounded_memory(self) -> str:
-        """keras.remat runs a whole layer again, with all its steps."""
+        """Report the arguments: keras.remat runs a whole layer again, with all its steps."""
         raise signature_error(self.module.layers.LSTM.call)
 
 
 def swap_reset_update(w: Any) -> Any:
-    """r,z,n <-> z,r,n on the last axis."""
+    """Swap the reset and update gates on the last axis."""
     parts = w[..., :H], w[..., H : 2 * H], w[..., 2 * H :]
     order = (parts[1], parts[0], parts[2])
     if isinstance(w, np.ndarray):

@@ -1,7 +1,7 @@
-"""What the comparison asks of everyone, and the float64 loop that knows the right answers.
+"""Problems of the feature comparison, and the float64 loop that computes their expected results.
 
-Right gradients come from complex steps, Im f(x + 1e-30 i) / 1e-30: no difference is taken, so they are exact to
-rounding, and no line of derivative code is shared with anyone.
+Expected gradients come from complex steps, Im f(x + 1e-30 i) / 1e-30. No difference is taken, so they are exact to
+rounding, and they share no derivative code with any library.
 """
 
 from __future__ import annotations
@@ -13,59 +13,85 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["LEAK", "D", "FeatureProblem", "H", "N", "T", "UnsupportedFeatureError"]
-__all__ += [
+from benchmarks.harness.agreement import relative_error
+
+__all__ = [
+    "LEAK",
+    "D",
+    "FeatureProblem",
+    "H",
+    "N",
+    "T",
+    "UnsupportedFeatureError",
     "judge_results",
     "public_names_containing",
     "random_problem",
     "reference_results",
-    "relative_error",
     "signature_error",
     "to_numpy",
 ]
 
 T, N, D, H = 5, 3, 3, 4
 GATE_COUNTS = {"rnn": 1, "leaky": 1, "lstm": 4, "gru": 3}
-TOLERANCE = {"float64": 1e-9, "float32": 1e-4}  # of the largest entry of the array
-LEAK = 0.1
+RTOL = {"float64": 1e-9, "float32": 1e-4}  # relative to the largest entry of the array
+LEAK = 0.1  # of the user-defined cell, h' = (1 - LEAK) h + LEAK tanh(W x + U h + b)
 
 
 class UnsupportedFeatureError(Exception):
-    """The library has no such thing; the text says what it has."""
+    """The library does not have the feature; the message says what it has instead."""
 
 
 @dataclass(frozen=True)
 class FeatureProblem:
-    """Weights in the gate orders of torch (LSTM i,f,g,o; GRU r,z,n), arrays, and the loss sum(u y) + sum(v h_T)."""
+    """Arrays of one problem; the loss is sum(dy y) + sum(dh h_T).
+
+    cell: "rnn", "lstm", "gru" (the original one) or "leaky" (user-defined).
+    arrays: x (T,N,D), weight_ih (GH,D), weight_hh (GH,H), bias_ih (GH,), h0 and c0 (N,H), in torch's gate order
+        (LSTM i,f,g,o; GRU r,z,n).
+    dy: (T,N,H), the cotangent of y.
+    dh: (N,H), the cotangent of the final h.
+    lengths: number of steps of each row.
+    mask: (T,N), False: the step is skipped. Set from `lengths` if they are given.
+    reset: (T,N), True: the row starts again from h0 and c0.
+    """
 
     cell: str
-    arrays: dict[str, Any]  # x (T,N,D), W (GH,D), U (GH,H), b (GH,), h0 and c0 (N,H)
+    arrays: dict[str, Any]
     dy: Any
     dh: Any
     lengths: list[int] | None = None
-    mask: Any = None  # (T,N), False: the step is skipped; from `lengths` where they are given
-    reset: Any = None  # (T,N), True: the row starts again from h0
+    mask: Any = None
+    reset: Any = None
 
     @property
     def dtype(self) -> Any:
-        """Of x and of everything else."""
+        """The dtype of all arrays."""
         return self.arrays["x"].dtype
 
 
 def random_problem(
     cell: str, *, steps: int = T, random_state: bool = False, dtype: str = "float64", **flags: Any
 ) -> FeatureProblem:
-    """Random arrays; the initial states are 0 unless `given`."""
+    """Draw random arrays.
+
+    Args:
+        cell: see FeatureProblem.
+        steps: T.
+        random_state: draw the initial states; otherwise they are 0.
+        dtype: of all arrays.
+        flags: `lengths`, `mask` and `reset` of FeatureProblem.
+    """
     rng, g = np.random.default_rng(5), GATE_COUNTS[cell] * H
-    shapes = {"x": (steps, N, D), "W": (g, D), "U": (g, H), "b": (g,), "h0": (N, H), "c0": (N, H)}
+    shapes = {"x": (steps, N, D), "weight_ih": (g, D), "weight_hh": (g, H), "bias_ih": (g,)}
+    shapes |= {"h0": (N, H), "c0": (N, H)}
     arrays = {name: 0.7 * rng.standard_normal(shape) for name, shape in shapes.items()}
     for name in ("h0", "c0"):
         arrays[name] *= random_state
-    u, v = rng.standard_normal((steps, N, H)), rng.standard_normal((N, H))
+    dy, dh = rng.standard_normal((steps, N, H)), rng.standard_normal((N, H))
     if "lengths" in flags:
-        flags["keep"] = np.arange(steps)[:, None] < np.asarray(flags["lengths"])
+        flags["mask"] = np.arange(steps)[:, None] < np.asarray(flags["lengths"])
     return FeatureProblem(
-        cell, {k: a.astype(dtype) for k, a in arrays.items()}, u.astype(dtype), v.astype(dtype), **flags
+        cell, {k: a.astype(dtype) for k, a in arrays.items()}, dy.astype(dtype), dh.astype(dtype), **flags
     )
 
 
@@ -74,8 +100,8 @@ def _sigmoid(a: Any) -> Any:
 
 
 def reference_step(cell: str, x: Any, h: Any, c: Any, a: dict[str, Any]) -> tuple[Any, Any]:
-    """The cells as their papers have them."""
-    W, U, b = a["W"], a["U"], a["b"]
+    """Compute one step by the equations of the papers. Return h and c."""
+    W, U, b = a["weight_ih"], a["weight_hh"], a["bias_ih"]
     if cell == "gru":
         r, z = (_sigmoid(x @ W[k].T + h @ U[k].T + b[k]) for k in (slice(H), slice(H, 2 * H)))
         n = np.tanh(x @ W[2 * H :].T + (r * h) @ U[2 * H :].T + b[2 * H :])
@@ -89,70 +115,71 @@ def reference_step(cell: str, x: Any, h: Any, c: Any, a: dict[str, Any]) -> tupl
 
 
 def _reference_scan(p: FeatureProblem, a: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """y, the final h, and c at every step."""
+    """Return y, the final h, and c after every step."""
     h, c = h0, c0 = a["h0"], a["c0"]
     y, cells = [], []
     for t in range(len(a["x"])):
         if p.reset is not None:
-            again = p.reset[t][:, None]
-            h, c = np.where(again, h0, h), np.where(again, c0, c)
-        keep = np.ones((N, 1), bool) if p.mask is None else p.mask[t][:, None]
+            reset = p.reset[t][:, None]
+            h, c = np.where(reset, h0, h), np.where(reset, c0, c)
+        mask = np.ones((N, 1), bool) if p.mask is None else p.mask[t][:, None]
         h1, c1 = reference_step(p.cell, a["x"][t], h, c, a)
-        h, c = np.where(keep, h1, h), np.where(keep, c1, c)
-        y.append(np.where(keep, h1, 0))
+        h, c = np.where(mask, h1, h), np.where(mask, c1, c)
+        y.append(np.where(mask, h1, 0))
         cells.append(c)
     return np.reshape(np.asarray(y), (-1, N, H)), h, cells
 
 
 def reference_results(p: FeatureProblem) -> dict[str, Any]:
-    """Outputs, and the gradient of the loss for every array."""
+    """Return y, h, c and the gradient of the loss with respect to every array."""
     a = {k: v.astype(np.complex128) for k, v in p.arrays.items()}
     y, h, cells = _reference_scan(p, a)
-    found = {"y": y.real, "h": h.real, "c": np.asarray(cells).real}
-    names = ["x", "W", "U", "b", "h0"] + ["c0"] * (p.cell == "lstm")
+    results = {"y": y.real, "h": h.real, "c": np.asarray(cells).real}
+    names = ["x", "weight_ih", "weight_hh", "bias_ih", "h0"] + ["c0"] * (p.cell == "lstm")
     for name in names:
-        found[f"d{name}"] = np.zeros(a[name].shape)
-        for place in itertools.product(*map(range, a[name].shape)):
-            moved = a[name].copy()
-            moved[place] += 1e-30j
-            y, h, _ = _reference_scan(p, a | {name: moved})
-            found[f"d{name}"][place] = (np.sum(p.dy * y) + np.sum(p.dh * h)).imag / 1e-30
-    return found
+        results[f"d{name}"] = np.zeros(a[name].shape)
+        for index in itertools.product(*map(range, a[name].shape)):
+            shifted = a[name].copy()
+            shifted[index] += 1e-30j
+            y, h, _ = _reference_scan(p, a | {name: shifted})
+            results[f"d{name}"][index] = (np.sum(p.dy * y) + np.sum(p.dh * h)).imag / 1e-30
+    return results
 
 
 def to_numpy(value: Any) -> Any:
-    """Any library's array."""
+    """Convert the array of any library."""
     value = value.detach() if hasattr(value, "detach") else value
     return np.asarray(value.array if type(value).__module__.startswith("chainer") else value)
 
 
 def signature_error(function: Any, exclude: tuple[str, ...] = ()) -> UnsupportedFeatureError:
-    """What a layer can be told, by the signature that Python shows."""
+    """Return an error that lists the arguments of a function."""
     names = [k for k in inspect.signature(function).parameters if k not in ("self", "args", "kwargs", *exclude)]
     return UnsupportedFeatureError(f"its arguments: {', '.join(names)}")
 
 
 def public_names_containing(module: Any, *parts: str) -> list[str]:
-    """Public names of a module in which every part occurs."""
+    """Return the public names of a module that contain every part."""
     return [n for n in dir(module) if n[0] != "_" and all(part in n.lower() for part in parts)]
 
 
-def relative_error(found: Any, wanted: Any) -> float:
-    """The largest error, relative to the largest entry."""
-    found = to_numpy(found)
-    if found.shape != wanted.shape:
-        return np.inf
-    scale = np.max(np.abs(wanted), initial=0.0)
-    return float(np.max(np.abs(found - wanted), initial=0.0) / (scale or 1.0))
+def judge_results(results: dict[str, Any], p: FeatureProblem, states: bool = False) -> tuple[bool, str]:
+    """Compare results with the expected ones.
 
+    Args:
+        results: as `LibraryAdapter.run` returns them.
+        p: the problem.
+        states: also require the gradients of the initial states.
 
-def judge_results(found: dict[str, Any], p: FeatureProblem, states: bool = False) -> tuple[bool, str]:
-    """(right, the errors in words). Gradients of the initial states count only where they are asked for."""
-    wanted = reference_results(p)
-    keys = [k for k in wanted if k[0] == "d" and (states or k[-1] != "0")]
-    out = max(relative_error(found[k], wanted[k]) for k in ("y", "h") if k in found)
-    worst = max((relative_error(found[k], wanted[k]) for k in keys if k in found), default=0.0)
-    lacking = [k for k in keys if k not in found]
-    right = not lacking and max(out, worst) < TOLERANCE[str(to_numpy(found["y"]).dtype)]
-    text = f"outputs {out:.0e}, gradients {worst:.0e}"
-    return right, text + (f", no {', '.join(lacking)}" if lacking else "")
+    Returns:
+        True if all are right, and the errors as text.
+    """
+    expected = reference_results(p)
+    gradients = [k for k in expected if k[0] == "d" and (states or k[-1] != "0")]
+    errors = {k: relative_error(to_numpy(results[k]), expected[k]) for k in ("y", "h", *gradients) if k in results}
+    outputs = max(errors[k] for k in ("y", "h") if k in errors)
+    worst = max((errors[k] for k in gradients if k in errors), default=0.0)
+    absent = [k for k in gradients if k not in results]
+    right = not absent and max(outputs, worst) < RTOL[str(to_numpy(results["y"]).dtype)]
+    text = f"outputs {outputs:.0e}, gradients {worst:.0e}"
+    return right, text + (f", no {', '.join(absent)}" if absent else "")

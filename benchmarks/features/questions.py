@@ -1,13 +1,18 @@
-"""The rows of the comparison, and what is asked in each.
+"""The rows of the feature comparison: each question is a method that runs the library.
 
-A peer has one method `run(problem)`, which uses the library as its users would, and everything else follows: rows are
-answered by its outputs and gradients, by its own error message, or by the list of arguments that its layer takes.
+A library has one method `run(problem)` that uses it as its users would. Most answers follow from the outputs and
+gradients of `run`, from the library's error message, or from the arguments of its layer.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
+import importlib.util
 import re
+import warnings
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,182 +26,211 @@ from benchmarks.features.problem import (
     judge_results,
     random_problem,
     reference_results,
-    relative_error,
     to_numpy,
 )
+from benchmarks.harness.agreement import relative_error
+from benchmarks.harness.peers import PEERS
 
-__all__ = ["QUESTIONS", "LibraryAdapter", "answer"]
+__all__ = ["QUESTIONS", "LibraryAdapter", "answer", "describe_peer"]
 
-QUESTIONS = {  # method of Peer -> what the table calls it
+QUESTIONS = {  # method of LibraryAdapter -> title of the row
     "imports": "imports",
     "rnn": "tanh RNN: largest relative error",
     "lstm": "LSTM: largest relative error",
     "gru": "original GRU (reset before the product): largest relative error",
-    "state": "initial states given, with their gradients",
+    "initial_state": "initial states given, with their gradients",
     "softmax": "softmax of columns 1e3 and 1e4 apart",
     "dtype": "float32 in, float32 out; float64 in, float64 out",
-    "plain": "NumPy arrays in; outputs and gradients are NumPy arrays",
-    "libraries": "array libraries found here that come out as they went in",
+    "numpy_arrays": "NumPy arrays in; outputs and gradients are NumPy arrays",
+    "preserved_libraries": "array libraries found here that come out as they went in",
     "lengths": "rows of different lengths",
-    "zero": "one row of length 0",
-    "empty": "T = 0",
+    "zero_length": "one row of length 0",
+    "zero_steps": "T = 0",
     "mask": "a mask with holes inside",
     "reset": "rows reset inside a sequence",
-    "refuse": "a state of another batch size is refused",
-    "sizes": "a hidden size for each layer",
-    "own": "your own cell in the layer",
-    "cells": "the LSTM layer returns its cell states at all steps",
-    "checker": "a gradient checker, which catches a wrong gradient",
-    "memory": "backward in bounded memory, an argument of the layer",
+    "wrong_state_shape": "a state of another batch size is refused",
+    "layer_sizes": "a hidden size for each layer",
+    "custom_cell": "a user-defined cell in the layer",
+    "cell_states": "the LSTM layer returns its cell states at all steps",
+    "gradient_checker": "a gradient checker, which catches a wrong gradient",
+    "bounded_memory": "backward in bounded memory, an argument of the layer",
+}
+ADAPTERS = {  # peer -> module:class
+    "xprnn": "array_peers:Xprnn",
+    "article": "array_peers:Article",
+    "torch": "framework_peers:Torch",
+    "keras": "framework_peers:Keras",
+    "chainer": "chainer_peer:Chainer",
+    "thinc": "array_peers:Thinc",
 }
 
 
 @dataclass
 class LibraryAdapter:
-    """One library; rows are its methods."""
+    """A library; its methods answer the questions.
 
-    default_cell: str = "lstm"  # the cell that the rows about time are asked with
+    default_cell: the cell for questions about time, dtypes and arrays.
+    precision: dtype of the problems.
+    layer_widths: hidden sizes of two layers.
+    """
+
+    default_cell: str = "lstm"
     precision: str = "float64"
-    widths: tuple[int, int] = (H, 2)
+    layer_widths: tuple[int, int] = (H, 2)
 
     def to_array(self, value: Any) -> Any:
-        """NumPy to the library's own arrays."""
+        """Convert a NumPy array to the library's array."""
         return value
 
     def run(self, p: FeatureProblem, to_array: Any = None) -> dict[str, Any]:
-        """y, h (T,N,H), (N,H); dx, dW, dU, db and, where there are any, dh0, dc0: as the library returns them."""
+        """Run forward and backward on a problem.
+
+        Args:
+            p: the problem.
+            to_array: converts NumPy arrays; default: `self.to_array`.
+
+        Returns:
+            y (T,N,H), h (N,H), dx, dweight_ih, dweight_hh, dbias_ih and, if the library has them, dh0 and dc0, as the
+            library returns them.
+
+        Raises:
+            UnsupportedFeatureError: the library cannot express the problem.
+        """
         raise NotImplementedError
 
     def imports(self) -> str:
-        """With which NumPy."""
+        """Name the NumPy that the library runs with."""
         return f"yes (NumPy {np.__version__})"
 
-    def answer_with_errors(self, cell: str, **flags: Any) -> str:
-        """A row of numbers."""
-        p = random_problem(cell, dtype=self.precision, **flags)
+    def answer_with_errors(self, cell: str) -> str:
+        """Answer with the errors of outputs and gradients."""
+        p = random_problem(cell, dtype=self.precision)
         right, text = judge_results(self.run(p), p)
         return f"{'' if right else 'wrong: '}{text}"
 
-    def answer_yes_no(self, cell: str, states: bool = False, **flags: Any) -> str:
-        """A row of yes and no."""
-        p = random_problem(cell, dtype=self.precision, **flags)
+    def answer_yes_no(self, cell: str, states: bool = False, **options: Any) -> str:
+        """Answer yes or no; `options` are those of `random_problem`."""
+        p = random_problem(cell, dtype=self.precision, **options)
         right, text = judge_results(self.run(p), p, states)
         return "yes" if right else f"no ({text})"
 
     def rnn(self) -> str:
-        """Outputs, and the gradients of x, W, U and b."""
+        """Compare the tanh RNN's outputs, and its gradients of x, weights and bias."""
         return self.answer_with_errors("rnn")
 
     def lstm(self) -> str:
-        """As rnn."""
+        """Compare the LSTM's outputs, and its gradients of x, weights and bias."""
         return self.answer_with_errors("lstm")
 
     def gru(self) -> str:
-        """As rnn."""
+        """Compare the original GRU's outputs, and its gradients of x, weights and bias."""
         return self.answer_with_errors("gru")
 
     def initial_state(self) -> str:
-        """Each row has its own."""
-        return self.answer_yes_no(self.default_cell, states=True, given=True)
+        """Give each row another initial state."""
+        return self.answer_yes_no(self.default_cell, states=True, random_state=True)
 
     def lengths(self) -> str:
-        """Unsorted."""
+        """Give the rows unsorted lengths."""
         return self.answer_yes_no(self.default_cell, lengths=[2, T, 3])
 
     def zero_length(self) -> str:
-        """Between others."""
+        """Give one row the length 0."""
         return self.answer_yes_no(self.default_cell, lengths=[2, 0, T])
 
     def zero_steps(self) -> str:
-        """The final state is the initial one."""
+        """Run no step: the final state is the initial one."""
         return self.answer_yes_no(self.default_cell, steps=0)
 
     def mask(self) -> str:
-        """The state is carried over the holes; y there is 0."""
-        keep = np.asarray([[1, 1, 0], [0, 1, 1], [1, 0, 1], [0, 1, 1], [1, 1, 0]], bool)
-        return self.answer_yes_no(self.default_cell, keep=keep)
+        """Mask steps inside the sequence: the state is carried over them, and their y is 0."""
+        mask = np.asarray([[1, 1, 0], [0, 1, 1], [1, 0, 1], [0, 1, 1], [1, 1, 0]], bool)
+        return self.answer_yes_no(self.default_cell, mask=mask)
 
     def reset(self) -> str:
-        """Two rows, at different steps."""
-        start = np.zeros((T, N), bool)
-        start[2, 0] = start[3, 2] = True
-        return self.answer_yes_no(self.default_cell, reset=start, given=True)
+        """Reset two rows at different steps."""
+        reset = np.zeros((T, N), bool)
+        reset[2, 0] = reset[3, 2] = True
+        return self.answer_yes_no(self.default_cell, reset=reset, random_state=True)
 
     def wrong_state_shape(self) -> str:
-        """One row of state for three rows of x."""
+        """Give one row of state for three rows of x."""
         p = random_problem(self.default_cell, random_state=True, dtype=self.precision)
         p = replace(p, arrays=p.arrays | {k: p.arrays[k][:1] for k in ("h0", "c0")})
         try:
             self.run(p)
         except UnsupportedFeatureError:
             raise
-        except Exception as error:  # whatever it says, it is refused
+        except Exception as error:  # any exception refuses it
             return f"yes ({type(error).__name__})"
         return "no (used for every row)"
 
     def custom_cell(self) -> str:
-        """A leaky unit, h' = 0.9 h + 0.1 tanh(W x + U h + b)."""
+        """Run a leaky unit, h' = 0.9 h + 0.1 tanh(W x + U h + b)."""
         return self.answer_yes_no("leaky")
 
     def dtype(self) -> str:
-        """Everything that comes back, and with float64's accuracy."""
+        """Compare the dtypes of all outputs and gradients, and the accuracy of float64."""
         wrong: dict[str, list[str]] = {}
         for dtype in ("float32", "float64"):
-            found = self.run(random_problem(self.default_cell, dtype=dtype))
-            kinds = {k: str(to_numpy(v).dtype) for k, v in found.items()}
-            wrong |= {f"{dtype} in, {v} out": [n for n in kinds if kinds[n] == v] for v in {*kinds.values()} - {dtype}}
-        right, text = judge_results(found, random_problem(self.default_cell))
+            results = self.run(random_problem(self.default_cell, dtype=dtype))
+            dtypes = {k: str(to_numpy(v).dtype) for k, v in results.items()}
+            for other in {*dtypes.values()} - {dtype}:
+                wrong[f"{dtype} in, {other} out"] = [name for name in dtypes if dtypes[name] == other]
+        right, text = judge_results(results, random_problem(self.default_cell))
         if not (wrong or right):
             return f"no (float64 in, float32's accuracy: {text})"
         return "yes" if not wrong else f"no ({'; '.join(f'{k}: {chr(32).join(v)}' for k, v in wrong.items())})"
 
     def numpy_arrays(self) -> str:
-        """Nothing is wrapped, nothing has to be converted by hand."""
-        found = self.run(random_problem(self.default_cell, dtype=self.precision), to_array=np.asarray)
-        kinds = sorted({type(v).__name__ for v in found.values()} - {"ndarray"})
-        return "yes" if not kinds else f"no (out: {', '.join(kinds)})"
+        """Give NumPy arrays and look at the types of the results."""
+        results = self.run(random_problem(self.default_cell, dtype=self.precision), to_array=np.asarray)
+        types = sorted({type(v).__name__ for v in results.values()} - {"ndarray"})
+        return "yes" if not types else f"no (out: {', '.join(types)})"
 
     def preserved_libraries(self) -> str:
-        """Forward and backward, each library's arrays in."""
-        same = []
-        for name, (array, root) in array_libraries().items():
+        """Give the arrays of each installed library and look at the types of the results."""
+        preserved = []
+        for name, (to_array, roots) in array_libraries().items():
             try:
-                found = self.run(random_problem(self.default_cell, dtype=self.precision), to_array=array)
-            except Exception:  # not for this library: that is the answer
+                results = self.run(random_problem(self.default_cell, dtype=self.precision), to_array=to_array)
+            except Exception:  # the arrays are not accepted
                 continue
-            if all(type(v).__module__.split(".")[0] in root for v in found.values()):
-                same.append(name)
-        return ", ".join(same) or "none"
+            if all(type(v).__module__.split(".")[0] in roots for v in results.values()):
+                preserved.append(name)
+        return ", ".join(preserved) or "none"
 
     def column_softmax(self, x: Any) -> Any:
-        """Columns that sum to 1."""
+        """Return the softmax of each column."""
         raise NotImplementedError
 
     def softmax(self) -> str:
-        """Three columns that differ by a constant have one softmax."""
+        """Compute the softmax of three columns that differ by a constant: the results must be equal."""
         column = np.asarray([0.5, 0.0, -1.0, 2.0])[:, None]
-        found = to_numpy(self.column_softmax(self.to_array(column + np.asarray([0.0, 1e3, 1e4]))))
-        wanted = np.exp(column) / np.exp(column).sum() + np.zeros((1, 3))
-        if np.isnan(found).any():
-            return f"no (nan in {np.isnan(found).any(axis=0).sum()} of 3 columns)"
-        return "yes" if relative_error(found, wanted) < 1e-6 else f"no (off by {relative_error(found, wanted):.0e})"
+        result = to_numpy(self.column_softmax(self.to_array(column + np.asarray([0.0, 1e3, 1e4]))))
+        expected = np.exp(column) / np.exp(column).sum() + np.zeros((1, 3))
+        if np.isnan(result).any():
+            return f"no (nan in {np.isnan(result).any(axis=0).sum()} of 3 columns)"
+        error = relative_error(result, expected)
+        return "yes" if error < 1e-6 else f"no (off by {error:.0e})"
 
     def cell_states(self) -> str:
-        """Any array among what comes back that holds them."""
+        """Search the cell states at all steps among the arrays that the LSTM returns."""
         p = random_problem("lstm", dtype=self.precision)
-        wanted = reference_results(p)["c"]
-        found = [to_numpy(v) for v in self.lstm_outputs(p)]
-        hit = any(min(relative_error(v, w) for w in (wanted, wanted.transpose(1, 0, 2))) < 1e-4 for v in found)
-        return "yes" if hit else f"no (returns {' '.join(str(v.shape).replace(' ', '') for v in found)})"
+        expected = reference_results(p)["c"]
+        outputs = [to_numpy(v) for v in self.lstm_outputs(p)]
+        layouts = (expected, expected.transpose(1, 0, 2))
+        found = any(min(relative_error(v, w) for w in layouts) < 1e-4 for v in outputs)
+        return "yes" if found else f"no (returns {' '.join(str(v.shape).replace(' ', '') for v in outputs)})"
 
     def lstm_outputs(self, p: FeatureProblem) -> list[Any]:
-        """All arrays that the LSTM's forward returns."""
+        """Return all arrays that the LSTM's forward pass returns."""
         raise NotImplementedError
 
 
 def array_libraries() -> dict[str, Any]:
-    """name -> (NumPy to its arrays, root modules of its types), of those installed here."""
-    found: dict[str, Any] = {"NumPy": (np.asarray, ("numpy",))}
+    """Return the installed array libraries: name -> (function from NumPy, root modules of the array types)."""
+    libraries: dict[str, Any] = {"NumPy": (np.asarray, ("numpy",))}
     for name, module, convert in (
         ("array-api-strict", "array_api_strict", "asarray"),
         ("torch", "torch", "from_numpy"),
@@ -204,25 +238,56 @@ def array_libraries() -> dict[str, Any]:
         ("CuPy", "cupy", "asarray"),
     ):
         try:
-            library = __import__(module, fromlist=["*"])
+            library = importlib.import_module(module)
             if name == "CuPy" and not library.cuda.is_available():
-                continue  # it imports without a GPU
+                continue  # CuPy can be imported without a GPU
         except ImportError:
             continue
         root = module.split(".")[0]
-        found[name] = (getattr(library, convert), (root, "jaxlib") if root == "jax" else (root,))
-    return found
+        libraries[name] = (getattr(library, convert), (root, "jaxlib") if root == "jax" else (root,))
+    return libraries
 
 
-def answer(peer: LibraryAdapter, row: str) -> str:
-    """One cell of the table."""
+@cache
+def _adapter(name: str) -> Any:
+    """Import a library and create its adapter; the exception if that fails."""
+    warnings.simplefilter("ignore")
+    np.seterr(all="ignore")  # the 0/0 of the article's softmax is reported in its row
+    module, _, class_name = ADAPTERS[name].partition(":")
     try:
-        text = getattr(peer, row)()
-    except UnsupportedFeatureError as lack:
-        text = f"no ({lack})"
-    except Exception as error:  # the library's own words
-        lines = re.sub(r"\x1b\[\d*m", "", str(error)).split("\n")  # Keras puts a headline and colours around the reason
+        return getattr(importlib.import_module(f"benchmarks.features.{module}"), class_name)()
+    except Exception as error:  # any exception of the library's import
+        return error
+
+
+def describe_peer(name: str) -> dict[str, str]:
+    """Return the title of a column, and in "problem" what prevents all answers, or ""."""
+    title = PEERS[name].title
+    if any(importlib.util.find_spec(module) is None for module in PEERS[name].modules):
+        return {"title": title, "problem": "not installed"}
+    adapter = _adapter(name)
+    if isinstance(adapter, Exception):
+        version = f"{importlib.metadata.version(name)} (NumPy {np.__version__})"
+        line = f"{type(adapter).__name__}: {(str(adapter).splitlines() or [''])[0]}"
+        return {"title": f"{title} {version}", "problem": f"import fails: {line}"}
+    return {"title": f"{title} {adapter.version}".strip(), "problem": ""}
+
+
+def answer(peer_name: str, question: str) -> str:
+    """Answer a question: the text of one cell of the table.
+
+    Args:
+        peer_name: a key of ADAPTERS.
+        question: a key of QUESTIONS.
+    """
+    try:
+        text = str(getattr(_adapter(peer_name), question)())
+    except UnsupportedFeatureError as error:
+        text = f"no ({error})"
+    except Exception as error:  # the library's own message
+        # Keras puts a headline and colours around the reason.
+        lines = re.sub(r"\x1b\[\d*m", "", str(error)).split("\n")
         line = next((one for one in lines if one.strip() and not one.startswith("Exception encountered")), "")
-        line = re.sub(r"(?<!\w)/[\w./+-]+", "...", line)  # no path of this machine in a table
+        line = re.sub(r"(?<!\w)/[\w./+-]+", "...", line)  # hides paths of this machine
         text = f"no ({type(error).__name__}: {line if len(line) <= 80 else line[:77] + '...'})"
     return text.replace("|", "/")

@@ -1,60 +1,41 @@
-"""Who runs a row on the GPU: the three tiers, torch's cuDNN layer, the step's bare products; and how they are timed.
+"""Implementations of a row on the GPU: the three tiers of CUDA kernels, torch's cuDNN layer, the bare products.
 
-Everyone is timed by CUDA events around a whole pass, the launches' own cost included: that is what a user waits for.
+All are timed by CUDA events around a whole pass. That includes the cost of the launches, for which a user waits, too.
 """
 
 from __future__ import annotations
 
-import gc
+import math
 import statistics
-import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any
 
-import numpy as np
-
 import xprnn
-from benchmarks.harness import peers
-from benchmarks.harness.problem import Problem
+from benchmarks.harness import agreement
+from benchmarks.harness.peers import missing_reason, torch_layer
+from benchmarks.harness.problem import FORWARD, FORWARD_BACKWARD, Array, Call, Implementation, Problem
+from benchmarks.harness.timing import time_interleaved
+from benchmarks.harness.xprnn_contenders import core_layer, layer_arrays
 from xprnn.kernels.config import reference_only
 from xprnn.kernels.cuda import device, no_persistent
 
-__all__ = [
-    "LAYER_CLASSES",
-    "TITLES",
-    "GpuImplementation",
-    "ceilings",
-    "float64_results",
-    "make_implementations",
-    "relative_errors",
-    "time_in_turns",
-    "torch_missing_reason",
-]
+__all__ = ["CELLS", "TITLES", "ceilings", "float64_results", "make_implementations", "pass_errors", "time_in_turns"]
 
-LAYER_CLASSES = {"elman": "RNN", "lstm": "LSTM", "gru": "GRU"}
+CELLS = ("elman", "lstm", "gru")
 TITLES = {
     "tier1": "tier 1, generic",
     "tier2": "tier 2, fused steps",
     "tier3": "tier 3, persistent",
     "torch": "PyTorch (cuDNN)",
-    "gemm": "the steps' products alone",
+    "gemm": "recurrent products alone",
 }
-GEMM_SIZE, COPY_ELEMENTS = 8192, 1 << 28  # of the ceilings: a product's side, a copy's float32 numbers
+GEMM_SIZE, COPY_ELEMENTS = 8192, 1 << 28  # of the ceilings: side of a product's matrices, float32 numbers of a copy
+WARMUP_CALLS = 3
 
 
-@dataclass(frozen=True)
-class GpuImplementation:
-    """`results` gives y and every gradient as NumPy arrays under the core's names; empty where there are none."""
-
-    calls: dict[str, Callable[[], Any]]  # "forward", "both"
-    timer: Callable[[Callable[[], Any]], float]  # one call by this one's events
-    results: Callable[[], dict[str, Any]] = field(default=dict)
-
-
-def cupy_event_seconds(call: Callable[[], Any]) -> float:
-    """One call, by CuPy's events."""
+def cupy_event_seconds(call: Call) -> float:
+    """Time one call by CuPy's events."""
     import cupy
 
     start, stop = cupy.cuda.Event(), cupy.cuda.Event()
@@ -66,197 +47,139 @@ def cupy_event_seconds(call: Callable[[], Any]) -> float:
     return float(cupy.cuda.get_elapsed_time(start, stop)) * 1e-3
 
 
-def _torch_timer(where: str) -> Callable[[Callable[[], Any]], float]:
-    import torch
-
-    def seconds(call: Callable[[], Any]) -> float:
-        if where == "cpu":  # for tests
-            begin = time.perf_counter()
-            call()
-            return time.perf_counter() - begin
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        start.record()
-        call()
-        stop.record()
-        torch.cuda.synchronize()
-        return float(start.elapsed_time(stop)) * 1e-3
-
-    return seconds
+def _tier2_config(precision: str) -> AbstractContextManager[Any]:
+    stack = ExitStack()
+    stack.enter_context(no_persistent())
+    stack.enter_context(xprnn.precision(precision))
+    return stack
 
 
-class _XprnnLayer:
-    """A layer of xprnn on CuPy arrays of one dtype."""
+def _cupy_layer(problem: Problem, dtype: str, config: Any) -> Implementation:
+    import cupy
 
-    def __init__(self, problem: Problem, dtype: str) -> None:
-        import cupy
-
-        def put(a: Any) -> Any:
-            return cupy.asarray(a.astype(dtype))
-
-        d, h, _, _ = problem.shape
-        self.layer = getattr(xprnn, LAYER_CLASSES[problem.cell])(d, h)
-        self.params = {f"{name}_l0": put(a) for name, a in problem.params.items()}
-        self.x, self.dy = put(problem.x), put(problem.dy)
-        state = tuple(put(s[None]) for s in problem.state)
-        self.state = state if len(state) > 1 else state[0]
-
-    def forward(self) -> Any:
-        """Inference."""
-        return self.layer(self.params, self.x, self.state)
-
-    def forward_backward(self) -> Any:
-        """Forward and backward."""
-        y, _, tape = self.layer.forward(self.params, self.x, self.state)
-        return y, self.layer.backward(tape, self.dy)
-
-    def results(self) -> dict[str, Any]:
-        """y twice, and every gradient."""
-        y, (dx, dstate, dparams) = self.forward_backward()
-        found = {"y": self.forward()[0], "y (with a tape)": y, "dx": dx} | {f"d{k[:-3]}": g for k, g in dparams.items()}
-        states = dstate if isinstance(dstate, tuple) else (dstate,)
-        found |= {f"d{c}0": s[0] for c, s in zip("hc", states, strict=False)}
-        return {k: v.get() for k, v in found.items()}
-
-    def with_config(self, *contexts: Callable[[], Any]) -> GpuImplementation:
-        """This layer, run within these contexts."""
-
-        def within(call: Callable[[], Any]) -> Callable[[], Any]:
-            def run() -> Any:
-                with ExitStack() as stack:
-                    for context in contexts:
-                        stack.enter_context(context())
-                    return call()
-
-            return run
-
-        return GpuImplementation(
-            {"forward": within(self.forward), "both": within(self.forward_backward)},
-            cupy_event_seconds,
-            within(self.results),
-        )
+    layer = core_layer(problem, cupy, dtype, config)
+    return Implementation(layer.calls, layer.results, cupy_event_seconds)
 
 
-def float64_results(problem: Problem) -> dict[str, Any]:
-    """The row's results in float64, by the generic scan."""
-    return _XprnnLayer(problem, "float64").with_config(reference_only).results()
+def float64_results(problem: Problem) -> dict[str, Array]:
+    """Compute the row's results in float64 with the generic scan."""
+    return _cupy_layer(problem, "float64", reference_only).results()
+
+
+def _explain(problem: Problem, precision: str) -> str:
+    """Return the kernel that the layer would run on."""
+    import cupy
+
+    layer, params, x, _, _ = layer_arrays(problem, cupy)
+    with xprnn.precision(precision):
+        text: str = layer.explain(params, x)
+    return text.partition(": ")[2]
 
 
 def make_implementations(
     problem: Problem, tf32: bool, torch_device: str = "cuda"
-) -> tuple[dict[str, GpuImplementation], dict[str, str]]:
-    """Those who can run the row, and why the others can't."""
-    ours, missing = _XprnnLayer(problem, "float32"), {}
-    precision = "tf32" if tf32 else "float32"
-    found = {"tier2": ours.with_config(no_persistent, lambda: xprnn.precision(precision))}
+) -> tuple[dict[str, Implementation], dict[str, str]]:
+    """Build the implementations of a row.
+
+    Args:
+        problem: the row.
+        tf32: compute products in TF32.
+        torch_device: "cuda", or "cpu" in tests.
+
+    Returns:
+        name -> implementation, and name -> reason for those that cannot run the row.
+    """
+    precision, missing = "tf32" if tf32 else "float32", {}
+    found = {"tier2": _cupy_layer(problem, "float32", partial(_tier2_config, precision))}
     if tf32:
-        missing["tier1"] = "the generic scan knows no TF32"
+        missing["tier1"] = "the generic scan has no TF32"
     else:
-        found = {"tier1": ours.with_config(reference_only)} | found
-    with xprnn.precision(precision):
-        kernel = ours.layer.explain(ours.params, ours.x).partition(": ")[2]
+        found = {"tier1": _cupy_layer(problem, "float32", reference_only)} | found
+    kernel = _explain(problem, precision)
     if kernel.startswith("CUDA persistent"):
-        found["tier3"] = ours.with_config(lambda: xprnn.precision(precision))
+        found["tier3"] = _cupy_layer(problem, "float32", partial(xprnn.precision, precision))
     else:
         missing["tier3"] = kernel.partition("not persistent: ")[2].removesuffix(")") or kernel
-    if why := torch_missing_reason(torch_device):
-        missing["torch"] = why
+    if reason := missing_reason("torch", torch_device):
+        missing["torch"] = reason
     else:
-        found["torch"] = _torch_cudnn(problem, tf32, torch_device)
+        found["torch"] = torch_layer(problem, device=torch_device, tf32=tf32)
     found["gemm"] = _recurrent_products(problem, precision)
     return found, missing
 
 
-def torch_missing_reason(device: str) -> str:
-    """Why torch can't take part, or ""."""
-    try:
-        import torch
-    except Exception as error:  # a broken installation raises whatever it likes
-        return f"torch can't be imported ({type(error).__name__})"
-    return "" if device == "cpu" or torch.cuda.is_available() else "this torch has no CUDA device"
-
-
-def _torch_cudnn(problem: Problem, tf32: bool, where: str) -> GpuImplementation:
-    import torch
-
-    def switch() -> None:
-        # Both: the layer's products go through cuDNN, those of a loop around it through cuBLAS.
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-
-    switch()
-    forward, both, results = peers.torch_calls(problem, where, switch)
-    return GpuImplementation({"forward": forward, "both": both}, _torch_timer(where), results)
-
-
-def _recurrent_products(problem: Problem, precision: str) -> GpuImplementation:
-    """The recurrent products of a pass and nothing else: what no launch of one step's product can beat."""
+def _recurrent_products(problem: Problem, precision: str) -> Implementation:
+    """Run the recurrent products of a pass and nothing else: a lower bound for one launch per step."""
     u = device.zeros(problem.params["weight_hh"].shape, "float32")
     (width, hidden), (_, _, n, t) = u.shape, problem.shape
     h, g = device.zeros((n, hidden), "float32"), device.zeros((n, width), "float32")
-    h_at, g_at, u_at = device.address(h), device.address(g), device.address(u)
+    h_address, g_address, u_address = device.address(h), device.address(g), device.address(u)
 
-    def run(both: bool) -> Any:
-        with xprnn.precision(precision), device.cublas_gemm("float32") as p:
-            there = p.make_gemm((n, width, hidden), (False, True), False)
-            back = p.make_gemm((n, hidden, width), (False, False), False)
+    def run(with_backward: bool) -> Any:
+        with xprnn.precision(precision), device.cublas_gemm("float32") as gemm:
+            forward = gemm.make_gemm((n, width, hidden), (False, True), False)
+            backward = gemm.make_gemm((n, hidden, width), (False, False), False)
             for _ in range(t):
-                there(g_at, h_at, u_at)
-            for _ in range(t if both else 0):
-                back(h_at, g_at, u_at)
-        return u, h, g  # alive until here
+                forward(g_address, h_address, u_address)
+            for _ in range(t if with_backward else 0):
+                backward(h_address, g_address, u_address)
+        return u, h, g  # keep a reference: the arrays must outlive the pointers to them
 
-    return GpuImplementation({"forward": lambda: run(False), "both": lambda: run(True)}, cupy_event_seconds)
+    calls: dict[str, Call] = {FORWARD: partial(run, False), FORWARD_BACKWARD: partial(run, True)}
+    return Implementation(calls, timer=cupy_event_seconds)
 
 
 def time_in_turns(
-    found: dict[str, GpuImplementation], call_name: str, rounds: int, seconds: float
+    implementations: dict[str, Implementation], call_name: str, rounds: int, seconds: float
 ) -> dict[str, list[float]]:
-    """Seconds of each contender's calls, in turns, after three to warm up; fewer rounds where they would take long."""
-    for contender in found.values():
-        for _ in range(3):
-            contender.calls[call_name]()
-    times: dict[str, list[float]] = {name: [] for name in found}
-    gc.collect()
-    gc.disable()
-    try:
-        begin = time.perf_counter()
-        for k in range(rounds):
-            if k >= 5 and time.perf_counter() - begin > seconds:
-                break
-            for name, contender in found.items():
-                times[name].append(contender.timer(contender.calls[call_name]))
-    finally:
-        gc.enable()
-    return times
+    """Time a call of all implementations in turns, after three calls to warm up.
+
+    Args:
+        implementations: name -> implementation.
+        call_name: FORWARD or FORWARD_BACKWARD.
+        rounds: rounds to measure at most.
+        seconds: stop after the round in which this time is used up, but not before 5 rounds.
+    """
+    calls = {name: implementation.calls[call_name] for name, implementation in implementations.items()}
+    for call in calls.values():
+        for _ in range(WARMUP_CALLS):
+            call()
+    timers = {name: timer for name, each in implementations.items() if (timer := each.timer)}
+    return time_interleaved(calls, rounds, timers, max_s=seconds)
 
 
 def ceilings(gemm_size: int = GEMM_SIZE, copy_elements: int = COPY_ELEMENTS) -> dict[str, float]:
-    """What this device does at best: operations a second in large products, bytes a second in a copy, its clock."""
-    a, out = device.zeros((gemm_size, gemm_size), "float32"), device.zeros((gemm_size, gemm_size), "float32")
-    found = {}
-    for name in ("float32", "tf32"):
-        with xprnn.precision(name), device.cublas_gemm("float32") as p:
-            times = [cupy_event_seconds(lambda p=p: p.matmul(out, a, a)) for _ in range(6)][1:]
-        found[name] = 2 * gemm_size**3 / statistics.median(times)
-    source, target = device.zeros((copy_elements,), "float32"), device.zeros((copy_elements,), "float32")
-
-    def copied() -> None:
-        target[...] = source
-
-    found["bytes"] = 8 * copy_elements / statistics.median([cupy_event_seconds(copied) for _ in range(6)][1:])
+    """Measure the device's limits: operations per second of large products, bytes per second of a copy, clock in Hz."""
     import cupy
 
+    a, out = device.zeros((gemm_size, gemm_size), "float32"), device.zeros((gemm_size, gemm_size), "float32")
+    limits = {}
+    for name in ("float32", "tf32"):
+        with xprnn.precision(name), device.cublas_gemm("float32") as gemm:
+            times = [cupy_event_seconds(lambda gemm=gemm: gemm.matmul(out, a, a)) for _ in range(6)][1:]
+        limits[name] = 2 * gemm_size**3 / statistics.median(times)
+    source, target = device.zeros((copy_elements,), "float32"), device.zeros((copy_elements,), "float32")
+
+    def copy() -> None:
+        target[...] = source
+
+    limits["bytes"] = 8 * copy_elements / statistics.median([cupy_event_seconds(copy) for _ in range(6)][1:])
     attributes = cupy.cuda.Device().attributes
-    return found | {"clock": 1e3 * attributes.get("ClockRate", 0)}
+    return limits | {"clock": 1e3 * attributes.get("ClockRate", 0)}
 
 
-def relative_errors(results: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
-    """The largest difference of y, and of any gradient, over the largest number of that array."""
+def pass_errors(results: dict[str, Array], expected: dict[str, Array]) -> dict[str, float]:
+    """Return the largest relative error of each pass: outputs for FORWARD, outputs and gradients for FORWARD_BACKWARD.
 
-    def relative(name: str) -> float:
-        have, want = results[name].astype(np.float64), expected[name]
-        return float(np.abs(have - want).max() / max(float(np.abs(want).max()), 1e-30))
+    `expected` holds float64 results. No results: an empty dict.
+    """
+    errors = agreement.relative_errors(results, expected)
+    if not errors:
+        return {}
+    outputs = [error for name, error in errors.items() if name.startswith("y")]
+    return {FORWARD: _largest(outputs), FORWARD_BACKWARD: _largest(list(errors.values()))}
 
-    outputs = [relative(k) for k in results if k[0] == "y"]
-    gradients = [relative(k) for k in results if k[0] == "d"]
-    return {"forward": max(outputs), "both": max([*outputs, *gradients])} if results else {}
+
+def _largest(errors: list[float]) -> float:
+    """Return the largest error; NaN if one is NaN."""
+    return math.nan if any(math.isnan(error) for error in errors) else max(errors)

@@ -1,145 +1,181 @@
-"""Floors, ratios and the Markdown table of a GPU run; python gpu_report.py FILE prints that of a JSON again."""
+"""Lower bounds, goals and the Markdown of a GPU run.
+
+python -m benchmarks.gpu.report FILE    prints the Markdown of a JSON file again
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.contenders import TITLES
+from benchmarks.harness.problem import FORWARD, FORWARD_BACKWARD, GATE_COUNTS, matmul_flops
+from benchmarks.harness.report import format_time, machine_line, markdown_table
+from benchmarks.harness.timing import paired_ratio, quartile_summary
 
 __all__ = ["floors", "goal_lines", "markdown_report", "summarize_row"]
 
 TIERS = ("tier3", "tier2", "tier1")
-GATE_COUNTS = {"elman": 1, "lstm": 4, "gru": 3}
-# Cycles that one step takes at least, however small: read the state from shared memory, add up across a warp, tanh,
-# write; beyond 128 units the state must also cross from one multiprocessor to another (arXiv:2402.13499: 29 and 180).
+# Fewest cycles of one step: read the state from shared memory, add across a warp, tanh, write. Beyond 128 units the
+# state must also pass from one multiprocessor to another (arXiv:2402.13499: 29 and 180 cycles).
 STEP_CYCLES, CROSS_SM_CYCLES = 239, 180
 MAX_SINGLE_SM_UNITS = 128  # units whose weight fits one multiprocessor
-MIN_TIMES_TORCH = {"tier3": 1.0, "tier2": 1 / 3}  # the goals: times PyTorch's speed, with TF32 off
+MIN_TIMES_TORCH = {"tier3": 1.0, "tier2": 1 / 3}  # goals: PyTorch's time over the tier's, with TF32 off
+CAPTION = (
+    "Microseconds per step (CUDA events around the whole pass, over T), median ± half the interquartile range. In "
+    "brackets: PyTorch's time over xprnn's; above 1, xprnn is faster. `floor`: largest lower bound of products, memory "
+    "traffic and chain of steps. `x`: time of the best tier over the floor. `error`: largest difference of the best "
+    "tier and of PyTorch from float64, relative to the largest number."
+)
+Row = dict[str, Any]
 
 
 def floors(
-    shape: tuple[int, int, int, int], cell: str, call_name: str, arithmetic: str, ceilings: dict[str, float]
+    shape: tuple[int, int, int, int], cell: str, pass_name: str, arithmetic: str, ceilings: dict[str, float]
 ) -> dict[str, float]:
-    """Seconds that a pass over D, H, N, T can't go below: of its products, of its memory, of its chain of steps."""
+    """Return lower bounds of the seconds of a pass: of its products, its memory traffic, its chain of steps.
+
+    Args:
+        shape: (D, H, N, T).
+        cell: "elman", "lstm" or "gru".
+        pass_name: FORWARD or FORWARD_BACKWARD.
+        arithmetic: "float32" or "tf32".
+        ceilings: limits of the device, as measured by `contenders.ceilings`.
+    """
     d, h, n, t = shape
-    passes = 3 if call_name == "both" else 1  # the backward pass has two products for each one of the forward pass
-    flops = 2.0 * t * n * (d + h) * GATE_COUNTS[cell] * h * passes
-    # x and y once each way, and what lies between forward and backward at least once: the gates.
-    numbers = t * n * ((d + h) * passes + (2 * GATE_COUNTS[cell] * h if call_name == "both" else 0))
-    found = {"products": flops / ceilings[arithmetic], "memory": 4 * numbers / ceilings["bytes"]}
+    backward = pass_name == FORWARD_BACKWARD
+    # x and y are read or written once in each direction; the gates lie between forward and backward.
+    numbers = t * n * ((d + h) * (3 if backward else 1) + (2 * GATE_COUNTS[cell] * h if backward else 0))
+    seconds = {
+        "products": matmul_flops(cell, shape)[pass_name] / ceilings[arithmetic],
+        "memory": 4 * numbers / ceilings["bytes"],
+    }
     if ceilings.get("clock"):
         cycles = STEP_CYCLES + (CROSS_SM_CYCLES if h > MAX_SINGLE_SM_UNITS else 0)
-        found["latency"] = t * cycles * (2 if call_name == "both" else 1) / ceilings["clock"]
-    return found
+        seconds["latency"] = t * cycles * (2 if backward else 1) / ceilings["clock"]
+    return seconds
 
 
 def summarize_row(
-    key: dict[str, Any], times: dict[str, list[float]], missing: dict[str, str], error: dict[str, Any], best: Any
-) -> Any:
-    """What is kept of one measured row: microseconds a step, ratios, floors, errors."""
+    key: Row,
+    times: dict[str, list[float]],
+    missing: dict[str, str],
+    error: dict[str, float],
+    ceilings: dict[str, float],
+) -> Row:
+    """Summarize a measured row: microseconds per step, ratios, lower bounds, errors.
+
+    Args:
+        key: cell, shape, tf32 and pass.
+        times: name -> seconds of the pass, one entry a round.
+        missing: name -> why it cannot run the row.
+        error: name -> largest relative error.
+        ceilings: limits of the device.
+    """
     shape, t = tuple(key["shape"]), key["shape"][3]
-    steps = {who: sorted(1e6 * s / t for s in seen) for who, seen in times.items()}
-    us = {}
-    for who, seen in steps.items():
-        low, middle, high = statistics.quantiles(seen, n=4) if len(seen) > 1 else seen * 3
-        us[who] = {"median": middle, "q1": low, "q3": high, "rounds": len(seen)}
-    low = floors(shape, key["cell"], key["pass"], "tf32" if key["tf32"] else "float32", best)
-    least = {name: 1e6 * s / t for name, s in low.items()}
-    out = key | {"us": us, "missing": missing, "floor": least, "error": error}
-    out["over_floor"] = {who: u["median"] / max(least.values()) for who, u in us.items()}
+    us = {name: quartile_summary([1e6 * s / t for s in seen]) for name, seen in times.items()}
+    seconds = floors(shape, key["cell"], key["pass"], "tf32" if key["tf32"] else "float32", ceilings)
+    floor = {name: 1e6 * s / t for name, s in seconds.items()}
+    row = key | {"us": us, "missing": missing, "floor": floor, "error": error}
+    row["over_floor"] = {name: u["median"] / max(floor.values()) for name, u in us.items()}
     if "torch" in us:
-        pairs = {who: zip(times["torch"], seen, strict=True) for who, seen in times.items() if who != "torch"}
-        out["times_torch"] = {who: statistics.median(a / b for a, b in p) for who, p in pairs.items()}
-    return out
+        row["times_torch"] = {
+            name: paired_ratio(times["torch"], seen) for name, seen in times.items() if name != "torch"
+        }
+    return row
 
 
-def goal_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """The issue's goals, each with the rows that miss it."""
-    plain = [r for r in rows if not r["tf32"] and "times_torch" in r]
-    if not plain:
+def goal_lines(rows: list[Row]) -> list[str]:
+    """Count the rows that meet each goal, and name the worst one."""
+    judged = [row for row in rows if not row["tf32"] and "times_torch" in row]
+    if not judged:
         return ["No goal can be judged: PyTorch was not measured."]
     lines = []
-    for who, least in MIN_TIMES_TORCH.items():
-        have = [r for r in plain if who in r["times_torch"]]
-        short = [r for r in have if r["times_torch"][who] < least]
-        text = (
-            f"{TITLES[who]}: at least {least:.2f} times PyTorch's speed on {len(have) - len(short)} of {len(have)} rows"
-        )
-        worst = min(short, key=lambda r: r["times_torch"][who], default=None)
-        text += f"; worst {worst['times_torch'][who]:.2f} at {_row_label(worst)}" if worst else ""
-        lines.append(text + f" (of {len(plain)} measured)")
+    for name, least in MIN_TIMES_TORCH.items():
+        measured = [row for row in judged if name in row["times_torch"]]
+        unmet = [row for row in measured if row["times_torch"][name] < least]
+        met = f"{len(measured) - len(unmet)} of {len(measured)} rows"
+        text = f"{TITLES[name]}: at least {least:.2f} times PyTorch's speed on {met}"
+        worst = min(unmet, key=lambda row: row["times_torch"][name], default=None)
+        text += f"; worst {worst['times_torch'][name]:.2f} at {_row_label(worst)}" if worst else ""
+        lines.append(text + f" (of {len(judged)} measured)")
     return lines
 
 
-def _row_label(r: dict[str, Any]) -> str:
-    _, h, n, _ = r["shape"]
-    return f"{r['cell']}, {'forward+backward' if r['pass'] == 'both' else 'forward'}, H {h}, N {n}"
+def _row_label(row: Row) -> str:
+    _, h, n, _ = row["shape"]
+    return f"{row['cell']}, {row['pass']}, H {h}, N {n}"
 
 
-def _format_cell(r: dict[str, Any], who: str) -> str:
-    if who not in r["us"]:
+def _format_cell(row: Row, name: str) -> str:
+    if name not in row["us"]:
         return ""
-    u = r["us"][who]
-    spread = 50 * (u["q3"] - u["q1"]) / u["median"] if u["median"] else 0.0
-    ratio = r.get("times_torch", {}).get(who)
-    return f"{u['median']:.3g} ±{spread:.0f}%" + (f" ({ratio:.2f})" if ratio else "")
+    ratio = row.get("times_torch", {}).get(name)
+    return format_time(row["us"][name], 1.0, [ratio] if ratio else [])
 
 
-def markdown_report(run: dict[str, Any]) -> str:
-    """The whole report."""
+def _device_lines(run: dict[str, Any]) -> list[str]:
+    """Describe the machine, the GPU and its measured limits."""
     m = run["machine"]
-    versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
-    lines = [
-        f"{m['gpu']} (compute capability {m['capability']}, driver CUDA {m['driver']}), {m['processor']}; {versions}."
-    ]
-    if best := run.get("ceilings"):
+    lines = [machine_line(m), f"{m['gpu']} (compute capability {m['capability']}, driver CUDA {m['driver']})."]
+    if limits := run.get("ceilings"):
         lines.append(
-            f"Ceilings measured here: {best['float32'] / 1e12:.1f} TFLOP/s float32, {best['tf32'] / 1e12:.1f} TF32, "
-            f"copy {best['bytes'] / 1e12:.2f} TB/s, clock {best['clock'] / 1e9:.2f} GHz."
+            f"Limits measured here: {limits['float32'] / 1e12:.1f} TFLOP/s float32, {limits['tf32'] / 1e12:.1f} TF32, "
+            f"copy {limits['bytes'] / 1e12:.2f} TB/s, clock {limits['clock'] / 1e9:.2f} GHz."
         )
-    lines.append(
-        "Microseconds a step (CUDA events around the whole pass, over T), median ± half the interquartile range; in "
-        "brackets PyTorch's time over ours: above 1, xprnn is faster. `floor` is the largest of what the products, the "
-        "memory and the chain of steps take at least, `x` the best tier over it; `error` the best tier's and PyTorch's "
-        "largest difference from float64, relative to the largest number."
-    )
-    for tf32 in (False, True):
-        for name in dict.fromkeys(r["cell"] for r in run["rows"]):
-            rows = [r for r in run["rows"] if r["cell"] == name and r["tf32"] is tf32]
-            if rows:
-                lines += ["", f"### {name}, float32, TF32 {'on' if tf32 else 'off'}", "", *_markdown_table(rows)]
-    lines += ["", *(f"- {g}" for g in goal_lines(run["rows"]))]
-    reasons = {f"{TITLES[who]}: {why}": _row_label(r) for r in run["rows"] for who, why in r["missing"].items()}
-    lines += [f"- not run: {text} (first at {where})" for text, where in reversed(reasons.items())]
-    lines += [f"- {line}" for line in run.get("notes", [])]
-    for text in run.get("training", []):
-        lines.append(
-            f"- training text, {text['cell']}, batch {text['batch']}: "
-            + ", ".join(f"{who} {rate:,.0f} characters a second" for who, rate in text["rates"].items())
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _markdown_table(rows: list[dict[str, Any]]) -> list[str]:
-    shown = [who for who in TITLES if any(who in r["us"] for r in rows)]
-    heads = ["H", "N", "pass", *(TITLES[who] for who in shown), "floor", "x", "error"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for r in rows:
-        _, h, n, _ = r["shape"]
-        tier = next(who for who in TIERS if who in r["us"])
-        kind = max(r["floor"], key=lambda k: r["floor"][k])
-        error = ", ".join(f"{r['error'][who]:.0e}" for who in (tier, "torch") if who in r["error"])
-        cells = [str(h), str(n), "f+b" if r["pass"] == "both" else "f", *(_format_cell(r, who) for who in shown)]
-        cells += [f"{r['floor'][kind]:.3g} ({kind})", f"{r['over_floor'][tier]:.1f}", error]
-        lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _training_line(row: Row) -> str:
+    rates = ", ".join(f"{name} {rate:,.0f} characters per second" for name, rate in row["rates"].items())
+    return f"- text training, {row['cell']}, batch {row['batch']}, TF32 {'on' if row['tf32'] else 'off'}: {rates}"
+
+
+def markdown_report(run: dict[str, Any]) -> list[str]:
+    """Format the whole report."""
+    lines = [*_device_lines(run), CAPTION]
+    for tf32 in (False, True):
+        for cell in dict.fromkeys(row["cell"] for row in run["rows"]):
+            rows = [row for row in run["rows"] if row["cell"] == cell and row["tf32"] is tf32]
+            if rows:
+                lines += ["", f"### {cell}, float32, TF32 {'on' if tf32 else 'off'}", "", *_table(rows)]
+    lines += ["", *(f"- {goal}" for goal in goal_lines(run["rows"]))]
+    reasons: dict[str, str] = {}
+    for row in run["rows"]:
+        for name, reason in row["missing"].items():
+            reasons.setdefault(f"{TITLES[name]}: {reason}", _row_label(row))
+    lines += [f"- not run: {text} (first at {label})" for text, label in reasons.items()]
+    lines += [f"- {note}" for note in run.get("notes", [])]
+    return lines + [_training_line(row) for row in run.get("training", [])]
+
+
+def _table(rows: list[Row]) -> list[str]:
+    shown = [name for name in TITLES if any(name in row["us"] for row in rows)]
+    table = []
+    for row in rows:
+        _, h, n, _ = row["shape"]
+        tier = next(name for name in TIERS if name in row["us"])
+        bound = max(row["floor"], key=lambda name: row["floor"][name])
+        error = ", ".join(f"{row['error'][name]:.0e}" for name in (tier, "torch") if name in row["error"])
+        cells = [_format_cell(row, name) for name in shown]
+        floor = f"{row['floor'][bound]:.3g} ({bound})"
+        pass_name = "f" if row["pass"] == FORWARD else "f+b"
+        table.append([str(h), str(n), pass_name, *cells, floor, f"{row['over_floor'][tier]:.1f}", error])
+    return markdown_table(["H", "N", "pass", *(TITLES[name] for name in shown), "floor", "x", "error"], table)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the Markdown of a JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="a JSON file that benchmarks.gpu.grid wrote")
+    run = json.loads(parser.parse_args(argv).file.read_text(encoding="utf-8"))
+    print(*markdown_report(run), sep="\n")
+    return 0
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path)
-    print(markdown_report(json.loads(parser.parse_args().file.read_text(encoding="utf-8"))), end="")
+    sys.exit(main())

@@ -1,10 +1,12 @@
-"""How fast xprnn is here, beside whatever peers are installed: `python -m xprnn bench`, and what benchmarks/ stands on.
+"""Code that the benchmark scripts share.
 
-problem   one row of the grid: arrays that are the same for everyone
-ours, article, peers, loop   who can run it
-machine, timing   what it is measured on; medians and ratios
-seat, players   a process for each contender, in turns
-contenders, measure   who runs a row and whether they agree; a task from beginning to end
-streams   one step at a time
-tables, short   the report, and the user's command
+problem           arrays of one row of the grid; what an implementation is
+peers             libraries that xprnn is compared with; builds their implementations
+xprnn_contenders  implementations by xprnn
+article_baseline  the article's code
+numba_loop        a time loop written by hand for numba
+worker, worker_pool  worker processes that take turns, and single fresh processes
+agreement         comparison of results before timing
+machine, timing   description of the machine; interleaved timing
+options, report   command-line options; tables, goals and JSON
 """

@@ -1,20 +1,16 @@
-"""What the commands of this folder share: their options, how they begin again, and how they end."""
+"""Command-line options that the benchmark scripts share."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from benchmarks.harness import machine
-from xprnn.io.archive import write_atomically
+from benchmarks.harness.worker_pool import run_process
 
-__all__ = ["CELLS", "argument_parser", "rerun_keeping_memory", "write_results"]
+__all__ = ["CELLS", "argument_parser", "rerun_keeping_memory"]
 
 CELLS = ["elman", "lstm", "gru"]
 
@@ -22,32 +18,38 @@ CELLS = ["elman", "lstm", "gru"]
 def argument_parser(
     doc: str | None, *, rounds: int = 0, cells: list[str] | None = None, cell_choices: list[str] = CELLS
 ) -> argparse.ArgumentParser:
-    """A parser with --json, and --rounds and --cell (of the known ones) where there is a default for them."""
+    """Create a parser with the option --json.
+
+    Args:
+        doc: the script's docstring, shown by --help.
+        rounds: default of the option --rounds; 0: no such option.
+        cells: default of the option --cell; None: no such option.
+        cell_choices: cells that --cell accepts.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to FILE")
     if rounds:
-        parser.add_argument("--rounds", type=int, default=rounds, help=f"default: {rounds}")
+        parser.add_argument("--rounds", type=int, default=rounds, help=f"repetitions (default: {rounds})")
     if cells:
         parser.add_argument(
-            "--cell", nargs="+", choices=cell_choices, default=cells, help=f"default: {' '.join(cells)}"
+            "--cell",
+            nargs="+",
+            choices=cell_choices,
+            default=cells,
+            help=f"recurrent cells (default: {' '.join(cells)})",
         )
     return parser
 
 
 def rerun_keeping_memory() -> int | None:
-    """Run this command once more, with freed memory kept as in the other comparisons; None where it already is.
+    """Run this module again in an environment in which freed memory stays with the process.
 
-    Returns its exit code.
+    Returns:
+        The exit code of that run; None if this process already has the environment.
     """
     if "MALLOC_MMAP_MAX_" in os.environ:
         return None
-    return subprocess.run([sys.executable, *sys.argv], env=machine.benchmark_environment(1), check=False).returncode
-
-
-def write_results(args: argparse.Namespace, lines: Iterable[str], figures: dict[str, Any], failed: bool = False) -> int:
-    """Print the lines, write the figures; returns the exit code."""
-    print(*lines, sep="\n")
-    if args.json:
-        figures = {"machine": machine.describe()} | figures
-        write_atomically(args.json, (json.dumps(figures, indent=1) + "\n").encode())
-    return int(failed)
+    module = sys.modules["__main__"].__spec__.name  # set because benchmarks run as `python -m module`
+    result = run_process([sys.executable, "-m", module, *sys.argv[1:]], machine.benchmark_environment(1))
+    print(*result.lines, sep="\n")
+    return result.returncode

@@ -1,99 +1,210 @@
-"""torch, JAX and ONNX Runtime on the CPU, each at its best for the same task; missing ones are left out."""
+"""The libraries and programs that xprnn is compared with, and their implementations of a row of the grid."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.harness.problem import FORWARD, FORWARD_BACKWARD, Call, Implementation, Problem
+from benchmarks.harness.problem import FORWARD, FORWARD_BACKWARD, GATE_COUNTS, Call, Implementation, Problem
 
-__all__ = ["PEERS", "UNSUPPORTED_CELLS", "jax_cell", "make_peer", "missing_reason", "onnx_session", "torch_calls"]
+__all__ = [
+    "PEERS",
+    "Peer",
+    "eligible_names",
+    "jax_cell",
+    "make_implementation",
+    "missing_reason",
+    "onnx_session",
+    "torch_layer",
+]
 
-# What must be importable for each; in the order of the tables' columns.
-PEERS = {"loop": ("numba",), "torch": ("torch",), "jax": ("jax",), "onnxruntime": ("onnxruntime", "onnx")}
-# What each has no layer or operator of.
-UNSUPPORTED_CELLS = {
-    "loop": {"gru-before", "lstm-proj"},
-    "torch": {"gru-before"},
-    "jax": {"gru-before", "lstm-proj"},
-    "onnxruntime": {"lstm-proj"},
+RARE_CELLS = frozenset({"gru-before", "lstm-proj"})
+NOT_ELMAN = frozenset(GATE_COUNTS) - {"elman"}
+
+
+class Peer(NamedTuple):
+    """A column of a table.
+
+    title: its heading.
+    modules: modules that must be importable.
+    requirements: arguments of `pip install`, one tuple for each environment to build.
+    build_requirements: what pip must install first, if the package cannot be built in isolation.
+    unsupported_cells: keys of GATE_COUNTS that it has no layer or operator for.
+    is_framework: True if it counts in "best peer".
+    """
+
+    title: str
+    modules: tuple[str, ...] = ()
+    requirements: tuple[tuple[str, ...], ...] = ()
+    build_requirements: tuple[str, ...] = ()
+    unsupported_cells: frozenset[str] = frozenset()
+    is_framework: bool = False
+
+
+PEERS = {  # in the order of the tables' columns
+    "layer": Peer("layer"),
+    "article_api": Peer("article API", unsupported_cells=NOT_ELMAN),
+    "article_loop": Peer("article loop", unsupported_cells=NOT_ELMAN),
+    "article_loop_float64": Peer("article loop, float64 zeros", unsupported_cells=NOT_ELMAN),
+    "loop": Peer("compiled loop", ("numba",), unsupported_cells=RARE_CELLS),
+    "xprnn": Peer("xprnn", ("xprnn",)),
+    "article": Peer("the article's code"),
+    "torch": Peer(
+        "torch",
+        ("torch",),
+        requirements=(("torch==2.13.0", "numpy"),),
+        unsupported_cells=frozenset({"gru-before"}),
+        is_framework=True,
+    ),
+    "jax": Peer("JAX jit", ("jax",), unsupported_cells=RARE_CELLS, is_framework=True),
+    "onnxruntime": Peer(
+        "ONNX Runtime",
+        ("onnxruntime", "onnx"),
+        requirements=(("onnxruntime",),),
+        unsupported_cells=frozenset({"lstm-proj"}),
+        is_framework=True,
+    ),
+    "keras": Peer("Keras", ("keras",), requirements=(("keras==3.15.1", "jax"),)),
+    # Chainer's setup.py needs pkg_resources. Chainer itself needs an older NumPy than xprnn: the table shows both.
+    "chainer": Peer(
+        "Chainer",
+        ("chainer",),
+        requirements=(("chainer==7.8.1", "numpy>=2"), ("chainer==7.8.1", "numpy==1.23.5")),
+        build_requirements=("setuptools<81", "wheel"),
+    ),
+    "thinc": Peer("Thinc", ("thinc",), requirements=(("thinc==9.1.1",),)),
 }
 
 
-def missing_reason(name: str) -> str:
-    """Why a peer is left out, or "". It is imported to know: some import only in part."""
+def missing_reason(name: str, device: str = "cpu") -> str:
+    """Return why a peer cannot run here, or "". Its modules are imported: some installations import only in part."""
     try:
-        for module in PEERS[name]:
+        for module in PEERS[name].modules:
             importlib.import_module(module)
-    except Exception as error:  # a broken installation raises whatever it likes
+    except Exception as error:  # a broken installation may raise anything
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if name == "torch" and device != "cpu":
+        import torch
+
+        return "" if torch.cuda.is_available() else "this torch has no CUDA device"
     return ""
 
 
-def make_peer(name: str, problem: Problem, threads: int) -> Implementation:
-    """The contender of this name."""
-    makers: dict[str, Callable[[Problem, int], Implementation]] = {"loop": _numba_loop, "torch": _torch, "jax": _jax}
-    return (makers | {"onnxruntime": _onnxruntime})[name](problem, threads)
+def eligible_names(cell: str, shape: tuple[int, ...], candidates: list[str]) -> list[str]:
+    """Return the candidates that can run a row. The compiled loop is written for N = 1."""
+    names = [name for name in candidates if cell not in PEERS[name].unsupported_cells]
+    return [name for name in names if name != "loop" or shape[2] == 1]
 
 
-def _numba_loop(problem: Problem, _: int) -> Implementation:
+def make_implementation(
+    name: str,
+    cell: str,
+    shape: tuple[int, int, int, int],
+    order: str = "C",
+    threads: int = 1,
+    device: str = "cpu",
+) -> Implementation:
+    """Build the implementation of a row by its name in PEERS.
+
+    Args:
+        name: a key of PEERS that the grid knows.
+        cell: a key of GATE_COUNTS.
+        shape: (D, H, N, T).
+        order: memory order of the article's arrays.
+        threads: number of threads of libraries that take it as an argument.
+        device: of torch.
+    """
+    from benchmarks.harness import xprnn_contenders
+
+    makers: dict[str, Callable[[Problem], Implementation]] = {
+        "layer": xprnn_contenders.core_layer,
+        "article_api": xprnn_contenders.article_api,
+        "article_loop": xprnn_contenders.article_loop,
+        "article_loop_float64": lambda problem: xprnn_contenders.article_loop(problem, zeros_dtype=np.float64),
+        "loop": _numba_loop,
+        "torch": lambda problem: torch_layer(problem, threads, device),
+        "jax": _jax,
+        "onnxruntime": lambda problem: _onnxruntime(problem, threads),
+    }
+    return makers[name](Problem(cell, shape, order))
+
+
+def _numba_loop(problem: Problem) -> Implementation:
     from benchmarks.harness.numba_loop import numba_loop
 
     return numba_loop(problem)
 
 
-def _torch(problem: Problem, threads: int) -> Implementation:
+def _cuda_event_seconds(call: Call) -> float:
+    """Time one call on the GPU by torch's events."""
     import torch
 
-    torch.set_num_threads(threads)
-    forward, both, results = torch_calls(problem)
-    return Implementation({FORWARD: forward, FORWARD_BACKWARD: both}, results)
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    stop.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(stop)) * 1e-3
 
 
-def torch_calls(
-    problem: Problem, device: str = "cpu", before_forward: Callable[[], None] = lambda: None
-) -> tuple[Call, Call, Call]:
-    """torch's layer on a device: forward without gradients, both passes, results; `before` runs before each forward."""
+def torch_layer(
+    problem: Problem, threads: int | None = None, device: str = "cpu", tf32: bool | None = None
+) -> Implementation:
+    """Run torch's layer: forward without gradients, and forward + autograd.
+
+    Args:
+        problem: the row.
+        threads: number of CPU threads; None: torch's default.
+        device: "cpu" or "cuda".
+        tf32: switch TF32 on or off before each forward pass; None: leave it.
+    """
     import torch
 
-    kinds = {"elman": torch.nn.RNN, "lstm": torch.nn.LSTM, "gru": torch.nn.GRU}
-    projected = {"proj_size": problem.output_size} if problem.cell == "lstm-proj" else {}
-    layer = kinds[problem.cell.removesuffix("-proj")](*problem.shape[:2], **projected).to(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    layer_class = {"elman": torch.nn.RNN, "lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[
+        problem.cell.removesuffix("-proj")
+    ]
+    projection = {"proj_size": problem.output_size} if problem.cell == "lstm-proj" else {}
+    layer = layer_class(*problem.shape[:2], **projection).to(device)
     with torch.no_grad():
         for name, value in problem.params.items():
             getattr(layer, f"{name}_l0").copy_(torch.from_numpy(value))
     dy = torch.from_numpy(problem.dy).to(device)
     x, *states = (torch.from_numpy(a).to(device) for a in (problem.x, *(s[None] for s in problem.state)))
-    own = [a.clone().requires_grad_() for a in (x, *states)]
+    leaves = [a.clone().requires_grad_() for a in (x, *states)]
     weights = [getattr(layer, f"{name}_l0") for name in problem.params]
 
     def run(x: Any, *states: Any) -> Any:
-        before_forward()
+        if tf32 is not None:  # both: the layer's products run in cuDNN, others in cuBLAS
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
         return layer(x, states if len(states) > 1 else states[0])
 
     def forward() -> Any:
         with torch.no_grad():
             return run(x, *states)
 
-    def both() -> Any:
-        y, _ = run(*own)
-        return y, torch.autograd.grad(y, [*own, *weights], dy)
+    def forward_backward() -> Any:
+        y, _ = run(*leaves)
+        return y, torch.autograd.grad(y, [*leaves, *weights], dy)
 
     def results() -> dict[str, Any]:
-        y, (dx, *rest) = both()
+        y, (dx, *grads) = forward_backward()
         names = [f"d{c}0" for c in "hc"[: len(states)]] + [f"d{name}" for name in problem.params]
-        found = {"y": forward()[0], "y (with a tape)": y.detach(), "dx": dx}
-        found |= {k: v[0] if k in ("dh0", "dc0") else v for k, v in zip(names, rest, strict=True)}
-        return {k: v.cpu().numpy() for k, v in found.items()}
+        arrays = {"y": forward()[0], "y (with a tape)": y.detach(), "dx": dx}
+        arrays |= {k: v[0] if k in ("dh0", "dc0") else v for k, v in zip(names, grads, strict=True)}
+        return {k: v.cpu().numpy() for k, v in arrays.items()}
 
-    return forward, both, results
+    timer = None if device == "cpu" else _cuda_event_seconds
+    return Implementation({FORWARD: forward, FORWARD_BACKWARD: forward_backward}, results, timer)
 
 
 def jax_cell(cell: str) -> Callable[..., Any]:
-    """(state, x's projection, h's projection) -> state, in torch's gate order."""
+    """Return the function (state, projected x, projected h) -> state, with torch's gate order."""
     import jax
     import jax.numpy as jnp
 
@@ -113,8 +224,8 @@ def jax_cell(cell: str) -> Callable[..., Any]:
     return {"elman": elman, "lstm": lstm, "gru": gru}[cell]
 
 
-def _jax(problem: Problem, _: int) -> Implementation:
-    """A jitted lax.scan, the input's projection hoisted out of it; compiled before the clock starts."""
+def _jax(problem: Problem) -> Implementation:
+    """Run a jitted lax.scan with the input projection hoisted out of it, compiled before the clock starts."""
     import jax
 
     step = jax_cell(problem.cell)
@@ -140,47 +251,53 @@ def _jax(problem: Problem, _: int) -> Implementation:
     def forward() -> Any:
         return jax.block_until_ready(fast(*arguments))
 
-    def both() -> Any:
+    def forward_backward() -> Any:
         return jax.block_until_ready(fast_vjp(*arguments, dy))
 
     def results() -> dict[str, Any]:
-        y, (dp, dx, ds) = both()
-        found = {"y": forward(), "y (with a tape)": y, "dx": dx} | {f"d{k}": v for k, v in dp.items()}
-        found |= {f"d{c}0": s for c, s in zip("hc", ds, strict=False)}
-        return {k: np.asarray(v) for k, v in found.items()}
+        y, (dparams, dx, dstates) = forward_backward()
+        arrays = {"y": forward(), "y (with a tape)": y, "dx": dx} | {f"d{k}": v for k, v in dparams.items()}
+        arrays |= {f"d{c}0": s for c, s in zip("hc", dstates, strict=False)}
+        return {k: np.asarray(v) for k, v in arrays.items()}
 
-    return Implementation({FORWARD: forward, FORWARD_BACKWARD: both}, results)
+    return Implementation({FORWARD: forward, FORWARD_BACKWARD: forward_backward}, results)
 
 
-# For each ONNX gate, in its order, the number of torch's.
+# The index of torch's gate, for each gate in ONNX's order.
 ONNX_GATE_ORDER = {"elman": (0,), "lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "gru-before": (1, 0, 2)}
 
 
 def onnx_session(problem: Problem, threads: int, outputs: list[str]) -> Any:
-    """The ONNX operator in a model of its own: inputs X, initial_h and initial_c; outputs among Y, Y_h, Y_c."""
+    """Build a model of one ONNX operator and a session of it.
+
+    Args:
+        problem: the row.
+        threads: number of threads of the session.
+        outputs: outputs to compute, among "Y", "Y_h" and "Y_c". The inputs are "X", "initial_h" and "initial_c".
+    """
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
     d, h, n, t = problem.shape
     gates = ONNX_GATE_ORDER[problem.cell]
 
-    def ordered(a: Any) -> Any:
+    def in_onnx_order(a: Any) -> Any:
         return np.concatenate([a[k * h : (k + 1) * h] for k in gates])[None]
 
-    p = {k: ordered(v) for k, v in problem.params.items()}
+    p = {k: in_onnx_order(v) for k, v in problem.params.items()}
     weights = {"W": p["weight_ih"], "R": p["weight_hh"], "B": np.concatenate((p["bias_ih"], p["bias_hh"]), axis=1)}
-    kind = {"elman": "RNN", "lstm": "LSTM"}.get(problem.cell, "GRU")
+    operator = {"elman": "RNN", "lstm": "LSTM"}.get(problem.cell, "GRU")
     names = ("initial_h", "initial_c")[: len(problem.state)]
-    options = {"linear_before_reset": int(problem.cell == "gru")} if kind == "GRU" else {}
-    every = [k if k in outputs else "" for k in ("Y", "Y_h", "Y_c")[: 1 + len(names)]]
-    node = helper.make_node(kind, ["X", "W", "R", "B", "", *names], every, hidden_size=h, **options)
+    options = {"linear_before_reset": int(problem.cell == "gru")} if operator == "GRU" else {}
+    output_names = [k if k in outputs else "" for k in ("Y", "Y_h", "Y_c")[: 1 + len(names)]]
+    node = helper.make_node(operator, ["X", "W", "R", "B", "", *names], output_names, hidden_size=h, **options)
     inputs = {"X": (t, n, d)} | dict.fromkeys(names, (1, n, h))
-    infos = [helper.make_tensor_value_info(k, TensorProto.FLOAT, s) for k, s in inputs.items()]
+    input_infos = [helper.make_tensor_value_info(k, TensorProto.FLOAT, s) for k, s in inputs.items()]
     shapes = {"Y": (t, 1, n, h), "Y_h": (1, n, h), "Y_c": (1, n, h)}
-    out = [helper.make_tensor_value_info(k, TensorProto.FLOAT, shapes[k]) for k in outputs]
-    stored = [numpy_helper.from_array(v, k) for k, v in weights.items()]
-    graph = helper.make_graph([node], "row", infos, out, stored)
-    # Old enough for every runtime in use; the operators have not changed in what is asked of them here.
+    output_infos = [helper.make_tensor_value_info(k, TensorProto.FLOAT, shapes[k]) for k in outputs]
+    initializers = [numpy_helper.from_array(v, k) for k, v in weights.items()]
+    graph = helper.make_graph([node], "row", input_infos, output_infos, initializers)
+    # Old enough for every runtime in use; the operators have not changed since in what is used here.
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8)
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads, settings.inter_op_num_threads = threads, 1
@@ -188,7 +305,7 @@ def onnx_session(problem: Problem, threads: int, outputs: list[str]) -> Any:
 
 
 def _onnxruntime(problem: Problem, threads: int) -> Implementation:
-    """Inference only."""
+    """Run the ONNX operator in ONNX Runtime: inference only."""
     session = onnx_session(problem, threads, ["Y"])
     names = ("initial_h", "initial_c")[: len(problem.state)]
     feed = {"X": problem.x} | {k: s[None] for k, s in zip(names, problem.state, strict=True)}

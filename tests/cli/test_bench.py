@@ -29,7 +29,7 @@ def test_table_and_json_hold_every_cell_shape_and_pass(tmp_path, capsys):
     assert main.main(["bench", "--quick", "--cell", "lstm", "gru", "--rows", *rows, "--json", str(file)]) == 0
     out, err = capsys.readouterr()
     heading, *lines = out.partition("\n\n")[2].splitlines()
-    assert heading.split() == "cell D,H,N,T forward, ms forward+backward, ms step, µs kernels".split()
+    assert " ".join(heading.split()) == "cell D,H,N,T forward, ms forward+backward, ms step, µs kernels"
     assert [line.split()[:2] for line in lines] == [[cell, row] for cell in ("lstm", "gru") for row in rows]
     assert err.splitlines() == [f"{cell} {row}: measured" for cell in ("lstm", "gru") for row in rows]
     run = json.loads(file.read_text(encoding="utf-8"))

@@ -172,9 +172,11 @@ def _blas() -> str:
     return f"{build['name']} {build['version']} ({'; '.join(kernels) or 'kernel unknown'})"
 
 
-def available_cores() -> int:
-    """Count the cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def available_cores() -> list[int]:
+    """List the cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def installed_versions(packages: tuple[str, ...]) -> dict[str, str]:
@@ -197,7 +199,7 @@ def machine_summary() -> dict[str, Any]:
 
     return {
         "processor": _processor(),
-        "cores": available_cores(),
+        "cores": len(available_cores()),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown",
@@ -246,10 +248,9 @@ def bench_command(args: argparse.Namespace) -> int:
 
     from xprnn.io.archive import write_atomically
 
-    if not 1 <= args.threads <= available_cores():
-        raise InputError(
-            f"--threads: expected 1 to {available_cores()}, the cores of this process, found {args.threads}"
-        )
+    cores = len(available_cores())
+    if not 1 <= args.threads <= cores:
+        raise InputError(f"--threads: expected 1 to {cores}, the cores of this process, found {args.threads}")
     if args.json:  # fails here if the file cannot be written, not after the measurement
         write_atomically(args.json, b"{}\n")
     shapes = args.rows or (SHAPES[:QUICK_SHAPES] if args.quick else SHAPES)
