@@ -1,298 +1,293 @@
-"""`python -m xprnn bench`: the tables, peers that are missing or wrong, the figures. No time is judged."""
+"""The benchmark harness and the grid: agreement of all implementations, tables, goals. No time is judged."""
 
 from __future__ import annotations
 
-import importlib
-import json
-import os
-import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.paths import ROOT
 
-from benchmarks.harness import contenders, measure, peers, report, short, step_latency, timing, worker_pool
-from benchmarks.harness.problem import FORWARD, FORWARD_BACKWARD
-from xprnn.cli import main
+from benchmarks import run_all
+from benchmarks.cpu import grid, grid_report, step_implementations, step_latency, training
+from benchmarks.features import questions, table
+from benchmarks.harness import agreement, peers, report, timing, worker_pool
+from benchmarks.harness.problem import FORWARD, FORWARD_BACKWARD, Problem, matmul_flops
+from benchmarks.harness.report import Goal
+from xprnn.cli import bench
 
 SMALL = (2, 3, 2, 4)
-TASK = measure.DEFAULT_TASK | {"cells": ["lstm"], "shapes": [SMALL], "seconds": 0.0, "least": 1, "most": 1, "peers": []}
-posix = pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+TASK = grid.GridTask(cells=["lstm"], shapes=[SMALL], peers=[], seconds=0.0, min_rounds=1, max_rounds=1)
 
 
 @pytest.fixture(autouse=True)
-def small_and_short(monkeypatch):
+def short_turns(monkeypatch):
     monkeypatch.setattr(timing, "GEMM_SIZE", 8)
-    monkeypatch.setattr(timing, "MIN_TURN_S", 1e-7)
-    for name in ("WARM", "TURN"):
+    monkeypatch.setattr(bench, "MIN_TURN_S", 1e-7)
+    for name in ("WARMUP_S", "MIN_TURN_S"):
         monkeypatch.setattr(worker_pool, name, 0.0)
 
 
-def collected(task):
-    """A run, and what it returned."""
-    run = measure.new_run()
-    return measure.measure_task(task, run, lambda _: None), run
+def run_task(**changes):
+    """Measure TASK with some changes. Return whether it was complete, and the run."""
+    run = grid.new_run()
+    return grid.measure_task(grid.GridTask(**(vars(TASK) | changes)), run), run
 
 
-def agreed(cell, names, order="C", shape=SMALL):
-    """In this process: what is wrong with each, compared with the first."""
-    known, wrong = {}, {}
+def differences(cell, names, order="C", shape=SMALL):
+    """Compare implementations in this process: name -> where it disagrees with those before it."""
+    expected, found = {}, {}
     for name in names:
-        found = contenders.make_implementation(name, cell, shape, order, 1).results()
-        wrong[name] = contenders.mismatches(known, found, contenders.TOLERANCE)
-    return wrong
+        results = peers.make_implementation(name, cell, shape, order).results()
+        found[name] = agreement.mismatches(expected, results)
+        expected = results | expected
+    return found
 
 
-def row(core, others, *, shape=SMALL, which="forward", aside=0, cell="gru"):
+def row(layer, others, *, shape=SMALL, pass_name=FORWARD, discarded=0, cell="gru"):
+    """A row of the grid with these seconds."""
     seconds = {
-        k: {"median": v, "q1": 0.9 * v, "q3": 1.1 * v, "rounds": 3} for k, v in ({"core": core} | others).items()
+        k: {"median": v, "q1": 0.9 * v, "q3": 1.1 * v, "rounds": 3} for k, v in ({"layer": layer} | others).items()
     }
-    ratios = {"core": {k: v / core for k, v in others.items()}}
-    out = {"cell": cell, "threads": 1, "shape": list(shape), "pass": which, "seconds": seconds, "discarded": aside}
-    return out | {"times_faster": ratios, "gemm_rate": 1e9, "gemm_share": 0.5, "disagree": []}
+    ratios = {"layer": {k: v / layer for k, v in others.items()}}
+    key = {"cell": cell, "threads": 1, "shape": list(shape), "pass": pass_name, "discarded": discarded}
+    return key | {"seconds": seconds, "times_faster": ratios, "gemm_rate": 1e9, "gemm_share": 0.5, "disagree": []}
 
 
-def test_means_are_geometric_over_undisturbed_rows_and_the_article_is_no_peer():
-    rows = [row(1.0, {"torch": 2.0, "jax": 8.0, "article": 0.5}), row(1.0, {"torch": 8.0, "jax": 4.0, "article": 0.5})]
-    rows.append(row(1.0, {"torch": 1e6, "jax": 1e6, "article": 1e6}, aside=-1))
-    means = report.geometric_means(rows)["gru", 1, "forward"]
+def test_geometric_means_leave_out_disturbed_rows_and_the_article_is_no_best_peer():
+    rows = [
+        row(1.0, {"torch": 2.0, "jax": 8.0, "article_loop": 0.5}),
+        row(1.0, {"torch": 8.0, "jax": 4.0, "article_loop": 0.5}),
+        row(1.0, {"torch": 1e6, "jax": 1e6, "article_loop": 1e6}, discarded=-1),
+    ]
+    means = grid_report.geometric_means(rows)["gru", 1, FORWARD]
     assert means["torch"] == pytest.approx(4.0)
-    assert means["best peer"] == pytest.approx(8**0.5)  # 2 of torch's, 4 of JAX's
-    assert report.best_peer_ratio(rows[0]) == 2.0
+    assert means["best peer"] == pytest.approx(8**0.5)  # torch's 2 and JAX's 4
+    assert grid_report.best_peer_ratio(rows[0]) == 2.0
 
 
-def test_a_line_of_the_table():
-    (line,) = report.grid_table([row(0.5e-3, {"torch": 1e-3})])[2:]
+def test_a_line_of_the_grid_table():
+    (line,) = grid_report.grid_table([row(0.5e-3, {"torch": 1e-3})])[2:]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells == ["(2, 3, 2, 4)", "forward", "0.500 ±10%", "1.00 ±10% (2.00)", "2.00", "50%"]
 
 
-def test_without_peers_there_is_no_best_peer():
-    text = "\n".join(
-        report.grid_table([row(0.5e-3, {"article": 1e-3})]) + report.geometric_mean_lines([row(0.5e-3, {})])
-    )
+def test_without_frameworks_there_is_no_best_peer():
+    rows = [row(0.5e-3, {"article_loop": 1e-3})]
+    text = "\n".join(grid_report.grid_table(rows) + grid_report.geometric_mean_lines([row(0.5e-3, {})]))
     assert "nan" not in text
     assert "best peer," not in text
 
 
 def test_goals_name_the_row_the_peer_and_the_figure():
-    rows = [row(1.0, {"torch": 0.8, "jax": 2.0}), row(1.0, {"torch": 1.2, "article": 0.1}, which="forward+backward")]
-    rows.append(row(1.0, {"torch": 0.1}, aside=-1))  # disturbed: says nothing
-    assert report.goals(rows) == [
-        {"what": "gru (2, 3, 2, 4) forward, 1 thread(s), against torch", "value": 0.8, "least": 1.0},
-        {"what": "gru (2, 3, 2, 4) forward+backward, 1 thread(s), against torch", "value": 1.2, "least": 1.0},
-        {
-            "what": "gru, geometric mean of forward+backward, 1 thread(s), against the best peer",
-            "value": pytest.approx(1.2),
-            "least": 1.5,
-        },
+    rows = [
+        row(1.0, {"torch": 0.8, "jax": 2.0}),
+        row(1.0, {"torch": 1.2, "article_loop": 0.1}, pass_name=FORWARD_BACKWARD),
+        row(1.0, {"torch": 0.1}, discarded=-1),  # disturbed: not judged
     ]
-    assert not report.goals([row(1.0, {"article": 0.5})])
-    assert report.inconclusive(rows) == ["gru (2, 3, 2, 4) forward, 1 thread(s)"]
+    assert grid_report.goals(rows) == [
+        Goal("gru (2, 3, 2, 4) forward, 1 thread(s), against torch", 0.8, least=1.0),
+        Goal("gru (2, 3, 2, 4) forward+backward, 1 thread(s), against torch", 1.2, least=1.0),
+        Goal(
+            "gru, geometric mean of forward+backward, 1 thread(s), against the best peer",
+            pytest.approx(1.2),
+            least=1.5,
+        ),
+    ]
+    assert not grid_report.goals([row(1.0, {"article_loop": 0.5})])
+    assert grid_report.inconclusive(rows) == ["gru (2, 3, 2, 4) forward, 1 thread(s)"]
 
 
-def test_a_paired_ratio_is_the_median_of_the_rounds_own():
+def test_a_paired_ratio_is_the_median_of_the_ratios():
     assert timing.paired_ratio([2.0, 30.0, 4.0], [1.0, 10.0, 1.0]) == 3.0
     assert timing.quartile_summary([4.0, 1.0, 2.0, 3.0, 5.0]) == {"median": 3.0, "q1": 2.0, "q3": 4.0, "rounds": 5}
 
 
-def test_every_contender_has_its_turn_in_each_round():
-    seen = timing.time_interleaved({name: lambda: None for name in "ab"}, 3)
-    assert {name: len(times) for name, times in seen.items()} == {"a": 3, "b": 3}
+def test_a_remark_stands_across_the_table():
+    lines = report.markdown_table(["a", "b", "c"], [["1", "2", "3"], "torch disagrees"])
+    assert lines == ["| a | b | c |", "|---|---|---|", "| 1 | 2 | 3 |", "| | **torch disagrees** | |"]
 
 
-def test_tables_are_aligned_for_a_terminal():
-    text = report.align_columns(
-        "head\n| a | long |\n|---|---|\n| bbb | c |\n| | **refused: someone for a reason** | |\nend"
-    )
-    assert text.splitlines() == [
-        "head",
-        "a    long",
-        "---  ----",
-        "bbb  c",
-        "     **refused: someone for a reason**",
-        "end",
-    ]
+def test_flops_of_the_backward_pass_are_twice_those_of_the_forward_pass():
+    assert matmul_flops("lstm", (2, 3, 4, 5)) == {FORWARD: 2 * 5 * 4 * 5 * 12, FORWARD_BACKWARD: 6 * 5 * 4 * 5 * 12}
+    assert matmul_flops("lstm-proj", (2, 4, 1, 1))[FORWARD] == 2 * ((2 + 2) * 16 + 2 * 4)
 
 
 @pytest.mark.parametrize("cell", ["elman", "lstm", "gru"])
-def test_ours_and_the_article_agree(cell):
-    for order in "CF":
-        names = contenders.eligible_names(cell, SMALL, True, [])
-        assert len(names) == (4 if cell == "elman" else 1)
-        assert not any(agreed(cell, names, order).values())
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_layer_and_article_agree(cell, order):
+    candidates = ["layer", "article_api", "article_loop", "article_loop_float64"]
+    names = peers.eligible_names(cell, SMALL, candidates)
+    assert len(names) == (4 if cell == "elman" else 1)
+    assert not any(differences(cell, names, order).values())
 
 
 @pytest.mark.needs("torch")
 @pytest.mark.parametrize("cell", ["elman", "lstm", "gru"])
 def test_torch_agrees(cell):
-    assert not any(agreed(cell, ["core", "torch"]).values())
-    assert not step_latency.measure_latency(cell, 3, ["torch"], 5)["disagree"]
+    assert not any(differences(cell, ["layer", "torch"]).values())
+    factories = {"xprnn": step_implementations.xprnn_step, "torch": step_implementations.torch_step}
+    latency = step_latency.compare_steps(factories, Problem(cell, (1, 3, 1, 1)), 5)
+    assert not latency["disagree"]
+    assert list(latency["microseconds"]) == ["xprnn", "torch"]
+    assert set(latency["microseconds"]["xprnn"]) == {"p50", "p99", "p99.9"}
 
 
 @pytest.mark.needs("torch", "onnxruntime", "onnx")
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-@pytest.mark.parametrize(("cell", "who"), [("lstm-proj", "torch"), ("gru-before", "onnxruntime")])
-def test_who_has_a_rarer_cell_agrees(cell, who):
-    names = contenders.eligible_names(cell, SMALL, False, list(peers.PEERS))
-    assert names == ["core", who]
-    assert not any(agreed(cell, names).values())
+@pytest.mark.parametrize(("cell", "peer"), [("lstm-proj", "torch"), ("gru-before", "onnxruntime")])
+def test_the_peer_that_has_a_rarer_cell_agrees(cell, peer):
+    names = peers.eligible_names(cell, SMALL, ["layer", "article_api", *grid.PEER_NAMES])
+    assert names == ["layer", peer]
+    assert not any(differences(cell, names).values())
 
 
 @pytest.mark.needs("jax")
 @pytest.mark.parametrize("cell", ["elman", "lstm", "gru"])
 def test_jax_agrees(cell):
-    assert not any(agreed(cell, ["core", "jax"]).values())
+    assert not any(differences(cell, ["layer", "jax"]).values())
 
 
 @pytest.mark.needs("numba")
 @pytest.mark.parametrize("cell", ["elman", "lstm", "gru"])
 @pytest.mark.parametrize("shape", [(1, 3, 1, 40), (3, 6, 1, 7)])
 def test_the_compiled_loop_agrees(cell, shape):
-    assert contenders.eligible_names(cell, shape, False, ["loop"])[-1] == "loop"
-    wrong = agreed(cell, ["core", "loop"], shape=shape)
-    assert not any(wrong.values())
+    assert peers.eligible_names(cell, shape, ["layer", "loop"])[-1] == "loop"
+    assert not any(differences(cell, ["layer", "loop"], shape=shape).values())
 
 
-def test_the_compiled_loop_has_nothing_for_a_batch():
-    assert "loop" not in contenders.eligible_names("gru", SMALL, False, ["loop"])
+def test_the_compiled_loop_cannot_run_a_batch():
+    assert "loop" not in peers.eligible_names("gru", SMALL, ["loop"])
 
 
-def test_a_player_without_its_library_is_left_out_and_the_reason_said(monkeypatch):
-    monkeypatch.setitem(peers.PEERS, "torch", ("no_such_module",))
+@pytest.mark.parametrize("cell", ["elman", "lstm", "gru"])
+def test_the_numpy_floor_computes_the_step(cell):
+    factories = {"xprnn": step_implementations.xprnn_step, "floor": step_implementations.numpy_floor}
+    factories |= {"article": step_implementations.article_step} if cell == "elman" else {}
+    latency = step_latency.compare_steps(factories, Problem(cell, (1, 3, 1, 1)), 5)
+    assert not latency["disagree"]
+
+
+def test_a_step_that_disagrees_or_raises_is_named_and_not_timed():
+    def raising(problem):
+        raise OSError("no licence")
+
+    factories = {
+        "xprnn": step_implementations.xprnn_step,
+        "other": lambda problem: step_implementations.xprnn_step(Problem("elman", (1, 4, 1, 1))),
+        "raising": raising,
+    }
+    latency = step_latency.compare_steps(factories, Problem("gru", (1, 3, 1, 1)), 5)
+    assert list(latency["microseconds"]) == ["xprnn"]
+    assert latency["disagree"] == ["other: y is off by inf", "raising raises OSError: no licence"]
+
+
+def test_a_peer_whose_library_is_missing_has_a_reason(monkeypatch):
+    monkeypatch.setitem(peers.PEERS, "torch", peers.Peer("torch", ("no_such_module",)))
     monkeypatch.setitem(sys.modules, "no_such_module", None)
     assert peers.missing_reason("torch").startswith("ModuleNotFoundError: import of no_such_module")
 
 
-def test_a_peer_that_is_no_peer_is_noted_and_the_others_are_measured():
-    code, run = collected(TASK | {"peers": ["nobody"], "steps": 3, "stream_sizes": [2]})
-    assert code == 0
+def test_an_unknown_peer_is_noted_and_the_others_are_measured():
+    complete, run = run_task(peers=["nobody"])
+    assert complete
     assert run["notes"] == ["nobody: left out (KeyError: 'nobody')"]
     assert [(r["pass"], list(r["seconds"]), r["disagree"]) for r in run["rows"]] == [
-        (FORWARD, ["core"], []),
-        (FORWARD_BACKWARD, ["core"], []),
+        (FORWARD, ["layer"], []),
+        (FORWARD_BACKWARD, ["layer"], []),
     ]
-    (stream,) = run["streams"]
-    assert list(stream["microseconds"]) == ["core"]
-    assert set(stream["microseconds"]["core"]) == {"p50", "p99", "p99.9"}
+    assert run["machines"][0]["threads"] == 1
+    assert run["machines"][0]["versions"]["numpy"] == np.__version__
 
 
-def test_a_refused_peer_is_not_timed_and_the_table_says_so():
-    # Its player raises when it sits down; nobody has checked whether it is there.
-    with worker_pool.WorkerPool() as company, tempfile.TemporaryDirectory() as folder:
-        rows = list(measure._grid_rows(company, TASK, ["nobody"], Path(folder)))
-    assert [list(r["seconds"]) for r in rows] == [["core"], ["core"]]
-    assert "refused: nobody raises" in "\n".join(report.grid_table(rows))
+def test_a_peer_that_raises_is_excluded_and_the_table_says_so(tmp_path, monkeypatch):
+    # Known to this process only: its worker raises when it loads the implementation.
+    monkeypatch.setitem(peers.PEERS, "nobody", peers.Peer("nobody"))
+    with worker_pool.WorkerPool() as pool:
+        rows = list(grid._grid_rows(pool, TASK, ["nobody"], tmp_path))
+    assert [list(r["seconds"]) for r in rows] == [["layer"], ["layer"]]
+    assert "excluded: nobody raises" in "\n".join(grid_report.grid_table(rows))
 
 
-def test_without_the_core_a_task_is_given_up_and_the_reason_said():
-    code, run = collected(TASK | {"order": "C", "shapes": [(2, 3, 2)]})
-    assert code == 1
+def test_a_task_without_the_layer_is_given_up_with_a_note():
+    complete, run = run_task(shapes=[(2, 3, 2)])
+    assert not complete
     assert not run["rows"]
     (note,) = run["notes"]
     assert note.startswith("1 thread(s): given up, ")
 
 
-def test_the_command_prints_its_tables_and_writes_its_figures(tmp_path, capsys, monkeypatch):
-    for name in ("FULL", "QUICK"):
-        monkeypatch.setitem(getattr(short, name), "steps", 20)
-        monkeypatch.setitem(getattr(short, name), "seconds", 0.0)
-    file = tmp_path / "figures.json"
-    words = ["bench", "--quick", "--cell", "lstm", "--rows", "2,3,2,4", "1,2,1,3", "--peers", "--json", str(file)]
-    assert main.main(words) == 0
-    out = capsys.readouterr().out
-    assert "### LSTM (xprnn.LSTM), 1 thread" in out
-    assert "(1, 2, 1, 3)" in out
-    assert "microseconds" in out
-    run = json.loads(file.read_text(encoding="utf-8"))
-    assert [(r["shape"], r["pass"]) for r in run["rows"]] == [
-        (shape, which) for shape in ([2, 3, 2, 4], [1, 2, 1, 3]) for which in ("forward", "forward+backward")
-    ]
-    assert run["machines"][0]["threads"] == 1
-    assert run["machines"][0]["versions"]["numpy"] == np.__version__
-    assert run["streams"][0]["hidden"] == 16
-
-
-@pytest.mark.parametrize(
-    ("words", "problem"),
-    [
-        (["--rows", "1,2,3"], "expected D,H,N,T, four positive integers, found '1,2,3'"),
-        (["--rows", "1,2,0,3"], "expected D,H,N,T, four positive integers, found '1,2,0,3'"),
-        (["--threads", "0"], "expected a whole number of at least 1, found 0"),
-        (["--threads", "99999"], "core(s), found 99999"),
-        (["--cell", "rnn"], "invalid choice: 'rnn'"),
-        (["--json", str(Path("nowhere") / "at" / "all.json")], "nowhere"),
-    ],
-)
-def test_bad_words_are_one_line(words, problem, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    try:
-        code = main.main(["bench", "--quick", *words])
-    except SystemExit as stopped:
-        code = stopped.code
-    said = capsys.readouterr().err.strip().splitlines()
-    assert code == 2
-    assert len(said) == 1
-    assert problem in said[0]
-
-
-@pytest.fixture
-def interruptible():
-    """A shell ignores Ctrl-C for what it runs in the background, and so would all that is started from there."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@posix
-@pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_ends_it_and_its_measuring_process():
-    words = [sys.executable, "-m", "xprnn", "bench", "--peers", "--cell", "gru", "--rows", "1,4,1,10", "512,1024,64,50"]
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    with subprocess.Popen(words, env=os.environ | {"PYTHONPATH": paths}, stdout=-1, stderr=-1, text=True) as process:
-        first = process.stderr.readline()
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)  # it ends only when the measuring process has let go of stderr
-    assert first.startswith("gru (1, 4, 1, 10) forward")
-    assert process.returncode == 130
-    assert "Traceback" not in err
-    assert not out
-
-
-def test_the_report_names_what_falls_short_and_by_how_much(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    everything = importlib.import_module("everything")
-    grid = [{"what": "ahead", "value": 1.2, "least": 1.0}, {"what": "behind", "value": 0.75, "least": 1.0}]
-    more = [{"what": "slow", "value": 62.0, "most": 50.0}, {"what": "broken", "value": float("nan"), "most": 1.0}]
-    parts = {
-        "grid": {"goals": grid, "code": 0, "title": "Grid", "undecided": ["a row"]},
-        "imports": {"goals": more, "code": 3, "title": "Import", "undecided": []},
+def test_unmet_goals_are_listed_with_their_figures():
+    grid_goals = [Goal("ahead", 1.2, least=1.0), Goal("behind", 0.75, least=1.0)]
+    import_goals = [Goal("slow", 62.0, most=50.0), Goal("broken", float("nan"), most=1.0)]
+    results = {
+        "grid": {"code": 0, "title": "Grid", "text": "### Table", "figures": {"inconclusive": ["a row"]}},
+        "import_time": {"code": 3, "title": "Import", "text": "", "figures": {}},
     }
-    assert everything.unmet_goal_lines(parts) == [
+    results["grid"]["figures"]["goals"] = [goal._asdict() for goal in grid_goals]
+    results["import_time"]["figures"]["goals"] = [goal._asdict() for goal in import_goals]
+    machine = dict.fromkeys(("processor", "cores", "system", "python", "blas", "load"), "x") | {"versions": {}}
+    lines = run_all.report_lines({"results": results, "machine": machine, "seconds": 60.0, "short": False})
+    start = lines.index("### Unmet goals") + 2
+    assert lines[start : start + 7] == [
         "1 of 4 goals are met.",
         "",
-        "- behind: 0.75, at least 1.0 wanted",
-        "- slow: 62.00, at most 50.0 wanted",
-        "- broken: nan, at most 1.0 wanted",
+        "- behind: 0.75 (goal: at least 1.0)",
+        "- slow: 62.00 (goal: at most 50.0)",
+        "- broken: nan (goal: at most 1.0)",
         "- a row: not judged, other processes kept the cores busy",
         "- **Import: ended with code 3**",
     ]
+    assert "#### Table" in lines
 
 
-def test_training_goes_on_where_xprnn_itself_fails(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    training = importlib.import_module("training")
-    why = "xprnn 1 raises MemoryError: none left"
-    row = {"cell": "gru", "batch": 4, "rates": {"torch 1": [1.0, 3.0], "torch 2": [6.0, 6.0], "xprnn 2": [12.0, 12.0]}}
-    row |= {"disagree": [why], "discarded": 0}
-    assert [goal["value"] for goal in training.goals([row], [1, 2])] == [2.0]
-    assert np.isnan([goal["value"] for goal in training.goals([row], [1])]).tolist() == [True]
-    lines = training.table([row], [1, 2])
-    assert lines[2:] == [
+def test_training_rows_in_which_xprnn_failed_meet_no_goal():
+    reason = "xprnn 1 raises MemoryError: none left"
+    rates = {"torch 1": [1.0, 3.0], "torch 2": [6.0, 6.0], "xprnn 2": [12.0, 12.0]}
+    failed = {"cell": "gru", "batch": 4, "rates": rates, "disagree": [reason], "discarded": 0}
+    assert [goal.value for goal in training.goals([failed], [1, 2])] == [2.0]
+    (goal,) = training.goals([failed], [1])
+    assert np.isnan(goal.value)
+    assert not goal.is_met
+    assert training.rate_table([failed], [1, 2])[2:] == [
         "| gru | 4 | 1 |  | 2 |  |",
         "| gru | 4 | 2 | 12 | 6 (2.00; 2.00 to 2.00) |  |",
-        f"| | **{why}** | | | | |",
+        f"| | **{reason}** | | | | |",
     ]
+
+
+@pytest.mark.parametrize("peer", ["xprnn", "article"])
+def test_every_question_of_the_feature_comparison_has_an_answer(peer):
+    answers = {question: questions.answer(peer, question) for question in questions.QUESTIONS}
+    allowed = ("yes", "no (", "outputs ", "NumPy")
+    assert all(text.startswith(allowed) for text in answers.values()), answers
+    assert answers["rnn"].startswith("outputs ")
+    if peer == "xprnn":
+        assert not any(text.startswith("no") for text in answers.values()), answers
+
+
+def test_short_answers():
+    assert table.short_answer("outputs 4e-16, gradients 3e-16") == "right to 3e-16"
+    assert table.short_answer("no, its GRU is another: outputs 7e-02, gradients 3e-01") == "wrong by 3e-01"
+    assert table.short_answer("no (its arguments: x, a0)") == "no"
+    assert table.short_answer("import fails: ImportError: x") == "import fails"
+    assert table.short_answer("NumPy, JAX") == "NumPy, JAX"
+
+
+MODULES = [
+    f"benchmarks.{'.'.join(path.relative_to(ROOT / 'benchmarks').with_suffix('').parts)}"
+    for path in sorted((ROOT / "benchmarks").rglob("*.py"))
+    if '__name__ == "__main__"' in path.read_text(encoding="utf-8") and path.name != "deployment_worker.py"
+]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_benchmark_runs_as_a_module(module):
+    command = [sys.executable, "-m", module, "--help"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "usage: " in run.stdout
+    assert all(f"benchmarks.{benchmark.module}" in MODULES for benchmark in run_all.BENCHMARKS.values())
+    assert Path(ROOT / "benchmarks" / "cpu" / "deployment_worker.py").is_file()

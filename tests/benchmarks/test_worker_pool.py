@@ -1,4 +1,4 @@
-"""Contenders in processes of their own: whose turn it is, who is refused, who dies. No time is judged."""
+"""Worker processes: their turns, exclusion of implementations that disagree, and how they end. No time is judged."""
 
 from __future__ import annotations
 
@@ -11,141 +11,174 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.harness import contenders, machine, worker, worker_pool
+from benchmarks.harness import agreement, machine, worker, worker_pool
 from benchmarks.harness.problem import FORWARD, Implementation
+
+on_linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads Linux's /proc")
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch):
-    for name in ("WARM", "TURN"):
+def short_turns(monkeypatch):
+    for name in ("WARMUP_S", "MIN_TURN_S"):
         monkeypatch.setattr(worker_pool, name, 0.0)
 
 
 @pytest.fixture
-def company():
-    with worker_pool.WorkerPool() as those:
-        yield those
+def pool():
+    with worker_pool.WorkerPool() as workers:
+        yield workers
 
 
-def actor(part, seconds=0.0):
-    """What a player's process makes of a part that it is to play."""
+def fake_implementation(behaviour, seconds=0.0):
+    """An implementation that sleeps, and that behaves as told; built in the worker."""
 
     def results():
-        if part == "lazy":
+        if behaviour == "raises":
             raise OSError("no licence")
-        y = np.ones((3, 2)) * (np.nan if part == "nans" else 1.01 if part == "liar" else 1.0)
-        return {"y": y[:-1] if part == "short" else y}
+        y = np.ones((3, 2)) * (np.nan if behaviour == "nans" else 1.01 if behaviour == "wrong" else 1.0)
+        return {"y": y[:-1] if behaviour == "other shape" else y}
 
     def call():
-        if part == "mortal" and seconds:
+        if behaviour == "exits" and seconds:
             os._exit(3)
         time.sleep(seconds)
 
-    return Implementation({FORWARD: results if part == "lazy" else call}, results)
+    return Implementation({FORWARD: call}, results)
 
 
-def play(company, folder, parts, **options):
-    """Actors by name, seated and agreeing; then their rounds."""
-    those = {name: company.worker(name, 1) for name in parts}
-    seated, wrong = contenders.check_agreement(those, actor, parts, folder)
-    chosen = {"seconds": 0.0, "least": 2, "most": 2} | options
-    return worker_pool.run_rounds({name: those[name] for name in seated}, FORWARD, **chosen), wrong
+def measure(pool, folder, tasks, **options):
+    """Load and compare the implementations, then time those that agree."""
+    workers = {name: pool.worker(name) for name in tasks}
+    loaded, problems = agreement.check_agreement(workers, fake_implementation, tasks, folder)
+    settings = {"seconds": 0.0, "min_rounds": 2, "max_rounds": 2} | options
+    return worker_pool.run_rounds({name: workers[name] for name in loaded}, FORWARD, **settings), problems
 
 
-def test_players_take_turns_and_each_times_its_own(company, tmp_path):
-    parts = {"quick": {"part": "a"}, "slow": {"part": "b", "seconds": 0.02}}
-    seen, wrong = play(company, tmp_path, parts, most=3, seconds=100.0)
-    assert not wrong
-    assert {name: len(times) for name, times in seen.times.items()} == {"quick": 3, "slow": 3}
-    assert min(seen.times["slow"]) >= 0.02 > min(seen.times["quick"])  # it slept in its own process
+def test_workers_take_turns_and_each_times_its_calls(pool, tmp_path):
+    tasks = {"quick": {"behaviour": "right"}, "slow": {"behaviour": "right", "seconds": 0.02}}
+    rounds, problems = measure(pool, tmp_path, tasks, max_rounds=3, seconds=100.0)
+    assert not problems
+    assert {name: len(times) for name, times in rounds.times.items()} == {"quick": 3, "slow": 3}
+    assert min(rounds.times["slow"]) >= 0.02 > min(rounds.times["quick"])  # it slept in its own process
 
 
-def test_who_disagrees_or_raises_is_named_and_refused(company, tmp_path):
-    parts = {name: {"part": name} for name in ("core", "liar", "lazy", "short", "nans", "fair")}
-    seen, wrong = play(company, tmp_path, parts)
-    assert list(seen.times) == ["core", "fair"]
-    assert wrong == [
-        "liar: y is off by 1.0e-02",
-        "lazy raises OSError: no licence",
-        "short: y is off by inf",
+def test_implementations_that_disagree_or_raise_are_named_and_excluded(pool, tmp_path):
+    tasks = {name: {"behaviour": name} for name in ("first", "wrong", "raises", "other shape", "nans", "right")}
+    rounds, problems = measure(pool, tmp_path, tasks)
+    assert list(rounds.times) == ["first", "right"]
+    assert problems == [
+        "wrong: y is off by 1.0e-02",
+        "raises raises OSError: no licence",
+        "other shape: y is off by inf",
         "nans: y is off by nan",
     ]
 
 
-def test_who_dies_in_its_turn_is_named_and_the_others_go_on(company, tmp_path, monkeypatch):
-    parts = {"core": {"part": "core"}, "mortal": {"part": "mortal"}}
-    those = {name: company.worker(name, 1) for name in parts}
-    contenders.check_agreement(those, actor, parts, tmp_path)
-    those["mortal"]._child.kill()
-    seen = worker_pool.run_rounds(those, FORWARD, 0.0, 3, 3)
-    assert len(seen.times["core"]) == 3
-    assert list(seen.times) == ["core"]
-    assert seen.failed["mortal"].startswith("ended early, code ")
-    again = company.worker("mortal", 1)  # another one, for the next row
-    assert contenders.check_agreement({"mortal": again}, actor, parts, tmp_path)[0] == {"mortal": [FORWARD]}
+def test_a_worker_that_ends_in_its_turn_is_named_and_the_others_continue(pool, tmp_path):
+    tasks = {"first": {"behaviour": "right"}, "killed": {"behaviour": "right"}}
+    workers = {name: pool.worker(name) for name in tasks}
+    agreement.check_agreement(workers, fake_implementation, tasks, tmp_path)
+    workers["killed"]._process.kill()
+    rounds = worker_pool.run_rounds(workers, FORWARD, 0.0, 3, 3)
+    assert len(rounds.times["first"]) == 3
+    assert list(rounds.times) == ["first"]
+    assert rounds.failed["killed"].startswith("ended early, code ")
+    restarted = pool.worker("killed")
+    loaded, _ = agreement.check_agreement({"killed": restarted}, fake_implementation, tasks, tmp_path)
+    assert loaded == {"killed": [FORWARD]}
 
 
-def test_who_ends_while_it_sits_down_is_named(company, tmp_path):
-    parts = {"core": {"part": "core"}, "mortal": {"part": "mortal", "seconds": 1.0}}
-    seen, wrong = play(company, tmp_path, parts)
-    assert list(seen.times) == ["core"]
-    assert wrong == ["mortal ended early, code 3"]
+def test_a_worker_that_ends_while_it_loads_is_named(pool, tmp_path):
+    tasks = {"first": {"behaviour": "right"}, "exits": {"behaviour": "exits", "seconds": 1.0}}
+    rounds, problems = measure(pool, tmp_path, tasks)
+    assert list(rounds.times) == ["first"]
+    assert problems == ["exits ended early, code 3"]
 
 
-def state_of(player):
-    return Path(f"/proc/{player._process.pid}/stat").read_text(encoding="ascii").rpartition(") ")[2][0]
+def sleep_for(seconds):
+    time.sleep(seconds)
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="it is read from Linux's /proc")
-def test_a_player_that_is_not_at_its_turn_is_stopped(company):
-    player = company.worker("someone", 1)
-    player.call(machine.available_cores)
+def test_a_call_that_takes_too_long_ends_the_worker(pool):
+    with pytest.raises(worker_pool.WorkerError, match=r"did not answer in 0\.5 s"):
+        pool.worker("slow").call(sleep_for, timeout_s=0.5, seconds=60.0)
+
+
+def test_a_function_of_main_is_refused(pool):
+    def function():
+        pass
+
+    function.__module__ = "__main__"
+    with pytest.raises(ValueError, match="defined in __main__"):
+        pool.worker("any").call(function)
+
+
+def test_run_process_records_lines_their_times_and_the_exit_code():
+    code = "import sys, time; print('first', flush=True); time.sleep(0.05); print('second'); sys.exit(3)"
+    result = worker_pool.run_process([sys.executable, "-c", code])
+    assert result.lines == ["first", "second"]
+    assert result.line_times[1] - result.line_times[0] >= 0.04
+    assert result.returncode == 3
+
+
+def process_state(pid):
+    return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(") ")[2][0]
+
+
+@on_linux
+def test_a_worker_is_stopped_between_its_turns(pool):
+    idle = pool.worker("idle")
+    idle.call(machine.available_cores)
     deadline = time.monotonic() + 10
-    while state_of(player) != "T" and time.monotonic() < deadline:
+    while process_state(idle._process.pid) != "T" and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert state_of(player) == "T"
-    player.close()
-    assert player.has_exited
+    assert process_state(idle._process.pid) == "T"
+    idle.close()
+    assert idle.has_exited
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="it is read from Linux's /proc")
+@on_linux
 @pytest.mark.parametrize("hangup", ["SIG_DFL", "SIG_IGN"])
-def test_stopped_players_end_with_a_parent_that_is_killed(hangup):
+def test_stopped_workers_end_when_their_parent_is_killed(hangup):
     code = (
         f"import os, signal; signal.signal(signal.SIGHUP, signal.{hangup})\n"
-        "from benchmarks.harness import machine, players\n"
-        "one = players.Player(1); one.call(machine.cores)\n"
-        "print(one._child.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+        "from benchmarks.harness import machine, worker_pool\n"
+        "worker = worker_pool.Worker(); worker.call(machine.available_cores)\n"
+        "print(worker._process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    said = subprocess.run([sys.executable, "-c", code], env=env, stdout=-1, text=True, check=False).stdout
-    stat, deadline = Path(f"/proc/{int(said)}/stat"), time.monotonic() + 10
-    gone = lambda: not stat.exists() or stat.read_text(encoding="ascii").rpartition(") ")[2][0] in "ZX"  # noqa: E731
-    while not gone() and time.monotonic() < deadline:
+    run = subprocess.run([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True, check=False)
+    stat, deadline = Path(f"/proc/{int(run.stdout)}/stat"), time.monotonic() + 10
+
+    def has_ended():
+        return not stat.exists() or process_state(int(run.stdout)) in "ZX"
+
+    while not has_ended() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert gone()
+    assert has_ended()
 
 
-def test_busy_rounds_are_set_aside_where_threads_wait_for_each_other(company, tmp_path, monkeypatch):
+def test_rounds_that_other_processes_disturb_are_discarded_if_calls_are_threaded(pool, tmp_path, monkeypatch):
     used = iter([0.0, 0.0, 0.0, 50.0, 50.0, 50.0])  # the second round of three is disturbed
-    monkeypatch.setattr(worker_pool, "_total_cpu_seconds", lambda: next(used, 50.0))
-    those = {name: company.worker(name, 2, cores=1) for name in ("core",)}
-    contenders.check_agreement(those, actor, {"core": {"part": "core"}}, tmp_path)
-    seen = worker_pool.run_rounds(those, FORWARD, 0.0, 2, 2)
-    assert (len(seen.times["core"]), seen.discarded) == (2, 1)
-    ever = iter(range(0, 10**6, 50))
-    monkeypatch.setattr(worker_pool, "_total_cpu_seconds", lambda: next(ever))
-    seen = worker_pool.run_rounds(those, FORWARD, 0.0, 2, 2)
-    assert (len(seen.times["core"]), seen.discarded) == (2 * worker_pool.RETRY_FACTOR, -1)
+    monkeypatch.setattr(worker_pool, "_foreign_cpu_seconds", lambda: next(used, 50.0))
+    workers = {"threaded": pool.worker("threaded", 2, cores=1)}
+    agreement.check_agreement(workers, fake_implementation, {"threaded": {"behaviour": "right"}}, tmp_path)
+    rounds = worker_pool.run_rounds(workers, FORWARD, 0.0, 2, 2)
+    assert (len(rounds.times["threaded"]), rounds.discarded) == (2, 1)
+    always_busy = iter(range(0, 10**6, 50))
+    monkeypatch.setattr(worker_pool, "_foreign_cpu_seconds", lambda: next(always_busy))
+    rounds = worker_pool.run_rounds(workers, FORWARD, 0.0, 2, 2)
+    assert (len(rounds.times["threaded"]), rounds.discarded) == (2 * worker_pool.RETRY_FACTOR, -1)
 
 
-def test_a_turn_warms_up_off_the_clock_unless_a_call_is_long(monkeypatch):
-    now, lasts = [0.0], iter([5.0, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01, 0.01])  # one long call; then a turn of short ones
+def test_warm_up_is_not_timed_and_a_long_call_needs_none(monkeypatch):
+    now = [0.0]
+    durations = iter([5.0, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01, 0.01])  # one long call, then a turn of short ones
 
     def call():
-        now[0] += next(lasts)
+        now[0] += next(durations)
 
     monkeypatch.setattr(worker.time, "perf_counter", lambda: now[0])
     monkeypatch.setitem(worker._loaded_calls, "work", call)
     assert worker.time_call("work", 0.25, 0.03)[0] == 5.0
-    assert worker.time_call("work", 0.25, 0.035)[0] == pytest.approx(0.01)  # three of 0.1 off the clock, four on it
+    assert worker.time_call("work", 0.25, 0.035)[0] == pytest.approx(0.01)  # three of 0.1 s to warm up, four timed
