@@ -121,7 +121,8 @@ def run_once(deployment: Deployment, packages: Path, folder: Path, cache: Path) 
     if result.returncode:
         raise SystemExit(f"{deployment.runtime}: exit code {result.returncode}")
     marks = {line: seconds for line, seconds in zip(result.lines, result.line_times, strict=True) if line[0] != "{"}
-    return json.loads(result.lines[-1]) | ({} if deployment.runtime == "numpy" else marks)
+    figures: Run = json.loads(result.lines[-1])
+    return figures | ({} if deployment.runtime == "numpy" else marks)
 
 
 def measure(targets: Path, rounds: int) -> dict[str, list[Run]]:

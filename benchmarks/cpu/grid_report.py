@@ -139,22 +139,22 @@ def geometric_mean_lines(rows: list[Row]) -> list[str]:
 
 def goals(rows: list[Row]) -> list[Goal]:
     """Compare every undisturbed row with the best peer and the loop, and the means of forward+backward with a bound."""
-    found = []
+    judged = []
     for row in rows:
         ratio, ratios = best_peer_ratio(row), row["times_faster"]["layer"]
         if is_noisy(row):
             continue
         if not math.isnan(ratio):
             name = next(k for k, v in ratios.items() if v == ratio and PEERS[k].is_framework)
-            found.append(Goal(f"{row_label(row)}, against {PEERS[name].title}", ratio, least=1.0))
+            judged.append(Goal(f"{row_label(row)}, against {PEERS[name].title}", ratio, least=1.0))
         if "loop" in ratios:
             what = f"{row_label(row)}, layer over {PEERS['loop'].title}"
-            found.append(Goal(what, 1 / ratios["loop"], most=MAX_OVER_LOOP))
+            judged.append(Goal(what, 1 / ratios["loop"], most=MAX_OVER_LOOP))
     for (cell, threads, pass_name), means in geometric_means(rows).items():
         if pass_name != FORWARD and "best peer" in means:
             what = f"{cell}, geometric mean of {pass_name}, {threads} thread(s), against the best peer"
-            found.append(Goal(what, means["best peer"], least=MIN_GEOMETRIC_MEANS.get(cell, 1.0)))
-    return found
+            judged.append(Goal(what, means["best peer"], least=MIN_GEOMETRIC_MEANS.get(cell, 1.0)))
+    return judged
 
 
 def inconclusive(rows: list[Row]) -> list[str]:

@@ -40,10 +40,10 @@ def measure(cells: list[str], shapes: Sequence[tuple[int, ...]], rounds: int, se
                 if problems:
                     raise RuntimeError(f"{cell} {shape}: {'; '.join(problems)}")
                 for pass_name in PASSES:
-                    found = run_rounds(workers, pass_name, 0.0, rounds, rounds, seconds)
-                    ratio = timing.paired_ratio(found.times["2"], found.times["1"])
-                    row = {"cell": cell, "shape": shape, "pass": pass_name, "seconds": found.times, "ratio": ratio}
-                    rows.append(row | {"discarded": found.discarded})
+                    measured = run_rounds(workers, pass_name, 0.0, rounds, rounds, seconds)
+                    ratio = timing.paired_ratio(measured.times["2"], measured.times["1"])
+                    row = {"cell": cell, "shape": shape, "pass": pass_name, "seconds": measured.times, "ratio": ratio}
+                    rows.append(row | {"discarded": measured.discarded})
             print(f"{cell}: measured", file=sys.stderr, flush=True)
     return rows
 

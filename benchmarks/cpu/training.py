@@ -43,10 +43,10 @@ def measure_row(cell: str, n: int, threads: list[int], rounds: int, seconds: flo
         }
         loaded, problems = check_agreement(workers, make_implementation, tasks, Path(folder), LOSS_RTOL)
         timed = {key: workers[key] for key in loaded}
-        found = run_rounds(timed, TRAIN_STEP, 0.0, rounds, rounds, seconds)
-    problems += [f"{key} {reason}" for key, reason in found.failed.items()]
-    rates = {key: [n * T / t for t in times] for key, times in found.times.items()}
-    return {"cell": cell, "batch": n, "rates": rates, "disagree": problems, "discarded": found.discarded}
+        measured = run_rounds(timed, TRAIN_STEP, 0.0, rounds, rounds, seconds)
+    problems += [f"{key} {reason}" for key, reason in measured.failed.items()]
+    rates = {key: [n * T / t for t in times] for key, times in measured.times.items()}
+    return {"cell": cell, "batch": n, "rates": rates, "disagree": problems, "discarded": measured.discarded}
 
 
 def best_rate(row: Row, name: str, threads: list[int]) -> float | None:
@@ -64,15 +64,15 @@ def goals(rows: list[Row], threads: list[int]) -> list[Goal]:
 
     A row in which xprnn itself failed has the figure NaN, which meets no goal; its `disagree` holds the reason.
     """
-    found = []
+    judged = []
     for row in rows:
         best = {name: rate for name in NAMES if (rate := best_rate(row, name, threads))}
         peers = {name: rate for name, rate in best.items() if name != "xprnn"}
         if peers and row["discarded"] >= 0:
             peer = max(peers, key=lambda name: peers[name])
             what = f"{_label(row)}, up to {threads[-1]} cores, against {PEERS[peer].title}"
-            found.append(Goal(what, best.get("xprnn", math.nan) / peers[peer], least=1.0))
-    return found
+            judged.append(Goal(what, best.get("xprnn", math.nan) / peers[peer], least=1.0))
+    return judged
 
 
 def rate_table(rows: list[Row], threads: list[int]) -> list[str]:

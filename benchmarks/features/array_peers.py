@@ -274,8 +274,8 @@ class Thinc(LibraryAdapter):
 
     def gradient_checker(self) -> str:
         """Search the public names for a gradient checker."""
-        found = public_names_containing(self.api, "grad", "check")
-        raise UnsupportedFeatureError(f"names with 'grad' and 'check': {', '.join(found) or 'none'}")
+        names = public_names_containing(self.api, "grad", "check")
+        raise UnsupportedFeatureError(f"names with 'grad' and 'check': {', '.join(names) or 'none'}")
 
     def lstm_outputs(self, p: FeatureProblem) -> list[Any]:
         """Return the outputs, which are all that the model returns."""

@@ -211,8 +211,8 @@ class Keras(LibraryAdapter):
     def gradient_checker(self) -> str:
         """Search the public names for a gradient checker."""
         modules = (self.module, self.module.ops, self.module.utils)
-        found = [name for module in modules for name in public_names_containing(module, "grad", "check")]
-        raise UnsupportedFeatureError(f"names with 'grad' and 'check': {', '.join(found) or 'none'}")
+        names = [name for module in modules for name in public_names_containing(module, "grad", "check")]
+        raise UnsupportedFeatureError(f"names with 'grad' and 'check': {', '.join(names) or 'none'}")
 
     def bounded_memory(self) -> str:
         """Report the arguments: keras.remat runs a whole layer again, with all its steps."""

@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import re
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -267,9 +268,10 @@ def describe_peer(name: str) -> dict[str, str]:
         return {"title": title, "problem": "not installed"}
     adapter = _adapter(name)
     if isinstance(adapter, Exception):
-        version = f"{importlib.metadata.version(name)} (NumPy {np.__version__})"
+        with suppress(importlib.metadata.PackageNotFoundError):  # xprnn runs from the repository
+            title += f" {importlib.metadata.version(name)}"
         line = f"{type(adapter).__name__}: {(str(adapter).splitlines() or [''])[0]}"
-        return {"title": f"{title} {version}", "problem": f"import fails: {line}"}
+        return {"title": f"{title} (NumPy {np.__version__})", "problem": f"import fails: {line}"}
     return {"title": f"{title} {adapter.version}".strip(), "problem": ""}
 
 

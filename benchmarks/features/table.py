@@ -56,7 +56,7 @@ def query_peer(name: str, python: str) -> dict[str, Any]:
         chooses_backend = name == "keras" and "KERAS_BACKEND" not in os.environ
         environment = ENVIRONMENT | ({"KERAS_BACKEND": keras_backend(python)} if chooses_backend else {})
         with WorkerPool() as pool:
-            options = {"python": python, "environment": environment}
+            options: dict[str, Any] = {"python": python, "environment": environment}
             worker = pool.worker(name, **options)
             column |= worker.call(describe_peer, timeout_s=TIMEOUT_S, name=name)
             for question in () if column["problem"] else QUESTIONS:

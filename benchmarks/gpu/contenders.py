@@ -90,22 +90,22 @@ def make_implementations(
         name -> implementation, and name -> reason for those that cannot run the row.
     """
     precision, missing = "tf32" if tf32 else "float32", {}
-    found = {"tier2": _cupy_layer(problem, "float32", partial(_tier2_config, precision))}
+    implementations = {"tier2": _cupy_layer(problem, "float32", partial(_tier2_config, precision))}
     if tf32:
         missing["tier1"] = "the generic scan has no TF32"
     else:
-        found = {"tier1": _cupy_layer(problem, "float32", reference_only)} | found
+        implementations = {"tier1": _cupy_layer(problem, "float32", reference_only)} | implementations
     kernel = _explain(problem, precision)
     if kernel.startswith("CUDA persistent"):
-        found["tier3"] = _cupy_layer(problem, "float32", partial(xprnn.precision, precision))
+        implementations["tier3"] = _cupy_layer(problem, "float32", partial(xprnn.precision, precision))
     else:
         missing["tier3"] = kernel.partition("not persistent: ")[2].removesuffix(")") or kernel
     if reason := missing_reason("torch", torch_device):
         missing["torch"] = reason
     else:
-        found["torch"] = torch_layer(problem, device=torch_device, tf32=tf32)
-    found["gemm"] = _recurrent_products(problem, precision)
-    return found, missing
+        implementations["torch"] = torch_layer(problem, device=torch_device, tf32=tf32)
+    implementations["gemm"] = _recurrent_products(problem, precision)
+    return implementations, missing
 
 
 def _recurrent_products(problem: Problem, precision: str) -> Implementation:

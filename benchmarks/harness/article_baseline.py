@@ -1,7 +1,7 @@
-"""The article's per-step formulation, as its readers have it: five functions, a dict and a loop over time.
+"""The article's code: five functions, a dict of parameters and a loop over time.
 
-One thing is kinder than in the article: arrays of zeros take x's dtype (`zeros=None`). With the article's own float64
-zeros (`zeros=np.float64`) its whole backward pass runs in float64 whatever the input is.
+One thing differs from the article: its arrays of zeros have x's dtype unless `zeros_dtype` is given. The published code
+uses float64 zeros (`zeros_dtype=np.float64`); its whole backward pass then runs in float64 for any input.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 
 
 def softmax(x: Array) -> Array:
-    """Columns that sum to 1."""
+    """Return the softmax of each column, after subtracting the maximum of the whole array."""
     e = np.exp(x - np.max(x))
-    share: Array = e / e.sum(axis=0)
-    return share
+    probabilities: Array = e / e.sum(axis=0)
+    return probabilities
 
 
 def rnn_cell_forward(xt: Array, a_prev: Array, parameters: dict[str, Array]) -> tuple[Array, Array, Any]:
-    """One step."""
+    """Compute one step. Return the state, the prediction and the cache for backward."""
     wax, waa, wya = parameters["Wax"], parameters["Waa"], parameters["Wya"]
     ba, by = parameters["ba"], parameters["by"]
     a_next = np.tanh(np.dot(wax, xt) + np.dot(waa, a_prev) + ba)
@@ -32,7 +32,17 @@ def rnn_cell_forward(xt: Array, a_prev: Array, parameters: dict[str, Array]) -> 
 
 
 def rnn_forward(x: Array, a0: Array, parameters: dict[str, Array], zeros_dtype: Any = None) -> tuple[Array, Array, Any]:
-    """The whole sequence."""
+    """Run the whole sequence.
+
+    Args:
+        x: (n_x, m, T).
+        a0: (n_a, m), the initial state.
+        parameters: Wax, Waa, Wya, ba and by.
+        zeros_dtype: dtype of arrays of zeros; None: that of x.
+
+    Returns:
+        The states (n_a, m, T), the predictions (n_y, m, T) and the caches for backward.
+    """
     caches = []
     _, m, t_x = x.shape
     n_y, n_a = parameters["Wya"].shape
@@ -48,7 +58,7 @@ def rnn_forward(x: Array, a0: Array, parameters: dict[str, Array], zeros_dtype: 
 
 
 def rnn_cell_backward(da_next: Array, cache: Any) -> dict[str, Array]:
-    """The adjoint of one step."""
+    """Run one step backward. Return the gradients of its inputs and parameters."""
     a_next, a_prev, xt, parameters = cache
     wax, waa = parameters["Wax"], parameters["Waa"]
     dtanh = (1 - a_next**2) * da_next
@@ -62,7 +72,16 @@ def rnn_cell_backward(da_next: Array, cache: Any) -> dict[str, Array]:
 
 
 def rnn_backward(da: Array, caches: Any, zeros_dtype: Any = None) -> dict[str, Array]:
-    """The adjoint of the whole sequence."""
+    """Run the whole sequence backward.
+
+    Args:
+        da: (n_a, m, T), the cotangent of the states.
+        caches: as `rnn_forward` returns them.
+        zeros_dtype: dtype of arrays of zeros; None: that of x.
+
+    Returns:
+        dx, da0, dWax, dWaa and dba.
+    """
     caches, x = caches
     _, m, t_x = da.shape
     dtype = zeros_dtype or x.dtype

@@ -1,8 +1,8 @@
-"""What a user of numba writes by hand for one sequence (N = 1): compiled loops over time, the products around in NumPy.
+"""Time loops for one sequence (N = 1) that a user of numba could write by hand, with the large products in NumPy.
 
-At its honest best: the inputs' projection and the weights' gradients are one product each, the recurrent product adds
-four rows of the transposed matrix at a time, tanh is a rational function that the compiler vectorises (2e-7 off), and
-numba may reorder sums.
+They are written for speed. The input projection and the gradients of the weights are one product each. The recurrent
+product adds four rows of the transposed matrix at a time. tanh is a rational function that the compiler vectorizes
+(error 2e-7), and numba may reorder sums.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Q0, Q2, Q4, Q6 = F(135135), F(62370), F(3150), F(28)
 
 @_jit
 def _tanh(x):  # type: ignore[no-untyped-def]
-    """tanh(2u) = 2 p q / (p^2 + q^2), where p/q is Lambert's continued fraction of tanh(u), broken off."""
+    """Compute tanh(2u) = 2 p q / (p^2 + q^2), where p/q is Lambert's continued fraction of tanh(u), truncated."""
     u = min(max(F(0.5) * x, F(-4.5)), F(4.5))
     s = u * u
     p, q = u * (Q0 + s * (P3 + s * (P5 + s * P7))), Q0 + s * (Q2 + s * (Q4 + s * Q6))
@@ -39,7 +39,7 @@ def _sigmoid(x):  # type: ignore[no-untyped-def]
 
 @_jit
 def _add_vecmat(a, v, m):  # type: ignore[no-untyped-def]
-    """a += v @ m."""
+    """Compute a += v @ m."""
     rows, width = m.shape
     for k in range(0, rows - 3, 4):
         v0, v1, v2, v3 = v[k], v[k + 1], v[k + 2], v[k + 3]
@@ -52,7 +52,7 @@ def _add_vecmat(a, v, m):  # type: ignore[no-untyped-def]
 
 @_jit
 def _elman(a, ut, h, saved):  # type: ignore[no-untyped-def]
-    """a (T, H): projections in, unused after; h (T+1, H), its first row given."""
+    """Run the time loop. a (T,H): projected inputs. h (T+1,H): row 0 is the initial state, the others are written."""
     for t in range(len(a)):
         _add_vecmat(a[t], h[t], ut)
         for i in range(h.shape[1]):
@@ -61,7 +61,7 @@ def _elman(a, ut, h, saved):  # type: ignore[no-untyped-def]
 
 @_jit
 def _elman_backward(dy, u, h, a, saved, dh, da, dhg):  # type: ignore[no-untyped-def]
-    """da (T, H) out; dh (H,): zeros in, the first state's gradient out."""
+    """Run the time loop backward. da (T,H) is written. dh (H,): zeros, then the gradient of the initial state."""
     for t in range(len(dy) - 1, -1, -1):
         for i in range(len(dh)):
             y = h[t + 1, i]
@@ -72,7 +72,7 @@ def _elman_backward(dy, u, h, a, saved, dh, da, dhg):  # type: ignore[no-untyped
 
 @_jit
 def _lstm(a, ut, h, saved):  # type: ignore[no-untyped-def]
-    """a (T, 4H): projections in, gates out; saved (T+1, H): the cells, the first row given."""
+    """Run the time loop. a (T,4H): projected inputs, then gates. saved (T+1,H): cell states, row 0 is initial."""
     n = h.shape[1]
     for t in range(len(a)):
         g = a[t]
@@ -90,7 +90,7 @@ def _lstm(a, ut, h, saved):  # type: ignore[no-untyped-def]
 
 @_jit
 def _lstm_backward(dy, u, h, a, saved, dh, da, dc):  # type: ignore[no-untyped-def]
-    """da (T, 4H) out; dh and dc (H,): zeros in, the first states' gradients out."""
+    """Run the time loop backward. da (T,4H) is written. dh, dc (H,): zeros, then gradients of the initial states."""
     n = h.shape[1]
     for t in range(len(dy) - 1, -1, -1):
         g, d = a[t], da[t]
@@ -109,7 +109,7 @@ def _lstm_backward(dy, u, h, a, saved, dh, da, dc):  # type: ignore[no-untyped-d
 
 @_jit
 def _gru(a, ut, h, saved):  # type: ignore[no-untyped-def]
-    """a (T, 3H): projections in, gates out; saved (T, 3H): the bias in, the state's projection out."""
+    """Run the time loop. a (T,3H): projected inputs, then gates. saved (T,3H): biases, then projected states."""
     n = h.shape[1]
     for t in range(len(a)):
         g, hg = a[t], saved[t]
@@ -123,7 +123,7 @@ def _gru(a, ut, h, saved):  # type: ignore[no-untyped-def]
 
 @_jit
 def _gru_backward(dy, u, h, a, saved, dh, da, dhg):  # type: ignore[no-untyped-def]
-    """da and dhg (T, 3H) out; dh (H,): zeros in, the first state's gradient out."""
+    """Run the time loop backward. da, dhg (T,3H) are written. dh (H,): zeros, then gradient of the initial state."""
     n = h.shape[1]
     for t in range(len(dy) - 1, -1, -1):
         g, d, dg = a[t], da[t], dhg[t]
@@ -142,39 +142,39 @@ KERNELS = {"elman": (_elman, _elman_backward), "lstm": (_lstm, _lstm_backward), 
 
 
 def numba_loop(problem: Problem) -> Implementation:
-    """Forward and backward of one sequence."""
+    """Run one sequence by the compiled loops."""
     cell, (_, size, _, steps), p = problem.cell, problem.shape, problem.params
-    ahead, back = KERNELS[cell]
+    forward_loop, backward_loop = KERNELS[cell]
     w, u, x, dy = p["weight_ih"], p["weight_hh"], problem.x[:, 0], problem.dy[:, 0]
     wt, ut = np.ascontiguousarray(w.T), np.ascontiguousarray(u.T)
     bias = p["bias_ih"] if cell == "gru" else p["bias_ih"] + p["bias_hh"]
-    first = [s[0] for s in problem.state]
+    initial = [s[0] for s in problem.state]
 
     def forward() -> Any:
         a, h = x @ wt, np.empty((steps + 1, size), F)
         a += bias
-        h[0] = first[0]
+        h[0] = initial[0]
         if cell == "gru":
             saved = np.empty((steps, 3 * size), F)
             saved[:] = p["bias_hh"]
         else:
             saved = np.empty((steps + 1 if cell == "lstm" else 1, size), F)
-            saved[0] = first[-1]
-        ahead(a, ut, h, saved)
+            saved[0] = initial[-1]
+        forward_loop(a, ut, h, saved)
         return h, a, saved
 
-    def both() -> Any:
+    def forward_backward() -> Any:
         h, a, saved = forward()
         dh, da = np.zeros(size, F), np.empty_like(a)
         dhg = np.empty_like(a) if cell == "gru" else np.zeros(size, F)
-        back(dy, u, h, a, saved, dh, da, dhg)
+        backward_loop(dy, u, h, a, saved, dh, da, dhg)
         dg = dhg if cell == "gru" else da
         return h, dh, dhg, da @ w, da.T @ x, dg.T @ h[:-1], da.sum(0), dg.sum(0)
 
     def results() -> dict[str, Any]:
-        h, dh, dhg, dx, dw, du, dbi, dbh = both()
-        found = {"y": h[1:, None], "dx": dx[:, None], "dh0": dh[None], "dweight_ih": dw, "dweight_hh": du}
-        found |= {"dbias_ih": dbi, "dbias_hh": dbh}
-        return found | ({"dc0": dhg[None]} if cell == "lstm" else {})
+        h, dh, dhg, dx, dw, du, dbi, dbh = forward_backward()
+        arrays = {"y": h[1:, None], "dx": dx[:, None], "dh0": dh[None], "dweight_ih": dw, "dweight_hh": du}
+        arrays |= {"dbias_ih": dbi, "dbias_hh": dbh}
+        return arrays | ({"dc0": dhg[None]} if cell == "lstm" else {})
 
-    return Implementation({FORWARD: forward, FORWARD_BACKWARD: both}, results)
+    return Implementation({FORWARD: forward, FORWARD_BACKWARD: forward_backward}, results)

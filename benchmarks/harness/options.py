@@ -49,7 +49,8 @@ def rerun_keeping_memory() -> int | None:
     """
     if "MALLOC_MMAP_MAX_" in os.environ:
         return None
-    module = sys.modules["__main__"].__spec__.name  # set because benchmarks run as `python -m module`
-    result = run_process([sys.executable, "-m", module, *sys.argv[1:]], machine.benchmark_environment(1))
+    spec = sys.modules["__main__"].__spec__
+    assert spec is not None, "run benchmarks as `python -m module`"
+    result = run_process([sys.executable, "-m", spec.name, *sys.argv[1:]], machine.benchmark_environment(1))
     print(*result.lines, sep="\n")
     return result.returncode

@@ -140,10 +140,10 @@ def test_a_wrong_result_is_noted_and_fails_the_run(gpu, monkeypatch):
 def test_floors_follow_from_operations_bytes_and_cycles(gpu):
     from benchmarks.gpu import report
 
-    found = report.floors((512, 512, 32, 100), "lstm", "forward", "float32", LIMITS)
-    assert found["products"] == pytest.approx(2 * 100 * 32 * 1024 * 2048 / 50e12)
-    assert found["memory"] == pytest.approx(4 * 100 * 32 * 1024 / 4e12)
-    assert found["latency"] == pytest.approx(100 * (239 + 180) / 2e9)
+    bounds = report.floors((512, 512, 32, 100), "lstm", "forward", "float32", LIMITS)
+    assert bounds["products"] == pytest.approx(2 * 100 * 32 * 1024 * 2048 / 50e12)
+    assert bounds["memory"] == pytest.approx(4 * 100 * 32 * 1024 / 4e12)
+    assert bounds["latency"] == pytest.approx(100 * (239 + 180) / 2e9)
     both = report.floors((64, 64, 1, 100), "elman", FORWARD_BACKWARD, "tf32", LIMITS)
     assert both["products"] == pytest.approx(3 * 2 * 100 * 128 * 64 / 400e12)
     assert both["latency"] == pytest.approx(2 * 100 * 239 / 2e9)
@@ -189,12 +189,12 @@ def test_torch_agrees_with_the_float64_scan(gpu, cell):
 
     problem = Problem(cell, (4, 4, 3, 5))
     with Backend.CUPY_FAKE.allow_host_conversion():
-        found, missing = contenders.make_implementations(problem, False, torch_device="cpu")
+        implementations, missing = contenders.make_implementations(problem, False, torch_device="cpu")
         assert "torch" not in missing
         expected = contenders.float64_results(problem)
-        assert found["torch"].results().keys() == expected.keys()
-        assert 0 < contenders.pass_errors(found["torch"].results(), expected)[FORWARD_BACKWARD] < 1e-6
-        times = contenders.time_in_turns({"torch": found["torch"]}, FORWARD_BACKWARD, 5, 0.0)
+        assert implementations["torch"].results().keys() == expected.keys()
+        assert 0 < contenders.pass_errors(implementations["torch"].results(), expected)[FORWARD_BACKWARD] < 1e-6
+        times = contenders.time_in_turns({"torch": implementations["torch"]}, FORWARD_BACKWARD, 5, 0.0)
         assert len(times["torch"]) == 5
 
 

@@ -38,12 +38,12 @@ def run_task(**changes):
 
 def differences(cell, names, order="C", shape=SMALL):
     """Compare implementations in this process: name -> where it disagrees with those before it."""
-    expected, found = {}, {}
+    expected, problems = {}, {}
     for name in names:
         results = peers.make_implementation(name, cell, shape, order).results()
-        found[name] = agreement.mismatches(expected, results)
+        problems[name] = agreement.mismatches(expected, results)
         expected = results | expected
-    return found
+    return problems
 
 
 def row(layer, others, *, shape=SMALL, pass_name=FORWARD, discarded=0, cell="gru"):

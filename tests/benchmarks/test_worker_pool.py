@@ -30,7 +30,7 @@ def pool():
 
 
 def fake_implementation(behaviour, seconds=0.0):
-    """An implementation that sleeps, and that behaves as told; built in the worker."""
+    """Create an implementation that sleeps for some seconds and has one of these behaviours."""
 
     def results():
         if behaviour == "raises":
