@@ -96,7 +96,7 @@ def test_layer_explain_equals_tape_explain(xp, rng, name):
 
 
 def test_model_explain_lists_layers_and_training_equals_generic_scan(xp, rng):
-    """Three steps of Adam end at the same parameters with the fused kernels and with the generic scan."""
+    """Three steps of Adam end at the same parameters with the fused kernels and with the reference scan."""
     model = xprnn.Sequential(
         read=xprnn.Embedding(7, 5),
         low=xprnn.GRU(5, 4, bidirectional=True),

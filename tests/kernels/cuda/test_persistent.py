@@ -1,4 +1,4 @@
-"""The persistent kernels on the CPU emulator (persistent_emulator.h) equal the generic scan in float64."""
+"""The persistent kernels on the CPU emulator (persistent_emulator.h) equal the reference scan in float64."""
 
 from __future__ import annotations
 

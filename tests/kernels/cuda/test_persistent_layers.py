@@ -1,4 +1,4 @@
-"""Layers on the persistent kernels equal the generic scan; unsupported layers name the reason."""
+"""Layers on the persistent kernels equal the reference scan; unsupported layers name the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bugs planted in the persistent kernels are detected by the emulator or by the comparison with the generic scan."""
+"""Bugs planted in the persistent kernels are detected by the emulator or by the comparison with the reference scan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of one layer and direction on the emulated persistent kernels, compared with the generic scan in float64."""
+"""Runs of one layer and direction on the emulated persistent kernels, compared with the reference scan in float64."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def random_inputs(
 
 
 def kernel_results(p: KernelInputs, config: ClusterConfig | None = None, **settings: Any) -> dict[str, Any]:
-    """Return every output and gradient by name; without a configuration, those of the generic scan in float64."""
+    """Return every output and gradient by name; without a configuration, those of the reference scan in float64."""
     if config is None:
         return _reference_results(p)
     import cupy

@@ -4,7 +4,7 @@ The first of these that supports the layer runs it:
 
     persistent   one launch for the whole sequence, with the recurrent weight in registers and shared memory
     fused        two launches per step: the recurrent product (cuBLAS) and a pointwise kernel generated from the cell
-    generic      the generic scan, on CuPy's array functions
+    reference    the reference scan, on CuPy's array functions
 
 Dispatch reads only shapes, dtypes and the device number, so it never waits for the device.
 """
@@ -46,7 +46,7 @@ def find_kernel(cell: Cell, params: Params, shape: Any, step_mask: Any) -> Calla
         step_mask: the active and the reset rows of each step.
 
     Returns:
-        A function with the signature of xprnn.kernels.dispatch.forward, or None: the generic scan runs.
+        A function with the signature of xprnn.kernels.dispatch.forward, or None: the reference scan runs.
     """
     return _select_kernel(cell, params, shape, step_mask)[0]
 

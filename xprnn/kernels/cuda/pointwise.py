@@ -109,7 +109,7 @@ def pointwise_kernels(cell: Cell, bits: int) -> PointwiseKernels | None:
         separate_recurrent = summed_gates < cell.gates
         forward, forward_fields = _forward_source(cell, bits, separate_recurrent, new_states, saved_values)
         backward, backward_fields, dx_is_dh = _backward_source(cell, bits, buffers)
-    except Exception:  # any failure of tracing selects the generic scan, which raises the cell's own errors
+    except Exception:  # any failure of tracing selects the reference scan, which raises the cell's own errors
         return None
     prologue = _PROLOGUE.format(cell=cell.name, real="float" if bits == 32 else "double")
     return PointwiseKernels(
