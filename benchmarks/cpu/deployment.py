@@ -161,7 +161,7 @@ def report(description: dict[str, Any], runs: dict[str, list[Run]], rounds: int)
             summary = quartile_summary(values)
             xprnn_median = quartile_summary([run[key] for run in runs["xprnn"]])["median"]
             ratios = [] if name == "xprnn" else [summary["median"] / xprnn_median]
-            cells.append(format_time(summary, scale, ratios))
+            cells.append(format_time(summary, scale, ratios).replace(" ±0%", ""))
         table.append([name, *cells])
     return [
         machine_line(description),

@@ -52,7 +52,7 @@ def test_a_run_writes_its_rows(gpu, capsys):
     assert text == capsys.readouterr().out
     assert "### lstm, float32, TF32 on" in text
     assert "No goal can be judged" in text
-    assert "stand-in (compute capability 90" in text
+    assert "fake CuPy (compute capability 90" in text
     assert not list(Path.cwd().glob("*.part"))
 
 
