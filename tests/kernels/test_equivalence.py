@@ -51,7 +51,7 @@ def run_both(layer, p, dtype, rng):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("name", CASES)
-def test_kernel_equals_generic_scan(rng, dtype, kernel, name, pattern):
+def test_kernel_equals_reference_scan(rng, dtype, kernel, name, pattern):
     layer = CASES[name].make(3, 4, 2, bidirectional=True)
     p = random_inputs(rng, layer, T=6, N=4)._replace(flags=PATTERNS[pattern])
     p = p._replace(flags={k: np.asarray(v) for k, v in p.flags.items()})
@@ -66,7 +66,7 @@ def test_kernel_equals_generic_scan(rng, dtype, kernel, name, pattern):
 
 
 @pytest.mark.parametrize("name", RARE_CASES)
-def test_rare_cells_equal_generic_scan(rng, kernel, name):
+def test_rare_cells_equal_reference_scan(rng, kernel, name):
     """User-defined cells with pregates, separate or summed, and peepholes with a projected h: scan, sequence, step."""
     layer = RARE_CASES[name](3, 5, 2)
     p = random_inputs(rng, layer, T=6, N=4, flags="lmr", scale=0.3)
