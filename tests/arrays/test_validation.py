@@ -170,7 +170,7 @@ STATELESS_LAYERS = [
         lambda: embedding.backward(embedding.forward(embedding_params, np.asarray([1]))[2], x),
         "Embedding.backward: dy (1, 3)",
     ),
-    ("Sequential of nothing", xprnn.Sequential, "Sequential: at least one part"),
+    ("Sequential of nothing", xprnn.Sequential, "Sequential: at least one layer"),
     ("Sequential of a number", lambda: xprnn.Sequential(head=3), "Sequential: head layer int"),
     ("Sequential key", lambda: model(without(model_params, "head.bias"), x), "Sequential: params missing head.bias"),
     ("Sequential rng", lambda: model.init(0, z), "Sequential.init: rng Generator int"),

@@ -86,7 +86,7 @@ def test_user_defined_activations_and_cells_have_no_configuration():
     cube = xprnn.Activation("cube", lambda xp: (lambda x: x**3, lambda y: 3 * abs(y) ** (2 / 3)))
     other_tanh = xprnn.Activation("tanh", cube.build)
     for f in (cube, other_tanh):
-        with pytest.raises(InputError, match="RNN: a nonlinearity of your own has no file form"):
+        with pytest.raises(InputError, match="RNN: a user-defined nonlinearity has no file form"):
             xprnn.RNN(3, 4, nonlinearity=f).config()
         with pytest.raises(InputError, match="LSTM: a layer with a user-defined cell has no file form"):
             xprnn.LSTM(3, 4, cell=cells.lstm(output=f)).config()

@@ -107,8 +107,8 @@ def _named_outputs(y: Any) -> dict[str, Any]:
 
 
 def _run_sequence(loaded: LoadedModel, x: Any) -> dict[str, Any]:
-    result = loaded.model(loaded.params, x)
-    return _named_outputs(result if loaded.is_graph else result[0])
+    y, _ = loaded.model(loaded.params, x)
+    return _named_outputs(y)
 
 
 def _run_steps(loaded: LoadedModel, x: Any) -> dict[str, Any]:
