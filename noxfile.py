@@ -89,7 +89,7 @@ def cuda(session: nox.Session) -> None:
     install(session, "cuda")
     # The article's functions call the kernels with one bias and with reversed axes.
     tests = ["tests/kernels/cuda", "tests/benchmarks/test_gpu_report.py", "tests/article/test_article.py"]
-    pytest(session, "-q", "--dist", "loadfile", "--backend", "cupy:standin", *tests, XPRNN_NVRTC="required")
+    pytest(session, "-q", "--dist", "loadfile", "--backend", "cupy:fake", *tests, XPRNN_NVRTC="required")
 
 
 @nox.session(venv_backend="none")

@@ -62,7 +62,7 @@ def _cupy_layer(problem: Problem, dtype: str, config: Any) -> Implementation:
 
 
 def float64_results(problem: Problem) -> dict[str, Array]:
-    """Compute the row's results in float64 with the generic scan."""
+    """Compute the row's results in float64 with the reference scan."""
     return _cupy_layer(problem, "float64", reference_only).results()
 
 
@@ -92,7 +92,7 @@ def make_implementations(
     precision, missing = "tf32" if tf32 else "float32", {}
     implementations = {"tier2": _cupy_layer(problem, "float32", partial(_tier2_config, precision))}
     if tf32:
-        missing["tier1"] = "the generic scan has no TF32"
+        missing["tier1"] = "the reference scan has no TF32"
     else:
         implementations = {"tier1": _cupy_layer(problem, "float32", reference_only)} | implementations
     kernel = _explain(problem, precision)

@@ -57,7 +57,7 @@ def test_kernel_equals_reference_scan(rng, dtype, kernel, name, pattern):
     p = p._replace(flags={k: np.asarray(v) for k, v in p.flags.items()})
     fast, slow, tape = run_both(layer, p, dtype, rng)
     in_place = kernel == NAMES["in place"]
-    expected = "generic scan" if in_place and layer.resolved_cell.pregates else kernel  # only jit supports pregates
+    expected = "reference scan" if in_place and layer.resolved_cell.pregates else kernel  # only jit supports pregates
     assert tape.explain().count(expected) == 2 * layer.num_layers
     XP.assert_close(fast, slow, condition=200)
     XP.assert_like(fast, XP.asarray(np.zeros(1), dtype))

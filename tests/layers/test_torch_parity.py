@@ -1,6 +1,6 @@
 """Parity with torch in float64 to 1e-10: outputs, final states and every gradient, final-state cotangents included.
 
-The in-place scan on NumPy arrays and the generic scan on torch tensors are each compared with torch's own layers.
+The in-place scan on NumPy arrays and the reference scan on torch tensors are each compared with torch's own layers.
 """
 
 from __future__ import annotations

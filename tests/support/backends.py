@@ -46,7 +46,7 @@ class Backend(Enum):
     TORCH = "torch"
     JAX = "jax"  # immutable arrays
     CUPY = "cupy"
-    CUPY_FAKE = "cupy:standin"  # CuPy's rules on NumPy arrays (cuda/fake_cupy.py); selected only by this name
+    CUPY_FAKE = "cupy:fake"  # CuPy's rules on NumPy arrays (cuda/fake_cupy.py); selected only by this name
 
     def __str__(self) -> str:
         return self.value

@@ -1,7 +1,7 @@
 """The fused CUDA kernels equal the reference scan, and their time loops contain only launches.
 
 pytest --backend cupy tests/kernels/cuda/test_fused.py              on a GPU
-pytest --backend cupy:standin tests/kernels/cuda/test_fused.py      on a CPU: a fake CuPy, and g++ instead of NVRTC
+pytest --backend cupy:fake tests/kernels/cuda/test_fused.py      on a CPU: a fake CuPy, and g++ instead of NVRTC
 """
 
 from __future__ import annotations
