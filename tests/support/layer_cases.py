@@ -85,7 +85,7 @@ def pregate_cell(separate_pregates: bool, separate_gates: bool) -> xprnn.Cell:
 
         return cells.Pointwise(step, backward, pregate, pregate_backward)
 
-    return xprnn.Cell("early", 4, build, ("h", "c"), ("weight_r", "weight_z"), pregates=2)
+    return xprnn.Cell("pregates", 4, build, ("h", "c"), ("weight_r", "weight_z"), pregates=2)
 
 
 CASES = {
@@ -126,7 +126,7 @@ CASES = {
 }
 # Cells with products in unusual places, which the tests of the kernels compare with the reference scan.
 RARE_CASES = {
-    f"early-{a:d}{b:d}": recurrent_factory(pregate_cell(a, b)) for a, b in ((True, True), (True, False), (False, True))
+    f"pregates-{a:d}{b:d}": recurrent_factory(pregate_cell(a, b)) for a, b in ((True, True), (True, False), (False, True))
 }
 RARE_CASES["peepholes-proj"] = lambda D, H, L=1: xprnn.LSTM(
     D, H, L, proj_size=3, cell=cells.lstm(peepholes=True, clip=0.5)
