@@ -82,16 +82,16 @@ WRONG_STEPS = {
 WRONG_BACKWARDS = {
     "two results": (
         lambda d, v, s, p: ((d[0],), (d[0],)),
-        r"backward must return \(dx, dh, dstate, dp\) of 4, found 2",
+        r"backward must return \(dx, dh, dstate_prev, dp\) of 4, found 2",
     ),
-    "None": (lambda d, v, s, p: None, r"backward must return \(dx, dh, dstate, dp\), found NoneType"),
+    "None": (lambda d, v, s, p: None, r"backward must return \(dx, dh, dstate_prev, dp\), found NoneType"),
     "dx": (
         lambda d, v, s, p: ((), (d[0],), (None, d[1]), (d[0],)),
         "dx that backward returns must be a tuple of 1, found 0",
     ),
     "dstate": (
         lambda d, v, s, p: ((d[0],), (d[0],), (None,), (d[0],)),
-        "dstate that backward returns .* of 2, found 1",
+        "dstate_prev that backward returns .* of 2, found 1",
     ),
     "dp": (
         lambda d, v, s, p: ((d[0],), (d[0],), (None, d[1]), ()),

@@ -126,7 +126,8 @@ CASES = {
 }
 # Cells with products in unusual places, which the tests of the kernels compare with the reference scan.
 RARE_CASES = {
-    f"pregates-{a:d}{b:d}": recurrent_factory(pregate_cell(a, b)) for a, b in ((True, True), (True, False), (False, True))
+    f"pregates-{a:d}{b:d}": recurrent_factory(pregate_cell(a, b))
+    for a, b in ((True, True), (True, False), (False, True))
 }
 RARE_CASES["peepholes-proj"] = lambda D, H, L=1: xprnn.LSTM(
     D, H, L, proj_size=3, cell=cells.lstm(peepholes=True, clip=0.5)

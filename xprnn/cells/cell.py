@@ -48,7 +48,8 @@ class Cell:
         saved        any number of arrays (N, H) that `backward` needs
         dstate       cotangents of new_state
         dx, dh       cotangents of x and of h
-        dstate_prev  cotangents of state, without the path through h, which the layer adds; None: no other path
+        dstate_prev  cotangents of state, one entry for each state, without the path through h, which the layer adds;
+                     an entry is None if there is no other path
         dp           cotangents of p as (N, H); the layer sums them over the batch and over time
 
     The functions may use operators, numbers and elementwise functions of the Array API standard, and no branch on
@@ -156,9 +157,9 @@ def with_result_checks(cell: Any, built: Any) -> tuple[Callable[..., Any], ...]:
     states, vectors, other_gates = len(cell.states), len(cell.vectors), cell.gates - cell.pregates
     results: dict[str, dict[str, int | None]] = {
         "step": {"state": states, "saved": None},
-        "backward": {"dx": cell.gates, "dh": other_gates, "dstate": states, "dp": vectors},
+        "backward": {"dx": cell.gates, "dh": other_gates, "dstate_prev": states, "dp": vectors},
         "pregate": {"values": None},  # q is an array, not a tuple
-        "pregate_backward": {"dx": cell.pregates, "dstate": states, "dp": vectors},
+        "pregate_backward": {"dx": cell.pregates, "dstate_prev": states, "dp": vectors},
     }
     return tuple(_with_length_checks(cell, name, f, results[name]) for name, f in zip(names, functions, strict=True))
 

@@ -57,9 +57,18 @@ class Layer(Protocol):
 class StatelessLayer:
     """Base class of layers without parameters and without a state.
 
-    A subclass is a frozen dataclass that defines `forward(params, x, state, **flags) -> y, None, tape` and
-    `backward(tape, dy) -> Gradients`. It also defines `transform_mask(x, flags) -> flags` if the layers after it need
-    other flags (lengths, mask, reset) than it received.
+    A subclass is a frozen dataclass that defines `forward(params, x, state=None, **flags) -> y, None, tape` and
+    `backward(tape, dy, dstate=None) -> Gradients(dx, None, {})`. It also defines `transform_mask(x, flags) -> flags` if
+    the layers after it need other flags (lengths, mask, reset) than it received.
+
+    >>> class Double(StatelessLayer):
+    ...     def forward(self, params, x, state=None, **flags):
+    ...         return 2 * x, None, None
+    ...
+    ...     def backward(self, tape, dy, dstate=None):
+    ...         return Gradients(2 * dy, None, {})
+    >>> Double().step({}, 3.0)
+    (6.0, None)
     """
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -73,11 +82,11 @@ class StatelessLayer:
 
     def forward(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Any, None, Any]:
         """Return y, None, and the tape."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define forward")
 
     def backward(self, tape: Any, dy: Any, dstate: None = None) -> Gradients:
         """Return the gradient of x for the cotangent dy of y."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define backward")
 
     def __call__(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Any, None]:
         """Return y of `forward`, and None."""
