@@ -11,10 +11,10 @@ from xprnn.engine.checkpointing import DirectionStack, DirectionStackTape
 from xprnn.engine.layer import (
     EmbeddingLayer,
     FastStep,
-    Layer,
     LinearLayer,
     RecurrentLayer,
     Steppable,
+    SteppedLayer,
     is_library_method,
     is_user_defined,
     no_fast_path,
@@ -86,7 +86,7 @@ def with_fallback(
 # --- steps of single layers
 
 
-def _calls_library_code(layer: Layer) -> bool:
+def _calls_library_code(layer: SteppedLayer) -> bool:
     """True if the step of a stateless layer runs no user-defined method and no user-defined activation."""
     verbs = ("step", "__call__", "forward")
     if not all(is_library_method(type(layer), verb) for verb in verbs):
@@ -141,7 +141,7 @@ def make_embedding_step(layer: EmbeddingLayer, prefix: str, count: int) -> FastS
 # --- steps of a Sequential
 
 
-def make_layer_step(layer: Layer, prefix: str, count: int) -> FastStep | None:
+def make_layer_step(layer: SteppedLayer, prefix: str, count: int) -> FastStep | None:
     """Build the fast step of one layer of a Sequential; None if the layer has none.
 
     A layer that runs user-defined code has none. When the fast step of one layer returns None, the Sequential runs the

@@ -22,10 +22,10 @@ __all__ = [
     "CallsForward",
     "EmbeddingLayer",
     "FastStep",
-    "Layer",
     "LinearLayer",
     "RecurrentLayer",
     "Steppable",
+    "SteppedLayer",
     "is_library_method",
     "is_user_defined",
     "no_fast_path",
@@ -37,7 +37,7 @@ _CACHED_ATTRIBUTES = frozenset({"_fast_step", "_fast_sequence", "_fast_forward",
 FastStep = Callable[[Params, Array, Any], tuple[Array, Any] | None]
 
 
-class Layer(Protocol):
+class SteppedLayer(Protocol):
     """A layer that can run one time step."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -47,7 +47,7 @@ class Layer(Protocol):
         """One time step: y and the next state."""
 
 
-class LinearLayer(Layer, Protocol):
+class LinearLayer(SteppedLayer, Protocol):
     """A Linear layer: y = x W^T + b."""
 
     @property
@@ -59,7 +59,7 @@ class LinearLayer(Layer, Protocol):
         """True if there is a parameter "bias"."""
 
 
-class EmbeddingLayer(Layer, Protocol):
+class EmbeddingLayer(SteppedLayer, Protocol):
     """An Embedding layer: rows of a table, selected by class number."""
 
     @property
