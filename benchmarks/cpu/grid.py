@@ -1,4 +1,4 @@
-"""Times xprnn against the article's code, torch, JAX and ONNX Runtime, over a grid of sizes.
+"""Times xprnn against the article's code, torch, JAX, ONNX Runtime and OpenVINO, over a grid of sizes.
 
     python -m benchmarks.cpu.grid                               Elman, one and two threads, some five minutes
     python -m benchmarks.cpu.grid --cell elman lstm gru         all three cells
@@ -31,7 +31,7 @@ from benchmarks.harness.worker_pool import Worker, WorkerError, WorkerPool, run_
 from xprnn.cli.bench import parse_shape
 
 Row = dict[str, Any]
-PEER_NAMES = ["loop", "torch", "jax", "onnxruntime"]
+PEER_NAMES = ["loop", "torch", "torch_head", "torch_article", "jax", "onnxruntime", "openvino"]
 QUICK_ROW_COUNT = 5
 SHORT_GRID = [GRID[0], GRID[2], GRID[4]]
 
@@ -135,7 +135,7 @@ def _measure_row(key: Row, workers: dict[str, Worker], task: GridTask, seconds: 
         own: {
             name: timing.paired_ratio(times, rounds.times[own])
             for name, times in rounds.times.items()
-            if name not in grid_report.OWN_NAMES
+            if name not in grid_report.OWN_NAMES and peers.PEERS[name].counterpart == own
         }
         for own in grid_report.OWN_NAMES
         if own in rounds.times
@@ -144,7 +144,7 @@ def _measure_row(key: Row, workers: dict[str, Worker], task: GridTask, seconds: 
     return key | {
         "seconds": {name: timing.quartile_summary(times) for name, times in rounds.times.items()},
         "discarded": rounds.discarded,
-        "times_faster": ratios,  # own name -> peer -> the peer's time over that of the own name
+        "times_faster": ratios,  # own name -> peer that computes the same -> its time over that of the own name
         "gemm_rate": rate,
         "gemm_share": flops / statistics.median(rounds.times["layer"]) / rate,
         "disagree": [f"{name} {reason}" for name, reason in rounds.failed.items()],

@@ -1,4 +1,4 @@
-"""One step of a stream, with the state carried, by xprnn, torch, ONNX Runtime, the article's code, and bare kernels.
+"""One step of a stream, with the state carried, by xprnn, its peers, the article's code, and bare kernels.
 
 A "floor" is the arithmetic of a step on arrays that exist already: the compiled kernel, or NumPy calls written by hand.
 """
@@ -9,14 +9,22 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import article_baseline
-from benchmarks.harness.peers import onnx_session
-from benchmarks.harness.problem import STEP, Call, Implementation, Problem
+from benchmarks.harness import article_baseline, onnx_peers
+from benchmarks.harness.problem import STEP, Array, Call, Implementation, Problem
 from benchmarks.harness.xprnn_contenders import layer_arrays
 from xprnn.kernels.jit import compile_cache
 from xprnn.kernels.jit.step import step_source
 
-__all__ = ["article_step", "compiled_floor", "numpy_floor", "onnxruntime_step", "torch_step", "xprnn_step"]
+__all__ = [
+    "article_step",
+    "compiled_floor",
+    "numpy_floor",
+    "onnxruntime_step",
+    "openvino_step",
+    "torch_step",
+    "tract_step",
+    "xprnn_step",
+]
 
 COMPARED_STEPS = 5
 
@@ -58,17 +66,58 @@ def torch_step(problem: Problem) -> Implementation:
     return _implementation(step)
 
 
+def _zero_states(problem: Problem) -> dict[str, Array]:
+    """Return zero states (1, 1, H) by the names of the ONNX operator's inputs."""
+    return {name: np.zeros_like(state) for name, state in onnx_peers.initial_states(problem).items()}
+
+
 def onnxruntime_step(problem: Problem) -> Implementation:
     """Run the ONNX operator on a sequence of one step, and feed its states back."""
-    states = ["initial_h", "initial_c"][: len(problem.state)]
-    session, shape = onnx_session(problem, 1, outputs=["Y_h", "Y_c"][: len(states)]), (1, 1, problem.shape[1])
-    feed = {"X": problem.x[:1]} | {name: np.zeros(shape, np.float32) for name in states}
+    states = _zero_states(problem)
+    session = onnx_peers.onnx_session(problem, 1, outputs=["Y_h", "Y_c"][: len(states)])
+    feed = {"X": problem.x[:1]} | states
 
     def step() -> Any:
         feed.update(zip(states, session.run(None, feed), strict=True))
         return feed["initial_h"][0]
 
     return _implementation(step)
+
+
+def openvino_step(problem: Problem) -> Implementation:
+    """Run the ONNX operator on a sequence of one step in OpenVINO. Two calls read and write the states alternately."""
+    before, after = _zero_states(problem), _zero_states(problem)
+    outputs = ["Y_h", "Y_c"][: len(before)]
+    bind, x = onnx_peers.openvino_request(problem, 1, outputs), problem.x[:1]
+    turns = [
+        (bind(X=x, **read, **dict(zip(outputs, written.values(), strict=True))), written["initial_h"][0])
+        for read, written in ((after, before), (before, after))
+    ]
+
+    def step() -> Any:
+        turns.reverse()
+        infer, y = turns[0]
+        infer()
+        return y
+
+    return _implementation(step)
+
+
+def tract_step(problem: Problem) -> Implementation:
+    """Run the ONNX operator on a sequence of one step in tract, and feed its states back as tensors of tract."""
+    import tract
+
+    zeros = _zero_states(problem)
+    state = onnx_peers.tract_state(problem, ["Y_h", "Y_c"][: len(zeros)])
+    x, *states = (tract.Tensor.from_numpy(a) for a in (problem.x[:1], *zeros.values()))
+
+    def step() -> Any:
+        states[:] = state.run([x, *states])
+        return states[0]
+
+    # The conversion of the output to NumPy takes longer than the step and is not timed.
+    results = _implementation(lambda: step().to_numpy()[0]).results
+    return Implementation({STEP: step}, results)
 
 
 def article_step(problem: Problem) -> Implementation:

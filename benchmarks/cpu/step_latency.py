@@ -1,4 +1,4 @@
-"""Measures the latency of one step of a stream: xprnn against torch's cells, ONNX Runtime and the article's cell.
+"""Measures the latency of one step of a stream: xprnn against torch, ONNX Runtime, OpenVINO, tract and the article.
 
     python -m benchmarks.cpu.step_latency                  100,000 steps of each implementation, some two minutes
     python -m benchmarks.cpu.step_latency --steps 5000     quicker, but p99.9 is then unreliable
@@ -30,6 +30,12 @@ from xprnn.kernels.config import allow_jit
 from xprnn.kernels.jit import compile_cache
 
 XPRNN_NUMPY = "xprnn, NumPy"
+PEER_STEPS = {
+    "torch": steps.torch_step,
+    "onnxruntime": steps.onnxruntime_step,
+    "openvino": steps.openvino_step,
+    "tract": steps.tract_step,
+}
 MAX_OVERHEAD_US = {"fast": 2.0, "NumPy": 6.0}  # microseconds of xprnn's median beyond the floor
 D = 1
 BLOCK_STEPS = 500
@@ -103,23 +109,33 @@ def compare_steps(
     return {"cell": problem.cell, "hidden": problem.shape[1], "microseconds": microseconds, "disagree": problems}
 
 
-def measure_row(cell: str, hidden: int, count: int, jit: bool) -> Row:
-    """Measure one cell and size with every implementation that is installed."""
+def measure_row(cell: str, hidden: int, count: int, jit: bool, peer_names: Sequence[str]) -> Row:
+    """Measure one cell and size.
+
+    Args:
+        cell: a key of GATE_COUNTS.
+        hidden: H.
+        count: number of timed steps.
+        jit: True: also measure xprnn with numba.
+        peer_names: keys of PEER_STEPS.
+    """
     factories: dict[str, Factory] = {}
     if jit:
         factories |= {"xprnn, fast": steps.xprnn_step, "floor, fast": steps.compiled_floor}
     factories |= {XPRNN_NUMPY: steps.xprnn_step, "floor, NumPy": steps.numpy_floor}
-    peers = {"torch": steps.torch_step, "onnxruntime": steps.onnxruntime_step}
-    factories |= {PEERS[name].title: factory for name, factory in peers.items() if not missing_reason(name)}
+    factories |= {PEERS[name].title: PEER_STEPS[name] for name in peer_names}
     factories |= {PEERS["article"].title: steps.article_step} if cell == "elman" else {}
     problem = Problem(cell, (D, hidden, 1, 1))
     return compare_steps(factories, problem, count, lambda name: allow_jit(name != XPRNN_NUMPY))
 
 
-def measure(cells: list[str], sizes: list[int], count: int) -> list[Row]:
-    """Measure all cells and sizes."""
+def measure(cells: list[str], sizes: list[int], count: int) -> tuple[list[Row], list[str]]:
+    """Measure all cells and sizes. Return the rows, and a note for each peer that is left out."""
     jit = compile_cache.numba_available()
-    return [measure_row(cell, hidden, count, jit) for cell in cells for hidden in sizes]
+    reasons = {name: missing_reason(name) for name in PEER_STEPS}
+    notes = [f"{PEERS[name].title}: left out ({reason})" for name, reason in reasons.items() if reason]
+    installed = [name for name, reason in reasons.items() if not reason]
+    return [measure_row(cell, hidden, count, jit, installed) for cell in cells for hidden in sizes], notes
 
 
 def overhead(row: Row, variant: str) -> float | None:
@@ -139,8 +155,8 @@ def goals(rows: list[Row]) -> list[Goal]:
     ]
 
 
-def report(rows: list[Row]) -> list[str]:
-    """Format the table: p50 / p99 / p99.9, and the overhead of xprnn's median."""
+def report(rows: list[Row], notes: Sequence[str] = ()) -> list[str]:
+    """Format the notes and the table: p50 / p99 / p99.9, and the overhead of xprnn's median."""
     names = list(dict.fromkeys(name for row in rows for name in row["microseconds"]))
     headings = ["cell", "H", *names, *(f"overhead, {variant}" for variant in MAX_OVERHEAD_US)]
     table: list[list[str] | str] = []
@@ -150,7 +166,12 @@ def report(rows: list[Row]) -> list[str]:
         cells += ["" if (value := overhead(row, v)) is None else f"{value:.1f}" for v in MAX_OVERHEAD_US]
         table.append([row["cell"], str(row["hidden"]), *cells])
         table += [f"excluded: {problem}" for problem in row["disagree"]]
-    return ["Microseconds of a step, p50 / p99 / p99.9:", "", *markdown_table(headings, table)]
+    return [
+        *(f"- {note}" for note in notes),
+        "Microseconds of a step, p50 / p99 / p99.9:",
+        "",
+        *markdown_table(headings, table),
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -162,11 +183,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     count = max(1, args.steps // 10) if args.short else args.steps
     machine.pin_to_cores(machine.available_cores()[:1])  # one core: no library gains from its threads
-    rows = measure(args.cell, args.hidden, count)
+    rows, notes = measure(args.cell, args.hidden, count)
     failed = any(row["disagree"] for row in rows)
-    return write_results(
-        Report({"steps": count, "rows": rows}, report(rows), goals(rows), failed=failed), json_file=args.json
-    )
+    figures = {"steps": count, "notes": notes, "rows": rows}
+    return write_results(Report(figures, report(rows, notes), goals(rows), failed=failed), json_file=args.json)
 
 
 if __name__ == "__main__":

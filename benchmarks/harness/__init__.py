@@ -2,6 +2,7 @@
 
 problem           arrays of one row of the grid; what an implementation is
 peers             libraries that xprnn is compared with; builds their implementations
+onnx_peers        runtimes of ONNX models: ONNX Runtime, OpenVINO, tract
 xprnn_contenders  implementations by xprnn
 article_baseline  the article's code
 numba_loop        a time loop written by hand for numba

@@ -9,7 +9,7 @@ from xprnn.cli.bench import available_cores, installed_versions, machine_summary
 
 __all__ = ["available_cores", "benchmark_environment", "describe", "pin_to_cores"]
 
-PACKAGES = ("torch", "jax", "jaxlib", "onnxruntime")
+PACKAGES = ("torch", "jax", "jaxlib", "onnxruntime", "openvino", "tract")
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",

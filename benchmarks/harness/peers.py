@@ -17,7 +17,7 @@ __all__ = [
     "jax_cell",
     "make_implementation",
     "missing_reason",
-    "onnx_session",
+    "torch_article",
     "torch_layer",
 ]
 
@@ -34,6 +34,7 @@ class Peer(NamedTuple):
     build_requirements: what pip must install first, if the package cannot be built in isolation.
     unsupported_cells: keys of GATE_COUNTS that it has no layer or operator for.
     is_framework: True if it counts in "best peer".
+    counterpart: the implementation of xprnn that computes the same: "layer", or "article_api" with the output layer.
     """
 
     title: str
@@ -42,13 +43,14 @@ class Peer(NamedTuple):
     build_requirements: tuple[str, ...] = ()
     unsupported_cells: frozenset[str] = frozenset()
     is_framework: bool = False
+    counterpart: str = "layer"
 
 
 PEERS = {  # in the order of the tables' columns
     "layer": Peer("layer"),
     "article_api": Peer("article API", unsupported_cells=NOT_ELMAN),
-    "article_loop": Peer("article loop", unsupported_cells=NOT_ELMAN),
-    "article_loop_float64": Peer("article loop, float64 zeros", unsupported_cells=NOT_ELMAN),
+    "article_loop": Peer("article loop", unsupported_cells=NOT_ELMAN, counterpart="article_api"),
+    "article_loop_float64": Peer("article loop, float64 zeros", unsupported_cells=NOT_ELMAN, counterpart="article_api"),
     "loop": Peer("compiled loop", ("numba",), unsupported_cells=RARE_CELLS),
     "xprnn": Peer("xprnn", ("xprnn",)),
     "article": Peer("the article's code"),
@@ -59,6 +61,16 @@ PEERS = {  # in the order of the tables' columns
         unsupported_cells=frozenset({"gru-before"}),
         is_framework=True,
     ),
+    "torch_head": Peer(
+        "torch with output layer", ("torch",), unsupported_cells=NOT_ELMAN, is_framework=True, counterpart="article_api"
+    ),
+    "torch_article": Peer(
+        "torch with output layer, article's arrays",
+        ("torch",),
+        unsupported_cells=NOT_ELMAN,
+        is_framework=True,
+        counterpart="article_api",
+    ),
     "jax": Peer("JAX jit", ("jax",), unsupported_cells=RARE_CELLS, is_framework=True),
     "onnxruntime": Peer(
         "ONNX Runtime",
@@ -67,6 +79,14 @@ PEERS = {  # in the order of the tables' columns
         unsupported_cells=frozenset({"lstm-proj"}),
         is_framework=True,
     ),
+    "openvino": Peer(
+        "OpenVINO",
+        ("openvino", "onnx"),
+        requirements=(("openvino",),),
+        unsupported_cells=frozenset({"lstm-proj"}),
+        is_framework=True,
+    ),
+    "tract": Peer("tract", ("tract", "onnx"), requirements=(("tract",),), unsupported_cells=RARE_CELLS),
     "keras": Peer("Keras", ("keras",), requirements=(("keras==3.15.1", "jax"),)),
     # Chainer's setup.py needs pkg_resources. Chainer itself needs an older NumPy than xprnn: the table shows both.
     "chainer": Peer(
@@ -117,7 +137,7 @@ def make_implementation(
         threads: number of threads of libraries that take it as an argument.
         device: of torch.
     """
-    from benchmarks.harness import xprnn_contenders
+    from benchmarks.harness import onnx_peers, xprnn_contenders
 
     makers: dict[str, Callable[[Problem], Implementation]] = {
         "layer": xprnn_contenders.core_layer,
@@ -126,8 +146,11 @@ def make_implementation(
         "article_loop_float64": lambda problem: xprnn_contenders.article_loop(problem, zeros_dtype=np.float64),
         "loop": _numba_loop,
         "torch": lambda problem: torch_layer(problem, threads, device),
+        "torch_head": lambda problem: torch_article(problem, threads, article_layout=False),
+        "torch_article": lambda problem: torch_article(problem, threads, article_layout=True),
         "jax": _jax,
-        "onnxruntime": lambda problem: _onnxruntime(problem, threads),
+        "onnxruntime": lambda problem: onnx_peers.onnxruntime_layer(problem, threads),
+        "openvino": lambda problem: onnx_peers.openvino_layer(problem, threads),
     }
     return makers[name](Problem(cell, shape, order))
 
@@ -151,6 +174,21 @@ def _cuda_event_seconds(call: Call) -> float:
     return float(start.elapsed_time(stop)) * 1e-3
 
 
+def _torch_module(problem: Problem) -> Any:
+    """Create torch's recurrent layer with the row's parameters."""
+    import torch
+
+    layer_class = {"elman": torch.nn.RNN, "lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[
+        problem.cell.removesuffix("-proj")
+    ]
+    projection = {"proj_size": problem.output_size} if problem.cell == "lstm-proj" else {}
+    layer = layer_class(*problem.shape[:2], **projection)
+    with torch.no_grad():
+        for name, value in problem.params.items():
+            getattr(layer, f"{name}_l0").copy_(torch.from_numpy(value))
+    return layer
+
+
 def torch_layer(
     problem: Problem, threads: int | None = None, device: str = "cpu", tf32: bool | None = None
 ) -> Implementation:
@@ -166,14 +204,7 @@ def torch_layer(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    layer_class = {"elman": torch.nn.RNN, "lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[
-        problem.cell.removesuffix("-proj")
-    ]
-    projection = {"proj_size": problem.output_size} if problem.cell == "lstm-proj" else {}
-    layer = layer_class(*problem.shape[:2], **projection).to(device)
-    with torch.no_grad():
-        for name, value in problem.params.items():
-            getattr(layer, f"{name}_l0").copy_(torch.from_numpy(value))
+    layer = _torch_module(problem).to(device)
     dy = torch.from_numpy(problem.dy).to(device)
     x, *states = (torch.from_numpy(a).to(device) for a in (problem.x, *(s[None] for s in problem.state)))
     leaves = [a.clone().requires_grad_() for a in (x, *states)]
@@ -201,6 +232,55 @@ def torch_layer(
 
     timer = None if device == "cpu" else _cuda_event_seconds
     return Implementation({FORWARD: forward, FORWARD_BACKWARD: forward_backward}, results, timer)
+
+
+def torch_article(problem: Problem, threads: int, *, article_layout: bool) -> Implementation:
+    """Compute what `xprnn.rnn_forward` and `xprnn.rnn_backward` compute, by torch's RNN, Linear and softmax.
+
+    The backward pass starts at the cotangent of the states, as the article's does.
+
+    Args:
+        problem: the row, of the Elman cell.
+        threads: number of CPU threads.
+        article_layout: True: the arrays of `problem.article_arrays`, (features, m, T_x), which torch reads and returns
+            as views with reversed axes. False: torch's own layout, (T, N, features).
+    """
+    import torch
+
+    torch.set_num_threads(threads)
+    layer = _torch_module(problem)
+    head = torch.nn.Linear(problem.shape[1], problem.shape[0])
+    with torch.no_grad():
+        head.weight.copy_(torch.from_numpy(problem.head[0]))
+        head.bias.copy_(torch.from_numpy(problem.head[1][:, 0]))
+    arrays = problem.article_arrays()[:3] if article_layout else (problem.x, problem.state[0], problem.dy)
+    x, a0, da = map(torch.from_numpy, arrays)
+    leaves = [a.clone().requires_grad_() for a in (x, a0)]
+    weights = [getattr(layer, f"{name}_l0") for name in problem.params]
+
+    def time_major(a: Any) -> Any:
+        return a.permute(*reversed(range(a.ndim))) if article_layout else a
+
+    def run(x: Any, a0: Any) -> Any:
+        h, _ = layer(time_major(x), time_major(a0)[None])
+        return time_major(h), time_major(torch.softmax(head(h), -1))
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return run(x, a0)
+
+    def forward_backward() -> Any:
+        a, y_pred = run(*leaves)
+        return a, y_pred, torch.autograd.grad(a, [*leaves, *weights], da)
+
+    def results() -> dict[str, Any]:
+        a, y_pred, (dx, dh0, *grads) = forward_backward()
+        transposed = {"y": forward()[0], "y (with a tape)": a, "y_pred": y_pred, "dx": dx, "dh0": dh0}
+        tensors = {name: time_major(tensor) for name, tensor in transposed.items()}
+        tensors |= {f"d{name}": grad for name, grad in zip(problem.params, grads, strict=True)}
+        return {name: tensor.detach().numpy() for name, tensor in tensors.items()}
+
+    return Implementation({FORWARD: forward, FORWARD_BACKWARD: forward_backward}, results)
 
 
 def jax_cell(cell: str) -> Callable[..., Any]:
@@ -261,56 +341,3 @@ def _jax(problem: Problem) -> Implementation:
         return {k: np.asarray(v) for k, v in arrays.items()}
 
     return Implementation({FORWARD: forward, FORWARD_BACKWARD: forward_backward}, results)
-
-
-# The index of torch's gate, for each gate in ONNX's order.
-ONNX_GATE_ORDER = {"elman": (0,), "lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "gru-before": (1, 0, 2)}
-
-
-def onnx_session(problem: Problem, threads: int, outputs: list[str]) -> Any:
-    """Build a model of one ONNX operator and a session of it.
-
-    Args:
-        problem: the row.
-        threads: number of threads of the session.
-        outputs: outputs to compute, among "Y", "Y_h" and "Y_c". The inputs are "X", "initial_h" and "initial_c".
-    """
-    import onnxruntime
-    from onnx import TensorProto, helper, numpy_helper
-
-    d, h, n, t = problem.shape
-    gates = ONNX_GATE_ORDER[problem.cell]
-
-    def in_onnx_order(a: Any) -> Any:
-        return np.concatenate([a[k * h : (k + 1) * h] for k in gates])[None]
-
-    p = {k: in_onnx_order(v) for k, v in problem.params.items()}
-    weights = {"W": p["weight_ih"], "R": p["weight_hh"], "B": np.concatenate((p["bias_ih"], p["bias_hh"]), axis=1)}
-    operator = {"elman": "RNN", "lstm": "LSTM"}.get(problem.cell, "GRU")
-    names = ("initial_h", "initial_c")[: len(problem.state)]
-    options = {"linear_before_reset": int(problem.cell == "gru")} if operator == "GRU" else {}
-    output_names = [k if k in outputs else "" for k in ("Y", "Y_h", "Y_c")[: 1 + len(names)]]
-    node = helper.make_node(operator, ["X", "W", "R", "B", "", *names], output_names, hidden_size=h, **options)
-    inputs = {"X": (t, n, d)} | dict.fromkeys(names, (1, n, h))
-    input_infos = [helper.make_tensor_value_info(k, TensorProto.FLOAT, s) for k, s in inputs.items()]
-    shapes = {"Y": (t, 1, n, h), "Y_h": (1, n, h), "Y_c": (1, n, h)}
-    output_infos = [helper.make_tensor_value_info(k, TensorProto.FLOAT, shapes[k]) for k in outputs]
-    initializers = [numpy_helper.from_array(v, k) for k, v in weights.items()]
-    graph = helper.make_graph([node], "row", input_infos, output_infos, initializers)
-    # Old enough for every runtime in use; the operators have not changed since in what is used here.
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8)
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads, settings.inter_op_num_threads = threads, 1
-    return onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
-
-
-def _onnxruntime(problem: Problem, threads: int) -> Implementation:
-    """Run the ONNX operator in ONNX Runtime: inference only."""
-    session = onnx_session(problem, threads, ["Y"])
-    names = ("initial_h", "initial_c")[: len(problem.state)]
-    feed = {"X": problem.x} | {k: s[None] for k, s in zip(names, problem.state, strict=True)}
-
-    def forward() -> Any:
-        return session.run(None, feed)
-
-    return Implementation({FORWARD: forward}, lambda: {"y": forward()[0][:, 0]})

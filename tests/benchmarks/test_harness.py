@@ -46,26 +46,70 @@ def differences(cell, names, order="C", shape=SMALL):
     return problems
 
 
-def row(layer, others, *, shape=SMALL, pass_name=FORWARD, discarded=0, cell="gru"):
-    """A row of the grid with these seconds."""
-    seconds = {
-        k: {"median": v, "q1": 0.9 * v, "q3": 1.1 * v, "rounds": 3} for k, v in ({"layer": layer} | others).items()
-    }
+def row(layer, others, *, article=None, shape=SMALL, pass_name=FORWARD, discarded=0, cell="gru"):
+    """A row of the grid with these seconds of the layer, its peers, the article API, and its peers."""
+    all_seconds = {"layer": layer} | others | (article or {})
+    seconds = {k: {"median": v, "q1": 0.9 * v, "q3": 1.1 * v, "rounds": 3} for k, v in all_seconds.items()}
     ratios = {"layer": {k: v / layer for k, v in others.items()}}
+    if article:
+        own = article["article_api"]
+        ratios["article_api"] = {k: v / own for k, v in article.items() if k != "article_api"}
     key = {"cell": cell, "threads": 1, "shape": list(shape), "pass": pass_name, "discarded": discarded}
     return key | {"seconds": seconds, "times_faster": ratios, "gemm_rate": 1e9, "gemm_share": 0.5, "disagree": []}
 
 
-def test_geometric_means_leave_out_disturbed_rows_and_the_article_is_no_best_peer():
+def test_geometric_means_leave_out_disturbed_rows_and_the_compiled_loop_is_no_best_peer():
     rows = [
-        row(1.0, {"torch": 2.0, "jax": 8.0, "article_loop": 0.5}),
-        row(1.0, {"torch": 8.0, "jax": 4.0, "article_loop": 0.5}),
-        row(1.0, {"torch": 1e6, "jax": 1e6, "article_loop": 1e6}, discarded=-1),
+        row(1.0, {"torch": 2.0, "jax": 8.0, "loop": 0.5}),
+        row(1.0, {"torch": 8.0, "jax": 4.0, "loop": 0.5}),
+        row(1.0, {"torch": 1e6, "jax": 1e6, "loop": 1e6}, discarded=-1),
     ]
     means = grid_report.geometric_means(rows)["gru", 1, FORWARD]
     assert means["torch"] == pytest.approx(4.0)
     assert means["best peer"] == pytest.approx(8**0.5)  # torch's 2 and JAX's 4
     assert grid_report.best_peer_ratio(rows[0]) == 2.0
+
+
+def test_openvino_counts_as_the_best_peer():
+    rows = [row(1.0, {"torch": 2.0, "openvino": 1.2}), row(1.0, {"torch": 2.0, "openvino": 0.3})]
+    assert grid_report.best_peer_ratio(rows[0]) == 1.2
+    means = grid_report.geometric_means(rows)["gru", 1, FORWARD]
+    assert means == pytest.approx({"torch": 2.0, "openvino": 0.6, "best peer": 0.6})
+    assert grid_report.goals(rows)[-1] == Goal(
+        "gru, geometric mean of forward, 1 thread(s), against the best peer", pytest.approx(0.6), least=1.5
+    )
+
+
+def test_the_article_api_is_compared_with_implementations_that_compute_y_pred():
+    assert {
+        name: peer.counterpart for name, peer in peers.PEERS.items() if peer.counterpart != "layer"
+    } == dict.fromkeys(("article_loop", "article_loop_float64", "torch_head", "torch_article"), "article_api")
+    article = {"article_api": 2e-3, "article_loop": 1e-3, "torch_head": 3e-3, "torch_article": 4e-3}
+    measured = row(1e-3, {"torch": 0.5e-3}, article=article, cell="elman")
+    assert grid_report.best_peer_ratio(measured, "article_api") == 1.5
+    assert [goal for goal in grid_report.goals([measured]) if "article" in goal.what] == [
+        Goal("elman (2, 3, 2, 4) forward, 1 thread(s), article API, against torch with output layer", 1.5, least=1.0)
+    ]
+    headings, _, line = grid_report.grid_table([measured], "article_api")
+    assert (
+        "| article API | article loop | torch with output layer | torch with output layer, article's arrays |"
+        in headings
+    )
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[2:] == ["2.00 ±10%", "1.00 ±10% (0.50)", "3.00 ±10% (1.50)", "4.00 ±10% (2.00)", "1.50"]
+    assert "article" not in "\n".join(grid_report.grid_table([measured]))
+
+
+def test_a_row_is_measured_against_the_peers_of_each_implementation():
+    complete, run = run_task(cells=["elman"])
+    assert complete
+    assert {name: list(ratios) for name, ratios in run["rows"][0]["times_faster"].items()} == {
+        "layer": [],
+        "article_api": ["article_loop"],
+    }
+    text = "\n".join(grid_report.grid_report(run))
+    assert text.count("| article API | article loop |") == 1
+    assert "C-ordered arrays (features, m, T_x)" in text
 
 
 def test_a_line_of_the_grid_table():
@@ -75,7 +119,7 @@ def test_a_line_of_the_grid_table():
 
 
 def test_without_frameworks_there_is_no_best_peer():
-    rows = [row(0.5e-3, {"article_loop": 1e-3})]
+    rows = [row(0.5e-3, {"loop": 1e-3})]
     text = "\n".join(grid_report.grid_table(rows) + grid_report.geometric_mean_lines([row(0.5e-3, {})]))
     assert "nan" not in text
     assert "best peer," not in text
@@ -84,19 +128,22 @@ def test_without_frameworks_there_is_no_best_peer():
 def test_goals_name_the_row_the_peer_and_the_figure():
     rows = [
         row(1.0, {"torch": 0.8, "jax": 2.0}),
-        row(1.0, {"torch": 1.2, "article_loop": 0.1}, pass_name=FORWARD_BACKWARD),
+        row(1.0, {"torch": 1.2}, pass_name=FORWARD_BACKWARD),
         row(1.0, {"torch": 0.1}, discarded=-1),  # disturbed: not judged
     ]
     assert grid_report.goals(rows) == [
         Goal("gru (2, 3, 2, 4) forward, 1 thread(s), against torch", 0.8, least=1.0),
         Goal("gru (2, 3, 2, 4) forward+backward, 1 thread(s), against torch", 1.2, least=1.0),
+        Goal("gru, geometric mean of forward, 1 thread(s), against the best peer", pytest.approx(0.8), least=1.5),
         Goal(
             "gru, geometric mean of forward+backward, 1 thread(s), against the best peer",
             pytest.approx(1.2),
             least=1.5,
         ),
     ]
-    assert not grid_report.goals([row(1.0, {"article_loop": 0.5})])
+    assert grid_report.goals([row(1.0, {"loop": 0.5})]) == [
+        Goal("gru (2, 3, 2, 4) forward, 1 thread(s), layer over compiled loop", 2.0, most=1.2)
+    ]
     assert grid_report.inconclusive(rows) == ["gru (2, 3, 2, 4) forward, 1 thread(s)"]
 
 
@@ -135,13 +182,59 @@ def test_torch_agrees(cell):
     assert set(latency["microseconds"]["xprnn"]) == {"p50", "p99", "p99.9"}
 
 
+@pytest.mark.needs("torch")
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("peer", ["torch_head", "torch_article"])
+def test_torch_with_output_layer_agrees_with_the_article(peer, order):
+    assert not any(differences("elman", ["article_loop", "article_api", peer], order).values())
+    assert peers.make_implementation(peer, "elman", SMALL, order).results().keys() == {
+        *("y", "y (with a tape)", "y_pred", "dx", "dh0"),
+        *("dweight_ih", "dweight_hh", "dbias_ih", "dbias_hh"),
+    }
+    assert peers.eligible_names("lstm", SMALL, [peer]) == []
+
+
+@pytest.mark.needs("onnxruntime", "onnx")
+@pytest.mark.parametrize("cell", ["elman", "lstm", "gru", "gru-before"])
+def test_onnxruntime_agrees(cell):
+    assert not any(differences(cell, ["layer", "onnxruntime"]).values())
+
+
+@pytest.mark.needs("openvino", "onnx")
+@pytest.mark.parametrize("cell", ["elman", "lstm", "gru", "gru-before"])
+def test_openvino_agrees(cell):
+    assert not any(differences(cell, ["layer", "openvino"]).values())
+    assert list(peers.make_implementation("openvino", cell, SMALL).calls) == [FORWARD]
+
+
+@pytest.mark.needs("onnx")
+@pytest.mark.parametrize("cell", ["elman", "lstm", "gru"])
+@pytest.mark.parametrize(
+    "peer", [pytest.param(name, marks=pytest.mark.needs(name)) for name in ("onnxruntime", "openvino", "tract")]
+)
+def test_steps_of_onnx_runtimes_agree(cell, peer):
+    factories = {"xprnn": step_implementations.xprnn_step, peer: step_latency.PEER_STEPS[peer]}
+    latency = step_latency.compare_steps(factories, Problem(cell, (1, 3, 1, 1)), 5)
+    assert not latency["disagree"]
+    assert list(latency["microseconds"]) == ["xprnn", peer]
+
+
+def test_the_step_table_names_peers_that_are_left_out(monkeypatch):
+    monkeypatch.setattr(step_latency, "PEER_STEPS", {"tract": step_implementations.tract_step})
+    monkeypatch.setattr(step_latency, "missing_reason", lambda name: "no wheel")
+    rows, notes = step_latency.measure(["gru"], [3], 5)
+    assert notes == ["tract: left out (no wheel)"]
+    assert "tract" not in rows[0]["microseconds"]
+    assert step_latency.report(rows, notes)[0] == "- tract: left out (no wheel)"
+
+
 @pytest.mark.needs("torch", "onnxruntime", "onnx")
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize(("cell", "peer"), [("lstm-proj", "torch"), ("gru-before", "onnxruntime")])
 def test_the_peer_that_has_a_rarer_cell_agrees(cell, peer):
     names = peers.eligible_names(cell, SMALL, ["layer", "article_api", *grid.PEER_NAMES])
-    assert names == ["layer", peer]
-    assert not any(differences(cell, names).values())
+    assert names == ["layer", peer, *["openvino"] * (cell == "gru-before")]
+    assert not any(differences(cell, ["layer", peer]).values())
 
 
 @pytest.mark.needs("jax")
