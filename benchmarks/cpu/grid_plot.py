@@ -33,7 +33,8 @@ def plot_ratios(rows: list[dict[str, Any]], file: Path) -> str:
                 ax.plot(labels, ratios, "o-", label=PEERS[name].title)
             ax.axhline(1, color="black", linewidth=1)
             ax.set(yscale="log", title=f"{cell}, {threads} thread(s), {pass_name}", ylabel="times faster than")
-            ax.legend(fontsize="small")
+            if ax.get_lines()[1:]:  # more than the line at 1
+                ax.legend(fontsize="small")
     figure.supxlabel("D, H, N, T")
     figure.tight_layout()
     figure.savefig(file, dpi=110)
