@@ -7,7 +7,7 @@ names it. The cotangent is random, because a cotangent of ones (the gradient of 
 pass that reverses time. A random one detects every wrong linear map with probability 1.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,17 +44,18 @@ def check_gradients(
         <v, backward(u)> = <u, d forward(args + t v) / dt>  at t = 0
 
     Args:
-        forward: forward(*args) -> (outputs, tape). The outputs are an array, or arrays in tuples, lists and dicts;
-            integer arrays and None are ignored.
-        backward: backward(tape, cotangents) -> gradients. The cotangents have the structure of the outputs. The result
-            is a tuple with a gradient for each argument, in the structure of the argument; for a single argument it
-            may be the gradient itself. None means that the argument has no influence, and is checked as zero.
-        args: list or tuple of arguments: arrays, or arrays in tuples, lists and dicts. Floats are converted to float64,
-            integers are held constant.
+        forward: forward(*args) -> (outputs, tape). The outputs are arrays or floats (Python's or NumPy's), alone or in
+            tuples, lists and dicts; integers and None are ignored.
+        backward: backward(tape, cotangents) -> gradients. The cotangents have the structure of the outputs, with an
+            array for an array and a float for a float. The result is a tuple with a gradient for each argument, in the
+            structure of the argument; for a single argument it may be the gradient itself. None means that the argument
+            has no influence, and is checked as zero.
+        args: list or tuple of arguments: arrays or floats, alone or in tuples, lists and dicts. Floats are converted to
+            float64; integers and objects of other types are held constant.
         names: name of each argument in errors; None: args[0], args[1], ...
         rng: source of the directions and cotangents; None: a fixed seed.
         directions: number of random directions for each array, at least 1.
-        rtol: allowed difference, relative to the sum of the absolute values of the products compared.
+        rtol: allowed difference, relative to the sum of the absolute values of the products compared; above 0, below 1.
 
     Returns:
         array name -> largest relative difference.
@@ -64,8 +65,10 @@ def check_gradients(
             both values.
         NotDifferentiableError: `forward` has a kink or jump at `args`, returns nan or infinity, or returns different
             outputs for the same arguments.
-        InputError: no argument has a floating dtype, the library or device has no float64, `args` is not a list or
-            tuple, `names` has another length, or `forward` does not return a pair.
+        InputError: nothing can be compared, because no argument or no output is a float, `directions` is 0, or the
+            outputs are so large that their rounding exceeds their change; an output has a type that cannot be checked,
+            such as complex; the library or device has no float64; `args` is not a list or tuple, `names` has another
+            length, `rtol` is out of range, or `forward` does not return a pair.
 
     >>> import numpy as np
     >>> square = lambda x: (x * x, x)
@@ -77,25 +80,23 @@ def check_gradients(
     """
     rng = np.random.default_rng(0) if rng is None else rng
     names = _argument_names(args, names)
+    _check_limits(directions, rtol)
+    for name, argument in zip(names, args, strict=True):
+        _check_types(f"argument {name}", argument, others_allowed=True)
     args = tuple(_tree_map(_to_float64, a) for a in args)
-    (outputs, tape), (repeated, _) = _check_pair(forward(*args)), _check_pair(forward(*args))
-    for (path, a), (_, b) in zip(_tree_leaves(outputs), _tree_leaves(repeated), strict=True):
-        if not np.array_equal(to_numpy(a), to_numpy(b), equal_nan=True):
-            raise NotDifferentiableError(
-                f"forward returns different outputs for the same arguments (output {_leaf_name('', path)})"
-            )
-        if not np.isfinite(to_numpy(a)).all():
-            raise NotDifferentiableError(f"forward returns nan or infinity (output {_leaf_name('', path)})")
     floats = [(i, path, leaf) for i, a in enumerate(args) for path, leaf in _tree_leaves(a)]
     if not floats:
         raise InputError("check_gradients: no argument of a floating dtype, nothing to check")
+    outputs, tape = _check_pair(forward(*args))
+    _check_outputs(outputs, _check_pair(forward(*args))[0])
     worst: dict[str, float] = {}
     for _ in range(directions):
-        cotangents = _tree_map(lambda y: from_numpy(rng.standard_normal(tuple(y.shape)), y), outputs)
+        cotangents = _tree_map(lambda y: _like(rng.standard_normal(_shape(y)), y), outputs)
+        weights = [np.array(_to_host(u)) for _, u in _tree_leaves(cotangents)]  # backward may overwrite its cotangents
         gradients = backward(tape, cotangents)
         gradients = (gradients,) if len(args) == 1 and not _is_wrapped_single(gradients, args) else gradients
         _check_gradient_count(gradients, len(args))
-        weighted = _WeightedOutput(forward, args, outputs, cotangents)
+        weighted = _WeightedOutput(forward, args, outputs, weights)
         for i, path, leaf in floats:
             name = _leaf_name(names[i], path)
             gradient = _leaf_gradient(name, gradients[i], path, leaf)
@@ -112,6 +113,55 @@ def _argument_names(args: Any, names: Any) -> list[str]:
     if isinstance(names, str) or len(names) != len(args):
         raise InputError(f"check_gradients: names must be {len(args)}, one for each of args, found {names!r}")
     return list(names)
+
+
+def _check_limits(directions: Any, rtol: Any) -> None:
+    """Raise InputError for numbers with which the check would accept every gradient."""
+    if not directions >= 1:
+        raise InputError(f"check_gradients: directions must be at least 1, found {directions}")
+    if not 0 < rtol < 1:
+        raise InputError(f"check_gradients: rtol must be above 0 and below 1, found {rtol}")
+
+
+def _check_types(name: str, tree: Any, others_allowed: bool) -> None:
+    """Raise InputError for numbers that are neither floats nor integers, and for other types unless they are allowed.
+
+    Without this check they would be left out of the comparison, and a wrong gradient would pass.
+    """
+    for path, value in _all_leaves(tree):
+        if value is None or isinstance(value, (bool, int)) or _is_float(value):
+            continue
+        if _is_array(value) or isinstance(value, complex):
+            if any(kind in str(getattr(value, "dtype", "")) for kind in ("int", "bool")):
+                continue
+            found = f"dtype {value.dtype}" if _is_array(value) else "a complex number"
+        elif others_allowed:
+            continue
+        else:
+            found = type(value).__name__
+        raise InputError(
+            f"check_gradients: {name}{_leaf_name('', path)}: expected real floats or integers in arrays, tuples, lists"
+            f" and dicts, found {found}"
+        )
+
+
+def _check_outputs(outputs: Any, repeated: Any) -> None:
+    """Raise unless the outputs have finite floats to compare, and are the same for the same arguments."""
+    _check_types("output ", outputs, others_allowed=False)
+    floats = dict(_tree_leaves(outputs))
+    if not floats:
+        raise InputError("check_gradients: forward returns no array or number of a floating dtype, nothing to compare")
+    again = dict(_tree_leaves(repeated))
+    for path in floats.keys() | again.keys():
+        name = _leaf_name("", path)
+        if path not in floats or path not in again or not _same_numbers(floats[path], again[path]):
+            raise NotDifferentiableError(f"forward returns different outputs for the same arguments (output {name})")
+        if not np.isfinite(_to_host(floats[path])).all():
+            raise NotDifferentiableError(f"forward returns nan or infinity (output {name})")
+
+
+def _same_numbers(a: Any, b: Any) -> bool:
+    return np.array_equal(_to_host(a), _to_host(b), equal_nan=True)
 
 
 def _check_pair(result: Any) -> Any:
@@ -167,32 +217,38 @@ def check_layer(
 
 
 class _WeightedOutput(NamedTuple):
-    """The function t -> cotangents * forward(args with t v added to one array), elementwise and flattened."""
+    """The function t -> weights * forward(args with t v added to one array), elementwise and flattened."""
 
     forward: Callable[..., Any]
     args: tuple[Any, ...]
     outputs: Any
-    cotangents: Any
+    weights: Sequence[Any]  # the cotangents of the floating outputs
 
     def evaluate_at(self, i: int, path: KeyPath, leaf: Any, direction: Any, t: float) -> Any:
-        perturbed = leaf + from_numpy(t * direction, like=leaf)
+        perturbed = leaf + _like(t * direction, leaf)
         args = [*self.args]
         args[i] = _replace_leaf(args[i], path, perturbed)
         outputs, _ = self.forward(*args)
         return self.elementwise_products(outputs)
 
     def elementwise_products(self, outputs: Any) -> Any:
-        pairs = zip(_tree_leaves(outputs), _tree_leaves(self.cotangents), strict=True)
-        return np.concatenate([(to_numpy(y) * to_numpy(u)).ravel() for (_, y), (_, u) in pairs] or [np.zeros(0)])
+        floats = dict(_tree_leaves(outputs))
+        expected = [path for path, _ in _tree_leaves(self.outputs)]
+        if list(floats) != expected:
+            path = next(iter({*floats} ^ {*expected}), ())
+            raise NotDifferentiableError(
+                f"forward returns a float at some arguments and none at others (output {_leaf_name('', path)})"
+            )
+        return np.concatenate([(_to_host(y) * u).ravel() for y, u in zip(floats.values(), self.weights, strict=True)])
 
 
 def _check_leaf(
     weighted: _WeightedOutput, name: str, i: int, path: KeyPath, leaf: Any, gradient: Any, rng: Generator, rtol: float
 ) -> float:
     """Return the relative difference for one array along one random direction, or raise if it exceeds `rtol`."""
-    direction = rng.standard_normal(tuple(leaf.shape))
+    direction = rng.standard_normal(_shape(leaf))
     direction /= max(float(np.linalg.norm(direction)), 1e-300)
-    products = to_numpy(gradient) * direction
+    products = _to_host(gradient) * direction
     analytic, magnitude = float(products.sum()), float(np.abs(products).sum())
     base = weighted.elementwise_products(weighted.outputs)
     noise = 1e-15 * float(np.abs(base).sum())
@@ -210,6 +266,11 @@ def _check_leaf(
         if error < smallest_error:
             smallest_error, numeric = error, total
         if abs(total - analytic) <= rtol * size + roundoff:
+            if roundoff > size > 0 and abs(total - analytic) > rtol * size:
+                raise InputError(
+                    f"check_gradients: {name}: the outputs round off more ({roundoff:.2g}) than they change with it"
+                    f" ({size:.2g}), nothing can be compared; leave large constants out of the outputs"
+                )
             return error
     raise GradientError(
         f"{name}: backward says {analytic:.10g}, central differences say {numeric:.10g} "
@@ -247,14 +308,17 @@ def _leaf_gradient(name: str, gradients: Any, path: KeyPath, leaf: Any) -> Any:
         except (KeyError, IndexError, TypeError):
             raise GradientError(f"{name}: backward returns no gradient for it") from None
     if gradient is None:
-        return namespace(leaf).zeros_like(leaf)
+        return np.zeros(_shape(leaf))
+    if _is_scalar(leaf) and _is_real_number(gradient):
+        return gradient
     if isinstance(gradient, SparseGradient):
         gradient = gradient.to_dense()
     if not _is_array(gradient):
         raise GradientError(f"{name}: its gradient must be an array, found {type(gradient).__name__}")
-    if tuple(gradient.shape) != tuple(leaf.shape) or gradient.dtype != leaf.dtype:
+    dtype = np.dtype("float64") if _is_scalar(leaf) else leaf.dtype
+    if tuple(gradient.shape) != _shape(leaf) or gradient.dtype != dtype:
         raise GradientError(
-            f"{name}: its gradient must have shape {tuple(leaf.shape)} and dtype {leaf.dtype}, "
+            f"{name}: its gradient must have shape {_shape(leaf)} and dtype {dtype}, "
             f"found {tuple(gradient.shape)} and {gradient.dtype}"
         )
     return gradient
@@ -269,41 +333,77 @@ def _is_array(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
+def _is_scalar(value: Any) -> bool:
+    """True for a float of Python or NumPy; False for an array without dimensions."""
+    return isinstance(value, (float, np.floating))
+
+
+def _is_real_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.floating, np.integer)) and not isinstance(value, bool)
+
+
 def _is_float(value: Any) -> bool:
-    return _is_array(value) and not is_integer(namespace(value), value) and "float" in str(value.dtype)
+    return _is_scalar(value) or (
+        _is_array(value) and not is_integer(namespace(value), value) and "float" in str(value.dtype)
+    )
 
 
-def _tree_leaves(tree: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """Yield (path, array) for every floating array of nested tuples, lists and dicts."""
-    if _is_float(tree):
-        yield path, tree
-    elif isinstance(tree, dict):
+def _shape(leaf: Any) -> tuple[int, ...]:
+    return () if _is_scalar(leaf) else tuple(leaf.shape)
+
+
+def _to_host(leaf: Any) -> Any:
+    return np.asarray(leaf) if _is_scalar(leaf) or _is_real_number(leaf) else to_numpy(leaf)
+
+
+def _like(values: Any, leaf: Any) -> Any:
+    """Return NumPy numbers as an array of the leaf's library, or as a float of its type."""
+    return type(leaf)(values) if _is_scalar(leaf) else from_numpy(values, like=leaf)
+
+
+def _all_leaves(tree: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Yield (path, value) for everything in nested tuples, lists and dicts that is none of these."""
+    if isinstance(tree, Mapping):
         for key, value in tree.items():
-            yield from _tree_leaves(value, (*path, key))
+            yield from _all_leaves(value, (*path, key))
     elif isinstance(tree, (tuple, list)):
         for key, value in enumerate(tree):
-            yield from _tree_leaves(value, (*path, key))
+            yield from _all_leaves(value, (*path, key))
+    else:
+        yield path, tree
+
+
+def _tree_leaves(tree: Any) -> Iterator[tuple[KeyPath, Any]]:
+    """Yield (path, value) for every floating array and every float of nested tuples, lists and dicts."""
+    return ((path, value) for path, value in _all_leaves(tree) if _is_float(value))
 
 
 def _tree_map(f: Callable[[Any], Any], tree: Any) -> Any:
-    """Return the tree with f applied to every floating array; lists become tuples."""
-    if isinstance(tree, dict):
+    """Return the tree with f applied to every floating array and every float."""
+    if isinstance(tree, Mapping):
         return {key: _tree_map(f, value) for key, value in tree.items()}
     if isinstance(tree, (tuple, list)):
-        return tuple(_tree_map(f, value) for value in tree)
+        return _rebuild(tree, [_tree_map(f, value) for value in tree])
     return f(tree) if _is_float(tree) else tree
+
+
+def _rebuild(tree: Any, values: list[Any]) -> Any:
+    """Return a tuple, named tuple or list of the type of `tree` with other values."""
+    return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
 
 
 def _replace_leaf(tree: Any, path: KeyPath, leaf: Any) -> Any:
     """Return a copy of the tree with the array at `path` replaced."""
     if not path:
         return leaf
-    if isinstance(tree, dict):
+    if isinstance(tree, Mapping):
         return {k: _replace_leaf(v, path[1:], leaf) if k == path[0] else v for k, v in tree.items()}
-    return tuple(_replace_leaf(v, path[1:], leaf) if k == path[0] else v for k, v in enumerate(tree))
+    return _rebuild(tree, [_replace_leaf(v, path[1:], leaf) if k == path[0] else v for k, v in enumerate(tree)])
 
 
 def _to_float64(array: Any) -> Any:
+    if _is_scalar(array):
+        return array if isinstance(array, float) else np.float64(array)
     xp = namespace(array)
     try:
         return xp.astype(array, xp.float64)
