@@ -11,6 +11,8 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import nox
 
@@ -19,6 +21,10 @@ nox.options.default_venv_backend = "virtualenv"  # installs with pip, which read
 nox.options.reuse_venv = "yes"
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
+KERAS_TESTS = ("tests/interop/keras/test_live.py", "tests/interop/keras/test_activations.py")
+JAX_OPTIONS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # the tests compile many small functions and run each a few times
+INSTALLED: dict[Path, set[str]] = {}  # what this run of nox has installed into the shared environments
+shared_session = nox.session(venv_backend="none")
 
 
 def install(session: nox.Session, group: str, *, extra: str = "") -> None:
@@ -28,68 +34,89 @@ def install(session: nox.Session, group: str, *, extra: str = "") -> None:
     session.install("--quiet", "--no-compile", "--editable", f".[{extra}]" if extra else ".", *needed)
 
 
-def pytest(session: nox.Session, *args: str, **env: str) -> None:
+def shared_python(session: nox.Session, environment: str, group: str, *, extras: Sequence[str] = ()) -> str:
+    """Install the working tree and a dependency group into an environment of several sessions, and return its Python.
+
+    Installing torch, JAX and the others once for each session takes as long as two sessions. One run of nox therefore
+    installs each requirement once, and a session installs only what the ones before it left out.
+    """
+    folder = session.cache_dir.parent / f"shared-{environment}"
+    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    if not python.exists():
+        session.run_install(sys.executable, "-m", "virtualenv", "--quiet", str(folder), external=True)
+    optional = PYPROJECT["project"]["optional-dependencies"]
+    needed = {"--editable=.", *nox.project.dependency_groups(PYPROJECT, group)}
+    needed.update(*(optional[extra] for extra in extras))
+    missing = sorted(needed - INSTALLED.setdefault(folder, set()))
+    if missing:
+        session.run_install(str(python), "-m", "pip", "install", "--quiet", "--no-compile", *missing, external=True)
+        INSTALLED[folder].update(missing)
+    return str(python)
+
+
+def pytest(session: nox.Session, python: str, *args: str, **env: str) -> None:
     """Run pytest on up to 8 cores with one BLAS thread per process; `-- -n 0` runs all tests in one process."""
     distribution = ["-n", "auto", "--maxprocesses", "8", "--dist", "worksteal"]
-    session.run("python", "-m", "pytest", *distribution, *args, *session.posargs, env={"OMP_NUM_THREADS": "1", **env})
+    command = [python, "-m", "pytest", *distribution, *args, *session.posargs]
+    session.run(*command, env={"OMP_NUM_THREADS": "1", **env}, external=True)
 
 
-@nox.session
+@shared_session
 def numpy(session: nox.Session) -> None:
     """Test on NumPy arrays, writable and read-only."""
-    install(session, "test")
-    pytest(session, "--backend", "numpy")
+    python = shared_python(session, "test", "test")
+    pytest(session, python, "--backend", "numpy")
 
 
-@nox.session
+@shared_session
 def fast(session: nox.Session) -> None:
     """Test on NumPy arrays with the kernels that numba compiles."""
-    install(session, "test", extra="fast")
-    pytest(session, "--backend", "numpy")
+    python = shared_python(session, "fast", "test", extras=("fast", "plot"))
+    pytest(session, python, "--backend", "numpy")
 
 
-@nox.session
+@shared_session
 def strict(session: nox.Session) -> None:
     """Test on array-api-strict: only functions of the Array API standard, three devices, no implicit host copies."""
-    install(session, "test")
-    pytest(session, "--backend", "strict")
+    python = shared_python(session, "test", "test")
+    pytest(session, python, "--backend", "strict")
 
 
-@nox.session
+@shared_session
 def torch(session: nox.Session) -> None:
     """Test on torch tensors, and compare with torch's layers and autograd."""
-    install(session, "torch")
-    pytest(session, "--backend", "torch")
+    python = shared_python(session, "torch", "torch")
+    pytest(session, python, "--backend", "torch")
 
 
-@nox.session
+@shared_session
 def jax(session: nox.Session) -> None:
     """Test on JAX arrays, which are immutable."""
-    install(session, "jax")
-    pytest(session, "--backend", "jax")
+    python = shared_python(session, "jax", "jax")
+    pytest(session, python, "--backend", "jax", *(f"--ignore={test}" for test in KERAS_TESTS), **JAX_OPTIONS)
 
 
-@nox.session
+@shared_session
 def keras(session: nox.Session) -> None:
     """Compare with Keras on JAX: random architectures, masks, every layer option, gradients."""
-    install(session, "keras")
-    pytest(session, "tests/interop/keras/test_live.py", "tests/interop/keras/test_activations.py")
+    python = shared_python(session, "jax", "keras")
+    pytest(session, python, *KERAS_TESTS, **JAX_OPTIONS)
 
 
-@nox.session
+@shared_session
 def onnx(session: nox.Session) -> None:
     """Compare with ONNX Runtime: cells, every supported operator, models that are exported and read back."""
-    install(session, "onnx")
-    pytest(session, "--backend", "numpy", "tests/interop/onnx")
+    python = shared_python(session, "torch", "onnx")
+    pytest(session, python, "--backend", "numpy", "--needs", "onnxruntime", "tests/interop/onnx")
 
 
-@nox.session
+@shared_session
 def cuda(session: nox.Session) -> None:
     """Test the CUDA kernels without a GPU: compile them with NVRTC, and run them on the host with a fake CuPy."""
-    install(session, "cuda")
+    python = shared_python(session, "torch", "cuda")
     # The article's functions call the kernels with one bias and with reversed axes.
     tests = ["tests/kernels/cuda", "tests/benchmarks/test_gpu_report.py", "tests/article/test_article.py"]
-    pytest(session, "-q", "--dist", "loadfile", "--backend", "cupy:fake", *tests, XPRNN_NVRTC="required")
+    pytest(session, python, "-q", "--dist", "loadfile", "--backend", "cupy:fake", *tests, XPRNN_NVRTC="required")
 
 
 @nox.session(venv_backend="none")
@@ -113,22 +140,22 @@ def cupy_install(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "--backend", "cupy", *session.posargs)
 
 
-@nox.session
+@shared_session
 def lint(session: nox.Session) -> None:
     """Check format, style, types (strict), file and function lengths, and import directions."""
-    install(session, "lint")
-    session.run("ruff", "format", "--check", ".")
-    session.run("ruff", "check", ".")
-    session.run("mypy")
-    session.run("python", "-m", "pytest", "-q", "tests/test_architecture.py", *session.posargs)
+    python = shared_python(session, "fast", "lint")
+    session.run(python, "-m", "ruff", "format", "--check", ".", external=True)
+    session.run(python, "-m", "ruff", "check", ".", external=True)
+    session.run(python, "-m", "mypy", external=True)
+    session.run(python, "-m", "pytest", "-q", "tests/test_architecture.py", *session.posargs, external=True)
 
 
-@nox.session
+@shared_session
 def docs(session: nox.Session) -> None:
     """Run the examples of the docstrings and of README.md."""
-    install(session, "docs", extra="plot,fast")
+    python = shared_python(session, "fast", "docs", extras=("fast", "plot"))
     examples = ["--doctest-modules", "xprnn", "tests/test_readme.py"]
-    session.run("python", "-m", "pytest", "-q", *examples, *session.posargs)
+    session.run(python, "-m", "pytest", "-q", *examples, *session.posargs, external=True)
 
 
 @nox.session

@@ -47,6 +47,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME",
         help=f"run on this backend only (repeatable; default: all installed ones): {names}",
     )
+    parser.addoption(
+        "--needs",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="run only tests that need this module (repeatable): the others run in the session of their backend",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -109,13 +116,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     With --backend, a test without `xp` runs in the sessions of the libraries it needs, or of NumPy if it needs none.
     """
     libraries = {backend.library for backend in config.stash[SELECTED_BACKENDS]}
-    backends_named = bool(config.getoption("backend"))
+    backends_named, needs_named = bool(config.getoption("backend")), set(config.getoption("needs"))
     not_installed = config.stash.setdefault(NOT_INSTALLED, Counter())
     selected, deselected = [], []
     for item in items:
         needs = [name for mark in item.iter_markers("needs") for name in mark.args]
         sessions = {b.library for b in Backend}.intersection(needs) or {"numpy"}
         applies = not backends_named or "xp" in getattr(item, "fixturenames", ()) or sessions <= libraries
+        applies = applies and (not needs_named or not needs_named.isdisjoint(needs))
         applies = applies and not excluded_backend(item) and not excluded_parameters(item)
         missing = [name for name in needs if not is_installed(name)] if applies else []
         not_installed.update(missing[:1])

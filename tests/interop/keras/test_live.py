@@ -109,7 +109,6 @@ def test_random_architectures_equal_keras(keras, example_seed):
     @drawn(architectures())
     def check(architecture):
         source, layers, middle, head, drawn_seed = architecture
-        keras.backend.clear_session()
         rng = np.random.default_rng(drawn_seed)
         model = build_model(keras, source, layers, middle, head)
         keras_models.randomize_weights(rng, model)
