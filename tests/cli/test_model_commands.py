@@ -11,7 +11,7 @@ import safetensors.numpy
 from support.paths import DATA
 
 import xprnn
-from xprnn.cli import main
+from xprnn.cli import main, model_commands
 from xprnn.layers import model_file
 
 
@@ -203,11 +203,11 @@ def test_missing_library_is_named_with_its_extra(tmp_path, capsys, monkeypatch, 
     name, extra = {"onnx": ("m.onnx", "onnx"), "h5py": ("m.weights.h5", "keras"), "torch": ("m.pt", "torch")}[library]
     code, _, err = run(capsys, "info", damaged_file(tmp_path, name))
     assert code == 2
-    assert f'pip install "xprnn[{extra}]"' in err
+    assert f'pip install ".[{extra}]"' in err
     if library != "h5py":
         code, _, err = run(capsys, "convert", tmp_path / "m.npz", tmp_path / f"out{Path(name).suffix}")
         assert code == 2
-        assert f'pip install "xprnn[{extra}]"' in err
+        assert f'pip install ".[{extra}]"' in err
 
 
 @pytest.mark.needs("h5py")
@@ -283,6 +283,35 @@ def test_invalid_command_prints_one_line_and_writes_nothing(tmp_path, capsys, mo
     assert message in err
     assert err.count("\n") == 1
     assert not list(tmp_path.glob("y.*"))
+
+
+@pytest.mark.regression
+@pytest.mark.parametrize(("dtype", "says"), [("float64", True), ("float32", False), ("int64", True)])
+def test_run_says_that_it_casts_the_input(tmp_path, capsys, rng, dtype, says):
+    layer = xprnn.RNN(3, 4)
+    xprnn.save(tmp_path / "m.npz", layer, layer.init(rng, like=np.zeros(1, np.float32)))
+    x = write_npy(tmp_path, np.ones((4, 1, 3), dtype))
+    code, _, err = run(capsys, "run", tmp_path / "m.npz", x)
+    assert code == 0
+    assert (f"xprnn run: {x}: {dtype} cast to float32, the parameters' dtype\n" in err) is says
+
+
+@pytest.mark.regression
+@pytest.mark.parametrize(("limit", "calls"), [(20.0, 2), (0.0, 1)])
+def test_run_reports_the_time_of_a_second_call(tmp_path, capsys, monkeypatch, rng, limit, calls):
+    """The first call of a layer compiles its kernels; a call that takes long is not repeated."""
+    layer = xprnn.RNN(3, 4)
+    xprnn.save(tmp_path / "m.npz", layer, layer.init(rng, like=np.zeros(1, np.float32)))
+    made, clock = [], iter([0.0, 4.0, 10.0, 10.5])
+    run_sequence = model_commands._run_sequence
+    monkeypatch.setattr(model_commands, "_run_sequence", lambda *args: made.append(1) or run_sequence(*args))
+    monkeypatch.setattr(model_commands, "_LONGEST_REPEATED", limit)
+    monkeypatch.setattr(model_commands.time, "perf_counter", lambda: next(clock))
+    code, _, err = run(capsys, "run", tmp_path / "m.npz", write_npy(tmp_path, np.ones((4, 1, 3), "float32")))
+    monkeypatch.undo()
+    assert (code, len(made)) == (0, calls)
+    first = "4e+03 ms, with the start-up of the kernels"
+    assert err.endswith(f": 500 ms (first call {first})\n" if calls == 2 else f": {first}\n")
 
 
 def test_streaming_a_bidirectional_layer_raises(tmp_path, capsys, rng):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import numpy as np
 from xprnn.cli.model_formats import LoadedModel, read_model, read_npy, write_model, write_npy
 
 __all__ = ["convert_command", "info_command", "run_command"]
+
+_LONGEST_REPEATED = 20.0  # seconds: a call that takes longer is not repeated to be timed
 
 
 def _dtype_array(dtype: str | None) -> Any:
@@ -86,17 +88,33 @@ def run_command(path: str, input_path: str, output: str | None = None, stream: b
         The exit code 0.
     """
     loaded = read_model(path, None, **hints)
-    x = _prepare_input(loaded, read_npy(input_path))
-    start = time.perf_counter()
-    outputs = _run_steps(loaded, x) if stream else _run_sequence(loaded, x)
-    seconds = time.perf_counter() - start
+    given = read_npy(input_path)
+    x = _prepare_input(loaded, given)
+    outputs, duration = _timed(_run_steps if stream else _run_sequence, loaded, x)
+    if x.dtype != given.dtype:
+        print(f"xprnn run: {input_path}: {given.dtype} cast to {x.dtype}, the parameters' dtype", file=sys.stderr)
     if output is not None:
         write_npy(output, outputs)
     else:
         for name, array in outputs.items():
             print(f"{name} {tuple(array.shape)} {array.dtype}\n{array}")
-    print(f"{input_path} {x.shape} {x.dtype}: {1000 * seconds:.3g} ms", file=sys.stderr)
+    print(f"{input_path} {x.shape} {x.dtype}: {duration}", file=sys.stderr)
     return 0
+
+
+def _timed(
+    run: Callable[[LoadedModel, Any], dict[str, Any]], loaded: LoadedModel, x: Any
+) -> tuple[dict[str, Any], str]:
+    """Return the outputs and a text with the time, of a second call because the first one may compile kernels."""
+    start = time.perf_counter()
+    outputs = run(loaded, x)
+    first = time.perf_counter() - start
+    if first > _LONGEST_REPEATED:
+        return outputs, f"{1000 * first:.3g} ms, with the start-up of the kernels"
+    start = time.perf_counter()
+    run(loaded, x)
+    seconds = time.perf_counter() - start
+    return outputs, f"{1000 * seconds:.3g} ms (first call {1000 * first:.3g} ms, with the start-up of the kernels)"
 
 
 def _named_outputs(y: Any) -> dict[str, Any]:
