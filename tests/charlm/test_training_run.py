@@ -109,7 +109,7 @@ def test_version_option_prints_the_version(capsys):
 def test_train_help_names_the_plot_extra(capsys):
     with pytest.raises(SystemExit):
         main.main(["train", "--help"])
-    assert 'pip install "xprnn[plot]"' in capsys.readouterr().out
+    assert 'pip install ".[plot]"' in capsys.readouterr().out
 
 
 def test_ctrl_c_during_import_exits_with_130(monkeypatch):

@@ -111,7 +111,7 @@ class Vocabulary:
         if unknown.any():
             position = int(np.argmax(unknown))
             raise InputError(
-                f"Vocabulary.encode: character {text[position]!r} at position {position} is not among the"
+                f"character {text[position]!r} at position {position} is not among the"
                 f" {len(self)} characters of the vocabulary"
             )
         return ids[index]
@@ -221,11 +221,11 @@ def batchify(ids: TokenIds, batch: int, window: int) -> tuple[TokenIds, TokenIds
     ([[0, 1, 2], [3, 4, 5]], [[1, 2, 3], [4, 5, 6]])
     """
     if batch < 1 or window < 1:
-        raise InputError(f"batchify: expected batch and window of at least 1, found {batch} and {window}")
+        raise InputError(f"expected batch and window of at least 1, found {batch} and {window}")
     length = (len(ids) - 1) // batch
     if length < window:
         raise InputError(
-            f"batchify: the text is too short: {len(ids):,} characters, but {batch} streams of one window of"
+            f"the text is too short: {len(ids):,} characters, but {batch} streams of one window of"
             f" {window} need {batch * window + 1:,}; use a longer text, or a smaller --batch or --window"
         )
     inputs = ids[: length * batch].reshape(batch, length).T

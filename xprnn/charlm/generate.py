@@ -43,13 +43,13 @@ def generate(
     """
     if is_noncausal(model):
         raise InputError(
-            "generate: the model is bidirectional: it predicts a character from the text on both sides, but generation"
+            "the model is bidirectional: it predicts a character from the text on both sides, but generation"
             " has only the text before it; train a model without --bidirectional"
         )
     if not 0 <= temperature < float("inf"):
-        raise InputError(f"generate: expected a temperature of 0 or more, found {temperature}")
+        raise InputError(f"expected a temperature of 0 or more, found {temperature}")
     if top_k is not None and top_k < 1:
-        raise InputError(f"generate: expected a top_k of at least 1, found {top_k}")
+        raise InputError(f"expected a top_k of at least 1, found {top_k}")
     rng = rng or np.random.default_rng(0)
     like = next(iter(params.values()))
     default_prompt = "\n" if "\n" in vocabulary.characters else vocabulary.characters[0]
@@ -70,7 +70,7 @@ def _generate_characters(
     logits, state = model(params, prompt)
     logits = logits[-1, ...]
     if logits.shape[-1] != len(vocabulary):
-        raise InputError(f"generate: the model has {logits.shape[-1]} outputs for {len(vocabulary)} characters")
+        raise InputError(f"the model has {logits.shape[-1]} outputs for {len(vocabulary)} characters")
     while True:
         token = sample_token(to_numpy(logits)[0], temperature, top_k, rng)
         yield vocabulary.characters[token]
@@ -94,7 +94,7 @@ def sample_token(logits: Any, temperature: float, top_k: int | None, rng: np.ran
     """
     logits = np.asarray(logits, dtype=np.float64)
     if not np.isfinite(logits).all():
-        raise InputError("generate: the model's logits are not finite; its parameters are damaged or diverged")
+        raise InputError("the model's logits are not finite; its parameters are damaged or diverged")
     if temperature == 0 or top_k == 1:
         return int(np.argmax(logits))
     with np.errstate(over="ignore"):  # a tiny temperature overflows to -inf, whose exponential 0 is right

@@ -34,7 +34,7 @@ def backend_array(backend: str) -> Array:
                 return zeros(1, dtype=np.float32)
             problem = "no CUDA GPU found"
         except ImportError:
-            problem = 'CuPy is not installed: pip install "xprnn[cuda12]" or "xprnn[cuda13]"'
+            problem = 'CuPy is not installed: pip install ".[cuda12]" or ".[cuda13]" in the clone of xprnn'
         if backend == "cupy":
             raise InputError(f"backend cupy: {problem}; or use --backend numpy")
     return np.zeros(1, dtype=np.float32)
@@ -65,10 +65,10 @@ def build_model(
     ['rnn', 'around', 'head']
     """
     if cell not in LAYER_CLASSES:
-        raise InputError(f"build_model: expected a cell of {', '.join(LAYER_CLASSES)}, found {cell!r}")
+        raise InputError(f"expected a cell of {', '.join(LAYER_CLASSES)}, found {cell!r}")
     if bidirectional and num_layers > 1:
         raise InputError(
-            f"build_model: a bidirectional model has 1 layer, found {num_layers}: the second layer's forward direction"
+            f"a bidirectional model has 1 layer, found {num_layers}: the second layer's forward direction"
             " would see the character that it must predict, through the first layer's reverse direction; leave out"
             " --bidirectional or --layers"
         )

@@ -34,7 +34,7 @@ def ngram_bits_per_character(
     1.015
     """
     if len(held_out) == 0:
-        raise InputError("ngram_bits_per_character: expected a held-out text, found no characters")
+        raise InputError("expected a held-out text, found no characters")
     text = np.concatenate([train, held_out])
     train_length = len(train)
     # The right context of the last training characters is held out, so these are not counted.

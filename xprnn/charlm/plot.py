@@ -40,7 +40,7 @@ def plot_curve(
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError('plot_curve: matplotlib is not installed: pip install "xprnn[plot]"') from None
+        raise InputError('matplotlib is not installed: pip install ".[plot]" in the clone of xprnn') from None
     # Not pyplot, which would set the backend of the whole process.
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)

@@ -126,10 +126,15 @@ def _sample(args: argparse.Namespace) -> int:
     characters = load_metadata(path).get("vocabulary")
     if not isinstance(characters, str) or not characters:
         raise InputError(f"{path}: expected a character model, found no vocabulary in its metadata")
+    vocabulary = Vocabulary(characters)
+    try:
+        vocabulary.encode(args.prompt)
+    except InputError as error:
+        raise InputError(f"--prompt: {error}") from None
     model, params = load(path, like=backend_array(args.backend))
     rng = np.random.default_rng(args.seed)
     options = {"temperature": args.temperature, "top_k": args.top_k, "rng": rng}
-    text = generate(model, params, Vocabulary(characters), args.prompt, **options)
+    text = generate(model, params, vocabulary, args.prompt, **options)
     sys.stdout.write(args.prompt)
     for character in islice(text, args.length):
         sys.stdout.write(character)
@@ -150,7 +155,7 @@ _TRAIN_EXAMPLES = """
   python -m xprnn train book.txt --bidirectional           fill in characters from both sides
   python -m xprnn train --resume book --steps 20000        continue a run, or extend a finished one
 Ctrl-C saves the run and prints the command that continues it. DIR holds the model, the checkpoint, and the learning
-curve as curve.csv and, if matplotlib is installed (pip install "xprnn[plot]"), as curve.png.
+curve as curve.csv and, if matplotlib is installed (pip install ".[plot]" in the clone), as curve.png.
 """
 _SAMPLE_EXAMPLES = """
   python -m xprnn sample book --prompt "Once upon"

@@ -23,4 +23,4 @@ def require_package(where: str, package: str, extra: str, *modules: str) -> Any:
             import_module(f"{package}.{name}")
         return import_module(package)
     except ImportError:
-        raise InputError(f'{where}: needs {package}: pip install "xprnn[{extra}]"') from None
+        raise InputError(f'{where}: needs {package}: pip install ".[{extra}]" in the clone of xprnn') from None

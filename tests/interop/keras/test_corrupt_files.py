@@ -301,7 +301,7 @@ def test_invalid_arguments_and_missing_h5py_raise(tmp_path, monkeypatch):
         file.attrs["model_config"] = "{}"
     assert_refused(tmp_path / "old.h5", "is an .h5 file of Keras 2: load it there and save it as .keras")
     monkeypatch.setitem(sys.modules, "h5py", None)
-    assert_refused(weights, 'needs h5py: pip install "xprnn[keras]"')
+    assert_refused(weights, 'needs h5py: pip install ".[keras]"')
 
 
 def test_bidirectional_layer_passes_its_mask_on(tmp_path):
