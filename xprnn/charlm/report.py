@@ -20,7 +20,7 @@ _PASSAGE_LENGTH, _BLANK_INTERVAL = 360, 6
 
 
 def print_report(
-    model: Any, train_state: TrainState, corpus: Corpus, bits: float, characters_per_second: float, seed: int
+    model: Any, train_state: TrainState, corpus: Corpus, bits: float, characters_per_second: float | None, seed: int
 ) -> dict[str, float]:
     """Print the held-out result, the n-gram baselines, and a generated text or an infilled passage.
 
@@ -29,7 +29,7 @@ def print_report(
         train_state: final state of the run.
         corpus: training and held-out text.
         bits: held-out bits per character of the model.
-        characters_per_second: training speed.
+        characters_per_second: training speed; None if no step was trained.
         seed: seed of the generated text.
 
     Returns:
@@ -38,8 +38,8 @@ def print_report(
     bidirectional = is_noncausal(model)
     task = ", each predicted from both sides" if bidirectional else ""
     print(f"\nheld-out bits per character{task} ({len(corpus.held_out):,} characters not used for training)")
-    speed = f"after {train_state.seconds:.0f} s, {characters_per_second:,.0f} characters/s"
-    print(f"  this network          {bits:.3f}   {speed}")
+    speed = "" if characters_per_second is None else f", {characters_per_second:,.0f} characters/s"
+    print(f"  this network          {bits:.3f}   after {train_state.seconds:.0f} s{speed}")
     baselines = {}
     for name, order, description in _baselines(bidirectional):
         baselines[name] = ngram_bits_per_character(

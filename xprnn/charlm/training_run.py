@@ -14,23 +14,23 @@ import os
 import shlex
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
-from tqdm import tqdm
 
 from xprnn.arrays.namespace import Array, InputError, from_numpy, namespace, to_numpy
 from xprnn.charlm.checkpoint import load_checkpoint, save_checkpoint
 from xprnn.charlm.corpus import BatchedText, Corpus, TokenIds, batchify
 from xprnn.charlm.model import backend_array, build_model
 from xprnn.charlm.plot import can_plot
+from xprnn.charlm.progress import Progress, show_progress
 from xprnn.charlm.report import print_report, save_curve
+from xprnn.charlm.run_directory import claim_directory
 from xprnn.charlm.trainer import TrainConfig, TrainState, bits_per_character, init_train_state, train
 from xprnn.io.archive import write_atomically
 from xprnn.layers import model_file
@@ -129,27 +129,30 @@ class _TrainingRun:
         csv.writer(table, lineterminator="\n").writerows([_CURVE_COLUMNS, *self.curve])
         write_atomically(self.directory / "curve.csv", table.getvalue().encode())
 
-    def train(self, bar: Any, caught: list[int]) -> float:
+    @property
+    def is_finished(self) -> bool:
+        """True if no step is left to do."""
+        return self.train_state.step > 0 and self.config.progress(self.train_state) >= 1
+
+    def train(self, display: Progress, caught: list[int]) -> float:
         """Train to the end or until a signal is caught, and return the last measured bits per character.
 
         Args:
-            bar: tqdm progress bar, in characters.
+            display: shows the steps and the losses.
             caught: signal numbers from `_catch_signals`.
         """
-        step_characters = self.options.batch * self.options.window
         last_progress = self.config.progress(self.train_state)
         bits = self.curve[-1][-1] if self.curve else math.nan
         for train_state in train(self.model, self.train_state, self.train_data, self.config, self.options.threads):
             self.train_state, progress = train_state, self.config.progress(train_state)
-            bar.total = round(step_characters * train_state.step / progress)
-            bar.update(step_characters)
+            display.advance(train_state.step, progress)
             if int(progress * _MEASUREMENTS_PER_RUN) > int(last_progress * _MEASUREMENTS_PER_RUN):
                 bits = self.measure()
-                loss = float(to_numpy(train_state.loss))
-                row = (train_state.seconds, loss / math.log(2), bits)
+                training_bits = float(to_numpy(train_state.loss)) / math.log(2)
+                row = (train_state.seconds, training_bits, bits)
                 self.curve.append([train_state.step, *(round(value, 4) for value in row)])
                 self.save(bits)
-                bar.set_postfix_str(f"loss {loss:.3f}, held-out {bits:.3f} bits")
+                display.measured(train_state.step, progress, training_bits, bits)
             last_progress = progress
             if caught:
                 bits = self.measure()
@@ -169,25 +172,25 @@ def train_command(arguments: dict[str, Any]) -> int:
     """
     if "file" in arguments:  # stored as an absolute path, so that --resume finds it from any directory
         arguments["file"] = str(Path(arguments["file"]).absolute())
-    run, created = _resume(arguments) if "resume" in arguments else _new_run(arguments)
-    try:
-        # The products of a step are small: BLAS threads gain little on idle cores and stall each other on busy ones.
-        keep_freed_memory()
-        with threadpool_limits(1, user_api="blas"):
-            return _train_with_progress(run)
-    except InputError as error:
-        if created and not run.curve:
-            with suppress(OSError):
-                run.directory.rmdir()
-        hint = f"; the last good model, of step {run.curve[-1][0]:.0f}, is in {run.directory}" if run.curve else ""
-        raise InputError(f"{error}{hint}") from None
+    with ExitStack() as claims:
+        run, created = _resume(arguments, claims) if "resume" in arguments else _new_run(arguments, claims)
+        try:
+            # The products of a step are small: BLAS threads gain little on idle cores, stall each other on busy ones.
+            keep_freed_memory()
+            with threadpool_limits(1, user_api="blas"):
+                return _train_with_progress(run)
+        except InputError as error:
+            if created and not run.curve:
+                with suppress(OSError):
+                    run.directory.rmdir()
+            hint = f"; the last good model, of step {run.curve[-1][0]:.0f}, is in {run.directory}" if run.curve else ""
+            raise InputError(f"{error}{hint}") from None
 
 
-def _new_run(arguments: dict[str, Any]) -> tuple[_TrainingRun, bool]:
-    """Return a new run, and True if its directory was created."""
-    out = Path(arguments["out"]) if "out" in arguments else _unused_path("xprnn-run")
-    if any((out / name).exists() for name in (model_file.MODEL_FILENAME, CHECKPOINT_FILE)):
-        raise InputError(f"--out {out}: already holds a run; use another --out, or --resume {shlex.quote(str(out))}")
+def _new_run(arguments: dict[str, Any], claims: ExitStack) -> tuple[_TrainingRun, bool]:
+    """Return a new run, whose directory is claimed until `claims` ends, and True if the directory was created."""
+    if "out" in arguments:
+        _check_unused(Path(arguments["out"]))
     corpus = Corpus.read(arguments.get("file"))
     names = {f.name for f in fields(TrainOptions)}
     options = TrainOptions(**{name: value for name, value in arguments.items() if name in names})
@@ -197,16 +200,28 @@ def _new_run(arguments: dict[str, Any]) -> tuple[_TrainingRun, bool]:
     model = build_model(options.cell, len(corpus.vocabulary), options.hidden, options.layers, options.bidirectional)
     _check_memory(model)
     train_state = init_train_state(model, np.random.default_rng(options.seed), like)
-    run = _TrainingRun(options, out, corpus, like, model, train_state, [])
-    return run, _make_writable(out)
+    run = _TrainingRun(options, Path(), corpus, like, model, train_state, [])
+    # The directory is created last, so that an error leaves none behind.
+    run.directory = Path(arguments["out"]) if "out" in arguments else _create_unused_directory("xprnn-run")
+    created = claims.enter_context(claim_directory(run.directory, "--out")) or "out" not in arguments
+    _check_unused(run.directory)  # another run may have ended in it since the first check
+    return run, created
 
 
-def _resume(arguments: dict[str, Any]) -> tuple[_TrainingRun, bool]:
+def _check_unused(out: Path) -> None:
+    """Raise InputError if the directory holds a run."""
+    if any((out / name).exists() for name in (model_file.MODEL_FILENAME, CHECKPOINT_FILE)):
+        raise InputError(f"--out {out}: already holds a run; use another --out, or --resume {shlex.quote(str(out))}")
+
+
+def _resume(arguments: dict[str, Any], claims: ExitStack) -> tuple[_TrainingRun, bool]:
     """Return the run that a checkpoint holds, and False: its directory was not created."""
     out = Path(arguments["resume"])
     fixed = sorted(arguments.keys() - {"resume", "file", "backend", "steps", "epochs", "minutes"})
     if fixed:
         raise InputError(f"--{fixed[0].replace('_', '-')} cannot change when a run is resumed")
+    if out.is_dir():  # before the checkpoint is read: the process that trains this run would replace it
+        claims.enter_context(claim_directory(out, "--resume"))
     metadata = model_file.load_metadata(out / CHECKPOINT_FILE)
     try:
         changed = {name: arguments[name] for name in ("file", "backend") if name in arguments}
@@ -221,7 +236,6 @@ def _resume(arguments: dict[str, Any]) -> tuple[_TrainingRun, bool]:
         )
     like = backend_array(options.backend)
     model, train_state = load_checkpoint(out / CHECKPOINT_FILE, like=like)
-    _make_writable(out)
     options = _apply_length(options, arguments, corpus)
     return _TrainingRun(options, out, corpus, like, model, train_state, curve), False
 
@@ -250,21 +264,17 @@ def _check_memory(model: Any) -> None:
         )
 
 
-def _unused_path(name: str) -> Path:
-    """Return `name`, or the first of name-2, name-3, ... that does not exist."""
-    paths = [Path(name), *(Path(f"{name}-{number}") for number in range(2, 10_000))]
-    return next(path for path in paths if not path.exists())
-
-
-def _make_writable(out: Path) -> bool:
-    """Create the directory if needed and check that it is writable; return True if it was created."""
-    created = not out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            return created
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written ({error.strerror or error})") from None
+def _create_unused_directory(name: str) -> Path:
+    """Create and return `name`, or the first of name-2, name-3, ... that does not exist."""
+    for path in [Path(name), *(Path(f"{name}-{number}") for number in range(2, 10_000))]:
+        try:
+            path.mkdir()
+        except FileExistsError:  # also if another run has just created it
+            continue
+        except OSError as error:
+            raise InputError(f"--out {path}: cannot be written ({error.strerror or error})") from None
+        return path
+    raise InputError(f"--out: {name} to {name}-9999 exist; choose another directory")
 
 
 @contextmanager
@@ -295,19 +305,20 @@ def _train_with_progress(run: _TrainingRun) -> int:
     """Train with a progress bar, print the report, and return the exit code: 0, or 130 if interrupted."""
     options, directory = run.options, shlex.quote(str(run.directory))
     _print_header(run)
-    start, start_seconds = run.train_state.step * options.batch * options.window, run.train_state.seconds
-    interval = {} if sys.stderr.isatty() else {"mininterval": 10.0}
-    bar_options = {"initial": start, "unit": "char", "unit_scale": True, "smoothing": 0.1, **interval}
-    with _catch_signals() as caught, tqdm(**bar_options) as bar:
-        bits = run.train(bar, caught)
+    start, start_seconds, characters = run.train_state.step, run.train_state.seconds, options.batch * options.window
+    if run.is_finished:
+        longer = "--steps, --epochs or --minutes"
+        print(f"This run is finished: it has trained for {start:,} steps. To train on, add a larger {longer}.")
+    with _catch_signals() as caught, show_progress(characters, start) as display:
+        bits = run.train(display, caught)
     if caught:
         print(
             f"\ninterrupted and saved (step {run.train_state.step}, {bits:.3f} held-out bits per character)."
             f" Continue with\n  python -m xprnn train --resume {directory}"
         )
         return 130
-    characters = run.train_state.step * options.batch * options.window - start
-    rate = characters / max(run.train_state.seconds - start_seconds, 1e-9)
+    steps, seconds = run.train_state.step - start, run.train_state.seconds - start_seconds
+    rate = steps * characters / max(seconds, 1e-9) if steps else None
     baselines = print_report(run.model, run.train_state, run.corpus, bits, rate, options.seed)
     save_curve(run.directory, run.curve, baselines)
     hint = "details: python -m xprnn info" if options.bidirectional else "more text: python -m xprnn sample"
@@ -330,5 +341,5 @@ def _print_header(run: _TrainingRun) -> None:
     if options.bidirectional:
         print("task   fill in each character from all before it and, within a window, all after it")
     if not plots:
-        print('curve.png will not be written: it needs matplotlib: pip install "xprnn[plot]"')
+        print('curve.png will not be written: it needs matplotlib: pip install ".[plot]" in the clone of xprnn')
     sys.stdout.flush()
