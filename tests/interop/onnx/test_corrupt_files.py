@@ -143,9 +143,9 @@ def test_external_data_in_folder_is_read(valid, tmp_path):
 
 def test_error_names_missing_extra(monkeypatch, valid):
     monkeypatch.setitem(sys.modules, "onnx", None)  # makes `import onnx` fail
-    with pytest.raises(xprnn.InputError, match=r'from_onnx: needs onnx: pip install "xprnn\[onnx\]"'):
+    with pytest.raises(xprnn.InputError, match=r'from_onnx: needs onnx: pip install "\.\[onnx\]"'):
         xprnn.from_onnx("model.onnx")
-    with pytest.raises(xprnn.InputError, match=r'to_onnx: needs onnx: pip install "xprnn\[onnx\]"'):
+    with pytest.raises(xprnn.InputError, match=r'to_onnx: needs onnx: pip install "\.\[onnx\]"'):
         xprnn.to_onnx(*valid[:2])
 
 

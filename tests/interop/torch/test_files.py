@@ -165,10 +165,10 @@ def test_pt_files_without_a_state_dict_raise(tmp_path):
 def test_error_without_torch_names_the_extra(tmp_path, monkeypatch):
     (tmp_path / "m.pt").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(InputError, match=r'm\.pt: needs torch: pip install "xprnn\[torch\]"'):
+    with pytest.raises(InputError, match=r'm\.pt: needs torch: pip install "\.\[torch\]"'):
         xprnn.from_torch(tmp_path / "m.pt")
     layer = xprnn.GRU(3, 4)
-    with pytest.raises(InputError, match='to_torch: needs torch: pip install "xprnn'):
+    with pytest.raises(InputError, match='to_torch: needs torch: pip install "'):
         xprnn.to_torch(layer, layer.init(np.random.default_rng(0), like=np.zeros(0)))
 
 

@@ -57,7 +57,7 @@ def test_module_with_another_forward_raises_input_error():
     for forward in (
         lambda m, x: m.head(m.rnn(x)[0].relu()),
         lambda m, x: m.head(m.rnn(x)[0] + x),
-        lambda m, x: m.head(m.rnn(x)[0][-1]),
+        lambda m, x: m.head(m.rnn(x)[0][0]),
         lambda m, x: m.rnn(m.head(x))[0],
     ):
         with pytest.raises(InputError, match="outputs differ from those of its layers"):

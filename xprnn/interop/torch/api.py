@@ -10,15 +10,13 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from xprnn.arrays.namespace import Array, InputError, Params, resolve_namespace, to_numpy
 from xprnn.arrays.validation import check_param_shapes, check_params
 from xprnn.interop.assemble import LazyArray, NamedLayer, assemble, infer_order, raise_all
 from xprnn.interop.torch.files import lazy_arrays, read_weight_file, require_torch
 from xprnn.interop.torch.modules import constructor, layer_from_module, unsupported_reasons
-from xprnn.interop.torch.state_dict import check_shapes, layers_from_state_dict
-from xprnn.interop.torch.verify import check_forward
+from xprnn.interop.torch.state_dict import check_numbering, check_shapes, layers_from_state_dict
+from xprnn.interop.torch.verify import match_forward
 from xprnn.io.archive import as_path
 from xprnn.layers.rnn_lstm_gru import RNN
 from xprnn.layers.sequential import Sequential
@@ -42,11 +40,13 @@ def from_torch(
 
     The layers are assumed to run in the order of their definition, if their widths match in that order; otherwise in
     the only order in which they match. If the module's class defines `forward`, the module and the converted model are
-    both run once on random input (T,N,D) = (3,2,D), and their outputs are compared. If the module cannot be run on that
-    input, a UserWarning says that the outputs were not compared.
+    both run once on random input (T,N,D) = (3,2,D), and their outputs are compared. A module that passes the last step
+    of its recurrent layers on, y[-1] or the final hidden states of both directions, becomes a model with a LastStep. If
+    the module cannot be run on that input, a UserWarning says that the outputs were not compared.
 
-    A state_dict contains no activations between layers: compare the outputs once. A Linear is applied to every time
-    step. A weight that two layers share (tied weights) becomes two independent parameters.
+    A state_dict contains no activations between layers: compare the outputs once. If its names are numbered, as those
+    of nn.Sequential, and a number is missing, `order` must confirm that the layer there has no effect. A Linear is
+    applied to every time step. A weight that two layers share (tied weights) becomes two independent parameters.
 
     Args:
         source: an nn.Module; a state_dict (name -> torch tensor or NumPy array); or the path of a `.safetensors`, `.pt`
@@ -64,7 +64,8 @@ def from_torch(
 
     Raises:
         InputError: modules or arrays without an equivalent in xprnn (all are listed); layers that match in no order or
-            in several; a module whose outputs differ from those of its layers run one after the other.
+            in several; numbered layers with a gap; a module whose outputs differ from those of its layers run one after
+            the other.
 
     >>> import numpy as np
     >>> trained = {"rnn.weight_ih_l0": np.ones((8, 3)), "rnn.weight_hh_l0": np.ones((8, 2))}
@@ -80,8 +81,7 @@ def from_torch(
             raise InputError(f"{where}: nonlinearity and batch_first are read from the module: leave them out")
         module_layers = _layers_from_module(where, source)
         layers = infer_order(where, module_layers, order, False)
-        check_forward(where, source, *assemble(where, layers, np.zeros(0)), layers[0][1])
-        return assemble(where, layers, like)
+        return assemble(where, match_forward(where, source, layers), like)
     if isinstance(source, Mapping):
         arrays, ignore_source_order = lazy_arrays(where, source), False
     else:
@@ -95,7 +95,10 @@ def from_torch(
     if nonlinearity not in (None, "tanh", "relu"):
         raise InputError(f"{where}: nonlinearity must be 'tanh' or 'relu', found {nonlinearity!r}")
     hints: dict[str, Any] = {"nonlinearity": nonlinearity or "tanh", "batch_first": batch_first or False}
-    layers = infer_order(where, layers_from_state_dict(where, arrays, **hints), order, ignore_source_order)
+    named_layers = layers_from_state_dict(where, arrays, **hints)
+    if order is None:
+        check_numbering(where, [layer.name for layer in named_layers])
+    layers = infer_order(where, named_layers, order, ignore_source_order)
     if nonlinearity is not None and not any(isinstance(layer, RNN) for _, layer in layers):
         raise InputError(f"{where}: nonlinearity applies to nn.RNN only, and the source has none: leave it out")
     return assemble(where, layers, like)

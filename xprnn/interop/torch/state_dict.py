@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xprnn.arrays.namespace import InputError
@@ -12,7 +12,7 @@ from xprnn.layers.embedding import Embedding
 from xprnn.layers.linear import Linear
 from xprnn.layers.rnn_lstm_gru import GRU, LSTM, RNN
 
-__all__ = ["check_shapes", "layers_from_state_dict"]
+__all__ = ["check_numbering", "check_shapes", "layers_from_state_dict"]
 
 _RECURRENT_KEY = re.compile(
     r"(?:(?P<part>.*)\.)?(?P<name>weight_ih|weight_hh|bias_ih|bias_hh|weight_hr)(?P<end>_l(\d{1,6})(_reverse)?)?",
@@ -61,6 +61,27 @@ def layers_from_state_dict(
     if not layers:
         raise InputError(f"{where}: expected the parameters of a network, found no array")
     return layers
+
+
+def check_numbering(where: str, names: Sequence[str]) -> None:
+    """Raise InputError if layers are numbered, as in nn.Sequential, and a number is missing.
+
+    A layer without parameters has the missing number, perhaps an activation, and the state_dict does not show it.
+    """
+    numbers: dict[tuple[str, ...], set[int]] = {}
+    for name in names:
+        parts = name.split(".")
+        for k, part in enumerate(parts):
+            if part.isdecimal() and len(part) < 7:
+                numbers.setdefault(tuple(parts[:k]), set()).add(int(part))
+    for prefix, present in numbers.items():
+        missing = next((k for k in range(min(max(present), len(present) + 1)) if k not in present), None)
+        if missing is not None:
+            gap = ".".join((*prefix, str(missing)))
+            raise InputError(
+                f"{where}: {gap} has no parameters, found layers {', '.join(names)[:200]}: if it is an activation, the"
+                " source does not show which; pass the module, or order=[names in execution order] if it has no effect"
+            )
 
 
 def _named_layer(name: str, arrays: LazyArrays, nonlinearity: str, batch_first: bool) -> NamedLayer:
