@@ -22,6 +22,17 @@ nox.options.reuse_venv = "yes"
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 KERAS_TESTS = ("tests/interop/keras/test_live.py", "tests/interop/keras/test_activations.py")
+# Tests that reach no kernel: they run in the session `numpy` alone.
+KERNEL_FREE_TESTS = (
+    "tests/test_architecture.py",
+    "tests/io",
+    "tests/benchmarks/test_worker_pool.py",
+    "tests/charlm/test_corpus.py",
+    "tests/cli/test_unreadable_files.py",
+    "tests/interop/keras/test_corrupt_files.py",
+    "tests/interop/onnx/test_corrupt_files.py",
+    "tests/interop/torch/test_files.py",
+)
 JAX_OPTIONS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # the tests compile many small functions and run each a few times
 INSTALLED: dict[Path, set[str]] = {}  # what this run of nox has installed into the shared environments
 shared_session = nox.session(venv_backend="none")
@@ -70,9 +81,9 @@ def numpy(session: nox.Session) -> None:
 
 @shared_session
 def fast(session: nox.Session) -> None:
-    """Test on NumPy arrays with the kernels that numba compiles."""
+    """Test on NumPy arrays with the kernels that numba compiles; tests that reach no kernel are left out."""
     python = shared_python(session, "fast", "test", extras=("fast", "plot"))
-    pytest(session, python, "--backend", "numpy")
+    pytest(session, python, "--backend", "numpy", *(f"--ignore={test}" for test in KERNEL_FREE_TESTS))
 
 
 @shared_session
@@ -154,8 +165,7 @@ def lint(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Run the examples of the docstrings and of README.md."""
     python = shared_python(session, "fast", "docs", extras=("fast", "plot"))
-    examples = ["--doctest-modules", "xprnn", "tests/test_readme.py"]
-    session.run(python, "-m", "pytest", "-q", *examples, *session.posargs, external=True)
+    pytest(session, python, "--doctest-modules", "xprnn", "tests/test_readme.py")
 
 
 @nox.session
