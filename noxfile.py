@@ -22,8 +22,9 @@ nox.options.reuse_venv = "yes"
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 KERAS_TESTS = ("tests/interop/keras/test_live.py", "tests/interop/keras/test_activations.py")
-# Tests that reach no kernel: they run in the session `numpy` alone.
-KERNEL_FREE_TESTS = (
+# These tests run in the session `numpy` and not in `fast`. The first eight reach no kernel. The others are about files
+# and graphs, and compile some 80 kernels for that; the tests of cells, engine and kernels compare the kernels.
+NUMPY_ONLY_TESTS = (
     "tests/test_architecture.py",
     "tests/io",
     "tests/benchmarks/test_worker_pool.py",
@@ -32,6 +33,10 @@ KERNEL_FREE_TESTS = (
     "tests/interop/keras/test_corrupt_files.py",
     "tests/interop/onnx/test_corrupt_files.py",
     "tests/interop/torch/test_files.py",
+    "tests/cells/test_serialization.py",
+    "tests/interop/onnx/test_export.py",
+    "tests/interop/onnx/test_export_masking.py",
+    "tests/interop/onnx/test_recurrent_ops.py",
 )
 JAX_OPTIONS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # the tests compile many small functions and run each a few times
 INSTALLED: dict[Path, set[str]] = {}  # what this run of nox has installed into the shared environments
@@ -81,9 +86,9 @@ def numpy(session: nox.Session) -> None:
 
 @shared_session
 def fast(session: nox.Session) -> None:
-    """Test on NumPy arrays with the kernels that numba compiles; tests that reach no kernel are left out."""
+    """Test on NumPy arrays with the kernels that numba compiles, except NUMPY_ONLY_TESTS."""
     python = shared_python(session, "fast", "test", extras=("fast", "plot"))
-    pytest(session, python, "--backend", "numpy", *(f"--ignore={test}" for test in KERNEL_FREE_TESTS))
+    pytest(session, python, "--backend", "numpy", *(f"--ignore={test}" for test in NUMPY_ONLY_TESTS))
 
 
 @shared_session
