@@ -48,6 +48,7 @@ BENCHMARKS = {
     "threads": Benchmark("Effect of a second thread", "cpu.threads", "", "--rows 5 --rounds 5"),
     "step_latency": Benchmark("Latency of one step", "cpu.step_latency", "", "--short"),
     "training": Benchmark("Training", "cpu.training", "", "--batch 16 --rounds 3"),
+    "jobs": Benchmark("Whole training steps", "cpu.jobs", "", "--threads 1 --rounds 3 --first-steps 1"),
     "vocabulary": Benchmark("Large vocabularies", "cpu.vocabulary", "", "--rounds 9"),
     "scaling": Benchmark("Growth with T and N", "cpu.scaling", "", "--short"),
     "memory": Benchmark("Memory against T and cost of checkpoints", "cpu.memory", "", "--quick"),
