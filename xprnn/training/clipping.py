@@ -1,9 +1,11 @@
 """Gradient clipping by value and by global norm, for dense and sparse gradients."""
 
+from math import sqrt
 from typing import Any
 
-from xprnn.arrays.namespace import Array, InputError, Params, check_dicts, resolve_namespace
+from xprnn.arrays.namespace import Array, InputError, Namespace, Params, check_dicts, is_numpy, resolve_namespace
 from xprnn.arrays.sparse_gradient import SparseGradient, stored_values
+from xprnn.training.reductions import sum_of_squares
 
 __all__ = ["clip_by_global_norm", "clip_by_value"]
 
@@ -65,11 +67,23 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Array]:
         raise InputError("clip_by_global_norm: grads must hold at least one array, found none")
     arrays = {name: stored_values(grad) for name, grad in grads.items()}
     xp = resolve_namespace("clip_by_global_norm", arrays)
-    # The dot product of each row with itself needs no temporary array of squares.
-    squares = [xp.sum(xp.vecdot(a, a) if a.ndim else a * a, dtype=a.dtype) for a in arrays.values()]
-    norm = xp.sqrt(xp.sum(xp.stack(squares), dtype=squares[0].dtype))
-    scale = xp.minimum(float(max_norm) / (norm + 1e-6), xp.ones_like(norm))
+    norm, scale = (_numpy_norm_and_scale if is_numpy(xp) else _norm_and_scale)(xp, [*arrays.values()], float(max_norm))
     return {name: grad * scale for name, grad in grads.items()}, norm
+
+
+def _norm_and_scale(xp: Namespace, arrays: list[Array], max_norm: float) -> tuple[Array, Array]:
+    """Return the 2-norm of all entries and min(1, max_norm / (norm + 1e-6)), as 0-d arrays."""
+    # The dot product of each row with itself needs no temporary array of squares.
+    squares = [xp.sum(xp.vecdot(a, a) if a.ndim else a * a, dtype=a.dtype) for a in arrays]
+    norm = xp.sqrt(xp.sum(xp.stack(squares), dtype=squares[0].dtype))
+    return norm, xp.minimum(max_norm / (norm + 1e-6), xp.ones_like(norm))
+
+
+def _numpy_norm_and_scale(xp: Namespace, arrays: list[Array], max_norm: float) -> tuple[Array, Array]:
+    """Compute `_norm_and_scale` on NumPy arrays: one pass over each array, and the scalars as Python floats."""
+    norm, dtype = sqrt(sum(map(sum_of_squares, arrays))), arrays[0].dtype.type
+    scale = max_norm / (norm + 1e-6)
+    return dtype(norm), dtype(1.0 if scale > 1.0 else scale)  # noqa: FURB136 - min would lose NaN
 
 
 def _with_values(grad: Any, values: Array) -> Any:

@@ -1,6 +1,9 @@
 """Softmax, cross-entropy and mean squared error. Each loss returns its value and its gradient."""
 
+from math import prod
 from typing import Any
+
+import numpy as np
 
 from xprnn.arrays.linear import zeros
 from xprnn.arrays.namespace import (
@@ -15,6 +18,8 @@ from xprnn.arrays.namespace import (
     is_numpy,
     resolve_namespace,
 )
+from xprnn.training.compiled import FLOAT_DTYPES, compiled_passes
+from xprnn.training.reductions import sum_of_squares
 
 __all__ = ["cross_entropy", "mse", "softmax"]
 
@@ -62,8 +67,12 @@ def _shifted_exp(xp: Namespace, x: Array, axis: int) -> tuple[Array, Array, Arra
     return shifted, e, xp.sum(e, axis=axis, keepdims=True, dtype=x.dtype)
 
 
-def _combine_weights(where: str, xp: Namespace, like: Array, shape: tuple[int, ...], mask: Any, weights: Any) -> Array:
-    """Combine mask and weights into one weight array with this shape and the dtype of `like`."""
+def _combine_weights(
+    where: str, xp: Namespace, like: Array, shape: tuple[int, ...], mask: Any, weights: Any
+) -> Array | None:
+    """Combine mask and weights into one weight array with this shape and the dtype of `like`; None without both."""
+    if mask is None and weights is None:
+        return None
     w = xp.ones(shape, dtype=like.dtype, device=device_of(like))
     if mask is not None:
         resolve_namespace(where, {}, {"logits": like, "mask": mask})
@@ -78,22 +87,31 @@ def _combine_weights(where: str, xp: Namespace, like: Array, shape: tuple[int, .
     return w
 
 
-def _reduction_factor(xp: Namespace, where: str, w: Array, reduction: str) -> Array:
-    """Return the factor of the weighted sum: 1 for "sum", 1 / sum(w) for "mean" (0 if sum(w) is 0)."""
+def _check_reduction(where: str, reduction: str) -> None:
     if reduction not in ("mean", "sum"):
         raise InputError(f"{where}: reduction must be 'mean' or 'sum', found {reduction!r}")
-    one = xp.ones((), dtype=w.dtype, device=device_of(w))
+
+
+def _scale_weights(xp: Namespace, like: Array, count: int, w: Array | None, reduction: str) -> Array:
+    """Return w for "sum", w / sum(w) for "mean" (0 if sum(w) is 0).
+
+    For w = None, which stands for `count` ones, this is one number (0-d).
+    """
+    if w is None:
+        factor = 1.0 if reduction == "sum" else 1 / count if count else 0.0
+        return xp.asarray(factor, dtype=like.dtype, device=device_of(like))
     if reduction == "sum":
-        return one
-    total = xp.sum(w, dtype=w.dtype)
-    return xp.where(total != 0, one / xp.where(total != 0, total, one), xp.zeros_like(one))
+        return w
+    one, total = xp.ones((), dtype=w.dtype, device=device_of(w)), xp.sum(w, dtype=w.dtype)
+    return w * xp.where(total != 0, one / xp.where(total != 0, total, one), xp.zeros_like(one))
 
 
-def _check_class_indices(where: str, xp: Namespace, logits: Array, targets: Array, w: Array | None, axis: int) -> Array:
-    """Check integer targets and insert a class axis of length 1. Targets of weight 0 are not range-checked."""
-    shape = tuple(s for k, s in enumerate(logits.shape) if k != axis)
-    hint = "(logits without the class axis" + (f" {axis}; the article's layout needs axis=0)" if axis else ")")
-    check_shape(where, "targets", hint, targets, shape)
+def _target_shape_hint(axis: int) -> str:
+    return "(logits without the class axis" + (f" {axis}; the article's layout needs axis=0)" if axis else ")")
+
+
+def _class_indices(where: str, xp: Namespace, logits: Array, targets: Array, w: Array | None, axis: int) -> Array:
+    """Check the range of integer targets and insert a class axis of length 1. Targets of weight 0 are not checked."""
     if w is not None:
         targets = xp.where(w != 0, targets, xp.zeros_like(targets))
     check_index_bounds(where, "targets", targets, logits.shape[axis])
@@ -160,25 +178,46 @@ def cross_entropy(
     (1.386294, array([ 0.125, -0.375,  0.125,  0.125]))
     """
     where = "cross_entropy"
-    xp = resolve_namespace(where, {"logits": logits}, {"targets": targets})
+    xp = resolve_namespace(where, {"logits": logits})
+    if targets.__class__ is not np.ndarray or not is_numpy(xp):
+        resolve_namespace(where, {"logits": logits}, {"targets": targets})
     if logits.ndim == 0 or not -logits.ndim <= axis < logits.ndim:
         raise InputError(f"{where}: logits has shape {tuple(logits.shape)}, which has no axis {axis}")
     axis = axis % logits.ndim
-    shape = tuple(s for k, s in enumerate(logits.shape) if k != axis)
+    shape = (*logits.shape[:axis], *logits.shape[axis + 1 :])
     w = _combine_weights(where, xp, logits, shape, mask, weights)
-    is_weighted = mask is not None or weights is not None
-    if is_weighted:  # excluded positions may hold nan, and 0 * nan is nan
-        logits = xp.where(xp.expand_dims(w != 0, axis=axis), logits, zeros(xp, (), logits))
-    scaled = xp.expand_dims(w * _reduction_factor(xp, where, w, reduction), axis=axis)
+    _check_reduction(where, reduction)
+    scaled = _scale_weights(xp, logits, prod(shape), w, reduction)
     if is_integer(xp, targets):
-        classes = _check_class_indices(where, xp, logits, targets, w if is_weighted else None, axis)
-        return _from_indices(xp, logits, classes, scaled, axis)
+        check_shape(where, "targets", _target_shape_hint(axis), targets, shape)
+        result = _compiled_cross_entropy(xp, logits, targets, scaled, axis)
+        if result is not None:
+            return result
+    if w is not None:  # excluded positions may hold nan, and 0 * nan is nan
+        logits = xp.where(xp.expand_dims(w != 0, axis=axis), logits, zeros(xp, (), logits))
+        scaled = xp.expand_dims(scaled, axis=axis)
+    if is_integer(xp, targets):
+        return _from_indices(xp, logits, _class_indices(where, xp, logits, targets, w, axis), scaled, axis)
     if xp.isdtype(targets.dtype, "bool"):
         dtype = str(logits.dtype).rpartition(".")[2]
         raise InputError(f"{where}: targets must be integer classes or {dtype} probabilities, found bool: convert them")
     resolve_namespace(where, {"logits": logits, "targets": targets})
     check_shape(where, "targets", "(one-hot: the shape of logits)", targets, tuple(logits.shape))
     return _from_probabilities(xp, logits, targets, scaled, axis)
+
+
+def _compiled_cross_entropy(
+    xp: Namespace, logits: Array, targets: Array, weights: Array, axis: int
+) -> tuple[Array, Array] | None:
+    """Compute value and gradient by the compiled pass; None if it does not apply or a target is not a class."""
+    if not is_numpy(xp) or axis != logits.ndim - 1 or not logits.shape[axis]:
+        return None
+    passes = compiled_passes(logits.dtype)
+    kernel = passes.cross_entropy_kernel(logits.dtype.itemsize) if passes is not None else None
+    if passes is None or kernel is None:
+        return None
+    result: tuple[Array, Array] | None = passes.run_cross_entropy(kernel, logits, targets, weights)
+    return result
 
 
 def mse(
@@ -217,6 +256,12 @@ def mse(
     if weights is not None and hasattr(weights, "ndim") and weights.ndim == prediction.ndim - 1:
         weights = xp.broadcast_to(weights[..., None], prediction.shape)
     w = _combine_weights("mse", xp, prediction, tuple(prediction.shape), mask, weights)
-    error = xp.where(w != 0, prediction - target, zeros(xp, (), prediction))
-    scaled = w * _reduction_factor(xp, "mse", w, reduction)
+    _check_reduction("mse", reduction)
+    scaled = _scale_weights(xp, prediction, prod(prediction.shape), w, reduction)
+    error = prediction - target
+    if w is None and error.__class__ is np.ndarray and error.dtype in FLOAT_DTYPES:
+        factor = scaled[()]
+        return factor * error.dtype.type(sum_of_squares(error)), np.multiply(error, 2 * factor, out=error)
+    if w is not None:
+        error = xp.where(w != 0, error, zeros(xp, (), prediction))
     return xp.sum(scaled * error * error, dtype=prediction.dtype), 2 * scaled * error

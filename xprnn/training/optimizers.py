@@ -13,11 +13,23 @@ from dataclasses import dataclass
 from functools import partial
 from math import cos, pi
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
-from xprnn.arrays.namespace import Array, InputError, Params, check_dicts, is_numpy, namespace, resolve_namespace
+import numpy as np
+
+from xprnn.arrays.namespace import (
+    Array,
+    InputError,
+    Namespace,
+    Params,
+    check_dicts,
+    is_numpy,
+    namespace,
+    resolve_namespace,
+)
 from xprnn.arrays.sparse_gradient import SparseGradient, stored_values
 from xprnn.training.clipping import clip_by_global_norm, clip_by_value
+from xprnn.training.compiled import FLOAT_DTYPES, compiled_passes
 
 __all__ = [
     "Optimizer",
@@ -35,6 +47,18 @@ __all__ = [
 LearningRate = float | Callable[[int], float]
 _BLOCK_SIZE = 1 << 15  # entries of a parameter that are updated at a time, so that temporaries stay in the cache
 OptState = dict[str, Any]  # "step": int, and moment name -> dict keyed like params
+_DenseUpdate = Callable[[Array, Array, tuple[Array, ...]], tuple[Array, tuple[Array, ...]]]
+
+
+class CompiledRule(NamedTuple):
+    """A rule that xprnn.kernels.jit.training has a compiled pass for.
+
+    name: of the pass.
+    constants: (learning rate, step number from 1) -> its constants.
+    """
+
+    name: str
+    constants: Callable[[float, int], tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -48,6 +72,7 @@ class Optimizer:
         learning_rate: a number >= 0, or a function of the step number from 0.
         sparse_rule: rule for the stored rows of a SparseGradient; all other rows of the parameter and of its moments
             stay unchanged. None: a SparseGradient is converted to a dense one, and `rule` is used.
+        compiled_rule: the same rule as a compiled pass for NumPy arrays, or None.
 
     >>> import numpy as np
     >>> opt = sgd(0.1)
@@ -62,6 +87,7 @@ class Optimizer:
     rule: Callable[..., Any]
     learning_rate: LearningRate
     sparse_rule: Callable[..., Any] | None = None
+    compiled_rule: CompiledRule | None = None
 
     def init(self, params: Params) -> OptState:
         """Return the state before the first step: step 0, and zeros like each parameter for every moment."""
@@ -90,6 +116,7 @@ class Optimizer:
         new_params: Params = {}
         new_state: dict[str, Params] = {m: {} for m in self.moments}
         xp = namespace(next(iter(params.values()))) if params else None
+        update_dense = self._dense_update(xp, lr, step)
         for key, p in params.items():
             moments = tuple(state[m][key] for m in self.moments)
             g = grads[key]
@@ -97,10 +124,33 @@ class Optimizer:
                 new_params[key], new_moments = _update_rows(self.sparse_rule, xp, p, g, moments, lr, step)
             else:
                 g = g.to_dense() if isinstance(g, SparseGradient) else g
-                new_params[key], new_moments = _update_blocks(self.rule, xp, p, g, moments, lr, step)
+                new_params[key], new_moments = update_dense(p, g, moments)
             for m, value in zip(self.moments, new_moments, strict=True):
                 new_state[m][key] = value
         return new_params, {"step": step, **new_state}
+
+    def _dense_update(self, xp: Namespace, lr: float, step: int) -> _DenseUpdate:
+        """Return the update of one parameter: the compiled pass for each array that it applies to, else the rule."""
+
+        def by_rule(p: Array, g: Array, moments: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+            return _update_blocks(self.rule, xp, p, g, moments, lr, step)
+
+        if self.compiled_rule is None or xp is None or not is_numpy(xp):
+            return by_rule
+        name, constants = self.compiled_rule.name, np.asarray(self.compiled_rule.constants(lr, step))
+
+        def compiled(p: Array, g: Array, moments: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+            passes = compiled_passes(p.dtype) if p.flags.forc else None
+            kernel = passes.update_kernel(name, p.dtype.itemsize) if passes is not None else None
+            if kernel is None or not all(_are_alike(p, a) for a in moments):
+                return by_rule(p, g, moments)
+            # The memory order of p decides; that of g and the moments may differ.
+            flat = [a.ravel() if p.flags.c_contiguous else a.T.ravel() for a in (p, g, *moments)]
+            outputs = [np.empty_like(p) for _ in range(1 + len(moments))]
+            kernel(constants, *flat, *[a.ravel("K") for a in outputs])
+            return outputs[0], tuple(outputs[1:])
+
+        return compiled
 
 
 def _update_rows(
@@ -135,8 +185,16 @@ def _update_blocks(
     return in_memory_order(outputs[0]), tuple(in_memory_order(a) for a in outputs[1:])
 
 
+def _are_alike(a: Array, b: Array) -> bool:
+    """True if both are NumPy arrays of one shape and dtype, float32 or float64."""
+    same_class = a.__class__ is np.ndarray and b.__class__ is np.ndarray
+    return same_class and a.shape == b.shape and a.dtype == b.dtype and a.dtype in FLOAT_DTYPES
+
+
 def _check_keys(where: str, params: Params, grads: Params) -> None:
     check_dicts(where, params=params, grads=grads)
+    if params.keys() == grads.keys() and all(_are_alike(p, grads[key]) for key, p in params.items()):
+        return
     if params.keys() != grads.keys():
         unmatched = sorted(params.keys() ^ grads.keys())
         raise InputError(f"{where}: params and grads must have the same keys, found {', '.join(unmatched)} in only one")
@@ -155,7 +213,8 @@ def _check_state(where: str, moments: tuple[str, ...], params: Params, state: An
             f"{where}: state must come from init or update and hold {expected}, found {found or 'nothing'}"
         )
     for m in moments:
-        if unmatched := sorted(params.keys() ^ state[m].keys()):
+        if params.keys() != state[m].keys():
+            unmatched = sorted(params.keys() ^ state[m].keys())
             raise InputError(
                 f"{where}: state[{m!r}] must have the keys of params, found {', '.join(unmatched)} in only one"
             )
@@ -204,7 +263,11 @@ def sgd(learning_rate: LearningRate, momentum: float = 0.0, *, nesterov: bool = 
         v = momentum * moments[0] + g
         return p - lr * (g + momentum * v if nesterov else v), (v,)
 
-    return Optimizer("sgd", ("velocity",) if momentum else (), rule, learning_rate, None if momentum else rule)
+    if not momentum:
+        return Optimizer("sgd", (), rule, learning_rate, rule, CompiledRule("sgd", lambda lr, step: (lr,)))
+    factors = (1.0, momentum) if nesterov else (0.0, 1.0)
+    compiled_rule = CompiledRule("momentum", lambda lr, step: (lr, momentum, *factors))
+    return Optimizer("sgd", ("velocity",), rule, learning_rate, compiled_rule=compiled_rule)
 
 
 def adagrad(learning_rate: LearningRate = 0.01, eps: float = 1e-10) -> Optimizer:
@@ -229,7 +292,8 @@ def adagrad(learning_rate: LearningRate = 0.01, eps: float = 1e-10) -> Optimizer
         s = moments[0] + g * g
         return p - lr * g / (xp.sqrt(s) + eps), (s,)
 
-    return Optimizer("adagrad", ("sum",), rule, learning_rate, rule)
+    compiled_rule = CompiledRule("scaled", lambda lr, step: (lr, 1.0, 1.0, eps))
+    return Optimizer("adagrad", ("sum",), rule, learning_rate, rule, compiled_rule)
 
 
 def rmsprop(learning_rate: LearningRate = 0.01, decay: float = 0.99, eps: float = 1e-8) -> Optimizer:
@@ -256,7 +320,8 @@ def rmsprop(learning_rate: LearningRate = 0.01, decay: float = 0.99, eps: float 
         s = decay * moments[0] + (1 - decay) * (g * g)
         return p - lr * g / (xp.sqrt(s) + eps), (s,)
 
-    return Optimizer("rmsprop", ("square",), rule, learning_rate)
+    compiled_rule = CompiledRule("scaled", lambda lr, step: (lr, decay, 1 - decay, eps))
+    return Optimizer("rmsprop", ("square",), rule, learning_rate, compiled_rule=compiled_rule)
 
 
 def _adam(
@@ -265,19 +330,25 @@ def _adam(
     _check_learning_rate(name, learning_rate)
     _check_unit_interval(name, b1=b1, b2=b2)
 
-    def rule(
-        xp: Any, p: Array, g: Array, moments: Any, lr: float, step: int, *, eps_after_correction: bool = True
-    ) -> Any:
-        m = b1 * moments[0] + (1 - b1) * g
-        v = b2 * moments[1] + (1 - b2) * (g * g)
+    def constants(lr: float, step: int, eps_after_correction: bool = True) -> tuple[float, ...]:
         # The bias corrections are Python floats of the step number, so no array is read on the host. With c the
         # correction of sqrt(v), m / (c sqrt(v) + eps) = (m / c) / (sqrt(v) + eps / c) saves one pass over the array.
         c = 1 / (1 - b2**step) ** 0.5
-        p = p if not decay else p * (1 - lr * decay)
-        return p - (lr / (1 - b1**step) / c) * m / (xp.sqrt(v) + (eps / c if eps_after_correction else eps)), (m, v)
+        scaled_eps = eps / c if eps_after_correction else eps
+        return lr / (1 - b1**step) / c, b1, 1 - b1, b2, 1 - b2, scaled_eps, 1 - lr * decay
+
+    def rule(
+        xp: Any, p: Array, g: Array, moments: Any, lr: float, step: int, *, eps_after_correction: bool = True
+    ) -> Any:
+        step_size, b1, a1, b2, a2, eps, keep = constants(lr, step, eps_after_correction)
+        m = b1 * moments[0] + a1 * g
+        v = b2 * moments[1] + a2 * (g * g)
+        p = p if not decay else p * keep
+        return p - step_size * m / (xp.sqrt(v) + eps), (m, v)
 
     sparse_rule = partial(rule, eps_after_correction=False) if lazy else None
-    return Optimizer(name, ("mean", "square"), rule, learning_rate, sparse_rule)
+    compiled_rule = CompiledRule("adam", constants)
+    return Optimizer(name, ("mean", "square"), rule, learning_rate, sparse_rule, compiled_rule)
 
 
 def adam(

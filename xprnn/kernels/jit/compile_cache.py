@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 # Stems of the files in this directory that printed kernels import, directly or not: a change invalidates the cache.
-_PRIMITIVE_MODULES = ("simd", "matvec", "gemm_tile", "gemm", "segment_sum")
+_PRIMITIVE_MODULES = ("simd", "matvec", "gemm_tile", "gemm", "segment_sum", "training")
 _KERNEL_SIGNATURE = "void(int64[::1])"
 _GEMM_SIGNATURE = f"int64({', '.join(['int64'] * 12)})"
 _LOCK_TIMEOUT = 30.0  # seconds to wait for another process that compiles the same kernel
