@@ -24,7 +24,6 @@ from xprnn.arrays.namespace import (
     Params,
     check_dicts,
     is_numpy,
-    namespace,
     resolve_namespace,
 )
 from xprnn.arrays.sparse_gradient import SparseGradient, stored_values
@@ -115,7 +114,7 @@ class Optimizer:
         step = state["step"] + 1
         new_params: Params = {}
         new_state: dict[str, Params] = {m: {} for m in self.moments}
-        xp = namespace(next(iter(params.values()))) if params else None
+        xp = resolve_namespace(self.name, {"params": next(iter(params.values()))}) if params else None
         update_dense = self._dense_update(xp, lr, step)
         for key, p in params.items():
             moments = tuple(state[m][key] for m in self.moments)
@@ -138,16 +137,22 @@ class Optimizer:
         if self.compiled_rule is None or xp is None or not is_numpy(xp):
             return by_rule
         name, constants = self.compiled_rule.name, np.asarray(self.compiled_rule.constants(lr, step))
+        kernels = dict[Any, Callable[..., None] | None]()  # by dtype
 
         def compiled(p: Array, g: Array, moments: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
-            passes = compiled_passes(p.dtype) if p.flags.forc else None
-            kernel = passes.update_kernel(name, p.dtype.itemsize) if passes is not None else None
-            if kernel is None or not all(_are_alike(p, a) for a in moments):
+            dtype, flags = p.dtype, p.flags
+            if dtype not in kernels:
+                passes = compiled_passes(dtype)
+                kernels[dtype] = passes.update_kernel(name, dtype.itemsize) if passes is not None else None
+            kernel = kernels[dtype]
+            if kernel is None or not flags.forc or not all(_are_alike(p, a) for a in moments):
                 return by_rule(p, g, moments)
-            # The memory order of p decides; that of g and the moments may differ.
-            flat = [a.ravel() if p.flags.c_contiguous else a.T.ravel() for a in (p, g, *moments)]
             outputs = [np.empty_like(p) for _ in range(1 + len(moments))]
-            kernel(constants, *flat, *[a.ravel("K") for a in outputs])
+            # The memory order of p decides; that of g and the moments may differ.
+            if flags.c_contiguous:
+                kernel(constants, p.ravel(), g.ravel(), *[a.ravel() for a in (*moments, *outputs)])
+            else:
+                kernel(constants, p.T.ravel(), g.T.ravel(), *[a.T.ravel() for a in (*moments, *outputs)])
             return outputs[0], tuple(outputs[1:])
 
         return compiled
@@ -187,8 +192,9 @@ def _update_blocks(
 
 def _are_alike(a: Array, b: Array) -> bool:
     """True if both are NumPy arrays of one shape and dtype, float32 or float64."""
-    same_class = a.__class__ is np.ndarray and b.__class__ is np.ndarray
-    return same_class and a.shape == b.shape and a.dtype == b.dtype and a.dtype in FLOAT_DTYPES
+    if a.__class__ is not np.ndarray or b.__class__ is not np.ndarray:
+        return False
+    return a.dtype is b.dtype and a.dtype in FLOAT_DTYPES and bool(a.shape == b.shape)
 
 
 def _check_keys(where: str, params: Params, grads: Params) -> None:
@@ -265,8 +271,7 @@ def sgd(learning_rate: LearningRate, momentum: float = 0.0, *, nesterov: bool = 
 
     if not momentum:
         return Optimizer("sgd", (), rule, learning_rate, rule, CompiledRule("sgd", lambda lr, step: (lr,)))
-    factors = (1.0, momentum) if nesterov else (0.0, 1.0)
-    compiled_rule = CompiledRule("momentum", lambda lr, step: (lr, momentum, *factors))
+    compiled_rule = CompiledRule("momentum", lambda lr, step: (lr, momentum, float(nesterov)))
     return Optimizer("sgd", ("velocity",), rule, learning_rate, compiled_rule=compiled_rule)
 
 

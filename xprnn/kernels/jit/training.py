@@ -22,6 +22,8 @@ from xprnn.kernels.jit.simd import _expm1_parts, load, store
 __all__ = ["UPDATES", "CrossEntropyKernel", "cross_entropy_kernel", "run_cross_entropy", "update_kernel"]
 
 _inline = njit(error_model="numpy", inline="always")
+# Rounds each operation, as NumPy does. Without this False, the functions would inherit the kernel's contraction.
+_rounding = njit(error_model="numpy", fastmath=False)
 _reassociating = njit(error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
 
 
@@ -99,7 +101,7 @@ def cross_entropy_into(exp, logits, targets, weights, gradient, value):  # type:
     return invalid
 
 
-@_inline
+@_rounding
 def sgd_into(c, p, g, new_p):  # type: ignore[no-untyped-def]
     """p - lr g; c = (lr,)."""
     P, G, P1 = _pointer(p), _pointer(g), _pointer(new_p)
@@ -108,20 +110,19 @@ def sgd_into(c, p, g, new_p):  # type: ignore[no-untyped-def]
         store(P1, i, 2, load(P, i, 0) - lr * load(G, i, 1))
 
 
-@_inline
+@_rounding
 def momentum_into(c, p, g, v, new_p, new_v):  # type: ignore[no-untyped-def]
-    """v = momentum v + g; p - lr (a g + b v); c = (lr, momentum, a, b), where Nesterov's (a, b) is (1, momentum)."""
+    """v = momentum v + g; p - lr v, or p - lr (g + momentum v) (Nesterov); c = (lr, momentum, 1 for Nesterov's)."""
     P, G, V, P1, V1 = _pointer(p), _pointer(g), _pointer(v), _pointer(new_p), _pointer(new_v)
-    f = p.dtype.type
-    lr, momentum, a, b = f(c[0]), f(c[1]), f(c[2]), f(c[3])
+    lr, momentum, nesterov = p.dtype.type(c[0]), p.dtype.type(c[1]), c[2] != 0
     for i in range(p.size):
         gi = load(G, i, 1)
         vi = momentum * load(V, i, 2) + gi
         store(V1, i, 4, vi)
-        store(P1, i, 3, load(P, i, 0) - lr * (a * gi + b * vi))
+        store(P1, i, 3, load(P, i, 0) - lr * (gi + momentum * vi if nesterov else vi))
 
 
-@_inline
+@_rounding
 def scaled_into(c, p, g, s, new_p, new_s):  # type: ignore[no-untyped-def]
     """s = a s + b g^2; p - lr g / (sqrt(s) + eps); c = (lr, a, b, eps)."""
     P, G, S, P1, S1 = _pointer(p), _pointer(g), _pointer(s), _pointer(new_p), _pointer(new_s)
@@ -134,7 +135,7 @@ def scaled_into(c, p, g, s, new_p, new_s):  # type: ignore[no-untyped-def]
         store(P1, i, 3, load(P, i, 0) - lr * gi / (np.sqrt(si) + eps))
 
 
-@_inline
+@_rounding
 def adam_into(c, p, g, m, v, new_p, new_m, new_v):  # type: ignore[no-untyped-def]
     """m = b1 m + a1 g; v = b2 v + a2 g^2; keep p - lr m / (sqrt(v) + eps); c = (lr, b1, a1, b2, a2, eps, keep)."""
     P, G, M, V = _pointer(p), _pointer(g), _pointer(m), _pointer(v)
