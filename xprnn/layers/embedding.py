@@ -1,6 +1,7 @@
 """Embedding: a trainable table whose rows are looked up by class number."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from numpy.random import Generator
@@ -9,16 +10,18 @@ from xprnn.arrays.linear import flatten_leading
 from xprnn.arrays.namespace import (
     Array,
     InputError,
+    Namespace,
     Params,
     as_index,
     check_index_bounds,
     check_shape,
     from_numpy,
     is_integer,
+    is_numpy,
     resolve_namespace,
 )
 from xprnn.arrays.segment_sum import segment_sum
-from xprnn.arrays.sparse_gradient import sparse_lookup_gradient
+from xprnn.arrays.sparse_gradient import SegmentSum, sparse_lookup_gradient
 from xprnn.arrays.validation import (
     check_bool,
     check_init,
@@ -29,6 +32,7 @@ from xprnn.arrays.validation import (
 )
 from xprnn.engine.call_cache import make_embedding_step
 from xprnn.engine.layer import FastStep, Steppable
+from xprnn.kernels.jit.applies import jit_applies
 from xprnn.kernels.tape import Gradients
 from xprnn.layers.base import check_tape
 
@@ -96,12 +100,15 @@ class Embedding(Steppable):
         require_array("Embedding.backward", "dy", dy)
         resolve_namespace("Embedding.backward", {"params": table, "dy": dy})
         check_shape("Embedding.backward", "dy", "(the shape of y)", dy, (*x.shape, self.embedding_dim))
-        ids = as_index(xp, xp.reshape(x, (-1,)))
+        ids, rows, sum_segments = (
+            as_index(xp, xp.reshape(x, (-1,))),
+            flatten_leading(xp, dy),
+            _segment_sum(xp, dy.dtype),
+        )
         if self.sparse:
-            return Gradients(
-                None, None, {"weight": sparse_lookup_gradient(xp, ids, flatten_leading(xp, dy), tuple(table.shape))}
-            )
-        return Gradients(None, None, {"weight": segment_sum(xp, ids, flatten_leading(xp, dy), self.num_embeddings)})
+            dw = sparse_lookup_gradient(xp, ids, rows, tuple(table.shape), segment_sum_fn=sum_segments)
+            return Gradients(None, None, {"weight": dw})
+        return Gradients(None, None, {"weight": sum_segments(ids, rows, self.num_embeddings)})
 
     def step(self, params: Params, x: Array, state: None = None) -> tuple[Array, None]:
         """Compute one time step: y (N, D) for integers x (N,)."""
@@ -116,3 +123,12 @@ class Embedding(Steppable):
         """Return the configuration as data that JSON can hold."""
         sizes = {"num_embeddings": self.num_embeddings, "embedding_dim": self.embedding_dim}
         return {"type": "Embedding"} | sizes | {"sparse": self.sparse}
+
+
+def _segment_sum(xp: Namespace, dtype: Any) -> SegmentSum:
+    """Return the segment sum for arrays of a dtype: compiled on NumPy arrays with numba, else by array functions."""
+    if not is_numpy(xp) or not jit_applies(dtype):
+        return partial(segment_sum, xp)
+    from xprnn.kernels.jit import segment_sum as compiled  # imports numba
+
+    return compiled.segment_sum

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.random import Generator
 
 from xprnn.arrays.linear import linear, linear_backward
-from xprnn.arrays.namespace import Array, InputError, Params, check_shape, from_numpy, resolve_namespace
+from xprnn.arrays.namespace import Array, InputError, Params, check_shape, from_numpy, is_numpy, resolve_namespace
 from xprnn.arrays.validation import check_init, check_param_shapes, check_params, require_array, validate_positive
 from xprnn.engine.call_cache import make_linear_step
 from xprnn.engine.layer import FastStep, Steppable
@@ -60,15 +60,20 @@ class Linear(Steppable):
     def forward(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Array, None, Any]:
         """Return y (..., V), None, and the tape, for x (..., H)."""
         where = "Linear.forward"
-        check_params(where, params, self.shapes())
+        shapes = self.shapes()
+        check_params(where, params, shapes)
         require_array(where, "x", x)
         xp = resolve_namespace(where, {"x": x, **params})
-        check_param_shapes(where, params, self.shapes())
+        check_param_shapes(where, params, shapes)
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise InputError(
                 f"{where}: x (...,H) must end in {self.in_features} features, found shape {tuple(x.shape)}"
             )
-        return linear(xp, x, params["weight"], params.get("bias")), None, (xp, params, x)
+        w, b, tape = params["weight"], params.get("bias"), (xp, params, x)
+        if b is None or not is_numpy(xp):
+            return linear(xp, x, w, b), None, tape
+        y = linear(xp, x, w, None)
+        return np.add(y, b, out=y), None, tape
 
     def backward(self, tape: Any, dy: Array, dstate: None = None) -> Gradients:
         """Return dx, dW and db for the cotangent dy (..., V)."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from math import isnan
 from typing import Any
 
+import numpy as np
+
 from xprnn.arrays.namespace import (
     Array,
     InputError,
@@ -17,6 +19,7 @@ from xprnn.arrays.namespace import (
     check_shape,
     device_of,
     is_integer,
+    is_numpy,
     namespace,
     resolve_namespace,
 )
@@ -208,27 +211,24 @@ class LastStep(TimeLayer):
         _check_direction(self)
         check_bool("LastStep", "valid_only", self.valid_only)
 
-    def _selected_step(self, xp: Namespace, x: Array, active: Array | None, reverse: bool) -> Array:
-        """Return a (T, N) mask that is True at the selected step of each row."""
-        steps, n = x.shape[:2]
-        step_index = xp.arange(steps, dtype=xp.int32, device=device_of(x))[:, None]
+    def _selected_step(self, xp: Namespace, steps: int, active: Array | None, reverse: bool) -> int | Array:
+        """Return the selected step of every row: one number for all, or (1, N), where -1 or `steps` stands for none."""
         if active is None or not self.valid_only:
-            return xp.broadcast_to(step_index == (0 if reverse else steps - 1), (steps, n))
-        no_step = xp.full_like(step_index, steps if reverse else -1)
-        valid_index = xp.where(active, step_index, no_step)
-        return step_index == (xp.min if reverse else xp.max)(valid_index, axis=0, keepdims=True)
+            return 0 if reverse else steps - 1
+        step_index = xp.arange(steps, dtype=xp.int32, device=device_of(active))[:, None]
+        valid_index = xp.where(active, step_index, xp.full_like(step_index, steps if reverse else -1))
+        index: Array = (xp.min if reverse else xp.max)(valid_index, axis=0, keepdims=True)
+        return index
 
     def forward(self, params: Params, x: Array, state: None = None, **flags: Any) -> tuple[Array, None, Any]:
         """Return y (N, D), None, and the tape."""
         xp, x_time_major, active = self.prepare_input(params, x, flags)
 
         def run(x: Array, reverse: bool) -> Array:
-            if not x.shape[0]:
+            steps = x.shape[0]
+            if not steps:
                 return xp.zeros(x.shape[1:], dtype=x.dtype, device=device_of(x))
-            if active is None or not self.valid_only:
-                return x[0 if reverse else -1, ...]
-            selected = self._selected_step(xp, x, active, reverse)[..., None]
-            return xp.sum(xp.where(selected, x, xp.zeros_like(x)), axis=0, dtype=x.dtype)
+            return _take_rows(xp, x, self._selected_step(xp, steps, active, reverse))
 
         return _per_direction(xp, self.direction, x_time_major, run), None, (x, active)
 
@@ -240,13 +240,11 @@ class LastStep(TimeLayer):
         check_dy("LastStep.backward", dy, x, (n, x.shape[2]))
         if not steps:
             return Gradients(xp.zeros_like(x), None, {})
-        dy_every_step = xp.broadcast_to(dy[None, ...], (steps, *dy.shape))
 
         def run(dy: Array, reverse: bool) -> Array:
-            selected = self._selected_step(xp, dy, active, reverse)[..., None]
-            return xp.where(selected, dy, xp.zeros_like(dy))
+            return _place_rows(xp, dy, self._selected_step(xp, steps, active, reverse), steps)
 
-        return Gradients(self.time_major(xp, _per_direction(xp, self.direction, dy_every_step, run)), None, {})
+        return Gradients(self.time_major(xp, _per_direction(xp, self.direction, dy, run)), None, {})
 
     def transform_mask(self, x: Array, flags: dict[str, Any]) -> dict[str, Any]:
         """Return the flags without lengths, mask and reset: the layers after this one have no time axis."""
@@ -255,3 +253,38 @@ class LastStep(TimeLayer):
     def step(self, params: Params, x: Array, state: None = None) -> tuple[Array, None]:
         """Return x and None: in a stream, the newest step is the last."""
         return x, None
+
+
+def _take_rows(xp: Namespace, x: Array, step: int | Array) -> Array:
+    """Return the rows (N, D) of x (T, N, D) at one step, as in `_place_rows`; 0 for a row without a step."""
+    steps, n, d = x.shape
+    if isinstance(step, int):
+        return x[step, ...]
+    if is_numpy(xp):
+        out, (step, exists) = np.zeros((n, d), x.dtype), _existing(step, steps)
+        out[exists] = x[step, exists]
+        return out
+    step_index = xp.arange(steps, dtype=xp.int32, device=device_of(x))[:, None]
+    return xp.sum(xp.where((step_index == step)[..., None], x, xp.zeros_like(x)), axis=0, dtype=x.dtype)
+
+
+def _place_rows(xp: Namespace, rows: Array, step: int | Array, steps: int) -> Array:
+    """Return zeros (T, N, D) with `rows` (N, D) at one step: at the same of every row, or at those of `step` (1, N)."""
+    n, d = rows.shape
+    if is_numpy(xp):
+        out = np.zeros((steps, n, d), rows.dtype)
+        if isinstance(step, int):
+            out[step] = rows
+        else:
+            step, exists = _existing(step, steps)
+            out[step, exists] = rows[exists]
+        return out
+    step_index = xp.arange(steps, dtype=xp.int32, device=device_of(rows))[:, None]
+    every_step = xp.broadcast_to(rows[None, ...], (steps, n, d))
+    return xp.where(xp.broadcast_to(step_index == step, (steps, n))[..., None], every_step, xp.zeros_like(every_step))
+
+
+def _existing(step: Any, steps: int) -> tuple[Any, Any]:
+    """Return the steps (1, N) that exist, and the numbers of their rows."""
+    rows = np.flatnonzero((step[0] >= 0) & (step[0] < steps))
+    return step[0, rows], rows

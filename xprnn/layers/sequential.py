@@ -1,6 +1,7 @@
 """Sequential: named layers that run one after the other, as one trainable model."""
 
 from collections.abc import Callable
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, TypeGuard
 
@@ -25,6 +26,7 @@ from xprnn.layers.shape_inference import check_compatible
 
 __all__ = ["Sequential", "from_config"]
 
+_CACHED_ATTRIBUTES = ("_parameter_shapes", "_parameter_names")
 _Flags = dict[str, Any]
 
 
@@ -65,7 +67,8 @@ class Sequential(Steppable, CallsForward):
         object.__setattr__(self, "layers", MappingProxyType(dict(layers)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "layers": dict(self.layers)}  # a mappingproxy cannot be copied or pickled
+        kept = {k: value for k, value in super().__getstate__().items() if k not in _CACHED_ATTRIBUTES}
+        return {**kept, "layers": dict(self.layers)}  # a mappingproxy cannot be copied or pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update({**state, "layers": MappingProxyType(dict(state["layers"]))})
@@ -101,12 +104,20 @@ class Sequential(Steppable, CallsForward):
         names = self._stateful_names()
         return states[names[0]] if len(names) == 1 else {name: states[name] for name in names} or None
 
+    @cached_property
+    def _parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The result of `shapes`, kept because a model is immutable: every call checks it."""
+        return self.shapes()
+
+    @cached_property
+    def _parameter_names(self) -> dict[str, list[tuple[str, str]]]:
+        """(name in the layer, name in the model) of the parameters of every layer."""
+        names = self._parameter_shapes
+        return {k: [(name[len(k) + 1 :], name) for name in names if name.startswith(f"{k}.")] for k in self.layers}
+
     def _split_params(self, where: str, params: Params) -> dict[str, Params]:
-        check_params(where, params, self.shapes())
-        return {
-            name: {key[len(name) + 1 :]: array for key, array in params.items() if key.startswith(name + ".")}
-            for name in self.layers
-        }
+        check_params(where, params, self._parameter_shapes)
+        return {layer: {key: params[name] for key, name in names} for layer, names in self._parameter_names.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every parameter by name."""

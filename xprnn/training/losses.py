@@ -18,7 +18,8 @@ from xprnn.arrays.namespace import (
     is_numpy,
     resolve_namespace,
 )
-from xprnn.training.compiled import FLOAT_DTYPES, compiled_passes
+from xprnn.kernels.step_plan import DTYPE_BITS
+from xprnn.training.compiled import compiled_passes
 from xprnn.training.reductions import sum_of_squares
 
 __all__ = ["cross_entropy", "mse", "softmax"]
@@ -259,7 +260,7 @@ def mse(
     _check_reduction("mse", reduction)
     scaled = _scale_weights(xp, prediction, prod(prediction.shape), w, reduction)
     error = prediction - target
-    if w is None and error.__class__ is np.ndarray and error.dtype in FLOAT_DTYPES:
+    if w is None and error.__class__ is np.ndarray and error.dtype in DTYPE_BITS:
         factor = scaled[()]
         return factor * error.dtype.type(sum_of_squares(error)), np.multiply(error, 2 * factor, out=error)
     if w is not None:

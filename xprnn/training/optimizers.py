@@ -27,8 +27,9 @@ from xprnn.arrays.namespace import (
     resolve_namespace,
 )
 from xprnn.arrays.sparse_gradient import SparseGradient, stored_values
+from xprnn.kernels.step_plan import DTYPE_BITS
 from xprnn.training.clipping import clip_by_global_norm, clip_by_value
-from xprnn.training.compiled import FLOAT_DTYPES, compiled_passes
+from xprnn.training.compiled import compiled_passes
 
 __all__ = [
     "Optimizer",
@@ -194,7 +195,7 @@ def _are_alike(a: Array, b: Array) -> bool:
     """True if both are NumPy arrays of one shape and dtype, float32 or float64."""
     if a.__class__ is not np.ndarray or b.__class__ is not np.ndarray:
         return False
-    return a.dtype is b.dtype and a.dtype in FLOAT_DTYPES and bool(a.shape == b.shape)
+    return a.dtype is b.dtype and a.dtype in DTYPE_BITS and bool(a.shape == b.shape)
 
 
 def _check_keys(where: str, params: Params, grads: Params) -> None:
