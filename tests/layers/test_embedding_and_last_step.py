@@ -1,4 +1,4 @@
-"""Embedding and LastStep on NumPy arrays: gradients against loops, with and without compiled kernels; padding of NaN."""
+"""Embedding and LastStep on NumPy arrays, with and without compiled kernels, against loops; padding of NaN."""
 
 from __future__ import annotations
 
