@@ -191,6 +191,20 @@ def test_compiled_update_equals_the_rule_bit_for_bit(rng, kind, name, monkeypatc
             assert got[key].flags.c_contiguous == params[key].flags.c_contiguous
 
 
+def test_arrays_of_other_classes_and_strides_take_the_formula(tmp_path):
+    """A memory-mapped parameter, a strided one, and a moment of another dtype."""
+    mapped = np.memmap(tmp_path / "w", np.float32, "w+", shape=(4,))
+    mapped[:] = 1
+    strided = np.ones((4, 2), np.float32)[:, 0]
+    for p in (mapped, strided):
+        new, _ = xprnn.sgd(0.5).update({"w": p}, {"w": np.ones(4, np.float32)}, {"step": 0})
+        assert new["w"].tolist() == [0.5] * 4
+    opt = xprnn.sgd(0.5, 0.5)
+    state = {"step": 0, "velocity": {"w": np.ones(4)}}
+    new, state = opt.update({"w": np.ones(4, np.float32)}, {"w": np.ones(4, np.float32)}, state)
+    assert new["w"].tolist() == [0.25] * 4
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_nan_in_a_gradient_reaches_only_its_entry(only_compiled, name):
     params = {"w": np.ones(40)}

@@ -74,17 +74,17 @@ def _combine_weights(
     """Combine mask and weights into one weight array with this shape and the dtype of `like`; None without both."""
     if mask is None and weights is None:
         return None
-    w = xp.ones(shape, dtype=like.dtype, device=device_of(like))
+    w = None
     if mask is not None:
         resolve_namespace(where, {}, {"logits": like, "mask": mask})
         check_shape(where, "mask", "(the shape of the targets)", mask, shape)
         if not xp.isdtype(mask.dtype, "bool"):
             raise InputError(f"{where}: mask must be boolean, found {mask.dtype}: pass numbers as weights")
-        w = xp.where(mask, w, xp.zeros_like(w))
+        w = xp.astype(mask, like.dtype)
     if weights is not None:
         resolve_namespace(where, {"prediction": like, "weights": weights})
         check_shape(where, "weights", "(the shape of the targets)", weights, shape)
-        w = xp.where(w > 0, weights, xp.zeros_like(w))
+        w = weights if w is None else xp.where(w > 0, weights, xp.zeros_like(w))
     return w
 
 

@@ -146,7 +146,7 @@ class Optimizer:
                 passes = compiled_passes(dtype)
                 kernels[dtype] = passes.update_kernel(name, dtype.itemsize) if passes is not None else None
             kernel = kernels[dtype]
-            if kernel is None or not flags.forc or not all(_are_alike(p, a) for a in moments):
+            if kernel is None or not flags.forc or not _are_alike(p, g, *moments):
                 return by_rule(p, g, moments)
             outputs = [np.empty_like(p) for _ in range(1 + len(moments))]
             # The memory order of p decides; that of g and the moments may differ.
@@ -191,11 +191,12 @@ def _update_blocks(
     return in_memory_order(outputs[0]), tuple(in_memory_order(a) for a in outputs[1:])
 
 
-def _are_alike(a: Array, b: Array) -> bool:
-    """True if both are NumPy arrays of one shape and dtype, float32 or float64."""
-    if a.__class__ is not np.ndarray or b.__class__ is not np.ndarray:
+def _are_alike(p: Array, *others: Array) -> bool:
+    """Return True if all are NumPy arrays of one shape and dtype, float32 or float64."""
+    if p.__class__ is not np.ndarray or p.dtype not in DTYPE_BITS:
         return False
-    return a.dtype is b.dtype and a.dtype in DTYPE_BITS and bool(a.shape == b.shape)
+    dtype, shape = p.dtype, p.shape
+    return all(a.__class__ is np.ndarray and a.dtype is dtype and a.shape == shape for a in others)
 
 
 def _check_keys(where: str, params: Params, grads: Params) -> None:
