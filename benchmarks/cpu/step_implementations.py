@@ -12,8 +12,7 @@ import numpy as np
 from benchmarks.harness import article_baseline, onnx_peers
 from benchmarks.harness.problem import STEP, Array, Call, Implementation, Problem
 from benchmarks.harness.xprnn_contenders import layer_arrays
-from xprnn.kernels.jit import compile_cache
-from xprnn.kernels.jit.step import step_source
+from xprnn.kernels.jit.kernel import scan_kernel
 
 __all__ = [
     "article_step",
@@ -133,20 +132,22 @@ def article_step(problem: Problem) -> Implementation:
 
 
 def compiled_floor(problem: Problem) -> Implementation:
-    """Call the bare compiled kernel of a step on arrays that exist already."""
+    """Call the bare compiled entry point of a step on arrays that exist already."""
     layer, _, _, _, _ = layer_arrays(problem)
-    source = step_source(layer.resolved_cell, 32, True, False)
-    assert source is not None
-    kernel, x, d = compile_cache.compile_kernel(*source), problem.x[0], problem.shape[0]
+    kernel = scan_kernel(layer.resolved_cell, np.dtype(np.float32), False)
+    assert not isinstance(kernel, str), kernel
+    entry, template, x = kernel.entry("step", False), kernel.template(False, False), problem.x[0]
     weights = tuple(problem.params[name] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-    states = [np.zeros((1, 1, problem.shape[1]), np.float32) for _ in problem.state]
-    after, y = [np.empty_like(s) for s in states], np.empty((1, problem.shape[1]), np.float32)
+    states = tuple(np.zeros((1, 1, problem.shape[1]), np.float32) for _ in problem.state)
+    after, y = tuple(np.empty_like(s) for s in states), np.empty((1, problem.shape[1]), np.float32)
     # Two calls in turns: one reads `states` and writes `after`, the other reads `after` and writes `states`.
-    calls = [(0, d, *weights, x, *states, y, *after), (0, d, *weights, x, *after, y, *states)]
+    head = (template, 0, x, *weights, ())
+    before, after = kernel.states_tuple(states), kernel.states_tuple(after)
+    calls = [(*head, before, y, after), (*head, after, y, before)]
 
     def step() -> Any:
         calls.reverse()
-        kernel(*calls[1])
+        entry(*calls[1])
         return y
 
     return _implementation(step)

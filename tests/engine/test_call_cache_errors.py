@@ -1,4 +1,4 @@
-"""Arguments to which the fast step does not apply: the validated step accepts them or raises its error."""
+"""Arguments to which the no fast step applies: the checked step accepts them or raises its error."""
 
 from __future__ import annotations
 
@@ -38,6 +38,14 @@ def wrong_arguments(params, x, state):
         "x of another dtype": (params, x.astype("float32"), state),
         "complex x": (params, x + 0j, state),
         "boolean x": (params, np.array([True, False]), state),
+        "x without features": (params, np.ones((2, 0)), state),
+        "x and weights of another input size": (
+            params | {"weight_ih_l0": np.ones((len(u), 4))},
+            np.ones((2, 4)),
+            state,
+        ),
+        "weights for more classes": (params | {"weight_ih_l0": np.ones((len(u), 4))}, np.array([0, 2]), state),
+        "weight is None, and no state": (params | {"weight_hh_l0": None}, np.array([0, 2]), None),
         "x is None": (params, None, state),
         "x is a list": (params, x.tolist(), state),
         "class number too large": (params, np.array([0, 3]), state),
@@ -48,6 +56,8 @@ def wrong_arguments(params, x, state):
         "state of four rows": (params, x, map_state(lambda s: np.repeat(s, 2, axis=1))),
         "state of another dtype": (params, x, map_state(lambda s: s.astype("float32"))),
         "state without a layer axis": (params, x, map_state(lambda s: s[0])),
+        "state of one number": (params, x, map_state(lambda s: s[0, 0, 0])),
+        "state without axes": (params, x, map_state(lambda s: s[0, 0, 0].reshape(()))),
         "state of two layers": (params, x, map_state(lambda s: np.repeat(s, 2, axis=0))),
         "state too small": (params, x, map_state(lambda s: s[:, :, :7])),
         "one state too many": (params, x, (*states, states[0])),
@@ -57,17 +67,17 @@ def wrong_arguments(params, x, state):
 
 @with_and_without_jit
 @each_layer
-def test_wrong_arguments_raise_the_error_of_the_validated_step(rng, make, jit):
+def test_wrong_arguments_raise_the_error_of_the_checked_step(rng, make, jit):
     layer = make(3, 8)
     right = step_inputs(rng, layer, 2)
     with allow_jit(jit):
         check_fast_step(layer, *right)  # builds the fast step
         for name, arguments in wrong_arguments(*right).items():
-            with pytest.raises(xprnn.InputError) as validated:
+            with pytest.raises(xprnn.InputError) as checked:
                 stack.step(layer, *arguments)
             with pytest.raises(xprnn.InputError) as raised:
                 layer.step(*arguments)
-            assert str(raised.value) == str(validated.value), name
+            assert str(raised.value) == str(checked.value), name
         check_fast_step(layer, *right)
 
 
@@ -84,7 +94,7 @@ def test_step_checks_the_learned_state_that_it_does_not_read(rng, jit):
 
 
 @each_layer
-def test_step_accepts_arguments_that_only_the_validated_step_supports(rng, make):
+def test_step_accepts_arguments_that_only_the_checked_step_supports(rng, make):
     """A list of states, a subclass of ndarray, no state, float16."""
     layer = make(3, 8)
     params, x, state = step_inputs(rng, layer, 2)

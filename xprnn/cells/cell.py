@@ -77,6 +77,7 @@ class Cell:
         vectors: names of the additional parameters of shape (H,), in the order of `p`.
         pregates: E, 0 <= E < G.
         options: set by the factories of `xprnn.cells` so that the cell can be saved; leave None in user-defined cells.
+        gate_names: a name for each gate, used in printed code; by default gate0, gate1, ...
 
     Raises:
         InputError: `gates` or `build` is invalid; later, when the layer runs, a function of a user-defined cell does
@@ -116,6 +117,7 @@ class Cell:
     vectors: tuple[str, ...] = ()
     pregates: int = 0
     options: tuple[tuple[str, Any], ...] | None = field(default=None, compare=False, repr=False)
+    gate_names: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         gates: Any = self.gates
@@ -129,6 +131,10 @@ class Cell:
         if config is None or cell_from_config(config) != self:
             return super().__reduce_ex__(protocol)  # a user-defined cell pickles by reference to its functions
         return cell_from_config, (config,)
+
+    def gate_name(self, k: int) -> str:
+        """Return the name of gate k."""
+        return self.gate_names[k] if k < len(self.gate_names) else f"gate{k}"
 
     def bind(self, xp: Any) -> Pointwise:
         """Return the functions of the cell over the namespace `xp`; user-defined ones check the lengths of results."""

@@ -72,7 +72,7 @@ def elman(f: Activation | str = "tanh", clip: float | None = None) -> Cell:
 
         return step, backward
 
-    return Cell("elman", 1, build)
+    return Cell("elman", 1, build, gate_names=("a",))
 
 
 @serializable
@@ -119,7 +119,7 @@ def lstm(
         return step, _lstm_backward([derivative for _, derivative in pairs], clip, peepholes, coupled)
 
     vectors = ("weight_pi", "weight_pf", "weight_po") if peepholes else ()
-    return Cell("lstm", 4, build, ("h", "c"), vectors)
+    return Cell("lstm", 4, build, ("h", "c"), vectors, gate_names=("i", "f", "g", "o"))
 
 
 def _lstm_step(functions: Sequence[Any], clip_fns: Any, peepholes: bool, coupled: bool) -> Any:
@@ -221,7 +221,7 @@ def gru(gate: Activation | str = "sigmoid", candidate: Activation | str = "tanh"
 
         return step, backward
 
-    return Cell("gru", 3, build)
+    return Cell("gru", 3, build, gate_names=("r", "z", "n"))
 
 
 @serializable
@@ -283,4 +283,4 @@ def gru_reset_before(
 
         return Pointwise(step, backward, pregate, pregate_backward)
 
-    return Cell("gru_reset_before", 3, build, pregates=2)
+    return Cell("gru_reset_before", 3, build, pregates=2, gate_names=("r", "z", "n"))

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 # Cached properties of a layer that hold compiled code and closures: they are left out of copies and pickles.
-_CACHED_ATTRIBUTES = frozenset({"_fast_step", "_fast_sequence", "_fast_forward", "_fast_inference", "_fast_backward"})
+_CACHED_ATTRIBUTES = frozenset({"_fast_step", "_calls"})
 
 FastStep = Callable[[Params, Array, Any], tuple[Array, Any] | None]
 

@@ -6,7 +6,7 @@ a DirectionStack, because the next layer needs the outputs of both directions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from numpy.random import Generator
 
@@ -24,6 +24,18 @@ __all__ = [
     "forward",
     "step",
 ]
+
+
+class PlanCache(Protocol):
+    """Plans of calls that need no further checks; see call_cache.LayerCalls."""
+
+    def add_plan(self, params: Params, x: Array, lengths: Any) -> bool:
+        """Make the plan of a checked call; False if none applies."""
+
+    def forward(
+        self, params: Params, x: Array, state: Any, lengths: Any, *, record_tape: bool
+    ) -> "tuple[Array, Any, StackTape | None] | None":
+        """Run the plan of a call; None if an array does not fit."""
 
 
 @dataclass(frozen=True)
@@ -88,15 +100,23 @@ def forward(
     reset: Any = None,
     rng: Generator | None = None,
     checkpoint: Any = None,
+    plans: PlanCache | None = None,
 ) -> tuple[Array, Any, StackTape | None]:
-    """Run a recurrent layer; see layers.Recurrent.forward. The tape is None unless `record_tape` is True."""
+    """Check all arguments and run a recurrent layer; see layers.Recurrent.forward.
+
+    The tape is None unless `record_tape` is True. If a plan of `plans` applies, it is made and runs the call.
+    """
     where = f"{type(layer).__name__}.forward" if record_tape else type(layer).__name__
     xp = arguments.check_call(where, layer, params, x, state, "NT" if layer.batch_first else "TN")
     validation.check_rng(where, rng, optional=True)
-    x = state_layout.time_major(layer, xp, x)
+    caller_x, x = x, state_layout.time_major(layer, xp, x)
     count, n = x.shape[:2]
     step_mask = arguments.make_step_mask(where, layer, xp, x, lengths, mask, reset)
     initial = state_layout.unpack(where, layer, xp, params, n, state)
+    if plans is not None and plans.add_plan(params, caller_x, lengths):
+        result = plans.forward(params, caller_x, state, lengths, record_tape=record_tape)
+        if result is not None:
+            return result
     options = {
         "record_tape": record_tape,
         "rng": rng,

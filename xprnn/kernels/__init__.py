@@ -6,9 +6,9 @@ config.py       context managers and environment variables that restrict the cho
 tape.py         tapes: the arrays that a forward pass saves for backward
 row_order.py    rows of a ragged batch, sorted by length (NumPy)
 memory.py       contiguous and aligned NumPy arrays
-step_plan.py    signature of a layer for the single-step kernels
+step_plan.py    signature of a layer for single steps
 tracing/        traces of a cell's elementwise functions, from which the kernels are printed
 ufunc/          NumPy kernels: ufunc calls that write into preallocated arrays
-jit/            NumPy kernels compiled by numba
+jit/            NumPy kernels compiled by numba: time loops for all cells, printed functions of each cell
 cuda/           CuPy kernels
 """

@@ -10,6 +10,7 @@ from xprnn.arrays.namespace import InputError
 __all__ = [
     "REFERENCE_NAME",
     "allow_jit",
+    "is_default",
     "is_reference_only",
     "jit_enabled",
     "precision",
@@ -31,6 +32,11 @@ def jit_enabled() -> bool:
     """True if compiled NumPy kernels may run: the choice of `allow_jit`, else of XPRNN_FAST (0 is off) at import."""
     override = _jit_override.get()
     return _JIT_DEFAULT if override is None else override
+
+
+def is_default() -> bool:
+    """True outside `allow_jit` and `reference_only`, if XPRNN_FAST did not switch compiled kernels off."""
+    return _JIT_DEFAULT and _jit_override.get() is None and not _reference_only.get()
 
 
 @contextmanager

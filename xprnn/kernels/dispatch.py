@@ -109,7 +109,7 @@ def explain(xp: Namespace, cell: Cell, params: Params, shape: Any, step_mask: An
     if is_numpy(xp):
         jit_scan, ufunc_scan = _numpy_kernels()
         not_compiled: str = (
-            jit_scan.unsupported_reason(cell, params)
+            jit_scan.unsupported_reason(cell, params["weight_hh"].dtype, "weight_hr" in params)
             if jit_enabled()
             else "switched off (XPRNN_FAST=0 or allow_jit(False))"
         )

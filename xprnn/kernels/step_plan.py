@@ -22,9 +22,6 @@ __all__ = [
 MAX_COMPILED_ROWS = 8  # for more rows BLAS is faster, because it reads the weights once for all rows
 _LARGE_WEIGHTS = 1 << 19  # number of weights from which BLAS is faster for more than one row
 
-# Multiply-adds of one step, of all rows, up to which the short-sequence kernel is faster than the scan, for any T.
-MAX_SEQUENCE_KERNEL_WORK = 1 << 15
-
 DTYPE_BITS = {np.dtype(np.float32): 32, np.dtype(np.float64): 64}
 
 
@@ -51,14 +48,6 @@ class LayerSignature(NamedTuple):
             if self.cell.gates * self.hidden_size * (self.input_size + self.hidden_size) < _LARGE_WEIGHTS
             else 1
         )
-
-    def use_sequence_kernel(self, n: int, integer: bool) -> bool:
-        """True if the short-sequence kernel is faster than the scan for n rows.
-
-        The choice does not depend on T, so a sequence gives the same bits whole and in chunks.
-        """
-        inner = self.hidden_size + (0 if integer else self.input_size)
-        return n * self.cell.gates * self.hidden_size * inner <= MAX_SEQUENCE_KERNEL_WORK
 
     @property
     def state_sizes(self) -> list[int]:
@@ -89,7 +78,8 @@ def argument_lines(signature: LayerSignature, integer: bool) -> list[str]:
     lines, states = ["n = len(x)", f"dtype = {dtype}"], [f"s{k}" for k in range(len(signature.state_sizes))]
     if len(states) == 1:
         return [*lines, "s0 = state"]
-    return [*lines, "if state.__class__ is not tuple: return None", f"{', '.join(states)} = state"]
+    check = f"if state.__class__ is not tuple or len(state) != {len(states)}: return None"
+    return [*lines, check, f"{', '.join(states)} = state"]
 
 
 def initial_state_checks(signature: LayerSignature) -> list[str]:

@@ -30,7 +30,7 @@ from xprnn.arrays.validation import (
     require_array,
     validate_positive,
 )
-from xprnn.engine.call_cache import make_embedding_step
+from xprnn.engine.fast_steps import make_embedding_step
 from xprnn.engine.layer import FastStep, Steppable
 from xprnn.kernels.jit.applies import jit_applies
 from xprnn.kernels.tape import Gradients

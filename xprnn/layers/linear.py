@@ -9,7 +9,7 @@ from numpy.random import Generator
 from xprnn.arrays.linear import linear, linear_backward
 from xprnn.arrays.namespace import Array, InputError, Params, check_shape, from_numpy, is_numpy, resolve_namespace
 from xprnn.arrays.validation import check_init, check_param_shapes, check_params, require_array, validate_positive
-from xprnn.engine.call_cache import make_linear_step
+from xprnn.engine.fast_steps import make_linear_step
 from xprnn.engine.layer import FastStep, Steppable
 from xprnn.kernels.tape import Gradients
 from xprnn.layers.base import check_tape

@@ -18,7 +18,7 @@ from xprnn.cells.cell import Cell
 from xprnn.cells.serialization import cell_to_config
 from xprnn.engine import explain as engine_explain
 from xprnn.engine import stack
-from xprnn.engine.call_cache import FastPaths
+from xprnn.engine.call_cache import CachedCalls
 from xprnn.engine.layer import CallsForward
 from xprnn.engine.stack import StackTape
 from xprnn.engine.state_layout import parameter_shapes
@@ -31,7 +31,7 @@ LayerState = Any
 
 
 @dataclass(frozen=True)
-class Recurrent(FastPaths, CallsForward):
+class Recurrent(CachedCalls, CallsForward):
     """Stack of recurrent layers of one cell, in one or two directions.
 
     RNN, LSTM and GRU are subclasses that set the cell.
@@ -202,10 +202,7 @@ class Recurrent(FastPaths, CallsForward):
         Raises:
             InputError: as `forward`.
         """
-        no_flags = lengths is None and mask is None and reset is None
-        if no_flags and (result := self._infer(params, x, state)) is not None:
-            return result
-        y, final, _ = stack.forward(self, params, x, state, lengths=lengths, mask=mask, reset=reset, record_tape=False)
+        y, final, _ = self._run(params, x, state, record_tape=False, lengths=lengths, mask=mask, reset=reset)
         return y, final
 
     def forward(
@@ -254,21 +251,8 @@ class Recurrent(FastPaths, CallsForward):
         >>> dx.shape, dstate.shape, dparams["weight_hh_l0"].shape
         ((5, 2, 3), (1, 2, 4), (4, 4))
         """
-        no_options = lengths is None and mask is None and reset is None and rng is None and checkpoint is None
-        if no_options and (result := self._fast_forward(params, x, state)) is not None:
-            return result
-        y, final, tape = stack.forward(
-            self,
-            params,
-            x,
-            state,
-            lengths=lengths,
-            mask=mask,
-            reset=reset,
-            record_tape=True,
-            rng=rng,
-            checkpoint=checkpoint,
-        )
+        options = {"mask": mask, "reset": reset, "rng": rng, "checkpoint": checkpoint}
+        y, final, tape = self._run(params, x, state, record_tape=True, lengths=lengths, **options)
         assert tape is not None
         return y, final, tape
 
@@ -290,7 +274,7 @@ class Recurrent(FastPaths, CallsForward):
         Raises:
             InputError: a cotangent whose shape, dtype, library or device differs from that of its output.
         """
-        return self._fast_backward(tape, dy, dstate, dstates) or stack.backward(self, tape, dy, dstate, dstates)
+        return self._calls.backward(tape, dy, dstate, dstates) or stack.backward(self, tape, dy, dstate, dstates)
 
     def step(self, params: Params, x: Array, state: LayerState = None) -> tuple[Array, LayerState]:
         """Compute one time step of a stream; the results equal those of a call with the whole sequence.

@@ -10,7 +10,7 @@ from numpy.random import Generator
 from xprnn.arrays.namespace import Array, InputError, Params
 from xprnn.arrays.validation import check_init, check_params
 from xprnn.cells.serialization import activation_from_config, cell_from_config
-from xprnn.engine.call_cache import make_layer_step, make_sequential_step
+from xprnn.engine.fast_steps import make_layer_step, make_sequential_step
 from xprnn.engine.layer import CallsForward, FastStep, Steppable
 from xprnn.kernels.tape import Gradients, ModelTape
 from xprnn.layers.base import Layer, StatelessLayer

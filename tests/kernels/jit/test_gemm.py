@@ -9,15 +9,14 @@ from support.layer_cases import CASES, inputs_on, random_cotangents, random_inpu
 from threadpoolctl import threadpool_limits
 
 import xprnn
-from xprnn.kernels.config import allow_jit
-from xprnn.kernels.jit import arguments, compile_cache, scan_plan, threads
-from xprnn.kernels.jit.arguments import panel_width
+from xprnn.kernels.config import allow_jit, reference_only
+from xprnn.kernels.jit import compile_cache, threads
 from xprnn.kernels.memory import address
 from xprnn.kernels.row_order import RowOrder
 
 pytestmark = pytest.mark.needs("numba")
 XP = Backend.NUMPY
-MATMUL, PACK_RHS, PACK_LHS, MATMUL_LHS_TRANSPOSED = range(4)
+MATMUL, MULTIPLY_ROWS, MULTIPLY_IN_PLACE, PACK_RHS, PACK_ROWS, PACK_LHS, MATMUL_LHS_TRANSPOSED = range(7)
 SIZES = [
     (1, 1, 1),
     (5, 0, 3),
@@ -36,7 +35,13 @@ SIZES = [
 def call_gemm(number, dtype, *args):
     """Call one of gemm.py's functions, with arrays replaced by their addresses."""
     integers = [address(a) if isinstance(a, np.ndarray) else a for a in args]
-    compile_cache.gemm_kernel(np.dtype(dtype).itemsize).ctypes(number, *integers, *[0] * (11 - len(args)))
+    compile_cache.gemm_kernel(np.dtype(dtype).itemsize).ctypes(number, *integers, *[0] * (12 - len(args) - 1))
+
+
+def panel_width(columns, itemsize):
+    """Return a number of columns rounded up to whole vectors."""
+    lanes = compile_cache.vector_lanes(itemsize)
+    return -(-columns // lanes) * lanes
 
 
 def edge_tile(dtype):
@@ -133,19 +138,76 @@ def test_nan_stays_in_row_and_column(dtype):
             np.testing.assert_array_equal(out, a @ b)
 
 
-@pytest.mark.parametrize("flags", ["", "lmr"])
-@pytest.mark.parametrize("name", ["rnn", "lstm", "lstm-proj", "gru", "gru-before"])
-def test_row_padding_does_not_change_results(rng, dtype, monkeypatch, name, flags):
-    """Padding after each row of the gate cotangents, which large layers have, is never read."""
-    layer = CASES[name].make(5, 6)
-    p = random_inputs(rng, layer, T=6, N=9, flags=flags)
-    dy = random_cotangents(rng, run_layer(layer, p, "float64")[0])
-    want = run_layer(layer, p, dtype, dy)
-    monkeypatch.setattr(arguments, "_CACHE_ALIAS_STRIDE", 1)
-    scan_plan.forward_plan.cache_clear()
-    got = run_layer(CASES[name].make(5, 6), p, dtype, dy)  # a new layer: a layer caches its plans
-    scan_plan.forward_plan.cache_clear()
-    XP.assert_close(got, want, condition=0)
+@pytest.mark.parametrize("layout", ["C", "F"])
+@pytest.mark.parametrize(("n", "inner", "columns"), SIZES)
+def test_multiply_rows_equals_numpy(rng, dtype, n, inner, columns, layout):
+    """The rows of B are copied to rows of whole vectors, some of them further apart than they are long."""
+    wide = panel_width(columns, np.dtype(dtype).itemsize)
+    a, b = rng.uniform(-1, 1, (n, inner + 3)).astype(dtype), rng.uniform(-1, 1, (inner, columns)).astype(dtype)
+    b, stride, item = np.asarray(b, order=layout), wide + 8, np.dtype(dtype).itemsize
+    rows = np.zeros((inner, stride), dtype)
+    call_gemm(PACK_ROWS, dtype, b, *(s // item for s in b.strides), inner, columns, rows, stride)
+    np.testing.assert_array_equal(rows[:, :columns], b)
+    assert not rows[:, columns:].any()
+    start = rng.uniform(-1, 1, (n, wide)).astype(dtype)
+    want = a[:, :inner].astype(np.float64) @ rows[:, :wide].astype(np.float64)
+    for start_, lds in ((start, wide), (start[0], 0)):
+        out = np.full((n + 1, wide), 7, dtype)
+        call_gemm(MULTIPLY_ROWS, dtype, a, inner + 3, rows, out, wide, start_, lds, n, inner, wide, stride)
+        assert_product_close(out[:n], start_ + want, inner)
+        assert (out[n] == 7).all()
+    out = start.copy()
+    call_gemm(MULTIPLY_ROWS, dtype, a, inner + 3, rows, out, wide, out, wide, n, inner, wide, stride)
+    assert_product_close(out, start + want, inner)
+
+
+@pytest.mark.parametrize(("n", "inner", "columns"), SIZES)
+def test_multiply_in_place_equals_numpy(rng, dtype, n, inner, columns):
+    """Neither the vector of a nor the rows of W may be read beyond `inner` elements, where there is NaN."""
+    a, w = np.full((n, inner + 3), np.nan, dtype), np.full((columns, inner + 5), np.nan, dtype)
+    a[:, :inner], w[:, :inner] = rng.uniform(-1, 1, (n, inner)), rng.uniform(-1, 1, (columns, inner))
+    start = rng.uniform(-1, 1, (n, columns)).astype(dtype)
+    want = a[:, :inner].astype(np.float64) @ w[:, :inner].T.astype(np.float64)
+    for start_, lds in ((start, columns), (start[0], 0)):
+        out = np.full((n + 1, columns), 7, dtype)
+        call_gemm(MULTIPLY_IN_PLACE, dtype, a, inner + 3, w, out, columns, start_, lds, n, inner, columns, inner + 5)
+        assert_product_close(out[:n], start_ + want, inner)
+        assert (out[n] == 7).all()
+    out = start.copy()
+    call_gemm(MULTIPLY_IN_PLACE, dtype, a, inner + 3, w, out, columns, out, columns, n, inner, columns, inner + 5)
+    assert_product_close(out, start + want, inner)
+
+
+def test_rows_of_a_product_do_not_depend_on_their_number(rng, dtype):
+    """Bit for bit, for the two products that read rows of the weight."""
+    n, inner, columns, item = 11, 37, 48, np.dtype(dtype).itemsize
+    a, w = (rng.uniform(-1, 1, (size, inner)).astype(dtype) for size in (n, columns))
+    rows, start = np.ascontiguousarray(w.T), np.ones(columns, dtype)
+    assert columns == panel_width(columns, item)
+    for number, b, last in (
+        (MULTIPLY_ROWS, rows, columns),
+        (MULTIPLY_IN_PLACE, w, inner),
+    ):
+        out, single = np.empty((n, columns), dtype), np.empty((n, columns), dtype)
+        call_gemm(number, dtype, a, inner, b, out, columns, start, 0, n, inner, columns, last)
+        for r in range(n):
+            call_gemm(number, dtype, a[r:], inner, b, single[r:], columns, start, 0, 1, inner, columns, last)
+        np.testing.assert_array_equal(single, out)
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru", "gru-before"])
+def test_rows_of_gate_cotangents_with_padding_equal_the_reference_scan(rng, name):
+    """256 units in float64 make rows of gate cotangents of a multiple of 2 KiB, to which a cache line is added."""
+    layer = CASES[name].make(5, 256)
+    assert layer.resolved_cell.gates * 256 * 8 % 2048 == 0
+    p = random_inputs(rng, layer, T=3, N=9, flags="lmr", scale=0.05)
+    y, final, tape = layer.forward(p.params, p.x, p.state, **p.flags)
+    assert "compiled" in tape.explain()
+    dy = random_cotangents(rng, y)
+    with reference_only():
+        want = layer.forward(p.params, p.x, p.state, **p.flags)
+        gradients = layer.backward(want[2], dy)
+    XP.assert_close((y, final, *layer.backward(tape, dy)), (*want[:2], *gradients), condition=256)
 
 
 # --- threads
@@ -176,7 +238,7 @@ def on_threads(monkeypatch):
         result = call()
         monkeypatch.undo()
         assert all(len(row_ranges) == count for row_ranges in splits)
-        assert splits or count == 1  # on one thread, a plan may run instead
+        assert splits or count == 1  # on one thread, some passes do not split
         return result
 
     return run

@@ -10,17 +10,20 @@ import numpy as np
 import pytest
 from support.backends import Backend
 from support.kernel_cases import everything_cell
-from support.layer_cases import CASES, random_cotangents, random_inputs
+from support.layer_cases import random_inputs
 from support.paths import ROOT
 
 import xprnn
 from xprnn.kernels.config import allow_jit
-from xprnn.kernels.jit import arguments, compile_cache
+from xprnn.kernels.jit import compile_cache, kernel
 from xprnn.kernels.tracing import scalar_code
 from xprnn.kernels.tracing.graph import UFUNCS
 
 pytestmark = pytest.mark.needs("numba")
 XP = Backend.NUMPY
+# Compiled for an LSTM or GRU that runs forward and backward without masks.
+FUNCTIONS = ["gemm", "forward driver", "backward driver", "forward_rows", "backward_rows"]
+FUNCTIONS += ["plain_forward", "backward"]
 RUN = """
 import sys
 import numpy as np, xprnn
@@ -53,7 +56,7 @@ def test_second_process_reuses_machine_code_and_replaces_damaged_files(tmp_path)
     explanation, _, first = run_in_process(XPRNN_CACHE=tmp_path)
     assert "compiled" in explanation
     code = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")}
-    assert len(code) == 5  # forward, backward, gemm, and the argument binders of both
+    assert len(code) == len(FUNCTIONS)
     assert run_in_process(XPRNN_CACHE=tmp_path)[2] == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")} == code
     for path in code:
@@ -66,25 +69,6 @@ def test_second_process_reuses_machine_code_and_replaces_damaged_files(tmp_path)
 def test_kernels_are_compiled_in_memory_without_cache_directory(tmp_path):
     (tmp_path / "file").write_text("not a directory")
     assert "compiled" in run_in_process(XPRNN_CACHE=tmp_path / "file" / "cache")[0]
-
-
-@pytest.mark.parametrize("name", ["rnn", "rnn-clip", "lstm", "lstm-proj", "gru", "gru-before", "leaky"])
-@pytest.mark.parametrize("record_tape", [True, False])
-def test_block_size_does_not_change_results(rng, monkeypatch, name, record_tape):
-    layer = CASES[name].make(3, 4, 2, bidirectional=True)
-    p = random_inputs(rng, layer, T=6, N=4, flags="lmr")
-
-    def run():
-        if not record_tape:
-            return layer(p.params, p.x, p.state, **p.flags)
-        y, final, tape = layer.forward(p.params, p.x, p.state, **p.flags)
-        return y, final, *layer.backward(tape, dy)
-
-    dy = random_cotangents(rng, layer(p.params, p.x, p.state)[0])
-    want = run()
-    monkeypatch.setattr(arguments, "_BLOCK_BYTES", 1)
-    monkeypatch.setattr(arguments, "_BLOCK_ROWS", 8)
-    XP.assert_close(run(), want, condition=64)
 
 
 def test_every_traceable_function_is_compiled(rng, dtype):
@@ -122,19 +106,23 @@ def test_tanh_and_exp_are_accurate(function, dtype):
     assert np.nanmax(np.abs(got)) <= 1 or function == "exp"
 
 
-def test_kernels_do_not_depend_on_sizes(tmp_path, monkeypatch):
-    """For one cell and dtype, four kernels serve all sizes: forward, backward, and their argument binders."""
-    sources, compile_kernel = [], compile_cache.compile_kernel
+def test_kernels_do_not_depend_on_sizes(monkeypatch):
+    """For one cell and dtype, the same functions serve all sizes, masks, resets and directions."""
+    sources, compile_cached = [], compile_cache._compile_cached
 
-    def record(source, *signature):
+    def record(source, compiler):
         sources.append(source)
-        return compile_kernel(source, *signature)
+        return compile_cached(source, compiler)
 
-    monkeypatch.setattr(compile_cache, "compile_kernel", record)
+    monkeypatch.setattr(compile_cache, "_compile_cached", record)
+    for cached in (compile_cache.compile_kernel, compile_cache.compile_cfunc, compile_cache.gemm_kernel):
+        cached.cache_clear()
+    kernel.scan_kernel.cache_clear()
     rng = np.random.default_rng(0)
-    for D, H, N, T in ((1, 1, 1, 1), (3, 40, 5, 7), (2, 3, 0, 4)):
-        layer = xprnn.LSTM(D, H)
-        p = random_inputs(rng, layer, T=T, N=N)
-        y, _, tape = layer.forward(p.params, p.x, p.state)
-        layer.backward(tape, np.ones_like(y))
-    assert len(set(sources)) == 4
+    for D, H, N, T, flags in ((1, 1, 1, 1, ""), (3, 40, 5, 7, "l"), (2, 3, 0, 4, ""), (3, 5, 2, 4, "lmr")):
+        for bidirectional in (False, True):
+            layer = xprnn.LSTM(D, H, bidirectional=bidirectional)
+            p = random_inputs(rng, layer, T=T, N=N, flags=flags)
+            y, _, tape = layer.forward(p.params, p.x, p.state, **p.flags)
+            layer.backward(tape, np.ones_like(y))
+    assert len(sources) == len(set(sources)) == len(FUNCTIONS) + 1  # `forward`, which takes masks and resets

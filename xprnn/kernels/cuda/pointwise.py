@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 from xprnn.cells.cell import Cell
 from xprnn.kernels.tracing.cell_trace import assign_buffers, trace_backward, trace_step
-from xprnn.kernels.tracing.graph import TraceGraph
+from xprnn.kernels.tracing.graph import TraceGraph, UntraceableError
 from xprnn.kernels.tracing.scalar_code import OP_TEMPLATES, ScalarCode
 
 __all__ = ["PointwiseKernels", "pointwise_kernels"]
@@ -109,7 +109,7 @@ def pointwise_kernels(cell: Cell, bits: int) -> PointwiseKernels | None:
         separate_recurrent = summed_gates < cell.gates
         forward, forward_fields = _forward_source(cell, bits, separate_recurrent, new_states, saved_values)
         backward, backward_fields, dx_is_dh = _backward_source(cell, bits, buffers)
-    except Exception:  # any failure of tracing selects the reference scan, which raises the cell's own errors
+    except UntraceableError:
         return None
     prologue = _PROLOGUE.format(cell=cell.name, real="float" if bits == 32 else "double")
     return PointwiseKernels(

@@ -28,7 +28,11 @@ __all__ = [
 ]
 
 # Stems of the files in this directory that printed kernels import, directly or not: a change invalidates the cache.
-_PRIMITIVE_MODULES = ("simd", "matvec", "gemm_tile", "gemm", "segment_sum", "training")
+_PRIMITIVE_MODULES = (
+    *("simd", "matvec", "gemm_tile", "gemm", "segment_sum", "products", "record", "forward", "backward", "bind"),
+    "bind_backward",
+    "training",
+)
 _KERNEL_SIGNATURE = "void(int64[::1])"
 _GEMM_SIGNATURE = f"int64({', '.join(['int64'] * 12)})"
 _LOCK_TIMEOUT = 30.0  # seconds to wait for another process that compiles the same kernel
@@ -57,6 +61,16 @@ def can_compile(source: str, signature: str = _KERNEL_SIGNATURE) -> bool:
     """Compile a kernel; return False if numba or LLVM fails."""
     try:
         compile_kernel(source, signature)
+    except Exception:  # of any type from numba or LLVM; the caller then uses a kernel that needs neither
+        return False
+    return True
+
+
+@lru_cache(maxsize=1024)
+def can_compile_cfunc(source: str, num_arguments: int) -> bool:
+    """Compile a function that is called by address; return False if numba or LLVM fails."""
+    try:
+        compile_cfunc(source, num_arguments)
     except Exception:  # of any type from numba or LLVM; the caller then uses a kernel that needs neither
         return False
     return True
@@ -93,20 +107,31 @@ def _cache_salt() -> bytes:
 
 
 @lru_cache(maxsize=1024)
-def compile_kernel(source: str, signature: str = _KERNEL_SIGNATURE) -> Callable[..., Any]:
+def compile_kernel(source: str, signature: Any = _KERNEL_SIGNATURE) -> Callable[..., Any]:
     """Compile a printed kernel.
 
     Args:
         source: a module that defines `kernel`.
-        signature: numba signatures, separated by semicolons. The default takes one int64 array.
+        signature: a numba signature, or several as text, separated by semicolons.
 
     Returns:
         The compiled `kernel`.
     """
     from numba import njit
 
-    kernel: Callable[..., Any] = _compile_cached(source, partial(njit, signature.split(";"), **_COMPILE_OPTIONS))
+    signatures = signature.split(";") if isinstance(signature, str) else [signature]
+    kernel: Callable[..., Any] = _compile_cached(source, partial(njit, signatures, **_COMPILE_OPTIONS))
     return kernel
+
+
+@lru_cache(maxsize=1024)
+def compile_cfunc(source: str, num_arguments: int) -> Any:
+    """Compile a printed function of int64 arguments that is called by its `.address`; it returns an int64."""
+    from numba import cfunc
+
+    options = {name: value for name, value in _COMPILE_OPTIONS.items() if name != "nogil"}
+    signature = f"int64({', '.join(['int64'] * num_arguments)})"
+    return _compile_cached(source, partial(cfunc, signature, **options))
 
 
 def _compile_cached(source: str, compiler: Callable[..., Any]) -> Any:

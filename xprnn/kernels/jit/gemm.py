@@ -182,7 +182,7 @@ def _make_matmul_lhs_transposed(lanes: int, itemsize: int) -> Any:
 
 
 def gemm_source(bits: int) -> str:
-    """Print a module whose `kernel` calls one of the four functions, selected by number, on addresses and sizes."""
+    """Print a module whose `kernel` calls one of these functions, selected by number, on addresses and sizes."""
     return _SOURCE.format(bits=bits)
 
 
@@ -195,19 +195,24 @@ pack_rhs32, pack_rhs64 = _make_pack_rhs(LANES32, np.float32(0)), _make_pack_rhs(
 pack_lhs32, pack_lhs64 = _make_pack_lhs(np.float32(0)), _make_pack_lhs(np.float64(0))
 _SOURCE = '''"""Matrix products, printed by xprnn (a cache entry, safe to delete)"""
 from xprnn.kernels.jit.gemm import matmul{bits}, matmul_lhs_transposed{bits}, pack_lhs{bits}, pack_rhs{bits}
-from xprnn.kernels.jit.simd import float{bits}_pointer as float_pointer
+from xprnn.kernels.jit.matvec import multiply_in_place, multiply_rows, pack_rows
+from xprnn.kernels.jit.simd import float{bits}_pointer as pointer
 
 
 def kernel(op, a, b, c, d, e, f, g, h, i, j, k):
     if op == 0:
-        matmul{bits}(float_pointer(a), b, float_pointer(c), float_pointer(d), e, float_pointer(f), g, h, i, j,
-                     float_pointer(k))
+        matmul{bits}(pointer(a), b, pointer(c), pointer(d), e, pointer(f), g, h, i, j, pointer(k))
     elif op == 1:
-        pack_rhs{bits}(float_pointer(a), b, c, d, e, float_pointer(f), g, h)
+        multiply_rows(pointer(a), b, pointer(c), pointer(d), e, pointer(f), g, h, i, j, k)
     elif op == 2:
-        pack_lhs{bits}(float_pointer(a), b, c, d, float_pointer(e), f, g, float_pointer(h))
+        multiply_in_place(pointer(a), b, pointer(c), pointer(d), e, pointer(f), g, h, i, j, k)
+    elif op == 3:
+        pack_rhs{bits}(pointer(a), b, c, d, e, pointer(f), g, h)
+    elif op == 4:
+        pack_rows(pointer(a), b, c, d, e, pointer(f), g)
+    elif op == 5:
+        pack_lhs{bits}(pointer(a), b, c, d, pointer(e), f, g, pointer(h))
     else:
-        matmul_lhs_transposed{bits}(float_pointer(a), float_pointer(b), c, d, e, f, float_pointer(g), float_pointer(h),
-                                    i, float_pointer(j))
+        matmul_lhs_transposed{bits}(pointer(a), pointer(b), c, d, e, f, pointer(g), pointer(h), i, pointer(j))
     return 0
 '''

@@ -95,18 +95,45 @@ def _element_address(typing: Any, pointer: Any, index: Any) -> Any:
     return types.int64(pointer, types.int64), generate
 
 
-CALL_ARGUMENTS = 12  # int64 arguments of every function that is called by address
-
-
 def _call_address(typing: Any, address: Any, arguments: Any) -> Any:
-    """Call the function at an address with a tuple of CALL_ARGUMENTS int64."""
+    """Call the function at an address with a tuple of int64; it returns an int64."""
+    count = len(arguments)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         long = ir.IntType(64)
-        function = builder.inttoptr(args[0], ir.FunctionType(long, [long] * CALL_ARGUMENTS).as_pointer())
-        return builder.call(function, [builder.extract_value(args[1], k) for k in range(CALL_ARGUMENTS)])
+        function = builder.inttoptr(args[0], ir.FunctionType(long, [long] * count).as_pointer())
+        return builder.call(function, [builder.extract_value(args[1], k) for k in range(count)])
 
-    return types.int64(types.int64, types.UniTuple(types.int64, CALL_ARGUMENTS)), generate
+    return types.int64(types.int64, types.UniTuple(types.int64, count)), generate
+
+
+def _pointer_like(typing: Any, address: Any, number: Any) -> Any:
+    """Cast an integer address to a pointer to elements of the type of `number`."""
+    kind = types.CPointer(number)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(kind))
+
+    return kind(types.int64, number), generate
+
+
+def _lanes_of(typing: Any, number: Any) -> Any:
+    """Return the number of elements of the type of `number` that a SIMD vector holds."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.Constant(ir.IntType(64), LANES32 if number.bitwidth == 32 else LANES64)
+
+    return types.int64(number), generate
+
+
+def _data_address(typing: Any, array: Any) -> Any:
+    """Return the address of an array's first element as an int64."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(array)(context, builder, args[0]).data
+        return builder.ptrtoint(data, ir.IntType(64))
+
+    return types.int64(array), generate
 
 
 def _prefer_widest_vectors(typing: Any) -> Any:
@@ -122,6 +149,7 @@ def _prefer_widest_vectors(typing: Any) -> Any:
 
 prefer_widest_vectors = intrinsic(_prefer_widest_vectors)
 offset, element_address, call_address = intrinsic(_offset), intrinsic(_element_address), intrinsic(_call_address)
+pointer_like, lanes_of, data_address = intrinsic(_pointer_like), intrinsic(_lanes_of), intrinsic(_data_address)
 load, store = intrinsic(prefer_literal=True)(_load), intrinsic(prefer_literal=True)(_store)
 
 

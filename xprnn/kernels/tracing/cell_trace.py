@@ -30,6 +30,21 @@ __all__ = [
 ]
 
 
+def _call(cell: Cell, graph: TraceGraph, name: str, *args: Any) -> Any:
+    """Call one of the cell's functions on traced values.
+
+    Raises:
+        UntraceableError: for every exception of a user-defined function, which may raise any. The reference scan calls
+            the function on arrays, and raises the exception again if it is an error of the cell.
+    """
+    try:
+        return getattr(cell.bind(graph), name)(*args)
+    except UntraceableError:
+        raise
+    except Exception as error:
+        raise UntraceableError(f"{type(error).__name__}: {error}") from error
+
+
 def trace_step(cell: Cell, graph: TraceGraph) -> tuple[tuple[Any, ...], tuple[Any, ...], int]:
     """Trace the cell's step.
 
@@ -40,7 +55,7 @@ def trace_step(cell: Cell, graph: TraceGraph) -> tuple[tuple[Any, ...], tuple[An
         With pregates it is E or G, because a kernel treats the other gates alike.
     """
     s, p, e = graph.inputs("s", len(cell.states)), graph.inputs("p", len(cell.vectors)), cell.pregates
-    new, saved = cell.bind(graph).step(graph.inputs("x", cell.gates), graph.inputs("h", cell.gates)[e:], s, p)
+    new, saved = _call(cell, graph, "step", graph.inputs("x", cell.gates), graph.inputs("h", cell.gates)[e:], s, p)
     used = _used_inputs((*new, *saved))
     summed_gates = next((k for k in range(e, cell.gates) if {f"x{k}", f"h{k}"} & used), cell.gates)
     if e and summed_gates < cell.gates:
@@ -56,9 +71,7 @@ def trace_pregates(cell: Cell, graph: TraceGraph) -> tuple[tuple[Any, ...], Any,
         Their values, q, and True if only the sum x + h of each pregate is used.
     """
     s, p, gates = graph.inputs("s", len(cell.states)), graph.inputs("p", len(cell.vectors)), range(cell.pregates)
-    pregate = cell.bind(graph).pregate
-    assert pregate is not None
-    values, q = pregate(graph.inputs("x", len(gates)), graph.inputs("h", len(gates)), s, p)
+    values, q = _call(cell, graph, "pregate", graph.inputs("x", len(gates)), graph.inputs("h", len(gates)), s, p)
     used = _used_inputs((*values, q))
     all_summed = not any({f"x{k}", f"h{k}"} & used for k in gates)
     if not all_summed:
@@ -93,7 +106,7 @@ def trace_backward(cell: Cell, num_saved: int, num_pregate_values: int = 0) -> t
     graph, e = TraceGraph(), cell.pregates
     d, s = graph.inputs("d", len(cell.states)), graph.inputs("s", len(cell.states))
     p, v = graph.inputs("p", len(cell.vectors)), graph.inputs("v", num_pregate_values + num_saved)
-    dx, dh, dprevious, dvectors = cell.bind(graph).backward(d, v[num_pregate_values:], s, p)
+    dx, dh, dprevious, dvectors = _call(cell, graph, "backward", d, v[num_pregate_values:], s, p)
     outputs = [(f"X{k}", 0.0 if a is None else a) for k, a in enumerate(dx) if k >= e or a is not None]
     dx_is_dh = all(a is b for a, b in zip(dx[e:], dh, strict=True))
     if not dx_is_dh:
@@ -120,9 +133,7 @@ def trace_pregates_backward(cell: Cell, num_pregate_values: int, cotangent_names
     s, p = graph.inputs("s", len(cell.states)), graph.inputs("p", len(cell.vectors))
     v = graph.inputs("v", num_pregate_values)
     dvalues = tuple(graph.input(f"X{k}") if f"X{k}" in cotangent_names else None for k in gates)
-    pregate_backward = cell.bind(graph).pregate_backward
-    assert pregate_backward is not None
-    dx, dprevious, dvectors = pregate_backward(dvalues, graph.input("q0"), v, s, p)
+    dx, dprevious, dvectors = _call(cell, graph, "pregate_backward", dvalues, graph.input("q0"), v, s, p)
     outputs = [(f"X{k}", 0.0 if a is None else a) for k, a in enumerate(dx)]
     outputs += [(f"P{k}", a) for k, a in enumerate(dvectors) if a is not None]
     return outputs + [(f"{'e' if k else 'r'}{k}", a) for k, a in enumerate(dprevious) if a is not None]

@@ -1,6 +1,6 @@
 """Prints a trace as scalar statements: the body of a compiled loop over rows and units."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from xprnn.kernels.tracing.graph import UntraceableError, Value
@@ -54,6 +54,7 @@ class ScalarCode:
 
     Args:
         read: returns the expression that loads the input of a name.
+        names: preferred names of values; the others are t0, t1, ...
     """
 
     op_templates = OP_TEMPLATES
@@ -61,9 +62,10 @@ class ScalarCode:
     cast_template = "F({0})"
     format_constant = staticmethod(literal)
 
-    def __init__(self, read: Callable[[str], str]) -> None:
+    def __init__(self, read: Callable[[str], str], names: Mapping[Value, str] | None = None) -> None:
         self.lines: list[str] = []
-        self._read, self._names = read, dict[Value, str]()
+        self._read, self._preferred, self._names = read, names or {}, dict[Value, str]()
+        self._uses, self._taken = dict[str, int](), set(self._preferred.values())
 
     def emit(self, value: Any) -> str:
         """Print the statements that compute a value; return the variable that holds it, or a constant."""
@@ -71,9 +73,21 @@ class ScalarCode:
             return self.format_constant(value)
         if value not in self._names:
             text = self._read(value.name) if value.op == "input" else self._format_op(value)
-            self._names[value] = f"w{len(self._names)}"
+            self._names[value] = self._new_name(value)
             self.lines.append(self.assignment_template.format(self._names[value], text))
         return self._names[value]
+
+    def _new_name(self, value: Value) -> str:
+        """Return the preferred name of a value, numbered if it is in use, else t0, t1, ..."""
+        base = self._preferred.get(value, "t")
+        count = self._uses.get(base, -1) + 1
+        name = base if count == 0 and value in self._preferred else f"{base}{count}"
+        while name in self._taken and name != base:
+            count += 1
+            name = f"{base}{count}"
+        self._uses[base] = count
+        self._taken.add(name)
+        return name
 
     def emit_all(self, values: Iterable[Any]) -> list[str]:
         """Apply `emit` to each value."""

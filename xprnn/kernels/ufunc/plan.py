@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from xprnn.cells.cell import Cell
 from xprnn.kernels.tracing.cell_trace import fusable_gates, trace_backward, trace_step
-from xprnn.kernels.tracing.graph import TraceGraph, Value, input_names, nodes
+from xprnn.kernels.tracing.graph import TraceGraph, UntraceableError, Value, input_names, nodes
 from xprnn.kernels.ufunc.program import UfuncProgram, build_program
 
 __all__ = [
@@ -46,7 +46,7 @@ def ufunc_plan(cell: Cell) -> UfuncPlan | None:
         summed_gates, gate_activations, forward_program, saved_names = traced
         programs = _backward_programs(cell, len(saved_names))
         return UfuncPlan(summed_gates, gate_activations, forward_program, saved_names, *programs)
-    except Exception:
+    except UntraceableError:
         return None
 
 

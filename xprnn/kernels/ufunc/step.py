@@ -112,7 +112,7 @@ def _cached_trace(cell: Cell) -> _UfuncTrace | None:
         return None
     try:
         return _trace(cell, sigmoid=True) or _trace(cell, sigmoid=False)
-    except Exception:  # the reference step then runs the cell, and raises the exception again if the cell is wrong
+    except UntraceableError:
         return None
 
 
