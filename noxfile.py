@@ -175,7 +175,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Benchmark against the article's loop, torch, JAX and ONNX Runtime; `-- --short` takes five minutes."""
+    """Benchmark against the article's loop, torch, JAX and runtimes of ONNX models; `-- --short` takes five minutes."""
     install(session, "bench", extra="fast")
     files = ["--markdown", "bench.md", "--json", "bench.json", "--png", "bench.png"]
     session.run("python", "-m", "benchmarks.run_all", *files, *session.posargs)

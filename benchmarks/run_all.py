@@ -53,6 +53,8 @@ BENCHMARKS = {
     "scaling": Benchmark("Growth with T and N", "cpu.scaling", "", "--short"),
     "memory": Benchmark("Memory against T and cost of checkpoints", "cpu.memory", "", "--quick"),
     "import_time": Benchmark("Import time", "cpu.import_time", "", "--rounds 7"),
+    "layouts": Benchmark("Memory layouts of the input", "cpu.layouts", "", "--rounds 7"),
+    "bidirectional": Benchmark("Bidirectional layers", "cpu.bidirectional", "", "--rounds 5 --seconds 0.05"),
 }
 
 
