@@ -11,7 +11,7 @@ from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
 
-_WIDE = 110  # columns from which the bar has the room for both losses and the rate
+_WIDE = 110  # columns from which the bar shows both losses and the rate
 _NARROW_FORMAT = "{percentage:3.0f}%{postfix}"
 
 

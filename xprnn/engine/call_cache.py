@@ -108,9 +108,7 @@ class LayerCalls:
         self.has_plans = isinstance(layer.hidden_size, int)
         self.plans: dict[Key, _Plan] = {}
         shapes, by_scan = state_layout.parameter_names(layer)
-        self.count, biases = len(shapes), ["bias_ih", "bias_hh"] if layer.bias else []
-        self.scan_names = ["weight_ih", "weight_hh", *biases, *cell.vectors]
-        self.scan_names += ["weight_hr"] if layer.projection_size else []
+        self.count, self.scan_names = len(shapes), state_layout.scan_parameter_order(layer)
         self.names = [tuple(names[short] for short in self.scan_names) for names in by_scan]
         self.getters = [itemgetter(*names) for names in self.names]
         self.num_states, self.num_directions = len(cell.states), layer.num_directions

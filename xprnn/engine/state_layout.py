@@ -25,6 +25,7 @@ __all__ = [
     "parameter_names",
     "parameter_shapes",
     "params_by_layer",
+    "scan_parameter_order",
     "time_major",
     "unpack",
     "zero_states",
@@ -68,6 +69,13 @@ def parameter_names(layer: RecurrentLayer) -> tuple[dict[str, tuple[int, ...]], 
     suffixes = [f"_l{k}{direction}" for k in range(layer.num_layers) for direction in directions]
     names = [name for name in shapes if not name.startswith("initial_")]
     return shapes, [{n[: -len(s)]: n for n in names if n.endswith(s)} for s in suffixes]
+
+
+def scan_parameter_order(layer: RecurrentLayer) -> tuple[str, ...]:
+    """Return the scan names of one layer's parameters in the order in which kernels take them."""
+    biases = ("bias_ih", "bias_hh") if layer.bias else ()
+    projection = ("weight_hr",) if layer.projection_size else ()
+    return ("weight_ih", "weight_hh", *biases, *layer.resolved_cell.vectors, *projection)
 
 
 def params_by_layer(layer: RecurrentLayer, params: Params) -> list[Params]:

@@ -10,7 +10,7 @@ import numpy as np
 from xprnn.arrays.namespace import Array, Params
 from xprnn.engine.fast_steps import is_ndarray, with_fallback
 from xprnn.engine.layer import FastStep, RecurrentLayer, is_user_defined, no_fast_path
-from xprnn.engine.state_layout import parameter_names
+from xprnn.engine.state_layout import parameter_names, scan_parameter_order
 from xprnn.kernels import config
 from xprnn.kernels.jit.kernel import ScanKernel, scan_kernel
 from xprnn.kernels.reference import single_step
@@ -141,8 +141,7 @@ def _make_numpy_step(signature: LayerSignature, integer: bool, one_row: bool) ->
 def _layer_signature(layer: RecurrentLayer, prefix: str) -> LayerSignature:
     """The signature of a layer whose parameters are named `prefix + name`; hidden_size must be an integer."""
     cell, (shapes, names) = layer.resolved_cell, parameter_names(layer)
-    biases = ("bias_ih", "bias_hh") if layer.bias else ()
-    order = ["weight_ih", "weight_hh", *biases, *cell.vectors, *(["weight_hr"] if layer.projection_size else [])]
+    order = scan_parameter_order(layer)
     ordered = tuple(tuple(prefix + by_scan_name[short] for short in order) for by_scan_name in names)
     initial = tuple(prefix + name for name in shapes if name.startswith("initial_"))
     prefixed = {prefix + name: shape for name, shape in shapes.items()}

@@ -1,7 +1,6 @@
 """Contiguous and aligned NumPy arrays, and their addresses."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -44,19 +43,3 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any) -> Array:
     buffer = np.empty(size + line, dtype)
     offset = -address(buffer) % ALIGNMENT // buffer.itemsize
     return buffer[offset : offset + size].reshape(shape)
-
-
-def allocate_workspace(dtype: Any, sizes: Mapping[str, int]) -> tuple[dict[str, Array], dict[str, int]]:
-    """Allocate flat arrays of these sizes in one buffer, each on a cache line; return them and their addresses.
-
-    One buffer, because each allocation takes about a microsecond.
-    """
-    item = np.dtype(dtype).itemsize
-    line = ALIGNMENT // item
-    buffer = np.empty(sum(sizes.values()) + (len(sizes) + 1) * line, dtype)
-    arrays, addresses, base = {}, {}, address(buffer)
-    start = -base % ALIGNMENT // item
-    for name, size in sizes.items():
-        arrays[name], addresses[name] = buffer[start : start + size], base + start * item
-        start += -(-size // line) * line
-    return arrays, addresses

@@ -306,10 +306,10 @@ def _pack_cotangents(args, dgates, sums, t0, m):  # type: ignore[no-untyped-def]
 @_compile
 def _pack_inputs(args, t0, m):  # type: ignore[no-untyped-def]
     """Pack a block of x."""
-    adjacent, row = args.R == 1 or args.x_step == args.R * args.x_row, args.x_step if args.R == 1 else args.x_row
-    for s in range(1 if adjacent else m):
-        x, rows = args.x + (t0 + s) * args.x_step * args.item, m * args.R if adjacent else args.R
-        pack_rhs(args.gemm, x, row, args.x_unit, rows, args.D, args.packed_rhs, args.capacity, s * args.R)
+    blocks, rows = (1, m * args.R) if args.x_step == args.R * args.x_row else (m, args.R)
+    for s in range(blocks):
+        x = args.x + (t0 + s) * args.x_step * args.item
+        pack_rhs(args.gemm, x, args.x_row, args.x_unit, rows, args.D, args.packed_rhs, args.capacity, s * args.R)
 
 
 @_compile

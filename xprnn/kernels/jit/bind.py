@@ -47,7 +47,9 @@ __all__ = [
     "tape_layout",
 ]
 
-LINE = 64  # bytes of a cache line, on which every workspace array begins
+# Bytes of a cache line, on which every array of a workspace begins: memory.ALIGNMENT. It stands here, too, because the
+# text of this file is part of the name under which compiled code is cached.
+LINE = 64
 BLOCK_BYTES = 1 << 20  # size limit of a forward block's gate sums, so that they stay in the second-level cache
 MAX_ROWS_WORK = 1 << 15  # multiply-adds of a step, of all rows, up to which ROWS is faster than PANELS
 MIN_ADJACENT_ROWS = 16  # rows of a step from which a product for each step is as fast as one for a block
@@ -137,8 +139,9 @@ def set_input(args, x, num_classes):  # type: ignore[no-untyped-def]
     )
     if args.D == 1:
         args.x_unit = 1
-    adjacent = args.R == 1 or args.x_step == args.R * args.x_row
-    args.copy_x = args.x_unit != 1 or not (adjacent or args.R >= MIN_ADJACENT_ROWS)
+    if args.R == 1:
+        args.x_row = args.x_step  # the rows of consecutive steps are x_row apart, as in a contiguous x
+    args.copy_x = args.x_unit != 1 or not (args.x_step == args.R * args.x_row or args.R >= MIN_ADJACENT_ROWS)
     return True
 
 
@@ -416,11 +419,7 @@ def forward(  # type: ignore[no-untyped-def]
     if not set_input(args, x, D):
         return 3
     if args.has_projection:
-        args.weight_hr = data_address(weight_hr)
-        args.weight_hr_row, args.weight_hr_column = (
-            weight_hr.strides[0] >> args.shift,
-            weight_hr.strides[1] >> args.shift,
-        )
+        set_projection(args, weight_hr)
     set_masks(args, active, reset)
     if reset.size:
         for k in range(args.num_states):

@@ -15,6 +15,7 @@ from xprnn.kernels.jit.bind import (
     pad,
     set_input,
     set_masks,
+    set_projection,
     set_sizes,
     set_vectors,
     set_weights,
@@ -161,11 +162,7 @@ def backward(  # type: ignore[no-untyped-def]
     if num_features(x) > 0:
         set_input(args, x, weight_ih.shape[1])
     if args.has_projection:
-        args.weight_hr = data_address(weight_hr)
-        args.weight_hr_row, args.weight_hr_column = (
-            weight_hr.strides[0] >> args.shift,
-            weight_hr.strides[1] >> args.shift,
-        )
+        set_projection(args, weight_hr)
     set_masks(args, active, reset)
     start = data_address(saved)
     tape_layout(args, start + -start % LINE, reset.size > 0)

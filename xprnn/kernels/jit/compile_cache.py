@@ -29,12 +29,11 @@ __all__ = [
 
 # Stems of the files in this directory that printed kernels import, directly or not: a change invalidates the cache.
 _PRIMITIVE_MODULES = (
-    *("simd", "matvec", "gemm_tile", "gemm", "segment_sum", "products", "record", "forward", "backward", "bind"),
-    "bind_backward",
-    "training",
+    *("simd", "matvec", "gemm_tile", "gemm", "segment_sum", "training"),
+    *("products", "pointwise", "record", "forward", "backward", "bind", "bind_backward"),
 )
 _KERNEL_SIGNATURE = "void(int64[::1])"
-_GEMM_SIGNATURE = f"int64({', '.join(['int64'] * 12)})"
+_GEMM_ARGUMENTS = 12  # of the functions in gemm.py, with the number that selects one of them
 _LOCK_TIMEOUT = 30.0  # seconds to wait for another process that compiles the same kernel
 _COMPILE_OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 
@@ -56,34 +55,31 @@ def numba_available() -> bool:
     return not config.DISABLE_JIT
 
 
+def _succeeds(compile_function: Callable[..., Any], *args: Any) -> bool:
+    """Call a function that compiles; return False for any exception, because numba and LLVM raise many types."""
+    try:
+        compile_function(*args)
+    except Exception:
+        return False
+    return True
+
+
 @lru_cache(maxsize=1024)
 def can_compile(source: str, signature: str = _KERNEL_SIGNATURE) -> bool:
     """Compile a kernel; return False if numba or LLVM fails."""
-    try:
-        compile_kernel(source, signature)
-    except Exception:  # of any type from numba or LLVM; the caller then uses a kernel that needs neither
-        return False
-    return True
+    return _succeeds(compile_kernel, source, signature)
 
 
 @lru_cache(maxsize=1024)
 def can_compile_cfunc(source: str, num_arguments: int) -> bool:
     """Compile a function that is called by address; return False if numba or LLVM fails."""
-    try:
-        compile_cfunc(source, num_arguments)
-    except Exception:  # of any type from numba or LLVM; the caller then uses a kernel that needs neither
-        return False
-    return True
+    return _succeeds(compile_cfunc, source, num_arguments)
 
 
 @cache
 def can_compile_gemm(itemsize: int) -> bool:
     """Compile gemm.py's functions for floats of `itemsize` bytes; return False if numba or LLVM fails."""
-    try:
-        gemm_kernel(itemsize)
-    except Exception:
-        return False
-    return True
+    return _succeeds(gemm_kernel, itemsize)
 
 
 def cache_dir() -> Path | None:
@@ -214,12 +210,9 @@ def _write_source(source: str) -> Path | None:
 @cache
 def gemm_kernel(itemsize: int) -> Any:
     """Compile gemm.py's functions for floats of `itemsize` bytes. Kernels call them by `.address`."""
-    from numba import cfunc
-
     from xprnn.kernels.jit import gemm
 
-    options = {name: value for name, value in _COMPILE_OPTIONS.items() if name != "nogil"}
-    return _compile_cached(gemm.gemm_source(8 * itemsize), partial(cfunc, _GEMM_SIGNATURE, **options))
+    return compile_cfunc(gemm.gemm_source(8 * itemsize), _GEMM_ARGUMENTS)
 
 
 def vector_lanes(itemsize: int) -> int:

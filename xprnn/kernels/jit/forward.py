@@ -51,8 +51,8 @@ def forward(address, zero):  # type: ignore[no-untyped-def]
         else:
             _look_up_inputs(args, t0, m, zero)
         first = t0 + m - 1 if reverse else t0
-        _set_step(args, first, first - t0)
         if args.active == 0 and args.reset == 0 and m > 1 and args.fused:
+            _set_step(args, first, first - t0)
             call_address(args.forward_rows, (address, 0, args.R, m))
         else:
             for i in range(m):
@@ -152,8 +152,8 @@ def _project_inputs(args, t0, m, zero):  # type: ignore[no-untyped-def]
     if args.copy_x:
         copy_block(x, args.x_step, args.x_row, args.x_unit, args.x_block, m, R, D, zero)
         x, lda, blocks, rows = args.x_block, D, 1, m * R
-    elif R == 1 or args.x_step == R * args.x_row:
-        lda, blocks, rows = args.x_step if R == 1 else lda, 1, m * R
+    elif args.x_step == R * args.x_row:
+        blocks, rows = 1, m * R
     strategy, stride = args.input_strategy, args.packed_ih_stride
     for group in range(2 if args.first_width < args.W else 1):
         start, width = (args.first_padded, args.padded_width - args.first_padded) if group else (0, args.first_padded)
@@ -295,7 +295,7 @@ def _recurrent_product(args, group, h, n):  # type: ignore[no-untyped-def]
 @_compile
 def _step(args, address, t, zero):  # type: ignore[no-untyped-def]
     """Compute step t, at which the record points."""
-    n = args.R if args.active == 0 else num_rows(args, t)
+    n = num_rows(args, t)
     if args.reset != 0:
         _reset_states(args, t, zero)
     h = get(args, BEFORE, 0)

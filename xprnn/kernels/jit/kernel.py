@@ -13,12 +13,12 @@ import numpy as np
 from xprnn.cells.cell import Cell
 from xprnn.kernels.jit import compile_cache
 from xprnn.kernels.jit.pointwise import PointwiseSources, pointwise_sources
+from xprnn.kernels.memory import ALIGNMENT
 from xprnn.kernels.tracing.graph import UntraceableError
 
 __all__ = ["NAME", "ScanKernel", "scan_kernel", "unsupported_reason"]
 
 NAME = "compiled by numba"
-_LINE = 64  # bytes of a cache line
 _BITS = {np.dtype(np.float32): 32, np.dtype(np.float64): 64}
 
 _DRIVER_SOURCE = '''"""The {name} driver, printed by xprnn (a cache entry, safe to delete)"""
@@ -108,7 +108,7 @@ class ScanKernel:
         lengths += [T * N * self.cell.gates * H] * self.sources.saves_gates
         lengths += [T * N * H] * (self.cell.pregates > 0 or self.projected)
         lengths += [T * N * P, *[T * N * H] * (self.num_states - 1)] * has_reset
-        line = _LINE // (self.bits // 8)
+        line = ALIGNMENT // (self.bits // 8)
         return sum(-(-length // line) * line for length in lengths) + line
 
     def states_tuple(self, arrays: Sequence[Any]) -> tuple[Any, ...]:

@@ -15,13 +15,11 @@ from xprnn.arrays.namespace import Array, Params
 from xprnn.cells.cell import Cell
 from xprnn.kernels.jit.kernel import NAME, ScanKernel, scan_kernel, unsupported_reason
 from xprnn.kernels.jit.threads import RowRange, parallel_map, split_rows, thread_count
-from xprnn.kernels.memory import address, aligned_empty
+from xprnn.kernels.memory import ALIGNMENT, address, aligned_empty
 from xprnn.kernels.row_order import RowOrder
 from xprnn.kernels.tape import State, StepMask, Tape
 
 __all__ = ["NAME", "ForwardResult", "find_kernel", "run_backward", "run_forward", "unsupported_reason"]
-
-_LINE = 64  # bytes of a cache line
 
 
 class ForwardResult(NamedTuple):
@@ -46,7 +44,7 @@ class ForwardResult(NamedTuple):
         """Return the states after each step, (T, N, .), in the order of `row_order`, as views."""
         steps, N, _ = self.output.shape
         H, item, arrays = self.weights[1].shape[0] // self.kernel.cell.gates, self.saved.itemsize, [self.y]
-        at, line = -address(self.saved) % _LINE // item, _LINE // item
+        at, line = -address(self.saved) % ALIGNMENT // item, ALIGNMENT // item
         for _ in range(1, self.kernel.num_states):
             a = self.saved[at : at + steps * N * H].reshape(steps, N, H)
             arrays.append(a[:-1] if self.reverse else a[1:])
