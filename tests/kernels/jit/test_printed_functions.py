@@ -13,7 +13,8 @@ from support.layer_cases import random_cotangents, random_inputs
 import xprnn
 from xprnn.cells import Pointwise
 from xprnn.kernels.config import reference_only
-from xprnn.kernels.jit.pointwise import pointwise_sources
+from xprnn.kernels.jit.pointwise import MAX_STATES, pointwise_sources
+from xprnn.kernels.tracing.graph import UntraceableError
 
 XP = Backend.NUMPY
 DEFAULT_NAMES = ("in", "out"), ("h", "c"), ("rate", "peep")
@@ -165,3 +166,40 @@ def test_cell_with_unusual_names_compiles_and_equals_reference_scan(rng, names, 
     with reference_only():
         want, _ = run()
     XP.assert_close(got, want, condition=200)
+
+
+def many_states_cell(count):
+    """A cell whose states are h' = tanh(x + h) and count - 1 sums, each of itself and h'."""
+
+    def build(xp):
+        def step(x, h, state, p):
+            y = xp.tanh(x[0] + h[0])
+            return (y, *(s + y for s in state[1:])), (y,)
+
+        def backward(dstate, saved, state, p):
+            total = dstate[0]
+            for d in dstate[1:]:
+                total = total + d
+            da = total * (1.0 - saved[0] * saved[0])
+            return (da,), (da,), (None, *dstate[1:]), ()
+
+        return step, backward
+
+    return xprnn.Cell("sums", 1, build, states=("h", *(f"s{k}" for k in range(1, count))))
+
+
+def test_cell_with_more_states_than_the_record_holds_names_the_limit():
+    assert pointwise_sources(many_states_cell(MAX_STATES), 64).num_extra == 0
+    with pytest.raises(UntraceableError, match=f"a cell with {MAX_STATES + 1} states, of at most {MAX_STATES}"):
+        pointwise_sources(many_states_cell(MAX_STATES + 1), 64)
+
+
+@pytest.mark.needs("numba")
+@pytest.mark.parametrize("count", [MAX_STATES, MAX_STATES + 1])
+def test_cells_with_many_states_equal_the_reference_scan(rng, count):
+    layer = xprnn.Recurrent(3, 5, cell=many_states_cell(count))
+    p = random_inputs(rng, layer, T=4, N=2)
+    y, final, tape = layer.forward(p.params, p.x, p.state)
+    assert ("compiled" in tape.explain()) == (count <= MAX_STATES)
+    with reference_only():
+        XP.assert_close((y, final), layer(p.params, p.x, p.state))

@@ -32,9 +32,18 @@ from xprnn.kernels.tracing.graph import TraceGraph, UntraceableError, input_name
 from xprnn.kernels.tracing.scalar_code import ScalarCode
 from xprnn.kernels.tracing.value_names import backward_names, forward_names, saved_names
 
-__all__ = ["GATED_STATE", "UNPROJECTED", "PointwiseSources", "pointwise_sources"]
+__all__ = [
+    "GATED_STATE",
+    "MAX_EXTRA",
+    "MAX_STATES",
+    "MAX_VECTORS",
+    "UNPROJECTED",
+    "PointwiseSources",
+    "pointwise_sources",
+]
 
 GATED_STATE, UNPROJECTED = "gated_state", "unprojected"
+MAX_STATES, MAX_VECTORS, MAX_EXTRA = 6, 8, 24  # entries of the indexed fields in record.py
 
 
 class PointwiseSources(NamedTuple):
@@ -174,6 +183,13 @@ class _Printer:
         )
         extra = dict.fromkeys(b for b in (*self.pregate_buffers, *self.buffers) if b[0] == "V")
         self.extra_index = {buffer: index for index, buffer in enumerate(extra)}
+        for count, limit, what in (
+            (len(cell.states), MAX_STATES, "states"),
+            (len(cell.vectors), MAX_VECTORS, "vectors"),
+            (len(extra), MAX_EXTRA, "saved values besides those of its gates"),
+        ):
+            if count > limit:
+                raise UntraceableError(f"a cell with {count} {what}, of at most {limit}")
         self.used = set().union(*(input_names(v) for v in (*self.new, *self.new_buffers.values())))
 
     def _trace_pregates(self) -> None:

@@ -18,7 +18,7 @@ Buffers. "step" pointers change at every step and point to row 0 of the step.
     output
       y (T,R,P)                 h after each step, 0 in inactive rows; strides y_step, y_row; 0 if states[0] serves
     caller's arrays (read only)
-      x (T,R,D), ids (T,R)      input: x_step, x_row, x_unit strides; ids instead of x if D = 0
+      x (T,R,D), ids (T,R)      input: x_step, x_row, x_unit strides (x_row = x_step if R = 1); ids instead if D = 0
       weight_ih, weight_hh, weight_hr, bias_ih, bias_hh     any strides
       active, reset (T,N)       uint8 masks, 0 if absent
       reset_state[k] (R,.)      states that a reset restores
@@ -66,12 +66,12 @@ from numba.core.imputils import lower_getattr_generic, lower_setattr_generic
 from numba.core.typing.templates import AttributeTemplate, infer_getattr
 from numba.extending import intrinsic, models, register_model
 
-__all__ = ["MAX_EXTRA", "MAX_STATES", "MAX_VECTORS", "SCAN_RECORD", "scan_record"]
+from xprnn.kernels.jit.pointwise import MAX_EXTRA, MAX_STATES, MAX_VECTORS
 
-MAX_STATES, MAX_VECTORS, MAX_EXTRA = 6, 8, 24
+__all__ = ["SCAN_RECORD", "get", "put", "scan_record"]
 
 _SCALAR_FIELDS = """
-    item shift T N R D H P W padded_width row_offset first_width first_padded recurrent_width h_padded tile_rows
+    item shift T N R D H P W padded_width row_offset first_width first_padded recurrent_width h_padded
     gates_count first_gates num_states num_vectors num_extra separate_first separate_second
     has_pregates has_projection has_direct_path
     dx_is_dh saves_gates fused reverse record_tape block_steps lanes whole_units last_units
